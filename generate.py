@@ -1,0 +1,666 @@
+"""The engine: prefill, draft, verify, the round loop; and the command line.
+
+    python generate.py                                    # the demo pair, with its judge, on a demo problem
+    python generate.py --checkpoint_path META-LLAMA-70B --draft_checkpoint_path META-LLAMA-8B --judge_path J --chat
+
+One round: the draft proposes M tokens; the target reads them in one pass of M + 1 rows; one compiled graph computes
+logits, judge scores, the rule, how many tokens are accepted, the target's own next token, and commits; the host reads
+one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is visible.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from judge import RULES, JudgeHead, check_threshold, load_judge, rule_mask
+from model import DTYPES, InputError, ModelArgs, Transformer, load_model
+from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
+
+DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
+DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
+PREFILL_CHUNK = 64  # rows a prefill pass reads; the last is padded, so that no prompt length is special
+WINDOW = 256  # the smallest part of the cache that a step looks at; then its doubles
+TINY = 1e-20
+
+
+@dataclass
+class Settings:
+    """How to decode. `threshold` None takes the judge's own or the rule's default; temperature 0 is greedy."""
+
+    verify: str = "judge"
+    threshold: float | None = None
+    speculate_k: int = 16
+    temperature: float = 0.0
+    top_k: int | None = None
+    compile: bool = False
+
+
+@dataclass
+class Buffers:
+    """What the compiled steps read and write in place. L: cache length, M: speculate_k, V: vocabulary."""
+
+    tokens: Tensor  # (L,) prompt and output so far
+    pos: Tensor  # (1,) position of the last known token; never 0-dim, since indexing with that would sync
+    drafted: Tensor  # (M,) draft tokens of this round
+    draft_logits: Tensor  # (M, V), or (1, 1) when neither rule nor sampling needs them
+    step: Tensor  # (1,) number of the next draft token
+    uniforms: Tensor  # (2 M + 1,) random numbers of this round: drafting, accepting, the target's own token
+    threshold: Tensor  # ()
+    stop_ids: Tensor  # (n,)
+
+
+@dataclass
+class Round:
+    """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the target's."""
+
+    tokens: list[int]
+    accepted: int
+    by_rule: list[bool]
+
+
+@dataclass
+class Result:
+    """A finished sample. origin: one letter a token, a(ccepted), r(ule alone), t(arget's own), b(onus)."""
+
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    origin: list[str] = field(default_factory=list)
+    stop_reason: str = "length"
+    rounds: int = 0
+    drafted: int = 0
+    seconds_prefill: float = 0.0
+    seconds_decode: float = 0.0
+
+    @property
+    def accepted(self) -> int:
+        return sum(letter in "ar" for letter in self.origin)
+
+    @property
+    def accepted_by_rule(self) -> int:
+        return self.origin.count("r")
+
+    @property
+    def mean_accepted(self) -> float:
+        """m*: draft tokens accepted a round, without the target's own token."""
+        return self.accepted / self.rounds if self.rounds and self.drafted else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.tokens) / self.seconds_decode if self.seconds_decode else 0.0
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """Probabilities to sample from, fp32 (..., V): temperature first, then the top_k most likely, renormalised."""
+    logits = logits / temperature
+    if top_k is not None:
+        lowest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < lowest, -float("inf"))
+    return logits.softmax(-1)
+
+
+def pick(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Samples an index of the last dimension in proportion to weights (..., V) by inverting the sum; uniform (...)."""
+    total = weights.double().cumsum(-1)
+    return (total <= (uniform.double() * total[..., -1])[..., None]).sum(-1).clamp(max=weights.shape[-1] - 1)
+
+
+def plain_step(model: Transformer, b: Buffers, s: Settings, window: int) -> Tensor:
+    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns the token, (1,)."""
+    _, logits = model(b.tokens[b.pos][None], b.pos, window)
+    token = choose(logits[0], b.uniforms[:1], s)
+    b.tokens[b.pos + 1] = token
+    b.pos += 1
+    return token
+
+
+def choose(logits: Tensor, uniform: Tensor, s: Settings) -> Tensor:
+    """The next token (1,) from logits (1, V): the most likely one, or a sample."""
+    if s.temperature == 0:
+        return logits.argmax(-1)
+    return pick(distribution(logits, s.temperature, s.top_k), uniform)
+
+
+def draft_step(model: Transformer, b: Buffers, s: Settings, window: int, first: bool) -> None:
+    """Writes drafted[step] (and its logits), advances `step`.
+
+    The first step of a round reads two rows: when all draft tokens of the round before were accepted, the draft has
+    not read the last one yet. At position 0 both rows are the same token, written to the same place.
+    """
+    if first:
+        b.step.zero_()
+        pos = (b.pos + torch.arange(-1, 1, device=b.pos.device)).clamp(min=0)
+        ids = b.tokens[pos]
+    else:
+        pos, ids = b.pos + b.step, b.drafted[b.step - 1]
+    _, logits = model(ids[None], pos, window, n_logits=1)
+    if b.draft_logits.numel() > 1:
+        b.draft_logits[b.step] = logits[0]
+    b.drafted[b.step] = choose(logits[0], b.uniforms[b.step], s)
+    b.step += 1
+
+
+def verify_step(model: Transformer, head: JudgeHead | None, b: Buffers, s: Settings, window: int) -> Tensor:
+    """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's next token.
+
+    Returns int64 (2 M + 2,), all that the host needs: how many were accepted; the M + 1 tokens committed (those past
+    the accepted ones and the target's own are padding); for each draft token whether the rule alone let it through.
+    """
+    m = len(b.drafted)
+    ids = torch.cat([b.tokens[b.pos], b.drafted])
+    hidden, logits = model(ids[None], b.pos + torch.arange(m + 1, device=ids.device), window)
+    scores = head.score(hidden[0, 1:]) if head is not None else None  # the judge reads the token's own row
+    before = logits[0, :-1]  # the standard test reads the row before
+    if s.temperature == 0:
+        standard = RULES["standard"].accept(b.drafted, before, None, None, None)
+    else:
+        p = distribution(logits[0], s.temperature, s.top_k)
+        q = distribution(b.draft_logits, s.temperature, s.top_k)
+        standard = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
+    relaxed = standard
+    if s.verify != "standard":
+        relaxed = rule_mask(s.verify, b.drafted, before, b.draft_logits, scores, b.threshold, b.stop_ids)
+    accepted = (standard | relaxed).long().cumprod(0).sum(0, keepdim=True)  # (1,)
+    if s.temperature == 0:
+        own = logits[0, accepted].argmax(-1)
+    else:
+        own = pick(residual(p, q, accepted), b.uniforms[2 * m :])
+    index = torch.arange(m + 1, device=ids.device)
+    committed = torch.where(index < accepted, torch.cat([b.drafted, own]), own)
+    b.tokens[b.pos + 1 + index] = committed
+    b.pos += accepted + 1
+    return torch.cat([accepted, committed, (relaxed & ~standard).long()])
+
+
+def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor, uniforms: Tensor) -> Tensor:
+    """Rejection sampling's test, bool (M,): u < p(d) / q(d) (arXiv 2211.17192). p, q: (M, V)."""
+    own_p, own_q = (probs.gather(-1, drafted[:, None]).squeeze(-1) for probs in (p, q))
+    return uniforms * own_q < own_p
+
+
+def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
+    """Weights (1, V) of the target's own token: max(p - q, 0) at the first rejection, p after full acceptance.
+
+    p: (M + 1, V), q: (M, V), accepted: (1,). Where p equals q nothing is rejected but by rounding; p stands in then.
+    """
+    rest = (p[accepted] - torch.cat([q, torch.zeros_like(q[:1])])[accepted]).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > TINY, rest, p[accepted])
+
+
+class Engine:
+    """A target (and a draft, and a judge) with buffers for sequences of up to `length` tokens, prompt included.
+
+    Engines over the same models may take turns when their capacity (cache length) is the same.
+    """
+
+    def __init__(
+        self, target: Transformer, draft: Transformer | None, head: JudgeHead | None, settings: Settings, stop_ids: list[int],
+        length: int,
+    ):  # fmt: skip
+        check_settings(settings, draft is not None, head is not None)
+        self.target, self.head, self.settings = target, head, settings
+        self.draft = None if settings.verify == "plain" else draft
+        self.stop_ids = stop_ids
+        self.generator = torch.Generator().manual_seed(0)
+        self.length = length
+        self.allocate()
+        self.plain_step, self.draft_step, self.verify_step = plain_step, draft_step, verify_step
+        if settings.compile:
+            self.plain_step, self.draft_step, self.verify_step = map(compile_step, (plain_step, draft_step, verify_step))
+
+    def allocate(self) -> None:
+        """Caches and buffers for `length` tokens, and for what a round may write past them."""
+        s, device = self.settings, self.target.device
+        spare = self.length + s.speculate_k + 1
+        self.capacity = capacity = windows_up_to(spare)[-1]  # a multiple of PREFILL_CHUNK
+        for model in (self.target, self.draft):
+            if model is not None and model.cache_length != capacity:
+                model.setup_caches(capacity)
+        keep_logits = self.draft is not None and (s.temperature > 0 or RULES[s.verify].needs_draft_logits)
+        shape = (s.speculate_k, self.target.args.vocab_size) if keep_logits else (1, 1)
+        long = {"dtype": torch.long, "device": device}
+        self.buffers = Buffers(
+            tokens=torch.zeros(capacity, **long), pos=torch.zeros(1, **long),
+            drafted=torch.zeros(s.speculate_k, **long), draft_logits=torch.zeros(shape, device=device),
+            step=torch.zeros(1, **long), uniforms=torch.zeros(2 * s.speculate_k + 1, device=device),
+            threshold=torch.tensor(threshold_of(s, self.head), device=device),
+            stop_ids=torch.tensor(self.stop_ids, **long),
+        )  # fmt: skip
+
+    def warm_up(self) -> float:
+        """Runs every step once for every window, which compiles them. Returns the seconds it took."""
+        started = time.monotonic()
+        for window in windows_up_to(self.length + self.settings.speculate_k + 1):
+            for at in (0, window // 2):  # twice: no step may depend on where it stands
+                self.buffers.pos.fill_(at)
+                self.round(window)
+                self.sync()
+        return time.monotonic() - started
+
+    def sync(self) -> None:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def prefill(self, prompt: list[int]) -> None:
+        """Reads all of the prompt but its last token into the caches, in chunks of PREFILL_CHUNK padded rows."""
+        if self.target.cache_length != self.capacity:
+            raise RuntimeError("Another engine has since changed the length of this model's caches; make a new engine.")
+        b, count = self.buffers, len(prompt) - 1
+        b.tokens.zero_()
+        b.tokens[: len(prompt)] = torch.tensor(prompt)
+        for start in range(0, count, PREFILL_CHUNK):
+            pos = torch.arange(start, start + PREFILL_CHUNK, device=b.tokens.device)
+            for model in (self.target, self.draft):
+                if model is not None:
+                    model(b.tokens[None, start : start + PREFILL_CHUNK], pos, start + PREFILL_CHUNK, n_logits=0)
+        b.pos.fill_(count)
+
+    @torch.inference_mode()
+    def round(self, window: int) -> Round:
+        """One round: M draft steps and a verification, or one plain step. One read by the host."""
+        b, s = self.buffers, self.settings
+        if s.temperature > 0:
+            b.uniforms.copy_(torch.rand(b.uniforms.shape, generator=self.generator), non_blocking=True)
+        if self.draft is None:
+            return Round([int(self.plain_step(self.target, b, s, window))], 0, [])
+        for i in range(s.speculate_k):
+            self.draft_step(self.draft, b, s, window, i == 0)
+        report = self.verify_step(self.target, self.head, b, s, window).tolist()
+        accepted, m = report[0], s.speculate_k
+        return Round(report[1 : accepted + 2], accepted, [bool(x) for x in report[m + 2 : m + 2 + accepted]])
+
+    def stream(self, prompt: list[int], max_new_tokens: int, result: Result) -> Iterator[tuple[int, str]]:
+        """Decodes after `prompt`, yields (token, origin) as rounds commit them, and fills `result`.
+
+        Stops exactly at the first stop token (which is put out) or after max_new_tokens.
+        """
+        check_prompt(prompt, max_new_tokens, self.length, self.target.args)
+        started = time.monotonic()
+        self.prefill(prompt)
+        self.sync()
+        result.seconds_prefill, began = time.monotonic() - started, time.monotonic()
+        pos = len(prompt) - 1
+        while len(result.tokens) < max_new_tokens and result.stop_reason == "length":
+            got = self.round(window_for(pos + self.settings.speculate_k + 1))
+            pos += len(got.tokens)
+            result.rounds += 1
+            result.drafted += self.settings.speculate_k if self.draft is not None else 0
+            letters = ["r" if by_rule else "a" for by_rule in got.by_rule]
+            letters.append("b" if got.accepted == self.settings.speculate_k else "t")
+            fresh = list(zip(got.tokens, letters))[: max_new_tokens - len(result.tokens)]
+            for at, (token, _) in enumerate(fresh):
+                if token in self.stop_ids:
+                    fresh, result.stop_reason = fresh[: at + 1], "stop"
+                    break
+            result.tokens += [token for token, _ in fresh]
+            result.origin += [letter for _, letter in fresh]
+            result.seconds_decode = time.monotonic() - began
+            yield from fresh
+
+    def generate(self, prompt: list[int], max_new_tokens: int, seed: int = 0) -> Result:
+        """Decodes one sample after `prompt` (ids, begin-of-text included)."""
+        self.generator.manual_seed(seed)
+        result = Result(len(prompt))
+        for _ in self.stream(prompt, max_new_tokens, result):
+            pass
+        return result
+
+
+def compile_step(step):
+    """Compiles a step function for one engine, as one graph.
+
+    A model, its settings and its buffers never change within an engine, so that only `window` and `first` are guarded:
+    checking the rest would cost more than a small draft's step. The copied code object keeps engines apart, since
+    dynamo caches by code object.
+    """
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+
+    def keep(guards: list) -> list[bool]:
+        return [guard.name in ("window", "first", "L['window']", "L['first']") for guard in guards]
+
+    return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": keep})
+
+
+def windows_up_to(length: int) -> list[int]:
+    """The windows that a sequence of `length` positions passes through: WINDOW and its doubles."""
+    windows = [WINDOW]
+    while windows[-1] < length:
+        windows.append(windows[-1] * 2)
+    return windows
+
+
+def window_for(length: int) -> int:
+    return windows_up_to(length)[-1]
+
+
+def threshold_of(settings: Settings, head: JudgeHead | None) -> float:
+    """The threshold in force: as asked for, else the judge's own, else the rule's default."""
+    if settings.verify in ("plain", "standard"):
+        return 0.0
+    if settings.threshold is not None:
+        return float(settings.threshold)
+    return float(head.threshold if settings.verify == "judge" else RULES[settings.verify].default)
+
+
+def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None:
+    """Raises InputError for settings that cannot run."""
+    if settings.verify != "plain" and settings.verify not in RULES:
+        raise InputError(f"--verify {settings.verify} is not a rule; known are plain, {', '.join(RULES)}.")
+    if settings.speculate_k < 1:
+        raise InputError(f"--speculate_k {settings.speculate_k} is too small: a round drafts at least 1 token.")
+    if settings.temperature < 0:
+        raise InputError(f"--temperature {settings.temperature} is negative; 0 is greedy, above it samples.")
+    if settings.top_k is not None and settings.top_k < 1:
+        raise InputError(f"--top_k {settings.top_k} is too small: it keeps at least 1 token.")
+    if settings.verify != "plain" and not has_draft:
+        raise InputError(f"--verify {settings.verify} needs a draft; name one with --draft_checkpoint_path.")
+    if settings.verify == "judge" and not has_judge:
+        raise InputError("--verify judge needs a judge; name one with --judge_path.")
+    if settings.threshold is not None and settings.verify in ("plain", "standard"):
+        raise InputError(f"--verify {settings.verify} has no threshold; leave --threshold out.")
+    if settings.threshold is not None:
+        check_threshold(settings.verify, settings.threshold)
+
+
+def check_prompt(prompt: list[int], max_new_tokens: int, length: int, args: ModelArgs) -> None:
+    """Raises InputError when the prompt is empty, or prompt and output do not fit the model's context or the cache."""
+    if not prompt:
+        raise InputError("The prompt is empty; give at least one token.")
+    if max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens {max_new_tokens} is too small: put out at least 1 token.")
+    for size, what in ((args.max_position, "the model's context"), (length, "the cache")):
+        if len(prompt) + max_new_tokens > size:
+            raise InputError(
+                f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit {what} of {size}; "
+                "shorten the prompt or lower --max_new_tokens."
+            )
+
+
+def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) -> None:
+    """Raises InputError when draft and target do not share a vocabulary, by size or by tokenizer."""
+    if target.vocab_size != draft.vocab_size:
+        raise InputError(
+            f"Draft and target must share a vocabulary: {folders[1]} has {draft.vocab_size} tokens, "
+            f"{folders[0]} has {target.vocab_size}."
+        )
+    sample = "The quick brown fox: 12345 + 67890 = 80235, naïve Übermut 你好 🙂\n\n    def f(x):"
+    ours, theirs = (load_tokenizer(folder).encode(sample) for folder in folders)
+    if ours != theirs:
+        raise InputError(f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} differ.")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on `device`, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def check_memory(models: list[ModelArgs], length: int, dtypes: list[torch.dtype], device: torch.device) -> None:
+    """Raises InputError when weights and caches will not fit into what is free on `device`."""
+    pairs = list(zip(models, dtypes))
+    weights = sum(args.n_params * dtype.itemsize for args, dtype in pairs)
+    caches = sum(args.cache_bytes(length, dtype) for args, dtype in pairs)
+    free = free_memory(device)
+    if free is not None and weights + caches > free:
+        raise InputError(
+            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights and {caches / 1e9:.1f} GB of caches, "
+            f"but {free / 1e9:.1f} GB are free; use a smaller --precision or a shorter --cache_length."
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device, or an InputError when there is none of that name here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} is not usable here ({reason}); cpu always is.") from None
+    return device
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is answered in one sentence."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message}; see --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")
+    add("--draft_checkpoint_path", type=Path, help="the draft, a folder with the same vocabulary")
+    add("--judge_path", type=Path, help="judge.safetensors, made by judge.py for this target")
+    add("--verify", choices=["plain", *RULES], help="default: judge if there is one, standard if there is a draft")
+    add("--threshold", type=float, help="delta, tau, K or eps of the rule (default: the judge's own, or the rule's)")
+    add("--speculate_k", type=int, default=16, help="M, draft tokens a round")
+    add("--prompt", help="text, a whole number for a synthetic prompt of that many tokens, or - for standard input")
+    add("--chat", action="store_true", help="put the prompt into Llama 3.1's chat format")
+    add("--interactive", action="store_true", help="ask for prompts and stream the answers")
+    add("--max_new_tokens", type=int, default=200)
+    add("--cache_length", type=int, help="tokens that the cache holds (default: what this run needs)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top_k", type=int)
+    add("--num_samples", type=int, default=1)
+    add("--seed", type=int, default=0)
+    add("--compile", action="store_true", help="compile the step functions with torch.compile")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--profile", type=Path, help="write a Chrome trace of the last sample to this file")
+    add("--json", action="store_true", help="print one JSON object a sample, and nothing else, on standard output")
+    parser.set_defaults(compare=False)  # the demo decodes its prompt once more plainly
+    args = parser.parse_args(argv)
+    if args.checkpoint_path is None:  # no target named: the demo pair
+        args.checkpoint_path = DEMO / "target"
+        args.draft_checkpoint_path = args.draft_checkpoint_path or DEMO / "draft"
+        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+        if args.prompt is None and not args.interactive:
+            args.prompt = DEMO_PROMPT
+            args.compare = True
+    if args.verify is None:
+        args.verify = "judge" if args.judge_path else "standard" if args.draft_checkpoint_path else "plain"
+    return args
+
+
+def load_pair(
+    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, length: int = 0
+) -> tuple[Transformer, Transformer | None, JudgeHead | None]:
+    """Loads what is named, after checking that draft and target fit together and into memory (`length`: of the caches)."""
+    folders = [folder for folder in (target, draft) if folder is not None]
+    shapes = [ModelArgs.from_folder(folder) for folder in folders]
+    if draft is not None:
+        check_pair(*shapes, tuple(folders))
+    check_memory(shapes, length, [dtype] * len(shapes), device)
+    models = [load_model(folder, device, dtype) for folder in folders]
+    head = load_judge(judge, models[0]) if judge is not None else None
+    return models[0], models[1] if draft is not None else None, head
+
+
+def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokenizer) -> Engine:
+    """Loads what the command line names and builds the engine."""
+    settings = settings_of(args)
+    device = pick_device(args.device)
+    dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
+    length = args.cache_length or prompt_tokens + args.max_new_tokens
+    if args.interactive and not args.cache_length:
+        length = min(ModelArgs.from_folder(args.checkpoint_path).max_position, 8192)
+    draft = None if args.verify == "plain" else args.draft_checkpoint_path
+    judge = args.judge_path if args.verify == "judge" else None
+    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, length)
+    return Engine(*models, settings, tokenizer.stop_ids, length)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(args.verify, args.threshold, args.speculate_k, args.temperature, args.top_k, args.compile)
+
+
+def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
+    """Prompt ids: chat format, a synthetic prompt of N tokens, or begin-of-text and the text."""
+    if args.chat:
+        return tokenizer.encode_chat([{"role": "user", "content": text}])
+    if text.isascii() and text.isdigit():
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(0, min(256, tokenizer.vocab_size), (int(text),), generator=generator).tolist()
+        return [tokenizer.bos_id, *ids][: int(text)]
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def as_json(engine: Engine, result: Result, text: str) -> str:
+    """One sample as one line of JSON."""
+    s, n = engine.settings, RULES.get(engine.settings.verify)
+    return json.dumps({
+        "prompt_tokens": result.prompt_tokens, "tokens": result.tokens, "text": text, "stop_reason": result.stop_reason,
+        "rounds": result.rounds, "drafted": result.drafted, "accepted": result.accepted,
+        "accepted_by_rule": result.accepted_by_rule, "mean_accepted": result.mean_accepted,
+        "seconds_prefill": result.seconds_prefill, "seconds_decode": result.seconds_decode,
+        "tokens_per_second": result.tokens_per_second, "verify": s.verify,
+        "threshold": threshold_of(s, engine.head) if n and n.knob != "none" else None, "speculate_k": s.speculate_k,
+        "device": str(engine.target.device), "dtype": str(engine.target.dtype).removeprefix("torch."),
+    })  # fmt: skip
+
+
+class Paint:
+    """Text with each token marked by who accepted it: colours on a terminal, plain marks elsewhere or with NO_COLOR."""
+
+    COLOURS = {"a": ("\033[32m", "\033[0m"), "r": ("\033[33m", "\033[0m"), "t": ("\033[31m", "\033[0m"), "b": ("", "")}
+    MARKS = {"a": ("", ""), "r": ("{", "}"), "t": ("<", ">"), "b": ("", "")}
+
+    def __init__(self, stream):
+        coloured = stream.isatty() and not os.environ.get("NO_COLOR")
+        self.marks = self.COLOURS if coloured else self.MARKS
+        a, r, t = (self.marks[letter] for letter in "art")
+        self.legend = (
+            f"{a[0]}accepted draft tokens{a[1]}, {r[0]}let through by the rule alone{r[1]}, {t[0]}the target's own{t[1]}"
+        )
+        self.decoder: Decoder | None = None
+
+    def token(self, text: str, letter: str) -> str:
+        opening, closing = self.marks[letter]
+        return f"{opening}{text}{closing}" if text else ""
+
+
+def paint_tokens(tokenizer: Tokenizer, result: Result, paint: Paint) -> str:
+    """The answer with marks; stop tokens are left out."""
+    decoder, parts = Decoder(tokenizer), []
+    for token, letter in zip(result.tokens, result.origin):
+        if token not in tokenizer.stop_ids:
+            parts.append(paint.token(decoder.push(token), letter))
+    return "".join(parts) + decoder.flush()
+
+
+def answer_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """The answer as text, without a stop token at its end."""
+    return decode(tokenizer, tokens[:-1] if tokens and tokens[-1] in tokenizer.stop_ids else tokens)
+
+
+def summary(name: str, result: Result) -> str:
+    """Speed of one sample in one line."""
+    line = f"{name:9} {result.tokens_per_second:7.1f} tokens/s, {len(result.tokens)} tokens in {result.seconds_decode:.3f} s"
+    if result.drafted:
+        line += f", {result.rounds} rounds, m* {result.mean_accepted:.2f} ({result.accepted_by_rule} by the rule alone)"
+    return f"{line}, prefill {result.seconds_prefill:.3f} s"
+
+
+def run_samples(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], plainly: bool) -> None:
+    """Generates --num_samples answers and prints them; `plainly`: once more without a draft, for comparison."""
+    paint = Paint(sys.stdout)
+    for sample in range(args.num_samples):
+        last = sample + 1 == args.num_samples
+        if args.profile and last:
+            with torch.profiler.profile() as trace:
+                result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
+            trace.export_chrome_trace(str(args.profile))
+        else:
+            result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
+        if args.json:
+            print(as_json(engine, result, answer_text(tokenizer, result.tokens)), flush=True)
+            continue
+        print(paint_tokens(tokenizer, result, paint) + "\n")
+        if engine.draft is not None and last:
+            print(paint.legend)
+        print(summary(args.verify, result))
+    if plainly and not args.json:
+        compare_plainly(args, engine, prompt, result)
+
+
+def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int], result: Result) -> None:
+    """Decodes the same prompt without a draft and prints the ratio of speeds."""
+    settings = Settings("plain", temperature=args.temperature, top_k=args.top_k, compile=args.compile)
+    plain_engine = Engine(engine.target, None, None, settings, engine.stop_ids, engine.length)
+    if args.compile:
+        plain_engine.warm_up()
+    plain = plain_engine.generate(prompt, args.max_new_tokens, args.seed)
+    print(summary("plain", plain))
+    same = "the same text" if plain.tokens == result.tokens else "another text"
+    print(f"{args.verify} is {result.tokens_per_second / plain.tokens_per_second:.2f} times as fast as plain, with {same}.")
+
+
+def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) -> None:
+    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept."""
+    paint, messages = Paint(sys.stdout), []
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = tokenizer.encode_chat(messages) if args.chat else encode_prompt(args, tokenizer, text)
+        room = min(engine.length, engine.target.args.max_position) - len(prompt)
+        result, decoder = Result(len(prompt)), Decoder(tokenizer)
+        try:
+            for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room)), result):
+                if token not in tokenizer.stop_ids:
+                    print(paint.token(decoder.push(token), letter), end="", flush=True)
+        except InputError as error:
+            print(f"generate.py: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        print(decoder.flush() + "\n" + summary(args.verify, result))
+        messages.append({"role": "assistant", "content": answer_text(tokenizer, result.tokens)})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        check_settings(settings_of(args), bool(args.draft_checkpoint_path), bool(args.judge_path))
+        tokenizer = load_tokenizer(args.checkpoint_path)
+        text = sys.stdin.read() if args.prompt == "-" else args.prompt
+        if text is None and not args.interactive:
+            raise InputError("There is no prompt; give --prompt, or --interactive.")
+        prompt = [] if args.interactive else encode_prompt(args, tokenizer, text)
+        if not args.interactive:
+            shape = ModelArgs.from_folder(args.checkpoint_path)
+            check_prompt(prompt, args.max_new_tokens, args.cache_length or shape.max_position, shape)
+        engine = load_engine(args, len(prompt), tokenizer)
+        if args.compile:
+            print(f"compiled and warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+        if args.interactive:
+            chat_loop(args, engine, tokenizer)
+        else:
+            run_samples(args, engine, tokenizer, prompt, args.compare and args.verify != "plain")
+    except InputError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""Llama 3.1 for one sequence at the lowest latency: arguments, static KV cache, transformer, loading a folder.
+
+A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as published (Llama 2, 3, 3.1, 3.2, 3.3):
+`config.json` and `model.safetensors`, or an index with shards. It is read as it stands. RoPE uses the half-split
+layout of those weights. Nothing here knows about drafts or judges.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class InputError(ValueError):
+    """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it, exit 2."""
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a Llama. Names follow gpt-fast; `from_folder` reads them from Hugging Face's `config.json`."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    intermediate_size: int
+    vocab_size: int
+    head_dim: int
+    max_position: int = 131072  # the longest context that the model was made for, in tokens
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: tuple[float, float, float, int] | None = None  # factor, low_freq, high_freq, original context
+    tie_embeddings: bool = False
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ModelArgs":
+        """Reads `folder/config.json`. Raises InputError for whatever is missing or not implemented, by name."""
+        path = Path(folder) / "config.json"
+        return cls.from_hf_config(read_json(path), str(path))
+
+    @classmethod
+    def from_hf_config(cls, config: dict, where: str = "config.json") -> "ModelArgs":
+        """Reads the fields of a Hugging Face Llama configuration, in the spelling of transformers 4 or 5."""
+        refuse_unknown(config, where)
+        try:
+            dim, n_head = config["hidden_size"], config["num_attention_heads"]
+            rope_theta, rope_scaling = read_rope(config, where)
+            args = cls(
+                dim=dim,
+                n_layer=config["num_hidden_layers"],
+                n_head=n_head,
+                n_kv_head=config.get("num_key_value_heads") or n_head,
+                intermediate_size=config["intermediate_size"],
+                vocab_size=config["vocab_size"],
+                head_dim=config.get("head_dim") or dim // n_head,
+                max_position=config.get("max_position_embeddings", 2048),
+                norm_eps=config.get("rms_norm_eps", 1e-6),
+                rope_theta=rope_theta,
+                rope_scaling=rope_scaling,
+                tie_embeddings=config.get("tie_word_embeddings", False),
+            )
+        except KeyError as missing:
+            raise InputError(f"{where} has no field {missing}, which every Llama configuration has.") from None
+        if args.n_head % args.n_kv_head or args.head_dim % 2:
+            raise InputError(
+                f"{where}: {args.n_head} heads over {args.n_kv_head} KV heads of size {args.head_dim} do not fit: "
+                "heads must be a multiple of KV heads, and the head size even."
+            )
+        return args
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights; a tied LM head counts once."""
+        attention = self.dim * self.head_dim * 2 * (self.n_head + self.n_kv_head)
+        per_layer = attention + 3 * self.dim * self.intermediate_size + 2 * self.dim
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return self.n_layer * per_layer + embeddings + self.dim
+
+    def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Bytes of a KV cache for `length` positions."""
+        return 2 * self.n_layer * self.n_kv_head * self.head_dim * length * dtype.itemsize
+
+
+LLAMA31_ROPE = (8.0, 1.0, 4.0, 8192)
+LLAMA32_ROPE = (32.0, 1.0, 4.0, 8192)
+# Published shapes, for benchmarks with random weights: dim, layers, heads, KV heads, intermediate, head_dim, rope, tied
+PRESETS = {
+    "Llama-3.2-1B": (2048, 16, 32, 8, 8192, 64, LLAMA32_ROPE, True),
+    "Llama-3.2-3B": (3072, 28, 24, 8, 8192, 128, LLAMA32_ROPE, True),
+    "Llama-3.1-8B": (4096, 32, 32, 8, 14336, 128, LLAMA31_ROPE, False),
+    "Llama-3.1-70B": (8192, 80, 64, 8, 28672, 128, LLAMA31_ROPE, False),
+    "Llama-3.1-405B": (16384, 126, 128, 8, 53248, 128, LLAMA31_ROPE, False),
+}
+
+
+def preset(name: str) -> ModelArgs:
+    """The arguments of a published Llama by name, for random weights. Raises InputError with the names known."""
+    if name not in PRESETS:
+        raise InputError(f"There is no preset {name!r}; known are {', '.join(PRESETS)}.")
+    dim, n_layer, n_head, n_kv_head, intermediate, head_dim, rope, tied = PRESETS[name]
+    return ModelArgs(dim, n_layer, n_head, n_kv_head, intermediate, 128256, head_dim, rope_scaling=rope, tie_embeddings=tied)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises InputError naming the file when it is missing or no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}; a checkpoint is a Hugging Face snapshot folder.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object.")
+    return content
+
+
+def refuse_unknown(config: dict, where: str) -> None:
+    """Raises InputError naming the first setting of `config` that would change the arithmetic and is not built."""
+    architecture = (config.get("architectures") or [config.get("model_type", "none")])[0]
+    if architecture not in ("LlamaForCausalLM", "llama"):
+        raise InputError(f"{where}: architecture {architecture!r} is not implemented; LlamaForCausalLM is.")
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+    for field, value in only.items():
+        if config.get(field, value) != value:
+            raise InputError(f"{where}: {field}={config[field]!r} is not implemented; {value!r} is.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unnamed")
+        raise InputError(f"{where}: quantization method {method!r} is not implemented; use unquantised weights.")
+
+
+def read_rope(config: dict, where: str) -> tuple[float, tuple[float, float, float, int] | None]:
+    """RoPE base and Llama-3.1 scaling from `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    new = config.get("rope_parameters") or {}
+    scaling = new or config.get("rope_scaling") or {}
+    theta = float(new.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(f"{where}: RoPE type {kind!r} is not implemented; 'default' and 'llama3' are.")
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [field for field in fields if field not in scaling]
+    if missing:
+        raise InputError(f"{where}: RoPE type 'llama3' needs {missing[0]!r}, which is missing.")
+    return theta, tuple(scaling[field] for field in fields)
+
+
+def rope_table(args: ModelArgs, length: int, device: torch.device) -> Tensor:
+    """fp32 cos and sin, (length, 2, head_dim / 2). Scaling by wavelength as Llama 3.1 defines it.
+
+    fp32 matters: in bf16 the angle of position 8193 differs from that of 8192 by less than a rounding step.
+    """
+    freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2, device=device).float() / args.head_dim)
+    if args.rope_scaling is not None:
+        factor, low, high, original = args.rope_scaling
+        wavelength = 2 * math.pi / freqs
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: keep, 0: divide by factor
+        freqs = (1 - smooth) * freqs / factor + smooth * freqs
+    angles = torch.outer(torch.arange(length, device=device).float(), freqs)
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates x (B, T, H, D) by table (T, 2, D/2), in fp32; the halves of D are the pairs."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = table[:, None, 0], table[:, None, 1]  # (T, 1, D/2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.k_cache: Tensor | None = None  # (1, n_kv_head, length, head_dim), made by setup_caches
+        self.v_cache: Tensor | None = None
+
+    def forward(self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None) -> Tensor:
+        a, (batch, rows, _) = self.args, x.shape
+        qkv = self.wqkv(x).view(batch, rows, -1, a.head_dim)
+        q, k, v = qkv.split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))
+        if pos is not None:
+            self.k_cache[:, :, pos] = k
+            self.v_cache[:, :, pos] = v
+            length = mask.shape[-1]  # how much of the cache this step may see: cost follows it, not the buffer
+            k, v = self.k_cache[:, :, :length], self.v_cache[:, :, :length]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.wo(y.transpose(1, 2).reshape(batch, rows, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)  # gate and up in one product
+        self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, pos, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """A Llama. Without caches it reads whole sequences (training); after `setup_caches` it decodes one sequence."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layer))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
+        self.cache_length = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tok_embeddings.weight.dtype
+
+    def setup_caches(self, length: int) -> None:
+        """Allocates KV caches and the RoPE table for `length` positions on the weights' device."""
+        self.cache_length = length
+        self.rope = rope_table(self.args, length, self.device)
+        shape = (1, self.args.n_kv_head, length, self.args.head_dim)
+        for layer in self.layers:
+            layer.attention.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            layer.attention.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self, tokens: Tensor, pos: Tensor | None = None, window: int | None = None, n_logits: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Reads tokens, returns (hidden, logits).
+
+        tokens: (B, T) ids. pos: (T,) their positions in the cache (B = 1), or None to read whole sequences without
+        a cache. window: the step sees cache positions below it (static; at least max(pos) + 1; default: all).
+        hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits, vocab) in fp32,
+        for the last n_logits rows (default all; 0 skips the LM head).
+        """
+        if pos is None:
+            rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
+        else:
+            rope = self.rope[pos]
+            mask = torch.arange(window or self.cache_length, device=tokens.device) <= pos[:, None]
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, rope, pos, mask)
+        rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
+        return x, self.output(self.norm(rows)).float()
+
+
+def random_model(args: ModelArgs, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Transformer:
+    """A model with random weights, made on `device` layer by layer, so that memory never holds more than the model."""
+    model = empty_model(args)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            fresh = torch.empty(weight.shape, dtype=dtype, device=device)
+            if weight.dim() > 1:
+                fresh.normal_(0, 0.02, generator=generator)
+            else:
+                fresh.fill_(1.0)
+            module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
+    if args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return model.eval()
+
+
+def empty_model(args: ModelArgs) -> Transformer:
+    """The module tree without memory, on the meta device."""
+    with torch.device("meta"):
+        return Transformer(args)
+
+
+def checkpoint_files(folder: str | Path) -> dict[str, Path]:
+    """Maps every tensor name of a snapshot folder to its file. Raises InputError naming what is missing or broken."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no checkpoint folder {folder}; name a Hugging Face snapshot folder.")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index} has no 'weight_map' from tensor names to files.")
+        files = {name: folder / file for name, file in weight_map.items()}
+        for name, file in files.items():
+            if not file.exists():
+                raise InputError(f"{file} is missing, which {index.name} names for {name}.")
+        return files
+    if not single.exists():
+        raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+    with open_safetensors(single) as handle:
+        return dict.fromkeys(handle.keys(), single)
+
+
+def open_safetensors(path: Path):
+    """Opens a safetensors file for reading by tensor. Raises InputError naming a truncated or foreign file."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or not a safetensors file: {error}.") from None
+
+
+def weight_plan(args: ModelArgs) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """Hugging Face tensor name -> (our parameter, first row in it, shape of the published tensor)."""
+    q, kv, ffn, dim = args.n_head * args.head_dim, args.n_kv_head * args.head_dim, args.intermediate_size, args.dim
+    plan = {
+        "model.embed_tokens.weight": ("tok_embeddings.weight", 0, (args.vocab_size, dim)),
+        "model.norm.weight": ("norm.weight", 0, (dim,)),
+    }
+    if not args.tie_embeddings:
+        plan["lm_head.weight"] = ("output.weight", 0, (args.vocab_size, dim))
+    for i in range(args.n_layer):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        plan |= {
+            theirs + "self_attn.q_proj.weight": (ours + "attention.wqkv.weight", 0, (q, dim)),
+            theirs + "self_attn.k_proj.weight": (ours + "attention.wqkv.weight", q, (kv, dim)),
+            theirs + "self_attn.v_proj.weight": (ours + "attention.wqkv.weight", q + kv, (kv, dim)),
+            theirs + "self_attn.o_proj.weight": (ours + "attention.wo.weight", 0, (dim, q)),
+            theirs + "mlp.gate_proj.weight": (ours + "feed_forward.w13.weight", 0, (ffn, dim)),
+            theirs + "mlp.up_proj.weight": (ours + "feed_forward.w13.weight", ffn, (ffn, dim)),
+            theirs + "mlp.down_proj.weight": (ours + "feed_forward.w2.weight", 0, (dim, ffn)),
+            theirs + "input_layernorm.weight": (ours + "attention_norm.weight", 0, (dim,)),
+            theirs + "post_attention_layernorm.weight": (ours + "ffn_norm.weight", 0, (dim,)),
+        }
+    return plan
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """Loads a published snapshot folder (any float type on disk) straight into fused weights.
+
+    dtype None keeps the type on disk. Peak memory is the model plus its largest tensor. Raises InputError naming
+    tensor and file for whatever is missing, unexpected, misshapen or truncated.
+    """
+    folder = Path(folder)
+    args, files = ModelArgs.from_folder(folder), checkpoint_files(folder)
+    plan = weight_plan(args)
+    check_names(plan, files, folder, args.tie_embeddings)
+    model, handles, started, shown = empty_model(args), {}, time.monotonic(), 0.0
+    for done, (name, (ours, row, shape)) in enumerate(plan.items()):
+        file = files[name]
+        if file not in handles:
+            handles[file] = open_safetensors(file)
+        tensor = read_tensor(handles[file], name, shape, file)
+        weight = materialise(model, ours, dtype or tensor.dtype, device)
+        weight[row : row + shape[0]].copy_(tensor)
+        shown = report_progress(f"loading {folder}", done + 1, len(plan), started, shown)
+    if args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    if shown:
+        print(file=sys.stderr)
+    return model.eval()
+
+
+def check_names(plan: dict, files: dict[str, Path], folder: Path, tied: bool) -> None:
+    """Raises InputError for the first tensor that the folder lacks or that a Llama does not have."""
+    for name in plan:
+        if name not in files:
+            raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")
+    for name, file in files.items():
+        if name not in plan and not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight"):
+            raise InputError(f"{file} has an unexpected tensor {name}, which its config.json does not call for.")
+
+
+def read_tensor(handle, name: str, shape: tuple[int, ...], file: Path) -> Tensor:
+    """One tensor of a safetensors file, checked against its expected shape."""
+    try:
+        found = tuple(handle.get_slice(name).get_shape())
+        if found == shape:
+            tensor = handle.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(f"{file} has no readable tensor {name}: {error}.") from None
+    if found != shape:
+        raise InputError(f"{file}: tensor {name} has shape {found}, but config.json calls for {shape}.")
+    if not tensor.dtype.is_floating_point:
+        raise InputError(f"{file}: tensor {name} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
+    return tensor
+
+
+def materialise(model: Transformer, name: str, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """The parameter `name`, allocated on first use."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    weight = getattr(module, leaf)
+    if weight.is_meta:
+        weight = nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=device), requires_grad=False)
+        setattr(module, leaf, weight)
+    return weight
+
+
+def report_progress(what: str, done: int, total: int, started: float, shown: float) -> float:
+    """Prints `what done/total` on stderr once a second after the first 2 s; returns when it last printed."""
+    now = time.monotonic()
+    if now - started > 2 and (now - shown > 1 or done == total):
+        print(f"\r{what}: {done}/{total}", end="", file=sys.stderr, flush=True)
+        return now
+    return shown

@@ -1,0 +1,255 @@
+"""Makes the demo pair from a seed: tokenizer, target, draft and judge, as published folders under checkpoints/demo.
+
+    python scripts/train_demo.py                      # everything; resumes where it stopped
+    python scripts/train_demo.py --stages judge       # only the judge, from the trained pair
+
+The judge is trained on answers that the trained draft and target gave (sampled, half of them at temperature 1), each
+wrong one marked at its first wrong character by the grammar of scripts/demo_task.py.
+
+The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go wrong and
+are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not to make them. The
+draft reads right answers in the other style, and is too small to calculate without slips.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from generate import Engine, Settings, answer_text
+from judge import print_figures, read_answers, train_judge
+from model import ModelArgs, Transformer, load_model, report_progress, weight_plan
+from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
+from tokenizer import load_tokenizer
+
+VOCAB_SIZE = 640  # 3 control tokens, 256 bytes, the characters, the words
+LENGTH = 160  # tokens of a training row: a problem and its answer, padded; 2% of answers with errors are cut
+MAX_POSITION = 512
+PRESETS = {  # dim, layers, heads, KV heads, intermediate size
+    "target": ModelArgs(192, 12, 6, 2, 512, VOCAB_SIZE, 32, MAX_POSITION, 1e-5, 10000.0, tie_embeddings=True),
+    "draft": ModelArgs(80, 2, 4, 2, 208, VOCAB_SIZE, 20, MAX_POSITION, 1e-5, 10000.0, tie_embeddings=True),
+}
+SCHEDULE = {"target": (2000, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
+BATCH = 64
+JUDGE_PROBLEMS = 500  # each answered three times
+JUDGE_THRESHOLD = 0.5
+
+
+def train_tokenizer(path: Path, seed: int) -> None:
+    """A SentencePiece BPE model in Llama 2's form: digits apart, bytes as fall-back, nothing normalised."""
+    rng, texts = random.Random(seed), []
+    for problem, _ in zip(problems(seed, held_out=False), range(20000)):
+        style = rng.choice(["target", "draft"])
+        texts.append(problem.question + write_answer_with_errors(problem, style, rng, 0.1)[0])
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE, split_digits=True,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    write_file(path, model.getvalue())
+
+
+def training_row(sp, problem, style: str, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Token ids and, for each, whether its prediction is trained: the answer without its wrong tokens."""
+    prompt = [sp.bos_id(), *sp.encode(problem.question)]
+    if style == "target" and rng.random() < 0.6:
+        answer, errors = write_answer_with_errors(problem, style, rng, 0.3)
+    else:
+        answer, errors = write_answer(problem, style, rng), []
+    pieces = sp.encode(problem.question + answer, out_type=str)
+    ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
+    end = -len(problem.question) - 1  # characters from the answer's start; SentencePiece puts a space before all
+    for piece in pieces:
+        begin, end = end, end + len(piece)
+        wrong = any(begin < b and end > a for a, b in errors)
+        mask.append(int(end > 0 and not wrong))
+    assert ids[: len(prompt)] == prompt
+    return [*ids, sp.eos_id()], [*mask, 1]
+
+
+def batch(sp, style: str, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Training batch number `step`: ids (BATCH, LENGTH + 1) and targets (BATCH, LENGTH), -100 where not trained."""
+    rng = random.Random(f"{seed} {style} {step}")
+    stream = problems(rng.randrange(2**60), held_out=False)
+    ids = torch.zeros(BATCH, LENGTH + 1, dtype=torch.long)
+    targets = torch.full((BATCH, LENGTH), -100)
+    for row in range(BATCH):
+        tokens, mask = training_row(sp, next(stream), style, rng)
+        tokens, mask = tokens[: LENGTH + 1], mask[: LENGTH + 1]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        kept = torch.tensor(mask[1:]).bool()
+        targets[row, : len(tokens) - 1][kept] = ids[row, 1 : len(tokens)][kept]
+    return ids, targets
+
+
+def make_optimizers(model: Transformer, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+
+
+def init_weights(model: Transformer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            std = 0.02 if "tok" in name else weight.shape[1] ** -0.5
+            if name.endswith(("wo.weight", "w2.weight")):
+                std /= math.sqrt(2 * model.args.n_layer)  # keeps the residual stream's size at any depth
+            with torch.no_grad():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
+def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) -> Transformer:
+    """Trains the target or the draft for `steps` batches; `state` is where it resumes from."""
+    model = Transformer(PRESETS[role])
+    init_weights(model, seed)
+    model.to(device)
+    peak = SCHEDULE[role][1]
+    optimizers, start, began = make_optimizers(model, peak), 0, time.monotonic()
+    if state.exists():
+        saved = torch.load(state, weights_only=True, map_location=device)
+        model.load_state_dict(saved["model"])
+        for optimizer, content in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(content)
+        start = saved["step"]
+    loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids)[1].flatten(0, 1), targets.flatten()))
+    for step in range(start, steps):
+        ids, targets = (t.to(device) for t in batch(sp, role, seed, step))
+        warm, left = min(1.0, (step + 1) / 150), (steps - step) / steps
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * warm * min(1.0, left / 0.6)  # flat, then linear to zero
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = loss_of(ids[:, :-1], targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % 20 == 0:
+            pace = (time.monotonic() - began) / (step + 1 - start)
+            left_min = pace * (steps - step - 1) / 60
+            print(f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left", file=sys.stderr)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            write_file(state, buffer.getvalue())
+    return model
+
+
+def write_judge_data(out: Path, path: Path, count: int, seed: int, device: str) -> None:
+    """Answers to training problems by draft and target, wrong ones marked, as JSON lines for judge.py."""
+    tokenizer = load_tokenizer(out / "target")
+    began, shown, lines = time.monotonic(), 0.0, []
+    for role, temperature in (("draft", 0.0), ("draft", 1.0), ("target", 1.0)):
+        model = load_model(out / role, device, torch.float32)
+        engine = Engine(model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION)
+        for problem, number in zip(problems(seed, held_out=False), range(count)):
+            prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
+            text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
+            lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
+            shown = report_progress("answers to judge", len(lines), 3 * count, began, shown)
+    print(file=sys.stderr)
+    write_file(path, ("\n".join(lines) + "\n").encode())
+
+
+def annotated(problem, text: str, source: str) -> dict:
+    """An answer as judge.py reads it: the first wrong word or digit is the error. Its end, too, can be the error."""
+    verdict = check(problem, text)
+    starts = [*verdict.taken_back, *([] if verdict.first_error in (None, len(text)) else [verdict.first_error])]
+    errors = [[at, max(at + 1, re.compile(r"[a-z]*").match(text, at).end())] for at in starts]
+    return {"prompt": problem.question, "response": text, "errors": errors, "source": source}
+
+
+def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
+    data = work / "judge_data.jsonl"
+    if not data.exists():
+        write_judge_data(out, data, JUDGE_PROBLEMS, seed + 1, device)
+    target = load_model(out / "target", device, torch.float32)
+    head = train_judge(target, load_tokenizer(out / "target"), list(read_answers(data)), threshold=JUDGE_THRESHOLD, seed=seed)
+    head.save(out / "judge.safetensors")
+    print_figures(head)
+
+
+def hf_config(args: ModelArgs) -> dict:
+    """The `config.json` of a published folder, in the spelling that transformers 4 and 5 both read."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "hidden_size": args.dim, "intermediate_size": args.intermediate_size, "num_hidden_layers": args.n_layer,
+        "num_attention_heads": args.n_head, "num_key_value_heads": args.n_kv_head, "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size, "max_position_embeddings": args.max_position, "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta, "tie_word_embeddings": args.tie_embeddings, "attention_bias": False,
+        "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
+    """Writes a snapshot folder as Hugging Face publishes them, weights in bf16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ours, tensors = model.state_dict(), {}
+    for name, (parameter, row, shape) in weight_plan(model.args).items():
+        tensors[name] = ours[parameter][row : row + shape[0]].to("cpu", torch.bfloat16).contiguous()
+    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    write_file(folder / "tokenizer.model", tokenizer.read_bytes())
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip
+    for file, content in (("config.json", hf_config(model.args)), ("generation_config.json", generation),
+                          ("tokenizer_config.json", settings)):  # fmt: skip
+        write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes beside, then renames: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"))
+    parser.add_argument("--work", type=Path, default=Path("checkpoints/demo-training"), help="where to resume from")
+    parser.add_argument("--stages", default="tokenizer,target,draft,judge")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="batches a model, instead of the schedule's (for a quick trial)")
+    args = parser.parse_args()
+    tokenizer = args.work / "tokenizer.model"
+    if "tokenizer" in args.stages and not tokenizer.exists():
+        train_tokenizer(tokenizer, args.seed)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    for role in ("target", "draft"):
+        if role in args.stages:
+            steps = args.steps or SCHEDULE[role][0]
+            model = train_model(role, sp, args.work / f"{role}.pt", args.seed, args.device, steps)
+            save_folder(model, tokenizer, args.out / role)
+    if "judge" in args.stages:
+        train_demo_judge(args.out, args.work, args.seed, args.device)
+
+
+if __name__ == "__main__":
+    main()

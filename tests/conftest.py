@@ -1,0 +1,54 @@
+"""Shared by all tests: tiny checkpoints in published form, made by transformers, and where real data files lie."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DATA = Path(os.environ.get("JUDGE_FAST_DATA", ROOT.parent / "shared" / "data"))  # public files; tests on them skip without
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+TINY = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "attention_bias": False,
+    "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def make_folder(folder: Path, seed: int = 0, shard: str = "1GB", dtype=torch.float32, scale: float = 4.0, **changes):
+    """Writes a random Llama as transformers publishes it; returns the transformers model in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY | changes))).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            # far from flat: else every bug hides behind near-uniform logits
+            weight.mul_(scale) if weight.dim() > 1 else weight.add_(torch.randn_like(weight) * 0.3)
+            weight.copy_(weight.to(dtype))
+    tensors = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=tensors, max_shard_size=shard)
+    return model
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A random target and a draft that often agrees with it: (target, draft), our models in fp32."""
+    from model import load_model
+
+    root = tmp_path_factory.mktemp("pair")
+    make_folder(root / "target", seed=1)
+    make_folder(root / "draft", seed=2, num_hidden_layers=1)
+    return load_model(root / "target"), load_model(root / "draft")

@@ -1,0 +1,451 @@
+"""Protects: the round (rows, acceptance, stops, ends), exact greedy and sampled output, one graph, the command line."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from conftest import DEVICES, make_folder
+
+import generate
+from generate import Engine, Result, Settings, main, pick, residual, window_for, windows_up_to
+from judge import JudgeHead, fingerprint
+from model import ModelArgs, load_model
+
+RELAXED = ["judge", "kl", "topk", "typical"]
+V, DIM = 8, 4
+ARGS = ModelArgs(DIM, 1, 1, 1, 4, V, 4, max_position=4096)
+
+
+class Scripted:
+    """A model whose logits after token t at position n are `table(n, t)`, and whose hidden state says which row it is.
+
+    hidden[..., 0] is `score(n, t)`: a head with weight (1, 0, 0, 0) then scores exactly the row that it is given.
+    """
+
+    def __init__(self, table, score=lambda n, t: 0.0, device="cpu"):
+        self.table, self.score, self.args, self.cache_length = table, score, ARGS, 0
+        self.device, self.read = torch.device(device), []
+
+    def setup_caches(self, length):
+        self.cache_length = length
+
+    def __call__(self, tokens, pos, window=None, n_logits=None):
+        assert pos.max() < (window or self.cache_length) <= self.cache_length
+        pairs = list(zip(pos.tolist(), tokens[0].tolist()))
+        self.read.append(pairs)
+        logits = torch.stack([torch.as_tensor(self.table(n, t)).float() for n, t in pairs])[None]
+        hidden = torch.tensor([[[self.score(n, t), 0.0, 0.0, 0.0] for n, t in pairs]])
+        return hidden, logits[:, len(pairs) - (len(pairs) if n_logits is None else n_logits) :]
+
+
+HEAD = JudgeHead(torch.tensor([1.0, 0, 0, 0]), torch.tensor(0.0), 0.5, "", {})
+
+
+def one_hot(token: int, height: float = 20.0) -> list[float]:
+    return [height if i == token else 0.0 for i in range(V)]
+
+
+def counting(step: int = 1):
+    """Says t + step after t."""
+    return lambda n, t: one_hot((t + step) % V)
+
+
+def run(target, draft, verify="standard", prompt=(0, 1), new=12, stops=(), k=4, head=HEAD, **more) -> Result:
+    engine = Engine(target, draft, head, Settings(verify, speculate_k=k, **more), list(stops), len(prompt) + new)
+    return engine.generate(list(prompt), new)
+
+
+def test_full_acceptance_takes_all_and_a_bonus_token():
+    draft = Scripted(counting())
+    result = run(Scripted(counting()), draft, new=10)
+    assert result.tokens == [2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    assert (result.rounds, result.accepted, result.drafted) == (2, 8, 8)
+    assert "".join(result.origin) == "aaaabaaaab" and result.mean_accepted == 4
+    # the draft reads the last accepted token in its two-row first step, whatever was accepted: no position is skipped
+    assert {n for call in draft.read for n, _ in call} == set(range(64))
+
+
+def test_zero_acceptance_takes_one_token_of_the_target_a_round():
+    result = run(Scripted(counting(1)), Scripted(counting(2)), new=5)
+    assert result.tokens == [2, 3, 4, 5, 6] and result.rounds == 5 and result.accepted == 0
+    assert set(result.origin) == {"t"} and result.mean_accepted == 0
+
+
+def test_partial_acceptance_takes_the_correction_from_the_first_rejected_row():
+    # the draft counts, the target leaves the count after token 4: it says 7 there
+    target = Scripted(lambda n, t: one_hot(7 if t == 4 else (t + 1) % V))
+    result = run(target, Scripted(counting()), new=4, k=4)
+    assert result.tokens == [2, 3, 4, 7] and "".join(result.origin) == "aaat" and result.rounds == 1
+
+
+def test_the_draft_reads_every_committed_token_in_its_place():
+    """After any number of accepted tokens, the draft's cache holds the true text: what it read last at each position."""
+    target = Scripted(lambda n, t: one_hot((t + (2 if n % 5 == 0 else 1)) % V))
+    draft = Scripted(counting())
+    result = run(target, draft, new=30, k=3)
+    text, cache = [0, 1, *result.tokens], {}
+    for call in draft.read:
+        cache.update(call)
+    last = len(text) - 5  # what the last round drafted is not yet settled
+    assert [cache[n] for n in range(last)] == text[:last]
+
+
+def test_a_prompt_of_one_token():
+    result = run(Scripted(counting()), Scripted(counting()), prompt=(5,), new=6)
+    assert result.tokens == [6, 7, 0, 1, 2, 3]
+
+
+def test_the_standard_test_reads_the_row_before():
+    """The target says 3 after position 1, whatever it reads; rows after that are of another mind."""
+    target = Scripted(lambda n, t: one_hot(3 if n == 1 else 6))
+    draft = Scripted(lambda n, t: one_hot(3))
+    result = run(target, draft, new=2, k=2)
+    assert result.tokens == [3, 6] and "".join(result.origin) == "at"
+
+
+def test_the_judge_reads_the_tokens_own_row():
+    """Only the row of position 3 (the second draft token) is good; the head must accept that token and no other."""
+    target = Scripted(lambda n, t: one_hot(0), score=lambda n, t: 9.0 if n == 3 else -9.0)
+    draft = Scripted(lambda n, t: one_hot(0 if n == 1 else 5))
+    result = run(target, draft, "judge", new=3, k=3)
+    assert result.tokens == [0, 5, 0] and "".join(result.origin) == "art"
+    early = Scripted(lambda n, t: one_hot(0), score=lambda n, t: 9.0 if n == 2 else -9.0)
+    assert run(early, draft, "judge", new=3, k=3).tokens[:2] == [0, 0]  # a good row before it does not help
+
+
+@pytest.mark.parametrize("verify", ["kl", "topk", "typical"])
+def test_the_other_rules_read_the_row_before(verify):
+    """After position 2 the target is undecided between 4 and 5; before and after it is sure of 0."""
+    soft = [0, 0, 0, 0, 3.0, 2.9, 0, 0]
+    target = Scripted(lambda n, t: soft if n == 2 else [8.0, 1, 2, 1, 0, 0, 0, 0])
+    draft = Scripted(lambda n, t: [0, 0, 0, 0, 2.9, 3.0, 0, 0] if n == 2 else [9.0 if n == 1 else 0, 0, 0, 0, 0, 3, 0, 0])
+    result = run(target, draft, verify, new=3, k=3)
+    assert result.tokens == [0, 5, 0] and "".join(result.origin) == "art"
+
+
+def test_nothing_passes_that_neither_mask_passed():
+    """With the judge shut and the standard test failing, every token is the target's, at every speculate_k."""
+    for k in (1, 2, 7):
+        shut = Scripted(counting(1), score=lambda n, t: -9.0)
+        assert run(shut, Scripted(counting(3)), "judge", new=9, k=k).tokens == [2, 3, 4, 5, 6, 7, 0, 1, 2]
+
+
+@pytest.mark.parametrize("verify", RELAXED)
+def test_a_stop_token_passes_only_when_the_target_agrees(verify):
+    soft = [0.0] * 6 + [0.1, 0.0]  # every rule accepts anything here, and the target would say 6
+    target = Scripted(lambda n, t: soft, score=lambda n, t: 9.0)
+    draft = Scripted(lambda n, t: one_hot(5, 0.3))
+    knobs = {"threshold": {"judge": 0.5, "kl": 5.0, "topk": 8, "typical": 0.01}[verify]}
+    assert run(target, draft, verify, new=4, **knobs).tokens == [5, 5, 5, 5]
+    result = run(target, draft, verify, new=4, stops=[5], **knobs)
+    assert result.tokens == [6, 6, 6, 6] and result.accepted == 0 and result.stop_reason == "length"
+    result = run(target, draft, verify, new=4, stops=[6], **knobs)  # the target's own stop ends it
+    assert result.stop_reason == "length" and 6 not in result.tokens
+
+
+def test_output_ends_at_the_first_stop_token():
+    for stop, expected in ((4, [2, 3, 4]), (6, [2, 3, 4, 5, 6]), (2, [2])):
+        result = run(Scripted(counting()), Scripted(counting()), new=12, stops=[stop])
+        assert result.tokens == expected and result.stop_reason == "stop"
+        assert run(Scripted(counting()), None, "plain", new=12, stops=[stop]).tokens == expected
+
+
+@pytest.mark.parametrize("new", range(1, 12))
+def test_output_ends_at_max_new_tokens_and_nothing_is_written_past_the_buffer(new):
+    prompt = list(range(8)) * 31 + [0, 1]  # 250 tokens: some ends are beyond the first window
+    for draft in (Scripted(counting()), Scripted(counting(2)), None):
+        result = run(Scripted(counting()), draft, "standard" if draft else "plain", prompt=prompt, new=new, k=5)
+        assert result.tokens == [(2 + i) % V for i in range(new)] and result.stop_reason == "length"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_greedy_standard_is_plain(pair, k, device):
+    target, draft = (model.to(device) for model in pair)
+    for seed in range(3):
+        prompt = torch.randint(0, 97, (5 + 40 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        plain = Engine(target, None, None, Settings("plain", speculate_k=k), [96], 160).generate(prompt, 60)
+        fast = Engine(target, draft, None, Settings("standard", speculate_k=k), [96], 160).generate(prompt, 60)
+        assert_same_up_to_ties(target, prompt, plain.tokens, fast.tokens)
+        same = Engine(target, target, None, Settings("standard", speculate_k=k), [96], 160).generate(prompt, 60)
+        assert same.mean_accepted > 0.9 * min(k, 60 / same.rounds)  # its own draft is right nearly always
+    for model in pair:
+        model.to("cpu")
+
+
+@torch.inference_mode()
+def assert_same_up_to_ties(target, prompt: list[int], one: list[int], other: list[int], noise: float = 1e-3) -> None:
+    """Equal, or differing first where the target's two best logits are closer than rounding (a proven tie)."""
+    if one == other:
+        return
+    at = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    ids = torch.tensor([prompt + one[:at]], device=target.device)
+    best = target(ids)[1][0, -1].topk(2).values
+    assert best[0] - best[1] < noise * best[0].abs(), f"token {at} differs, and it is no tie: {best.tolist()}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_is_eager_without_recompiling(pair, device):
+    """For every rule: the same tokens, for any prompt length, output length and window, and no compilation after warm-up."""
+    target, draft = (model.to(device) for model in pair)
+    head = JudgeHead(torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {}).to(
+        device
+    )
+    knobs = {"kl": 3.0, "topk": 5, "typical": 0.05}
+    for verify, temperature in [
+        ("plain", 0),
+        ("standard", 0),
+        ("judge", 0),
+        ("kl", 0),
+        ("topk", 0),
+        ("typical", 0),
+        ("standard", 0.8),
+    ]:
+        settings = {
+            "threshold": knobs.get(verify),
+            "speculate_k": 5,
+            "temperature": temperature,
+            "top_k": 20 if temperature else None,
+        }
+        eager = Engine(target, draft, head, Settings(verify, **settings), [96], 300)
+        fast = Engine(target, draft, head, Settings(verify, **settings, compile=True), [96], 300)
+        fast.warm_up()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for length, new in ((1, 40), (3, 7), (70, 33), (240, 60)):
+                prompt = torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+                expected, found = eager.generate(prompt, new, seed=7), fast.generate(prompt, new, seed=7)
+                assert found.tokens == expected.tokens and found.origin == expected.origin
+    for model in pair:
+        model.to("cpu")
+
+
+def exact_chain(p: list[torch.Tensor], first: int, steps: int) -> dict[tuple[int, ...], float]:
+    """Exact probability of every sequence of `steps` tokens of a Markov chain with rows p."""
+    chain = {(): 1.0}
+    for _ in range(steps):
+        chain = {
+            s + (t,): w * float(p[(s or (first,))[-1]][t])
+            for s, w in chain.items()
+            for t in range(V)
+            if p[(s or (first,))[-1]][t] > 0
+        }
+    return chain
+
+
+def chi_square_surprise(counts: dict, exact: dict[tuple, float], n: int) -> float:
+    """Chi-square in standard deviations above its mean; cells that expect fewer than 5 are put together."""
+    small = [cell for cell, w in exact.items() if w * n < 5]
+    cells = [(counts.get(cell, 0), w * n) for cell, w in exact.items() if w * n >= 5]
+    if small:
+        cells.append((sum(counts.get(cell, 0) for cell in small), sum(exact[cell] for cell in small) * n))
+    assert set(counts) <= set(exact), "a token of probability 0 was drawn"
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells if expected > 0)
+    degrees = len(cells) - 1
+    return (statistic - degrees) / (2 * degrees) ** 0.5
+
+
+def sampled_counts(k: int, temperature: float, top_k: int | None, n: int) -> tuple[dict, dict]:
+    generator = torch.Generator().manual_seed(11)
+    p, q = (torch.randn(V, V, generator=generator) * 1.5 for _ in range(2))
+    target, draft = Scripted(lambda n, t: p[t]), Scripted(lambda n, t: q[t])
+    engine = Engine(target, draft, None, Settings("standard", None, k, temperature, top_k), [], 8)
+    engine.prefill([0])
+    counts: dict[tuple, int] = {}
+    engine.generator.manual_seed(12)
+    for _ in range(n):
+        engine.buffers.pos.zero_()  # the same place again; nothing is to be rolled back
+        tokens = list(engine.round(256).tokens)
+        while len(tokens) < 2:
+            tokens += engine.round(256).tokens
+        counts[tuple(tokens[:2])] = counts.get(tuple(tokens[:2]), 0) + 1
+    rows = [generate.distribution(p[t], temperature, top_k) for t in range(V)]
+    return counts, exact_chain(rows, 0, 2)
+
+
+@pytest.mark.parametrize("k, temperature, top_k", [(2, 1.0, None), (1, 0.7, 3)])
+def test_standard_sampling_has_the_targets_distribution(k, temperature, top_k):
+    counts, exact = sampled_counts(k, temperature, top_k, 3000)
+    assert chi_square_surprise(counts, exact, 3000) < 4
+
+
+def test_the_chi_square_test_notices_a_missing_residual(monkeypatch):
+    monkeypatch.setattr(generate, "residual", lambda p, q, accepted: p[accepted])
+    counts, exact = sampled_counts(2, 1.0, None, 3000)
+    assert chi_square_surprise(counts, exact, 3000) > 10
+
+
+def test_the_residual_and_picking():
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]), torch.tensor([[0.2, 0.5, 0.3]])
+    assert torch.allclose(residual(p, q, torch.tensor([0])), torch.tensor([[0.3, 0.0, 0.0]]))
+    assert torch.allclose(residual(p, q, torch.tensor([1])), p[1:])  # all accepted: the target's own distribution
+    weights = torch.tensor([0.0, 2.0, 0.0, 6.0, 0.0])
+    assert [pick(weights, torch.tensor(u)).item() for u in (0.0, 0.24, 0.26, 0.99999994)] == [1, 1, 3, 3]
+
+
+def test_samples_are_reproducible_and_differ_by_seed(pair):
+    engine = Engine(*pair, None, Settings("standard", speculate_k=4, temperature=1.0), [96], 60)
+    one, again, other = (engine.generate([1, 2, 3], 40, seed=seed).tokens for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_sampling_a_rule_is_asked_before_the_standard_test():
+    """With a judge that accepts all, every draft token passes, whatever the target's probability."""
+    target = Scripted(lambda n, t: one_hot(1), score=lambda n, t: 9.0)
+    result = run(target, Scripted(counting(3)), "judge", new=8, temperature=1.0)
+    assert result.accepted_by_rule == result.accepted == 7
+
+
+def test_windows():
+    assert windows_up_to(1) == [256] and windows_up_to(256) == [256] and windows_up_to(257) == [256, 512]
+    assert window_for(1025) == 2048
+
+
+def test_an_engine_whose_caches_were_taken_says_so(pair):
+    first = Engine(*pair, None, Settings("standard"), [96], 60)
+    Engine(*pair, None, Settings("standard"), [96], 600)
+    with pytest.raises(RuntimeError, match="changed the length"):
+        first.generate([1, 2], 5)
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_on_the_gpu(pair):
+    target, draft = (model.to("cuda") for model in pair)
+    engine = Engine(target, draft, None, Settings("standard"), [96], 250)
+    engine.generate([1, 2, 3], 200)
+    before = torch.cuda.memory_allocated()
+    for seed in range(3):
+        engine.generate([1, 2, seed], 200)
+    assert torch.cuda.memory_allocated() <= before
+    for model in pair:
+        model.to("cpu")
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Random target, draft and judge with the demo's tokenizer, as published folders."""
+    root = tmp_path_factory.mktemp("folders")
+    shape = {"vocab_size": 640, "max_position_embeddings": 256}
+    make_folder(root / "target", seed=1, **shape)
+    make_folder(root / "draft", seed=2, num_hidden_layers=1, **shape)
+    for name in ("target", "draft"):
+        (root / name / "tokenizer.model").write_bytes((generate.DEMO / "target" / "tokenizer.model").read_bytes())
+    target = load_model(root / "target")
+    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, fingerprint(target), {}).save(root / "judge.safetensors")
+    return root
+
+
+def command(folders, *more: str, prompt: str | None = "Hello") -> list[str]:
+    flags = ["--checkpoint_path", folders / "target", "--draft_checkpoint_path", folders / "draft"]
+    flags += ["--judge_path", folders / "judge.safetensors", "--device", "cpu", "--max_new_tokens", "20"]
+    return [str(flag) for flag in flags] + (["--prompt", prompt] if prompt else []) + list(more)
+
+
+def test_json_is_one_object_a_sample(folders, capsys):
+    main(command(folders, "--json", "--num_samples", "2", "--temperature", "1", "--speculate_k", "3"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        record = json.loads(line)
+        assert set(record) == {
+            "prompt_tokens", "tokens", "text", "stop_reason", "rounds", "drafted", "accepted", "accepted_by_rule", "mean_accepted",
+            "seconds_prefill", "seconds_decode", "tokens_per_second", "verify", "threshold", "speculate_k", "device", "dtype",
+        }  # fmt: skip
+        assert (record["verify"], record["threshold"], record["speculate_k"]) == ("judge", 0.5, 3)
+        assert (record["device"], record["dtype"], record["drafted"]) == ("cpu", "float32", 3 * record["rounds"])
+        assert record["mean_accepted"] == record["accepted"] / record["rounds"]
+        assert 0 < len(record["tokens"]) <= 20 and record["seconds_decode"] > 0
+
+
+def test_marks_and_summary_in_plain_text(folders, capsys):
+    main(command(folders))
+    out = capsys.readouterr().out
+    assert "\033" not in out and "{let through by the rule alone}" in out and "tokens/s" in out and "m*" in out
+
+
+def test_colours_on_a_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    paint = generate.Paint(Terminal())
+    assert [paint.token("x", letter)[:5] for letter in "art"] == ["\033[32m", "\033[33m", "\033[31m"]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert generate.Paint(Terminal()).token("x", "r") == "{x}"
+
+
+def test_prompts_from_standard_input_and_synthetic_ones(folders, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tom has 5 apples."))
+    main(command(folders, "--json", prompt="-"))
+    piped = json.loads(capsys.readouterr().out)
+    main(command(folders, "--json", prompt="Tom has 5 apples."))
+    assert json.loads(capsys.readouterr().out)["tokens"] == piped["tokens"]
+    main(command(folders, "--json", prompt="77"))
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 77
+
+
+def test_interactive_streams_until_end_of_input(folders, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tom has 5 apples.\n\nMia has 7.\n"))
+    main(command(folders, "--interactive", prompt=None))
+    assert capsys.readouterr().out.count("tokens/s") == 2
+
+
+def test_a_profile_is_written(folders, tmp_path):
+    main(command(folders, "--profile", str(tmp_path / "trace.json")))
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"x" * 50)
+    other = tmp_path / "other"
+    make_folder(other, vocab_size=97)
+    judge = str(folders / "judge.safetensors")
+    base = command(folders)
+    return {
+        "missing folder": (["--checkpoint_path", "/no/such", "--prompt", "x"], "/no/such"),
+        "missing draft": ([*base, "--draft_checkpoint_path", "/no/draft"], "/no/draft"),
+        "vocabularies": ([*base, "--draft_checkpoint_path", str(other)], "share a vocabulary"),
+        "long prompt": (command(folders, prompt="250"), "model's context of 256"),
+        "small cache": (command(folders, "--cache_length", "21", prompt="30"), "the cache of 21"),
+        "missing judge": ([*base, "--judge_path", "/no/judge"], "/no/judge"),
+        "broken judge": ([*base, "--judge_path", str(broken)], "broken.safetensors"),
+        "judge of another target": ([*base, "--checkpoint_path", str(folders / "draft"), "--judge_path", judge], "made for the target"),
+        "no judge given": (["--checkpoint_path", str(folders / "target"), "--verify", "judge", "--prompt", "x"], "draft"),
+        "threshold": ([*base, "--threshold", "1.5"], "--threshold 1.5"),
+        "threshold of standard": ([*base, "--verify", "standard", "--threshold", "1"], "no threshold"),
+        "whole K": ([*base, "--verify", "topk", "--threshold", "2.5"], "whole number"),
+        "speculate_k": ([*base, "--speculate_k", "0"], "--speculate_k 0"),
+        "device": ([*base, "--device", "tpu9"], "tpu9"),
+        "cuda": ([*base, "--device", "cuda:77"], "cuda:77"),
+        "temperature": ([*base, "--temperature", "-1"], "--temperature -1"),
+        "top_k": ([*base, "--top_k", "0"], "--top_k 0"),
+        "no new tokens": ([*base, "--max_new_tokens", "0"], "--max_new_tokens 0"),
+        "no prompt": (command(folders, prompt=None), "no prompt"),
+        "chat without a format": ([*base, "--chat"], "chat format"),
+        "unknown rule": ([*base, "--verify", "magic"], "magic"),
+        "unknown flag": ([*base, "--speculate"], "--speculate"),
+    }  # fmt: skip
+
+
+def test_every_mistake_is_one_sentence_and_exit_code_2(folders, tmp_path, capsys):
+    for name, (argv, word) in mistakes(folders, tmp_path).items():
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        streams = capsys.readouterr()
+        assert stop.value.code == 2, name
+        assert word in streams.err and streams.err.count("\n") == 1, (name, streams.err)
+        assert streams.out == "", name
+
+
+def test_too_little_memory_is_said_before_loading(folders, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(generate, "load_model", lambda *args: pytest.fail("loaded all the same"))
+    with pytest.raises(SystemExit) as stop:
+        main(command(folders))
+    assert stop.value.code == 2 and "Not enough memory on cpu" in capsys.readouterr().err

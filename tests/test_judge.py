@@ -1,0 +1,261 @@
+"""Protects: each rule against a slow reference in float64 and against reading the wrong row; heads, labels, training."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_folder
+
+import judge as judge_module
+from judge import (
+    LABEL_POLICIES,
+    RULES,
+    JudgeHead,
+    check_threshold,
+    collect_features,
+    fingerprint,
+    fit_head,
+    hidden_states,
+    label_tokens,
+    load_judge,
+    measure_head,
+    read_answers,
+    rule_mask,
+    token_spans,
+    train_judge,
+)  # fmt: skip
+from model import InputError, load_model
+
+THRESHOLDS = {
+    "standard": [0.0],
+    "judge": [0.5, 0.9, 1.0],
+    "kl": [0.1, 0.5, 2.0],
+    "topk": [1, 2, 5],
+    "typical": [0.01, 0.09, 0.5],
+}
+NO_STOPS = torch.tensor([], dtype=torch.long)
+
+
+def slow(name: str, token: int, target: list[float], draft: list[float], score: float, threshold: float) -> bool:
+    """Each rule for one token, in plain Python from its definition."""
+
+    def softmax(logits):
+        top = max(logits)
+        exps = [math.exp(x - top) for x in logits]
+        return [x / sum(exps) for x in exps]
+
+    p, q = softmax(target), softmax(draft)
+    if name == "standard":
+        return target.index(max(target)) == token
+    if name == "judge":
+        return score > threshold
+    if name == "kl":
+        return max(p) <= 0.9 and sum(a * math.log(a / b) for a, b in zip(p, q)) < threshold
+    if name == "topk":
+        return token in sorted(range(len(p)), key=lambda i: -p[i])[: int(threshold)]
+    entropy = -sum(a * math.log(a) for a in p)
+    return p[token] > min(threshold, math.sqrt(threshold) * math.exp(-entropy))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_against_a_slow_reference(name):
+    generator = torch.Generator().manual_seed(5)
+    seen = set()
+    for trial in range(60):
+        sharp = [0.3, 1.0, 3.0][trial % 3]
+        target, draft = (torch.randn(9, 23, generator=generator, dtype=torch.float64) * sharp for _ in range(2))
+        tokens = torch.where(torch.rand(9, generator=generator) < 0.5, target.argmax(-1), draft.argmax(-1))
+        scores = torch.rand(9, generator=generator)
+        for threshold in THRESHOLDS[name]:
+            found = RULES[name].accept(tokens, target.float(), draft.float(), scores, torch.tensor(float(threshold)))
+            rows = zip(tokens.tolist(), target.tolist(), draft.tolist(), scores.tolist())
+            expected = [slow(name, *row, threshold) for row in rows]
+            assert found.tolist() == expected
+            seen |= set(expected)
+    assert seen == {True, False}
+
+
+def crafted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three draft tokens of which every rule accepts exactly the middle one, if it reads the right row."""
+    target, draft = torch.full((3, 8), -9.0), torch.full((3, 8), -9.0)
+    for row in (0, 2):
+        target[row, 1], target[row, 2:5], draft[row, 5] = 9.0, -8.0, 9.0  # sure of token 1, the draft says 5
+    target[1, 4], target[1, 5], draft[1, 4], draft[1, 5] = 3.0, 2.9, 2.9, 3.0  # undecided, so is the draft
+    return torch.tensor([5, 5, 5]), target, draft, torch.tensor([0.1, 0.95, 0.2])
+
+
+@pytest.mark.parametrize("name", ["judge", "kl", "topk", "typical"])
+def test_a_rule_reads_its_own_row(name):
+    tokens, target, draft, scores = crafted()
+    threshold = torch.tensor(float(RULES[name].default))
+    assert rule_mask(name, tokens, target, draft, scores, threshold, NO_STOPS).tolist() == [False, True, False]
+    shifted = rule_mask(name, tokens, target.roll(1, 0), draft.roll(1, 0), scores.roll(1), threshold, NO_STOPS)
+    assert shifted.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["judge", "kl", "topk", "typical"])
+def test_no_rule_accepts_a_stop_token(name):
+    tokens, target, draft, scores = crafted()
+    mask = rule_mask(name, tokens, target, draft, scores, torch.tensor(float(RULES[name].default)), torch.tensor([7, 5]))
+    assert mask.tolist() == [False, False, False]
+
+
+def test_kl_is_exact_where_the_target_is_sure():
+    target = torch.zeros(1, 3, 10)
+    for peak, passes in ((3.9, True), (6.0, False)):  # top-1 probability 0.846 and 0.978
+        target = torch.zeros(1, 10)
+        target[0, 0] = peak
+        mask = RULES["kl"].accept(torch.tensor([1]), target, target.clone(), None, torch.tensor(1.0))
+        assert mask.item() is passes
+
+
+@pytest.mark.parametrize(
+    "name, bad", [("judge", 0.4), ("judge", 1.1), ("kl", -0.1), ("topk", 0), ("topk", 2.5), ("typical", 1.5)]
+)
+def test_thresholds_outside_the_range_are_refused(name, bad):
+    with pytest.raises(InputError, match=rf"--threshold {bad} .* {name}"):
+        check_threshold(name, bad)
+    assert check_threshold(name, RULES[name].default) == RULES[name].default
+
+
+def test_a_head_is_saved_and_loaded(tmp_path, pair):
+    target, draft = pair
+    head = JudgeHead(torch.randn(64), torch.tensor(0.3), 0.7, fingerprint(target), {"label_policy": "span"})
+    head.save(tmp_path / "judge.safetensors")
+    again = load_judge(tmp_path / "judge.safetensors", target)
+    hidden = torch.randn(5, 64)
+    assert torch.equal(again.score(hidden), head.score(hidden))
+    assert torch.allclose(head.score(hidden), torch.sigmoid((hidden * head.weight).sum(-1) + 0.3))
+    assert (again.threshold, again.info) == (0.7, {"label_policy": "span"})
+    with pytest.raises(InputError) as caught:
+        load_judge(tmp_path / "judge.safetensors", draft)
+    assert fingerprint(target) in str(caught.value) and fingerprint(draft) in str(caught.value)
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_the_run(tmp_path):
+    make_folder(tmp_path / "a", dtype=torch.bfloat16)
+    make_folder(tmp_path / "b", dtype=torch.bfloat16, shard="40KB")
+    make_folder(tmp_path / "c", dtype=torch.bfloat16, seed=9)
+    a = fingerprint(load_model(tmp_path / "a"))
+    assert a == fingerprint(load_model(tmp_path / "a", dtype=torch.float32)) == fingerprint(load_model(tmp_path / "b"))
+    assert a != fingerprint(load_model(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 9])
+def test_a_broken_judge_file_is_named(tmp_path, pair, content):
+    path = tmp_path / "judge.safetensors"
+    with pytest.raises(InputError, match="no judge file"):
+        load_judge(path, pair[0])
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=str(path)):
+        load_judge(path, pair[0])
+
+
+def test_label_policies_on_a_hand_made_example():
+    #           "ab"  "c"   "é"   "de"  "f"   with errors on "é" and on the second half of "de"
+    lengths = [2, 1, 1, 2, 1]
+    assert label_tokens(lengths, [[3, 4]], "span") == [1, 1, 0, 1, 1]
+    assert label_tokens(lengths, [[3, 4]], "ignore_after") == [1, 1, 0, -100, -100]
+    assert label_tokens(lengths, [[3, 4]], "from_error") == [1, 1, 0, 0, 0]
+    assert label_tokens(lengths, [[5, 6]], "span") == [1, 1, 1, 0, 1]  # a span that cuts a token makes it wrong
+    assert label_tokens(lengths, [[3, 4], [5, 6]], "ignore_after") == [1, 1, 0, 0, -100]
+    assert all(label_tokens(lengths, [], policy) == [1] * 5 for policy in LABEL_POLICIES)
+
+
+class ByteTokenizer:
+    """Every byte a token: characters of several bytes span tokens."""
+
+    bos_id, vocab_size, stop_ids = 96, 97, [0]
+
+    def encode(self, text: str) -> list[int]:
+        return [byte % 96 for byte in text.encode()]
+
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
+        return self.bytes[id]
+
+    def __init__(self, text: str):
+        self.bytes = {byte % 96: bytes([byte]) for byte in text.encode()}
+        assert len(self.bytes) == len(set(text.encode())), "two bytes share an id"
+
+
+def test_spans_are_mapped_through_multi_byte_characters():
+    response = "aé b"
+    prompt_ids, ids, lengths = token_spans(ByteTokenizer("x" + response), "x", response)
+    assert prompt_ids == [96, ord("x") % 96] and len(ids) == 5
+    assert lengths == [1, 0, 1, 1, 1]  # the character counts for the token that completes it
+    assert label_tokens(lengths, [[1, 2]], "span") == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("{", "line 2 is not valid JSON"),
+        ('{"prompt": "p", "errors": []}', "'response' must be a str"),
+        ('{"prompt": "p", "response": "abc", "errors": [[2, 9]]}', r"\[2, 9\], not \[start, end\] within 0 and 3"),
+        ('{"prompt": "p", "response": "abc", "errors": "none"}', "'errors' must be a list"),
+        ('["p"]', "'prompt' must be a str"),
+    ],
+)
+def test_bad_answer_files_are_named_by_line_and_field(tmp_path, line, word):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "response": "r", "errors": []}) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=word) as caught:
+        list(read_answers(path))
+    assert f"{path}, line 2" in str(caught.value)
+
+
+@torch.inference_mode()
+def test_features_are_the_rows_that_verification_reads(pair):
+    """Own row: the hidden state after the token was read. The row before predicts it, and is another vector."""
+    target, _ = pair
+    target.setup_caches(64)
+    prompt, ids = [1, 5, 9], list(range(10, 40))
+    features = hidden_states(target, prompt, ids, rows=6)
+    whole = target(torch.tensor([prompt + ids]), torch.arange(33), n_logits=0)[0][0]
+    assert features.shape == (30, 64)
+    assert torch.allclose(features, whole[3:33], atol=1e-5)
+    assert not torch.allclose(features, whole[2:32], atol=1e-2)
+
+
+def test_a_planted_direction_is_learned():
+    """Two features carry the label; the fit finds them, weighs rare wrong tokens up, and folds the scaling in."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(4000, generator=generator) > 0.03).long()
+    features = torch.randn(4000, 16, generator=generator) * torch.logspace(-2, 2, 16) + 5
+    features[:, 3] += (labels - 0.5) * 4 * 10 ** (-2 + 4 * 3 / 15)
+    weight, bias = fit_head(features, labels)
+    scores = torch.sigmoid(features @ weight + bias)
+    figures = measure_head(scores, labels, [0.5])
+    assert figures["auc"] > 0.95
+    assert figures["at"][0]["recall"] > 0.9 and figures["at"][0]["false_accept"] < 0.1
+
+
+def test_measured_figures_are_exact():
+    scores, labels = torch.tensor([0.9, 0.8, 0.3, 0.6, 0.1]), torch.tensor([1, 1, 1, 0, 0])
+    figures = measure_head(scores, labels, [0.5])
+    assert figures["auc"] == pytest.approx(5 / 6)  # of six pairs, only (0.3, 0.6) is out of order
+    assert figures["at"] == [{"threshold": 0.5, "recall": 2 / 3, "precision": 2 / 3, "false_accept": 0.5}]
+
+
+def test_training_splits_by_prompt_and_needs_both_kinds(pair, monkeypatch):
+    target, _ = pair
+    text = "abcdefghij"
+    tokenizer = ByteTokenizer(text + "0123456789p")
+    answers = [{"prompt": f"p{i}", "response": text, "errors": [[7, 8]] if kind else []} for i in range(10) for kind in (0, 1)]
+    head = train_judge(target, tokenizer, answers, rows=5)
+    assert head.fingerprint == fingerprint(target) and head.info["label_policy"] == "ignore_after"
+    held = head.info["held_out"]
+    assert held["wrong_tokens"] == 2 and held["right_tokens"] == 2 * (10 + 7)  # two whole prompts, both answers of each
+    _, _, number = collect_features(target, tokenizer, answers, "span", 5)
+    assert number.max() == 19
+    with pytest.raises(InputError, match="no wrong or no right"):
+        train_judge(target, tokenizer, [a for a in answers if not a["errors"]], rows=5)
+
+
+def test_command_line_reports_a_mistake_in_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        judge_module.main(
+            ["--checkpoint_path", str(tmp_path), "--data", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "j")]
+        )
+    assert stop.value.code == 2 and "no.jsonl" in capsys.readouterr().err

@@ -1,0 +1,265 @@
+"""Protects: our logits are those of transformers; every published form of folder loads; what is not built is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import DEVICES, make_folder
+from safetensors.torch import load_file, save_file
+
+from model import PRESETS, InputError, ModelArgs, Transformer, checkpoint_files, load_model, preset, random_model, rope_table
+from scripts.convert_meta_checkpoint import NAMES, TOP, convert
+
+LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192}  # fmt: skip
+LLAMA32 = LLAMA31 | {"factor": 32.0}
+SHAPES = {
+    "gqa": {},
+    "mha, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "explicit head_dim": {"head_dim": 32},
+    "llama 2": {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "llama 3.1": {"rope_parameters": {"rope_theta": 500000.0, **LLAMA31}},
+    "llama 3.2": {"rope_parameters": {"rope_theta": 500000.0, **LLAMA32}, "tie_word_embeddings": True},
+}
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def step_by_step(model: Transformer, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Logits of all rows, read `sizes` rows at a time through the cache."""
+    model.setup_caches(ids.shape[1])
+    parts, start = [], 0
+    for size in sizes:
+        pos = torch.arange(start, start + size, device=ids.device)
+        parts.append(model(ids[:, start : start + size], pos)[1])
+        start += size
+    assert start == ids.shape[1]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_logits_are_those_of_transformers(tmp_path, shape, device):
+    theirs = make_folder(tmp_path, **SHAPES[shape])
+    model = load_model(tmp_path, device)
+    ids = torch.randint(0, 97, (1, 50), generator=torch.Generator().manual_seed(3))
+    expected = theirs(ids).logits
+    ids = ids.to(device)
+    assert error(model(ids)[1], expected) < 1e-4  # whole sequence, no cache
+    assert error(step_by_step(model, ids, [50]), expected) < 1e-4  # prefill in one
+    assert error(step_by_step(model, ids, [1] * 50), expected) < 1e-4  # one row at a time
+    assert error(step_by_step(model, ids, [17, 1, 2, 13, 17]), expected) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_hidden_states_are_pre_norm(tmp_path, device):
+    theirs = make_folder(tmp_path)
+    caught = []
+    theirs.model.norm.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    ids = torch.randint(0, 97, (1, 20))
+    theirs(ids)
+    model = load_model(tmp_path, device)
+    hidden, logits = model(ids.to(device), n_logits=2)
+    assert hidden.shape == (1, 20, 64) and logits.shape == (1, 2, 97)
+    assert error(hidden, caught[0]) < 1e-4
+
+
+@torch.inference_mode()
+def test_llama31_scaling_beyond_position_8192(tmp_path):
+    """A wrong scaling, or a table in bf16, shows only far out."""
+    shape = {"max_position_embeddings": 16384, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+    theirs = make_folder(tmp_path, **shape, **SHAPES["llama 3.1"])
+    ids = torch.randint(0, 97, (1, 8400))
+    expected = theirs(ids, logits_to_keep=100).logits
+    model = load_model(tmp_path)
+    model.setup_caches(8400)
+    for start in range(0, 8400, 1200):
+        logits = model(ids[:, start : start + 1200], torch.arange(start, start + 1200), start + 1200, 100)[1]
+    assert error(logits, expected) < 1e-4
+    # and the table itself, at the far end of the context
+    inv_freq = theirs.model.rotary_emb.inv_freq
+    table = rope_table(ModelArgs.from_folder(tmp_path), 131072, torch.device("cpu"))
+    angles = torch.arange(131072).float()[131000:, None] * inv_freq
+    assert torch.allclose(table[131000:, 0], angles.cos(), atol=1e-4)
+
+
+@torch.inference_mode()
+def test_window_hides_nothing_and_reads_nothing_past_it(pair):
+    target, _ = pair
+    target.setup_caches(512)
+    ids = torch.randint(0, 97, (1, 30))
+    wide = target(ids, torch.arange(30), 512)[1]
+    for layer in target.layers:  # what lies past the window must not matter
+        layer.attention.k_cache[:, :, 64:] = float("nan")
+    assert torch.allclose(target(ids, torch.arange(30), 64)[1], wide, atol=1e-5)
+    target.setup_caches(1)  # the next user makes caches of its own
+
+
+def test_rope_is_read_in_both_spellings():
+    base = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
+            "intermediate_size": 64, "vocab_size": 10}  # fmt: skip
+    old = ModelArgs.from_hf_config(base | {"rope_theta": 500000.0, "rope_scaling": LLAMA31})
+    new = ModelArgs.from_hf_config(base | {"rope_parameters": {"rope_theta": 500000.0, **LLAMA31}})
+    older = ModelArgs.from_hf_config(
+        base | {"rope_theta": 500000.0, "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA31.items()}}
+    )
+    assert old == new == older and old.rope_scaling == (8.0, 1.0, 4.0, 8192) and old.rope_theta == 500000.0
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+        ({"num_key_value_heads": 3}, "3 KV heads"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(tmp_path, change, word):
+    make_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("rope_parameters")
+    config |= change
+    config = {k: v for k, v in config.items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=word) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shard", ["1GB", "40KB"])
+@torch.inference_mode()
+def test_single_and_sharded_files_of_any_type(tmp_path, shard, dtype):
+    theirs = make_folder(tmp_path, shard=shard, dtype=dtype)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "40KB")
+    model = load_model(tmp_path)
+    assert model.dtype == dtype  # what is on disk, unless another is asked for
+    model = load_model(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 97, (1, 20))
+    assert error(model(ids)[1], theirs(ids).logits) < 1e-4
+
+
+def test_broken_folders_are_named(tmp_path):
+    make_folder(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    good = load_file(file)
+
+    def refused(tensors: dict, *words: str):
+        save_file(tensors, file)
+        with pytest.raises(InputError) as caught:
+            load_model(tmp_path / "m")
+        assert all(word in str(caught.value) for word in words), caught.value
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    refused({k: v for k, v in good.items() if k != name}, name, "no tensor")
+    refused(good | {"model.layers.9.mlp.up_proj.weight": good[name].clone()}, "model.layers.9", str(file), "unexpected")
+    refused(good | {name: good[name].t().contiguous()}, name, "(64, 112)", "(112, 64)", str(file))
+    refused(good | {name: good[name].int()}, name, "int32")
+    save_file(good, file)
+    content = file.read_bytes()
+    for keep in (len(content) - 1000, 100, 4):
+        file.write_bytes(content[:keep])
+        with pytest.raises(InputError, match="truncated") as caught:
+            load_model(tmp_path / "m")
+        assert str(file) in str(caught.value)
+    file.unlink()
+    with pytest.raises(InputError, match="neither"):
+        load_model(tmp_path / "m")
+    with pytest.raises(InputError, match="no checkpoint folder|no file"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    make_folder(tmp_path, shard="40KB")
+    shard = sorted(set(checkpoint_files(tmp_path).values()))[1]
+    shard.unlink()
+    with pytest.raises(InputError, match=shard.name):
+        load_model(tmp_path)
+
+
+PUBLISHED_SIZES = {  # parameters as published on the model cards' files
+    "Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824, "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496, "Llama-3.1-405B": 405_853_388_800,
+}  # fmt: skip
+
+
+def test_presets_have_the_published_sizes():
+    assert {name: preset(name).n_params for name in PRESETS} == PUBLISHED_SIZES
+    with pytest.raises(InputError, match="Llama-3.1-8B"):
+        preset("Llama-4")
+
+
+def test_random_model_counts_its_weights():
+    args = ModelArgs(64, 2, 4, 2, 112, 97, 16, tie_embeddings=True)
+    model = random_model(args, "cpu", torch.bfloat16)
+    assert sum(weight.numel() for weight in model.parameters()) == args.n_params
+    assert model.output.weight is model.tok_embeddings.weight and model.dtype == torch.bfloat16
+    model.setup_caches(10)
+    caches = [cache for layer in model.layers for cache in (layer.attention.k_cache, layer.attention.v_cache)]
+    assert sum(cache.nbytes for cache in caches) == args.cache_bytes(10, torch.bfloat16)
+
+
+def write_meta(folder, tensors: dict, config, shards: int):
+    """Splits a Hugging Face state dict into Meta's shards: interleaved RoPE rows, matrices cut over the shards."""
+    folder.mkdir()
+    head_dim, parts = config.head_dim, [{} for _ in range(shards)]
+    ours = {
+        f"layers.{i}.{a}.weight": f"model.layers.{i}.{b}.weight"
+        for i in range(config.num_hidden_layers)
+        for a, b in NAMES.items()
+    }
+    ours |= {f"{a}.weight": f"{b}.weight" for a, b in TOP.items()}
+    for meta, hf in ours.items():
+        tensor = tensors[hf]
+        if ".wq." in meta or ".wk." in meta:
+            heads = tensor.shape[0] // head_dim
+            tensor = tensor.view(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        dim = None if "norm" in meta else 1 if ".wo." in meta or ".w2." in meta else 0
+        for rank in range(shards):
+            if dim is None:
+                parts[rank][meta] = tensor.clone()
+            elif (".wk." in meta or ".wv." in meta) and shards > config.num_key_value_heads:
+                repeats = shards // config.num_key_value_heads
+                parts[rank][meta] = tensor.chunk(config.num_key_value_heads, 0)[rank // repeats].clone()
+            else:
+                parts[rank][meta] = tensor.chunk(shards, dim)[rank].clone()
+    for rank, part in enumerate(parts):
+        torch.save(part, folder / f"consolidated.{rank:02}.pth")
+    params = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads,
+              "n_kv_heads": config.num_key_value_heads, "norm_eps": config.rms_norm_eps, "rope_theta": 500000.0,
+              "vocab_size": config.vocab_size, "use_scaled_rope": True}  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(params))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@torch.inference_mode()
+def test_metas_own_files_convert(tmp_path, shards):
+    theirs = make_folder(tmp_path / "hf", vocab_size=96, **SHAPES["llama 3.1"])
+    write_meta(tmp_path / "meta", theirs.state_dict(), theirs.config, shards)
+    convert(tmp_path / "meta", tmp_path / "out")
+    ids = torch.randint(0, 96, (1, 30))
+    assert error(load_model(tmp_path / "out")(ids)[1], theirs(ids).logits) < 1e-5
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def test_a_broken_meta_folder_leaves_nothing(tmp_path):
+    theirs = make_folder(tmp_path / "hf", vocab_size=96)
+    write_meta(tmp_path / "meta", theirs.state_dict(), theirs.config, 2)
+    part = torch.load(tmp_path / "meta" / "consolidated.01.pth", weights_only=True)
+    torch.save({k: v for k, v in part.items() if "layers.2.attention.wo" not in k}, tmp_path / "meta" / "consolidated.01.pth")
+    with pytest.raises(InputError, match=r"consolidated.01.pth has no tensor layers.2.attention.wo"):
+        convert(tmp_path / "meta", tmp_path / "out")
+    (tmp_path / "meta" / "consolidated.00.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # code, not tensors
+    with pytest.raises(InputError, match="consolidated.00.pth cannot be read"):
+        convert(tmp_path / "meta", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
