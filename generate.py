@@ -15,7 +15,8 @@ import sys
 import time
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -219,8 +220,8 @@ class Engine:
     def allocate(self) -> None:
         """Caches and buffers for `length` tokens, and for what a round may write past them."""
         s, device = self.settings, self.target.device
-        spare = self.length + s.speculate_k + 1
-        self.capacity = capacity = windows_up_to(spare)[-1]  # a multiple of PREFILL_CHUNK
+        self.capacity = capacity = capacity_for(self.length, s.speculate_k)
+        self.windows = windows_up_to(capacity)
         for model in (self.target, self.draft):
             if model is not None and model.cache_length != capacity:
                 model.setup_caches(capacity)
@@ -238,8 +239,8 @@ class Engine:
     def warm_up(self) -> float:
         """Runs every step once for every window, which compiles them. Returns the seconds it took."""
         started = time.monotonic()
-        for window in windows_up_to(self.length + self.settings.speculate_k + 1):
-            for at in (0, window // 2):  # twice: no step may depend on where it stands
+        for window in self.windows:
+            for at in (0, 1):  # twice: no step may depend on where it stands
                 self.buffers.pos.fill_(at)
                 self.round(window)
                 self.sync()
@@ -290,7 +291,8 @@ class Engine:
         result.seconds_prefill, began = time.monotonic() - started, time.monotonic()
         pos = len(prompt) - 1
         while len(result.tokens) < max_new_tokens and result.stop_reason == "length":
-            got = self.round(window_for(pos + self.settings.speculate_k + 1))
+            needed = pos + self.settings.speculate_k + 1
+            got = self.round(next(window for window in self.windows if window >= needed))
             pos += len(got.tokens)
             result.rounds += 1
             result.drafted += self.settings.speculate_k if self.draft is not None else 0
@@ -330,16 +332,18 @@ def compile_step(step):
     return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": keep})
 
 
-def windows_up_to(length: int) -> list[int]:
-    """The windows that a sequence of `length` positions passes through: WINDOW and its doubles."""
+def capacity_for(length: int, speculate_k: int) -> int:
+    """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for a round's
+    drafts past the end. A whole number of prefill chunks, too."""
+    return -(-(length + speculate_k + 1) // WINDOW) * WINDOW
+
+
+def windows_up_to(capacity: int) -> list[int]:
+    """The parts of the cache that a step may look at, so that its cost follows the position: WINDOW, its doubles, all."""
     windows = [WINDOW]
-    while windows[-1] < length:
-        windows.append(windows[-1] * 2)
+    while windows[-1] < capacity:
+        windows.append(min(2 * windows[-1], capacity))
     return windows
-
-
-def window_for(length: int) -> int:
-    return windows_up_to(length)[-1]
 
 
 def threshold_of(settings: Settings, head: JudgeHead | None) -> float:
@@ -409,11 +413,11 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def check_memory(models: list[ModelArgs], length: int, dtypes: list[torch.dtype], device: torch.device) -> None:
+def check_memory(models: list[ModelArgs], capacity: int, dtypes: list[torch.dtype], device: torch.device) -> None:
     """Raises InputError when weights and caches will not fit into what is free on `device`."""
     pairs = list(zip(models, dtypes))
     weights = sum(args.n_params * dtype.itemsize for args, dtype in pairs)
-    caches = sum(args.cache_bytes(length, dtype) for args, dtype in pairs)
+    caches = sum(args.cache_bytes(capacity, dtype) for args, dtype in pairs)
     free = free_memory(device)
     if free is not None and weights + caches > free:
         raise InputError(
@@ -479,14 +483,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_pair(
-    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, length: int = 0
+    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0
 ) -> tuple[Transformer, Transformer | None, JudgeHead | None]:
-    """Loads what is named, after checking that draft and target fit together and into memory (`length`: of the caches)."""
+    """Loads what is named, after checking that draft and target fit together and into memory (`capacity`: of the caches)."""
     folders = [folder for folder in (target, draft) if folder is not None]
     shapes = [ModelArgs.from_folder(folder) for folder in folders]
     if draft is not None:
         check_pair(*shapes, tuple(folders))
-    check_memory(shapes, length, [dtype] * len(shapes), device)
+    check_memory(shapes, capacity, [dtype] * len(shapes), device)
     models = [load_model(folder, device, dtype) for folder in folders]
     head = load_judge(judge, models[0]) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
@@ -502,7 +506,7 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
         length = min(ModelArgs.from_folder(args.checkpoint_path).max_position, 8192)
     draft = None if args.verify == "plain" else args.draft_checkpoint_path
     judge = args.judge_path if args.verify == "judge" else None
-    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, length)
+    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity_for(length, args.speculate_k))
     return Engine(*models, settings, tokenizer.stop_ids, length)
 
 
@@ -548,7 +552,6 @@ class Paint:
         self.legend = (
             f"{a[0]}accepted draft tokens{a[1]}, {r[0]}let through by the rule alone{r[1]}, {t[0]}the target's own{t[1]}"
         )
-        self.decoder: Decoder | None = None
 
     def token(self, text: str, letter: str) -> str:
         opening, closing = self.marks[letter]
@@ -558,9 +561,9 @@ class Paint:
 def paint_tokens(tokenizer: Tokenizer, result: Result, paint: Paint) -> str:
     """The answer with marks; stop tokens are left out."""
     decoder, parts = Decoder(tokenizer), []
-    for token, letter in zip(result.tokens, result.origin):
-        if token not in tokenizer.stop_ids:
-            parts.append(paint.token(decoder.push(token), letter))
+    tokens = [pair for pair in zip(result.tokens, result.origin) if pair[0] not in tokenizer.stop_ids]
+    for letter, group in groupby(tokens, key=lambda pair: pair[1]):
+        parts.append(paint.token("".join(decoder.push(token) for token, _ in group), letter))
     return "".join(parts) + decoder.flush()
 
 
@@ -601,7 +604,7 @@ def run_samples(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, 
 
 def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int], result: Result) -> None:
     """Decodes the same prompt without a draft and prints the ratio of speeds."""
-    settings = Settings("plain", temperature=args.temperature, top_k=args.top_k, compile=args.compile)
+    settings = replace(engine.settings, verify="plain", threshold=None)
     plain_engine = Engine(engine.target, None, None, settings, engine.stop_ids, engine.length)
     if args.compile:
         plain_engine.warm_up()

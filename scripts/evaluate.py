@@ -134,12 +134,16 @@ def read_results(path: Path, header: dict) -> list[dict]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a killed run may leave half a line
+    whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not a results file of this script: {error}; name another --out.") from None
     if lines and lines[0] != header:
         differ = [key for key in header if lines[0].get(key) != header[key]]
         raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
-    if len(text) != text.rfind("\n") + 1:
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    if text != whole:
+        path.write_text(whole, encoding="utf-8")
     return lines[1:]
 
 

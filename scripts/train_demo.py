@@ -43,7 +43,7 @@ PRESETS = {  # dim, layers, heads, KV heads, intermediate size
     "target": ModelArgs(192, 12, 6, 2, 512, VOCAB_SIZE, 32, MAX_POSITION, 1e-5, 10000.0, tie_embeddings=True),
     "draft": ModelArgs(80, 2, 4, 2, 208, VOCAB_SIZE, 20, MAX_POSITION, 1e-5, 10000.0, tie_embeddings=True),
 }
-SCHEDULE = {"target": (2000, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
+SCHEDULE = {"target": (2400, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
 BATCH = 64
 JUDGE_PROBLEMS = 500  # each answered three times
 JUDGE_THRESHOLD = 0.5

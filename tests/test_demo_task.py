@@ -24,7 +24,9 @@ from scripts.train_demo import annotated, training_row
 from tokenizer import decode, load_tokenizer
 
 STORY = Problem("story", "Mia has 47 apples. She buys 38. How many apples now?", "Mia", "apples", (Step("+", 47, 38, 85),), 85)
-LIST = Problem("list", "The list is [7,3,9]. Sort it. What is the largest?", "", "largest", (Step("sort", (7, 3, 9), 0, (3, 7, 9)),), 9)
+LIST = Problem(
+    "list", "The list is [7,3,9]. Sort it. What is the largest?", "", "largest", (Step("sort", (7, 3, 9), 0, (3, 7, 9)),), 9
+)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,12 @@ def test_checking_by_hand(problem, text, right, at):
 
 
 def test_final_answers_are_read():
-    assert [answer_of(text) for text in (" The answer is 85.", " So the result is 7.", " Answer: 12.", " 85")] == [85, 7, 12, None]
+    assert [answer_of(text) for text in (" The answer is 85.", " So the result is 7.", " Answer: 12.", " 85")] == [
+        85,
+        7,
+        12,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +121,9 @@ def test_training_rows_skip_the_question_and_the_wrong_tokens():
         noticed += answer.count(WAIT)
         assert bool(masked) == (WAIT in answer)
         if masked:
-            assert check(problem, decode(tokenizer, ids[question : masked[0]])).first_error == len(decode(tokenizer, ids[question : masked[0]]))
+            assert check(problem, decode(tokenizer, ids[question : masked[0]])).first_error == len(
+                decode(tokenizer, ids[question : masked[0]])
+            )
     assert noticed > 50
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import DEVICES, make_folder
 
 import generate
-from generate import Engine, Result, Settings, main, pick, residual, window_for, windows_up_to
+from generate import Engine, Result, Settings, capacity_for, main, pick, residual, windows_up_to
 from judge import JudgeHead, fingerprint
 from model import ModelArgs, load_model
 
@@ -298,8 +298,8 @@ def test_sampling_a_rule_is_asked_before_the_standard_test():
 
 
 def test_windows():
-    assert windows_up_to(1) == [256] and windows_up_to(256) == [256] and windows_up_to(257) == [256, 512]
-    assert window_for(1025) == 2048
+    assert windows_up_to(256) == [256] and windows_up_to(768) == [256, 512, 768] and windows_up_to(1024) == [256, 512, 1024]
+    assert capacity_for(239, 16) == 256 and capacity_for(240, 16) == 512 and capacity_for(131072, 16) == 131328
 
 
 def test_an_engine_whose_caches_were_taken_says_so(pair):

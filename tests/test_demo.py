@@ -1,0 +1,72 @@
+"""Protects what ships: the demo pair loads anywhere, decodes as it says, and the judge is worth having."""
+
+import re
+from itertools import islice
+
+import pytest
+import torch
+from test_generate import assert_same_up_to_ties
+
+import generate
+from generate import DEMO, Engine, Settings, answer_text, load_pair, main
+from model import load_model
+from scripts.demo_task import check, problems
+from tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def demo():
+    models = load_pair(DEMO / "target", DEMO / "draft", DEMO / "judge.safetensors", torch.device("cpu"), torch.float32)
+    return *models, load_tokenizer(DEMO / "target")
+
+
+def test_the_first_command_of_the_readme(capsys):
+    main(["--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "{" in out and "tokens/s" in out and "times as fast as plain" in out
+    text = re.sub(r"[{}<>]", "", out.split("\n")[0])
+    problem_answer = (47 + 38) * 3 - 79
+    assert f"{problem_answer}." in text
+
+
+def test_twenty_held_out_problems(demo):
+    target, draft, head, tokenizer = demo
+    engines = {
+        verify: Engine(target, draft, head, Settings(verify), tokenizer.stop_ids, 320)
+        for verify in ("plain", "standard", "judge")
+    }
+    right, results = dict.fromkeys(engines, 0), {verify: [] for verify in engines}
+    for problem in islice(problems(2026, held_out=True), 20):
+        prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
+        for verify, engine in engines.items():
+            result = engine.generate(prompt, 200)
+            results[verify].append(result)
+            right[verify] += check(problem, answer_text(tokenizer, result.tokens)).right
+        assert_same_up_to_ties(target, prompt, results["plain"][-1].tokens, results["standard"][-1].tokens)
+    m_star = {verify: sum(r.accepted for r in done) / sum(r.rounds for r in done) for verify, done in results.items()}
+    assert right["plain"] >= 18 and right["judge"] >= right["plain"] - 2
+    assert m_star["judge"] > 1.7 * m_star["standard"] > 5
+    assert sum(r.accepted_by_rule for r in results["judge"]) > 100 and sum(r.accepted_by_rule for r in results["standard"]) == 0
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+@torch.inference_mode()
+def test_transformers_loads_the_folders_and_agrees(role, demo):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(DEMO / role, dtype=torch.float32).eval()
+    ours = load_model(DEMO / role, dtype=torch.float32)
+    tokenizer = demo[3]
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(generate.DEMO_PROMPT + " First, Mia gains 38")]])
+    expected = theirs(ids).logits
+    assert (ours(ids)[1] - expected).abs().max() < 1e-4 * expected.abs().max()
+    sizes = {"target": (3e6, 8e6), "draft": (0, 0.6e6)}[role]
+    assert sizes[0] <= ours.args.n_params <= sizes[1]
+    assert role == "draft" or ours.args.n_kv_head < ours.args.n_head
+
+
+def test_it_is_small_and_says_how_it_was_made(demo):
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 20e6
+    info = demo[2].info
+    assert info["label_policy"] and info["held_out"]["auc"] > 0.95 and info["training_tokens"] > 10000
+    assert "train_demo.py" in (DEMO / "README.md").read_text()

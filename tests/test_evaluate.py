@@ -1,0 +1,72 @@
+"""Protects: the summary's arithmetic, resuming after a kill, refusing another run's file, the command line."""
+
+import json
+
+import pytest
+
+from model import InputError
+from scripts.evaluate import interval, main, parse_rules, read_results, summarise
+
+
+def test_rules_and_thresholds_are_parsed():
+    assert parse_rules("plain,topk", "topk=2,topk=5") == [("plain", None), ("topk", 2.0), ("topk", 5.0)]
+    assert parse_rules("judge", None) == [("judge", None)]
+    for names, thresholds, word in (("magic", None, "magic"), ("judge", "kl=1", "kl"), ("judge", "judge", "rule=number")):
+        with pytest.raises(InputError, match=word):
+            parse_rules(names, thresholds)
+
+
+def test_intervals_are_wilsons():
+    low, high = interval(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-9) and interval(50, 50)[1] == pytest.approx(1, abs=1e-9)
+
+
+def record(rule: str, index: int, right: bool, tokens: int, seconds: float, accepted: int, rounds: int) -> dict:
+    return {"rule": rule, "index": index, "family": "story", "right": right, "answer_right": True, "tokens": [0] * tokens,
+            "seconds_decode": seconds, "accepted": accepted, "accepted_by_rule": accepted // 2, "rounds": rounds,
+            "drafted": rounds * 4 if rule != "plain" else 0}  # fmt: skip
+
+
+def test_the_summary_counts_over_all_tokens_and_rounds():
+    records = [record("plain", 0, True, 10, 1.0, 0, 10), record("plain", 1, False, 30, 1.0, 0, 30)]
+    records += [record("judge", 0, True, 10, 0.5, 8, 2), record("judge", 1, True, 30, 0.5, 20, 8)]
+    plain, judge = summarise(records, ["plain", "judge"])
+    assert (plain["accuracy"], plain["mean_accepted"], plain["tokens_per_second"], plain["ratio"]) == (0.5, None, 20, 1)
+    assert (judge["accuracy"], judge["mean_accepted"], judge["tokens_per_second"], judge["ratio"]) == (1.0, 2.8, 40, 2)
+    assert judge["by_rule_share"] == 14 / 40 and judge["n"] == 2
+
+
+def run(out, *more: str) -> list[str]:
+    return ["--limit", "3", "--verify", "plain,standard,judge", "--device", "cpu", "--out", str(out), "--json", *more]
+
+
+def test_a_killed_run_resumes_to_the_same_file(tmp_path, capsys):
+    timing = {"seconds_prefill", "seconds_decode", "tokens_per_second"}
+
+    def contents(path):
+        return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in path.read_text().splitlines()]
+
+    main(run(tmp_path / "whole.jsonl"))
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["rule"] for row in rows] == ["plain", "standard", "judge"] and all(row["n"] == 3 for row in rows)
+    whole = contents(tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for kept in (0, 1, 4, 9):
+        cut = tmp_path / f"cut{kept}.jsonl"
+        cut.write_text("".join(lines[:kept]) + lines[min(kept, 8)][: len(lines[0]) // 2])  # half a line, as a kill leaves it
+        main(run(cut))
+        capsys.readouterr()
+        assert contents(cut) == whole
+    with pytest.raises(SystemExit) as stop:
+        main(run(tmp_path / "whole.jsonl", "--speculate_k", "4"))
+    assert stop.value.code == 2 and "speculate_k" in capsys.readouterr().err
+    assert contents(tmp_path / "whole.jsonl") == whole
+
+
+def test_a_foreign_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\n")
+    with pytest.raises(InputError, match="notes.txt"):
+        read_results(path, {"task": "demo"})
+    assert path.read_text() == "my notes\n"
