@@ -85,11 +85,13 @@ def make_engines(args: argparse.Namespace, rules: list, models: tuple, tokenizer
 
 
 def peer(args: argparse.Namespace, name: str, tokenizer):
-    """A function (prompt, max_new_tokens) -> (tokens, seconds) that runs transformers on the same folders."""
+    """transformers on the same folders: (prompt, max_new_tokens) -> (tokens, seconds of prefill, seconds of decoding)."""
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise InputError(f"--verify {name} needs the package transformers; pip install -r requirements-dev.txt.") from None
+    disable_progress_bar()
     load = {"dtype": DTYPES[args.precision], "local_files_only": True}
     target = AutoModelForCausalLM.from_pretrained(args.checkpoint_path, **load).to(args.device).eval()
     more = {"do_sample": False, "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.stop_ids[0]}
@@ -101,10 +103,13 @@ def peer(args: argparse.Namespace, name: str, tokenizer):
         more["assistant_model"] = draft
 
     @torch.inference_mode()
-    def run(prompt: list[int], max_new_tokens: int) -> tuple[list[int], float]:
-        ids, started = torch.tensor([prompt], device=args.device), time.monotonic()
-        out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **more)
-        return out[0, len(prompt) :].tolist(), time.monotonic() - started
+    def run(prompt: list[int], max_new_tokens: int) -> tuple[list[int], float, float]:
+        ids, seconds = torch.tensor([prompt], device=args.device), []
+        for length in (1, max_new_tokens):  # the first token alone stands for the prefill, which our figures leave out
+            started = time.monotonic()
+            out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **more)
+            seconds.append(time.monotonic() - started)
+        return out[0, len(prompt) :].tolist(), seconds[0], max(seconds[1] - seconds[0], 1e-9)
 
     return run
 
@@ -112,10 +117,10 @@ def peer(args: argparse.Namespace, name: str, tokenizer):
 def answer(engine, rule: tuple, item: dict, prompt: list[int], args: argparse.Namespace, tokenizer) -> dict:
     """One problem by one rule: the engine's JSON record with what the task's checker says."""
     if rule[0] in PEERS:
-        tokens, seconds = engine(prompt, args.max_new_tokens)
+        tokens, prefill, seconds = engine(prompt, args.max_new_tokens)
         text = answer_text(tokenizer, tokens)
-        record = {"prompt_tokens": len(prompt), "tokens": tokens, "text": text, "seconds_decode": seconds, "rounds": 0,
-                  "accepted": 0, "accepted_by_rule": 0, "drafted": 0}  # fmt: skip
+        record = {"prompt_tokens": len(prompt), "tokens": tokens, "text": text, "seconds_prefill": prefill,
+                  "seconds_decode": seconds, "rounds": 0, "accepted": 0, "accepted_by_rule": 0, "drafted": 0}  # fmt: skip
     else:
         result = engine.generate(prompt, args.max_new_tokens, seed=item["index"])
         text = answer_text(tokenizer, result.tokens)

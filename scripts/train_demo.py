@@ -3,8 +3,8 @@
     python scripts/train_demo.py                      # everything; resumes where it stopped
     python scripts/train_demo.py --stages judge       # only the judge, from the trained pair
 
-The judge is trained on answers that the trained draft and target gave (sampled, half of them at temperature 1), each
-wrong one marked at its first wrong character by the grammar of scripts/demo_task.py.
+The judge is trained on answers that the trained draft and target gave to training problems, the
+wrong ones marked at their first wrong word or digit by the grammar of scripts/demo_task.py.
 
 The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go wrong and
 are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not to make them. The
@@ -45,7 +45,7 @@ PRESETS = {  # dim, layers, heads, KV heads, intermediate size
 }
 SCHEDULE = {"target": (2400, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
 BATCH = 64
-JUDGE_PROBLEMS = 500  # each answered three times
+JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))  # model, temperature, answers
 JUDGE_THRESHOLD = 0.5
 
 
@@ -158,18 +158,18 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
     return model
 
 
-def write_judge_data(out: Path, path: Path, count: int, seed: int, device: str) -> None:
+def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
     """Answers to training problems by draft and target, wrong ones marked, as JSON lines for judge.py."""
     tokenizer = load_tokenizer(out / "target")
-    began, shown, lines = time.monotonic(), 0.0, []
-    for role, temperature in (("draft", 0.0), ("draft", 1.0), ("target", 1.0)):
+    began, shown, lines, total = time.monotonic(), 0.0, [], sum(count for _, _, count in JUDGE_ANSWERS)
+    for role, temperature, count in JUDGE_ANSWERS:
         model = load_model(out / role, device, torch.float32)
         engine = Engine(model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION)
         for problem, number in zip(problems(seed, held_out=False), range(count)):
             prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
-            shown = report_progress("answers to judge", len(lines), 3 * count, began, shown)
+            shown = report_progress("answers to judge", len(lines), total, began, shown)
     print(file=sys.stderr)
     write_file(path, ("\n".join(lines) + "\n").encode())
 
@@ -185,7 +185,7 @@ def annotated(problem, text: str, source: str) -> dict:
 def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
     data = work / "judge_data.jsonl"
     if not data.exists():
-        write_judge_data(out, data, JUDGE_PROBLEMS, seed + 1, device)
+        write_judge_data(out, data, seed + 1, device)
     target = load_model(out / "target", device, torch.float32)
     head = train_judge(target, load_tokenizer(out / "target"), list(read_answers(data)), threshold=JUDGE_THRESHOLD, seed=seed)
     head.save(out / "judge.safetensors")
