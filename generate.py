@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 from judge import RULES, JudgeHead, check_threshold, load_judge, rule_mask
-from model import DTYPES, InputError, ModelArgs, Transformer, load_model
+from model import (
+    DTYPES,
+    InputError,
+    ModelArgs,
+    Parser,
+    Transformer,
+    load_model,
+    pick_device,
+    run_dtype,
+    run_script,
+)  # fmt: skip
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -212,6 +222,7 @@ class Engine:
         self.stop_ids = stop_ids
         self.generator = torch.Generator().manual_seed(0)
         self.length = length
+        self.context = min(model.args.max_position for model in (target, self.draft) if model is not None)
         self.allocate()
         self.plain_step, self.draft_step, self.verify_step = plain_step, draft_step, verify_step
         if settings.compile:
@@ -223,7 +234,7 @@ class Engine:
         self.capacity = capacity = capacity_for(self.length, s.speculate_k)
         self.windows = windows_up_to(capacity)
         for model in (self.target, self.draft):
-            if model is not None and model.cache_length != capacity:
+            if model is not None:
                 model.setup_caches(capacity)
         keep_logits = self.draft is not None and (s.temperature > 0 or RULES[s.verify].needs_draft_logits)
         shape = (s.speculate_k, self.target.args.vocab_size) if keep_logits else (1, 1)
@@ -284,7 +295,7 @@ class Engine:
 
         Stops exactly at the first stop token (which is put out) or after max_new_tokens.
         """
-        check_prompt(prompt, max_new_tokens, self.length, self.target.args)
+        check_prompt(prompt, max_new_tokens, self.length, self.context)
         started = time.monotonic()
         self.prefill(prompt)
         self.sync()
@@ -310,7 +321,7 @@ class Engine:
 
     def generate(self, prompt: list[int], max_new_tokens: int, seed: int = 0) -> Result:
         """Decodes one sample after `prompt` (ids, begin-of-text included)."""
-        self.generator.manual_seed(seed)
+        self.generator.manual_seed(seed % 2**63)
         result = Result(len(prompt))
         for _ in self.stream(prompt, max_new_tokens, result):
             pass
@@ -361,8 +372,8 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
         raise InputError(f"--verify {settings.verify} is not a rule; known are plain, {', '.join(RULES)}.")
     if settings.speculate_k < 1:
         raise InputError(f"--speculate_k {settings.speculate_k} is too small: a round drafts at least 1 token.")
-    if settings.temperature < 0:
-        raise InputError(f"--temperature {settings.temperature} is negative; 0 is greedy, above it samples.")
+    if not (settings.temperature == 0 or 1e-3 <= settings.temperature <= 1e3):
+        raise InputError(f"--temperature {settings.temperature} must be 0 (greedy) or between 0.001 and 1000.")
     if settings.top_k is not None and settings.top_k < 1:
         raise InputError(f"--top_k {settings.top_k} is too small: it keeps at least 1 token.")
     if settings.verify != "plain" and not has_draft:
@@ -375,13 +386,13 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
         check_threshold(settings.verify, settings.threshold)
 
 
-def check_prompt(prompt: list[int], max_new_tokens: int, length: int, args: ModelArgs) -> None:
+def check_prompt(prompt: list[int], max_new_tokens: int, length: int, context: int) -> None:
     """Raises InputError when the prompt is empty, or prompt and output do not fit the model's context or the cache."""
     if not prompt:
         raise InputError("The prompt is empty; give at least one token.")
     if max_new_tokens < 1:
         raise InputError(f"--max_new_tokens {max_new_tokens} is too small: put out at least 1 token.")
-    for size, what in ((args.max_position, "the model's context"), (length, "the cache")):
+    for size, what in ((context, "the model's context"), (length, "the cache")):
         if len(prompt) + max_new_tokens > size:
             raise InputError(
                 f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit {what} of {size}; "
@@ -426,27 +437,8 @@ def check_memory(models: list[ModelArgs], capacity: int, dtypes: list[torch.dtyp
         )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device, or an InputError when there is none of that name here."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} is not usable here ({reason}); cpu always is.") from None
-    return device
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is answered in one sentence."""
-
-    def error(self, message: str):
-        print(f"{self.prog}: {message}; see --help.", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")
     add("--draft_checkpoint_path", type=Path, help="the draft, a folder with the same vocabulary")
@@ -498,12 +490,15 @@ def load_pair(
 
 def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokenizer) -> Engine:
     """Loads what the command line names and builds the engine."""
-    settings = settings_of(args)
-    device = pick_device(args.device)
-    dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
+    settings, device = settings_of(args), pick_device(args.device)
+    dtype, shape = run_dtype(args.precision, device), ModelArgs.from_folder(args.checkpoint_path)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise InputError(
+            f"{args.checkpoint_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {shape.vocab_size}."
+        )
     length = args.cache_length or prompt_tokens + args.max_new_tokens
     if args.interactive and not args.cache_length:
-        length = min(ModelArgs.from_folder(args.checkpoint_path).max_position, 8192)
+        length = min(shape.max_position, 8192)
     draft = None if args.verify == "plain" else args.draft_checkpoint_path
     judge = args.judge_path if args.verify == "judge" else None
     models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity_for(length, args.speculate_k))
@@ -514,14 +509,29 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(args.verify, args.threshold, args.speculate_k, args.temperature, args.top_k, args.compile)
 
 
-def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
-    """Prompt ids: chat format, a synthetic prompt of N tokens, or begin-of-text and the text."""
-    if args.chat:
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
-    if text.isascii() and text.isdigit():
-        generator = torch.Generator().manual_seed(args.seed)
+def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's ids: a synthetic prompt of N tokens, or text (given, or read from standard input)."""
+    text = args.prompt
+    if text is None:
+        raise InputError("There is no prompt; give --prompt, or --interactive.")
+    if text == "-":
+        try:
+            text = sys.stdin.read()
+        except (UnicodeDecodeError, AttributeError, OSError):
+            raise InputError("--prompt - found no UTF-8 text on standard input.") from None
+    elif text.isascii() and text.isdigit():
+        if len(text) > 7:
+            raise InputError(f"--prompt {text[:20]}... asks for too long a synthetic prompt; at most 9999999 tokens.")
+        generator = torch.Generator().manual_seed(args.seed % 2**63)
         ids = torch.randint(0, min(256, tokenizer.vocab_size), (int(text),), generator=generator).tolist()
         return [tokenizer.bos_id, *ids][: int(text)]
+    return encode_prompt(args, tokenizer, text)
+
+
+def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt's text: in the chat format, or after begin-of-text."""
+    if args.chat:
+        return tokenizer.encode_chat([{"role": "user", "content": text}])
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
@@ -615,54 +625,72 @@ def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int],
 
 
 def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) -> None:
-    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept."""
+    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full."""
     paint, messages = Paint(sys.stdout), []
     while True:
         try:
             text = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
         if not text:
             continue
         messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode_chat(messages) if args.chat else encode_prompt(args, tokenizer, text)
-        room = min(engine.length, engine.target.args.max_position) - len(prompt)
-        result, decoder = Result(len(prompt)), Decoder(tokenizer)
         try:
-            for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room)), result):
-                if token not in tokenizer.stop_ids:
-                    print(paint.token(decoder.push(token), letter), end="", flush=True)
+            prompt = tokenizer.encode_chat(messages) if args.chat else encode_prompt(args, tokenizer, text)
+            answer = stream_answer(args, engine, tokenizer, prompt, paint)
+            messages.append({"role": "assistant", "content": answer})
         except InputError as error:
-            print(f"generate.py: {error}", file=sys.stderr)
-            messages.pop()
-            continue
-        print(decoder.flush() + "\n" + summary(args.verify, result))
-        messages.append({"role": "assistant", "content": answer_text(tokenizer, result.tokens)})
+            print(f"generate.py: {error}" + (" The conversation begins anew." if args.chat else ""), file=sys.stderr)
+            messages = []
+
+
+def stream_answer(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint) -> str:
+    """Prints one answer as it comes, as long as there is room for it, and returns it."""
+    room = min(engine.length, engine.context) - len(prompt)
+    result, decoder = Result(len(prompt)), Decoder(tokenizer)
+    for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room)), result):
+        if token not in tokenizer.stop_ids:
+            print(paint.token(decoder.push(token), letter), end="", flush=True)
+    print(decoder.flush() + "\n" + summary(args.verify, result))
+    return answer_text(tokenizer, result.tokens)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for a command line that cannot run, before anything is loaded."""
+    check_settings(settings_of(args), bool(args.draft_checkpoint_path), bool(args.judge_path))
+    for flag in ("max_new_tokens", "num_samples", "cache_length"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise InputError(f"--{flag} {value} is too small: at least 1.")
+    if args.interactive and (args.json or args.profile or args.prompt or args.num_samples != 1):
+        raise InputError("--interactive goes without --json, --profile, --prompt and --num_samples.")
+    if args.profile and (args.profile.is_dir() or not args.profile.absolute().parent.is_dir()):
+        raise InputError(f"--profile {args.profile} cannot be written: name a file in a folder that exists.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """From a parsed command line to the output."""
+    check_args(args)
+    tokenizer = load_tokenizer(args.checkpoint_path)
+    prompt = [] if args.interactive else read_prompt(args, tokenizer)
+    if not args.interactive:
+        context = ModelArgs.from_folder(args.checkpoint_path).max_position
+        check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context)
+    engine = load_engine(args, len(prompt), tokenizer)
+    if args.compile:
+        print(f"compiled and warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+    if args.interactive:
+        chat_loop(args, engine, tokenizer)
+    else:
+        run_samples(args, engine, tokenizer, prompt, args.compare and args.verify != "plain")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        check_settings(settings_of(args), bool(args.draft_checkpoint_path), bool(args.judge_path))
-        tokenizer = load_tokenizer(args.checkpoint_path)
-        text = sys.stdin.read() if args.prompt == "-" else args.prompt
-        if text is None and not args.interactive:
-            raise InputError("There is no prompt; give --prompt, or --interactive.")
-        prompt = [] if args.interactive else encode_prompt(args, tokenizer, text)
-        if not args.interactive:
-            shape = ModelArgs.from_folder(args.checkpoint_path)
-            check_prompt(prompt, args.max_new_tokens, args.cache_length or shape.max_position, shape)
-        engine = load_engine(args, len(prompt), tokenizer)
-        if args.compile:
-            print(f"compiled and warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
-        if args.interactive:
-            chat_loop(args, engine, tokenizer)
-        else:
-            run_samples(args, engine, tokenizer, prompt, args.compare and args.verify != "plain")
-    except InputError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
+    run_script("generate.py", lambda: run(args))
 
 
 if __name__ == "__main__":

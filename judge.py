@@ -11,21 +11,31 @@ response and no errors means a right answer:
 """
 
 import argparse
-import hashlib
+import codecs
 import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from model import DTYPES, InputError, Transformer, load_model, open_safetensors, report_progress
+from model import (
+    DTYPES,
+    InputError,
+    Parser,
+    Progress,
+    Transformer,
+    load_model,
+    open_safetensors,
+    pick_device,
+    run_dtype,
+    run_script,
+)  # fmt: skip
 from tokenizer import Tokenizer, load_tokenizer
 
 FEATURE = "target pre-norm hidden state at the token's own position"
@@ -66,27 +76,21 @@ def load_judge(path: str | Path, target: Transformer) -> JudgeHead:
         raise InputError(f"There is no judge file {path}; train one with judge.py or name another --judge_path.")
     with open_safetensors(path) as handle:
         header, names = handle.metadata() or {}, set(handle.keys())
-        if header.get("feature") != FEATURE or names != {"weight", "bias"}:
-            raise InputError(f"{path} is not a judge file: it needs weight, bias and the feature {FEATURE!r}.")
-        weight, bias = handle.get_tensor("weight").float(), handle.get_tensor("bias").float()
-    found, expected = header["target_fingerprint"], fingerprint(target)
-    if found != expected or weight.shape != (target.args.dim,):
+        try:
+            weight, bias = handle.get_tensor("weight").float(), handle.get_tensor("bias").float().reshape(())
+            threshold, info = float(header["threshold"]), json.loads(header["info"])
+            found, feature = header["target_fingerprint"], header["feature"]
+        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{path} is not a judge file ({names or 'nothing'} in it): {error}.") from None
+    if feature != FEATURE:
+        raise InputError(f"{path} reads the feature {feature!r}; this engine gives {FEATURE!r}.")
+    if found != target.fingerprint or weight.shape != (target.args.dim,):
         raise InputError(
             f"{path} was made for the target {found} with {weight.numel()} features, "
-            f"but this target is {expected} with {target.args.dim}; train a judge for it."
+            f"but this target is {target.fingerprint} with {target.args.dim}; train a judge for it."
         )
-    head = JudgeHead(weight, bias.reshape(()), float(header["threshold"]), found, json.loads(header["info"]))
-    return head.to(target.device)
-
-
-def fingerprint(model: Transformer) -> str:
-    """16 hex digits that tell targets apart: all norms and a sample of the embedding, in bf16 for every run dtype."""
-    digest = hashlib.sha256(repr(asdict(model.args)).encode())
-    sample = [weight for name, weight in sorted(model.named_parameters()) if "norm" in name]
-    sample.append(model.tok_embeddings.weight[:: max(1, model.args.vocab_size // 64)])
-    for weight in sample:
-        digest.update(weight.detach().bfloat16().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    check_threshold("judge", threshold, f"{path}: threshold")
+    return JudgeHead(weight, bias, threshold, found, info).to(target.device)
 
 
 # A rule is (draft_tokens (M,), target_logits (M, V), draft_logits (M, V), scores (M,), threshold ()) -> bool (M,).
@@ -145,12 +149,12 @@ RULES = {
 }
 
 
-def check_threshold(name: str, threshold: float) -> float:
+def check_threshold(name: str, threshold: float, what: str = "--threshold") -> float:
     """The threshold, or an InputError when it is outside the rule's range (or no whole number for topk)."""
     rule = RULES[name]
-    if not rule.low <= threshold <= rule.high or (name == "topk" and threshold != int(threshold)):
+    if not rule.low <= threshold <= rule.high or (name == "topk" and not float(threshold).is_integer()):
         kind = "a whole number of at least 1" if name == "topk" else f"between {rule.low} and {rule.high}"
-        raise InputError(f"--threshold {threshold} is outside the range of --verify {name}: {rule.knob} must be {kind}.")
+        raise InputError(f"{what} {threshold} is outside the range of --verify {name}: {rule.knob} must be {kind}.")
     return threshold
 
 
@@ -160,60 +164,77 @@ def rule_mask(name: str, draft_tokens: Tensor, target_logits, draft_logits, scor
     return accepted & ~torch.isin(draft_tokens, stop_ids)
 
 
-def read_answers(path: str | Path) -> Iterator[dict]:
+def read_answers(path: str | Path) -> list[dict]:
     """Annotated answers from JSON lines. Raises InputError naming file, line and field of whatever is wrong."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number} is not valid JSON: {error}.") from None
-        for field, kind in (("prompt", str), ("response", str), ("errors", list)):
-            if not isinstance(item, dict) or not isinstance(item.get(field), kind):
-                raise InputError(f"{path}, line {number}: field {field!r} must be a {kind.__name__}.")
-        length = len(item["response"])
-        for span in item["errors"]:
-            whole = isinstance(span, list) and len(span) == 2 and all(isinstance(n, int) for n in span)
-            if not whole or not 0 <= span[0] < span[1] <= length:
-                raise InputError(f"{path}, line {number}: 'errors' has {span}, not [start, end] within 0 and {length}.")
-        yield item
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error}.") from None
+    answers = [read_answer(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not answers:
+        raise InputError(f"{path} holds no answers; give JSON lines with prompt, response and errors.")
+    return answers
 
 
-def label_tokens(lengths: list[int], errors: list[list[int]], policy: str) -> list[int]:
-    """1 right, 0 wrong, -100 ignored, for response tokens that cover `lengths` characters each.
+def read_answer(line: str, where: str) -> dict:
+    """One annotated answer. Raises InputError beginning with `where`."""
+    try:
+        item = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON: {error}.") from None
+    for field, kind in (("prompt", str), ("response", str), ("errors", list)):
+        if not isinstance(item, dict) or not isinstance(item.get(field), kind):
+            raise InputError(f"{where}: field {field!r} must be a {kind.__name__}.")
+    length = len(item["response"])
+    if not length:
+        raise InputError(f"{where}: field 'response' is empty.")
+    for span in item["errors"]:
+        whole = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+        if not whole or not 0 <= span[0] < span[1] <= length:
+            raise InputError(f"{where}: 'errors' has {span}, not [start, end] within 0 and {length}.")
+    return item
 
-    A token is wrong when it covers any character of a span. After the first error: `span` counts the rest as right,
-    `ignore_after` skips it, `from_error` counts it as wrong.
+
+def label_tokens(spans: list[tuple[int, int]], errors: list[list[int]], policy: str) -> list[int]:
+    """1 right, 0 wrong, -100 ignored, for response tokens that cover the characters `spans`.
+
+    A token is wrong when it covers any character of an error, or a part of one. After the first error: `span` counts the
+    rest as right, `ignore_after` skips it, `from_error` counts it as wrong.
     """
-    labels, start = [], 0
-    for length in lengths:
-        wrong = any(start < b and start + length > a for a, b in errors)
+    labels = []
+    for start, end in spans:
+        wrong = any(start < b and end > a for a, b in errors)
         after = any(start >= b for _, b in errors)
         if wrong or (after and policy == "from_error"):
             labels.append(0)
         else:
             labels.append(-100 if after and policy == "ignore_after" else 1)
-        start += length
     return labels
 
 
-def token_spans(tokenizer: Tokenizer, prompt: str, response: str) -> tuple[list[int], list[int], list[int]]:
-    """Prompt ids, response ids, and how many characters of the response each of its tokens completes."""
-    ids, prompt_ids = tokenizer.encode(prompt + response), tokenizer.encode(prompt)
-    if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border: read them apart
-        ids = prompt_ids + tokenizer.encode(response)
-    rest, lengths, held, done = ids[len(prompt_ids) :], [], b"", 0
+def encode_answer(
+    tokenizer: Tokenizer, prompt: str, response: str, chat: bool = False
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Prompt ids, response ids, and the characters [start, end) of the response that each of its tokens covers.
+
+    A character whose bytes are spread over tokens is covered by each of them. chat: in Llama 3.1's chat format.
+    """
+    if chat:
+        prompt_ids, rest = tokenizer.encode_chat([{"role": "user", "content": prompt}]), tokenizer.encode(response)
+    else:
+        plain, both = tokenizer.encode(prompt), tokenizer.encode(prompt + response)
+        if both[: len(plain)] != plain:  # a token spans the border: read them apart
+            both = plain + tokenizer.encode(response)
+        prompt_ids, rest = [tokenizer.bos_id, *plain], both[len(plain) :]
+    spans, done, utf8 = [], 0, codecs.getincrementaldecoder("utf-8")("replace")
     for id in rest:
-        held += tokenizer.token_bytes(id)
-        total = len(held.decode("utf-8", "ignore"))
-        lengths.append(total - done)
-        done = total
-    if lengths and done != len(response):  # SentencePiece's space before a text that is read on its own
-        lengths[0] -= done - len(response)
-    return [tokenizer.bos_id, *prompt_ids], rest, lengths
+        start = done
+        done += len(utf8.decode(tokenizer.token_bytes(id)))
+        spans.append((start, done + bool(utf8.getstate()[0])))
+    extra = done - len(response)  # SentencePiece's space before a text that is read on its own
+    return prompt_ids, rest, [(start - extra, end - extra) for start, end in spans]
 
 
 @torch.inference_mode()
@@ -237,20 +258,21 @@ def hidden_states(target: Transformer, prompt_ids: list[int], ids: list[int], ro
 
 
 def collect_features(
-    target: Transformer, tokenizer: Tokenizer, answers: list[dict], policy: str, rows: int
+    target: Transformer, tokenizer: Tokenizer, answers: list[dict], policy: str, rows: int, chat: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N, dim), labels (N,) and answer number (N,) of all labelled tokens of `answers`."""
-    parts, started, shown = [], time.monotonic(), 0.0
-    spans = [token_spans(tokenizer, item["prompt"], item["response"]) for item in answers]
-    target.setup_caches(max(len(p) + len(r) for p, r, _ in spans) + rows)
-    for number, (item, (prompt_ids, ids, lengths)) in enumerate(zip(answers, spans)):
-        labels = torch.tensor(label_tokens(lengths, item["errors"], policy))
+    encoded = [encode_answer(tokenizer, item["prompt"], item["response"], chat) for item in answers]
+    longest = max(len(prompt_ids) + len(ids) for prompt_ids, ids, _ in encoded)
+    if longest > target.args.max_position:
+        raise InputError(f"An answer has {longest} tokens with its prompt; the context is {target.args.max_position}.")
+    target.setup_caches(longest + rows)
+    parts, progress = [], Progress("reading answers", len(answers))
+    for number, (item, (prompt_ids, ids, spans)) in enumerate(zip(answers, encoded)):
+        labels = torch.tensor(label_tokens(spans, item["errors"], policy))
         kept = labels >= 0
         features = hidden_states(target, prompt_ids, ids, rows).cpu()
         parts.append((features[kept], labels[kept], torch.full((int(kept.sum()),), number)))
-        shown = report_progress("reading answers", number + 1, len(answers), started, shown)
-    if shown:
-        print(file=sys.stderr)
+        progress.step()
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
@@ -297,26 +319,26 @@ def measure_head(scores: Tensor, labels: Tensor, thresholds: list[float]) -> dic
 
 def train_judge(
     target: Transformer, tokenizer: Tokenizer, answers: list[dict], policy: str = "ignore_after", rows: int = 17,
-    threshold: float = 0.5, held_out: float = 0.2, seed: int = 0,
+    threshold: float = 0.5, held_out: float = 0.2, seed: int = 0, chat: bool = False,
 ) -> JudgeHead:  # fmt: skip
     """Trains a head on `answers`, measured on a held-out share of the prompts (split by prompt, never by token).
 
     Raises InputError when either side of the split lacks right or wrong tokens.
     """
-    features, labels, number = collect_features(target, tokenizer, answers, policy, rows)
+    features, labels, number = collect_features(target, tokenizer, answers, policy, rows, chat)
     prompts = sorted({item["prompt"] for item in answers})
-    picked = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[: int(len(prompts) * held_out)]
+    picked = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed % 2**63))[: int(len(prompts) * held_out)]
     chosen = {prompts[i] for i in picked.tolist()}
     is_test = torch.tensor([item["prompt"] in chosen for item in answers])[number]
     for side, name in ((labels[~is_test], "training"), (labels[is_test], "held-out")):
         if not 0 < side.sum() < len(side):
             raise InputError(f"The {name} answers hold no wrong or no right tokens; give more answers of both kinds.")
     weight, bias = fit_head(features[~is_test], labels[~is_test])
-    head = JudgeHead(weight, bias, threshold, fingerprint(target), {})
+    head = JudgeHead(weight, bias, threshold, target.fingerprint, {})
     thresholds = sorted({0.5, 0.7, 0.8, 0.9, 0.95, 0.99, threshold})
     figures = measure_head(head.score(features[is_test]), labels[is_test], thresholds)
-    info = {"label_policy": policy, "rows": rows, "seed": seed, "answers": len(answers), "dtype": str(target.dtype),
-            "training_tokens": int((~is_test).sum()), "held_out": figures}  # fmt: skip
+    info = {"label_policy": policy, "rows": rows, "seed": seed, "answers": len(answers), "chat": chat,
+            "dtype": str(target.dtype), "training_tokens": int((~is_test).sum()), "held_out": figures}  # fmt: skip
     return replace(head, info=info)
 
 
@@ -330,29 +352,46 @@ def print_figures(head: JudgeHead) -> None:
         print(f"{row['threshold']:8.3f}{mark} {row['recall']:22.4f} {row['precision']:10.4f} {row['false_accept']:22.4f}")
 
 
+def check_out(path: Path) -> None:
+    """Raises InputError for a file that could not be written, before any work is done for it."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path} cannot be written: name a file in a folder that exists.")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="the target's folder")
+    add("--data", type=Path, required=True, help="annotated answers, JSON lines")
+    add("--out", type=Path, required=True, help="the judge file to write")
+    add("--chat", action="store_true", help="put prompts into Llama 3.1's chat format, as generate.py --chat does")
+    add("--label_policy", choices=LABEL_POLICIES, default="ignore_after", help="tokens after an error")
+    add("--threshold", type=float, default=0.5, help="delta that the engine uses unless told otherwise")
+    add("--speculate_k", type=int, default=16, help="M: features are read M + 1 rows at a time")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=DTYPES, help="run type, the same as for generate.py (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Checks the command line, trains, writes the head and prints its figures."""
+    check_threshold("judge", args.threshold)
+    check_out(args.out)
+    if args.speculate_k < 1:
+        raise InputError(f"--speculate_k {args.speculate_k} is too small: a round drafts at least 1 token.")
+    answers = read_answers(args.data)
+    tokenizer, device = load_tokenizer(args.checkpoint_path), pick_device(args.device)
+    target = load_model(args.checkpoint_path, device, run_dtype(args.precision, device))
+    rows, policy = args.speculate_k + 1, args.label_policy
+    head = train_judge(target, tokenizer, answers, policy, rows, args.threshold, seed=args.seed, chat=args.chat)
+    head.save(args.out)
+    print_figures(head)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, required=True, help="the target's folder")
-    parser.add_argument("--data", type=Path, required=True, help="annotated answers, JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="the judge file to write")
-    parser.add_argument("--label_policy", choices=LABEL_POLICIES, default="ignore_after", help="tokens after an error")
-    parser.add_argument("--threshold", type=float, default=0.5, help="delta that the engine uses unless told otherwise")
-    parser.add_argument("--speculate_k", type=int, default=16, help="M: features are read M + 1 rows at a time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=DTYPES, help="default: the type on disk")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        check_threshold("judge", args.threshold)
-        answers = list(read_answers(args.data))
-        tokenizer = load_tokenizer(args.checkpoint_path)
-        target = load_model(args.checkpoint_path, args.device, DTYPES.get(args.precision))
-        head = train_judge(target, tokenizer, answers, args.label_policy, args.speculate_k + 1, args.threshold, seed=args.seed)
-        head.save(args.out)
-        print_figures(head)
-    except InputError as error:
-        print(f"judge.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    args = parse_args(argv)
+    run_script("judge.py", lambda: train(args))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,14 @@ A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as publis
 layout of those weights. Nothing here knows about drafts or judges.
 """
 
+import argparse
+import hashlib
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,68 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class InputError(ValueError):
     """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it, exit 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is answered in one sentence."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message}; see --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+class Progress:
+    """A line `what: done/total` on stderr, once a second after the first 2 s."""
+
+    line_is_open = False  # an error then begins on a line of its own
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        self.due = time.monotonic() + 2
+
+    def step(self) -> None:
+        self.done += 1
+        finished = self.done == self.total
+        if time.monotonic() > self.due or (finished and Progress.line_is_open):
+            print(f"\r{self.what}: {self.done}/{self.total}", end="\n" if finished else "", file=sys.stderr, flush=True)
+            self.due, Progress.line_is_open = time.monotonic() + 1, not finished
+
+
+def run_script(name: str, action: Callable[[], None]) -> None:
+    """Runs a script's body: a user's mistake is one sentence on stderr and exit code 2; a closed pipe is no error."""
+    try:
+        action()
+    except InputError as error:
+        print(("\n" if Progress.line_is_open else "") + f"{name}: {error}", file=sys.stderr)
+        Progress.line_is_open = False
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device, or an InputError when there is none of that name here."""
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are built")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"--device {name} is not usable here ({reason}); cpu always is.") from None
+    return device
+
+
+def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:
+    """The type to run in: as asked for, else bf16 on a GPU and fp32 on a CPU."""
+    return DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
 
 
 @dataclass(frozen=True)
@@ -52,25 +118,22 @@ class ModelArgs:
     def from_hf_config(cls, config: dict, where: str = "config.json") -> "ModelArgs":
         """Reads the fields of a Hugging Face Llama configuration, in the spelling of transformers 4 or 5."""
         refuse_unknown(config, where)
-        try:
-            dim, n_head = config["hidden_size"], config["num_attention_heads"]
-            rope_theta, rope_scaling = read_rope(config, where)
-            args = cls(
-                dim=dim,
-                n_layer=config["num_hidden_layers"],
-                n_head=n_head,
-                n_kv_head=config.get("num_key_value_heads") or n_head,
-                intermediate_size=config["intermediate_size"],
-                vocab_size=config["vocab_size"],
-                head_dim=config.get("head_dim") or dim // n_head,
-                max_position=config.get("max_position_embeddings", 2048),
-                norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=rope_theta,
-                rope_scaling=rope_scaling,
-                tie_embeddings=config.get("tie_word_embeddings", False),
-            )
-        except KeyError as missing:
-            raise InputError(f"{where} has no field {missing}, which every Llama configuration has.") from None
+        dim, n_head = (read_field(config, name, int, where) for name in ("hidden_size", "num_attention_heads"))
+        rope_theta, rope_scaling = read_rope(config, where)
+        args = cls(
+            dim=dim,
+            n_layer=read_field(config, "num_hidden_layers", int, where),
+            n_head=n_head,
+            n_kv_head=read_field(config, "num_key_value_heads", int, where, n_head),
+            intermediate_size=read_field(config, "intermediate_size", int, where),
+            vocab_size=read_field(config, "vocab_size", int, where),
+            head_dim=read_field(config, "head_dim", int, where, dim // n_head),
+            max_position=read_field(config, "max_position_embeddings", int, where, 2048),
+            norm_eps=read_field(config, "rms_norm_eps", float, where, 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tie_embeddings=read_field(config, "tie_word_embeddings", bool, where, False),
+        )
         if args.n_head % args.n_kv_head or args.head_dim % 2:
             raise InputError(
                 f"{where}: {args.n_head} heads over {args.n_kv_head} KV heads of size {args.head_dim} do not fit: "
@@ -119,42 +182,61 @@ def read_json(path: Path) -> dict:
         raise InputError(f"There is no file {path}; a checkpoint is a Hugging Face snapshot folder.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object.")
     return content
 
 
+def read_field(config: dict, name: str, kind: type, where: str, default=None):
+    """A field of a configuration: a positive int or float, or a bool. Without a default it must be there."""
+    value = config.get(name)
+    if value is None:
+        if default is None:
+            raise InputError(f"{where} has no field {name!r}, which every Llama configuration has.")
+        return default
+    if kind is bool:
+        good, needed = isinstance(value, bool), "true or false"
+    else:
+        types, needed = ((int, float), "a positive number") if kind is float else (int, "a positive whole number")
+        good = isinstance(value, types) and not isinstance(value, bool) and 0 < value < float("inf")
+    if not good:
+        raise InputError(f"{where}: {name}={value!r} must be {needed}.")
+    return kind(value)
+
+
 def refuse_unknown(config: dict, where: str) -> None:
     """Raises InputError naming the first setting of `config` that would change the arithmetic and is not built."""
-    architecture = (config.get("architectures") or [config.get("model_type", "none")])[0]
+    names = config.get("architectures") or config.get("model_type", "none")
+    architecture = names[0] if isinstance(names, list) else names
     if architecture not in ("LlamaForCausalLM", "llama"):
         raise InputError(f"{where}: architecture {architecture!r} is not implemented; LlamaForCausalLM is.")
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
     for field, value in only.items():
         if config.get(field, value) != value:
             raise InputError(f"{where}: {field}={config[field]!r} is not implemented; {value!r} is.")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unnamed")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise InputError(f"{where}: quantization method {method!r} is not implemented; use unquantised weights.")
 
 
 def read_rope(config: dict, where: str) -> tuple[float, tuple[float, float, float, int] | None]:
     """RoPE base and Llama-3.1 scaling from `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{where}: {name}={config[name]!r} must be an object.")
     new = config.get("rope_parameters") or {}
     scaling = new or config.get("rope_scaling") or {}
-    theta = float(new.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = read_field(new, "rope_theta", float, where, read_field(config, "rope_theta", float, where, 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise InputError(f"{where}: RoPE type {kind!r} is not implemented; 'default' and 'llama3' are.")
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [field for field in fields if field not in scaling]
-    if missing:
-        raise InputError(f"{where}: RoPE type 'llama3' needs {missing[0]!r}, which is missing.")
-    return theta, tuple(scaling[field] for field in fields)
+    low, high = (read_field(scaling, name, float, where) for name in ("low_freq_factor", "high_freq_factor"))
+    original = read_field(scaling, "original_max_position_embeddings", int, where)
+    return theta, (read_field(scaling, "factor", float, where), low, high, original)
 
 
 def rope_table(args: ModelArgs, length: int, device: torch.device) -> Tensor:
@@ -249,6 +331,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
+        self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = 0
 
@@ -261,7 +344,10 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.dtype
 
     def setup_caches(self, length: int) -> None:
-        """Allocates KV caches and the RoPE table for `length` positions on the weights' device."""
+        """Allocates KV caches and the RoPE table for `length` positions; keeps those that already fit the weights."""
+        cache = self.layers[0].attention.k_cache
+        if cache is not None and (cache.shape[2], cache.dtype, cache.device) == (length, self.dtype, self.device):
+            return
         self.cache_length = length
         self.rope = rope_table(self.args, length, self.device)
         shape = (1, self.args.n_kv_head, length, self.args.head_dim)
@@ -322,7 +408,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise InputError(f"{index} has no 'weight_map' from tensor names to files.")
         files = {name: folder / file for name, file in weight_map.items()}
         for name, file in files.items():
@@ -371,27 +457,36 @@ def weight_plan(args: ModelArgs) -> dict[str, tuple[str, int, tuple[int, ...]]]:
 def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """Loads a published snapshot folder (any float type on disk) straight into fused weights.
 
-    dtype None keeps the type on disk. Peak memory is the model plus its largest tensor. Raises InputError naming
-    tensor and file for whatever is missing, unexpected, misshapen or truncated.
+    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). Peak memory is the model
+    plus its largest tensor. Raises InputError naming tensor and file for whatever is missing, unexpected, misshapen or
+    truncated.
     """
     folder = Path(folder)
     args, files = ModelArgs.from_folder(folder), checkpoint_files(folder)
     plan = weight_plan(args)
     check_names(plan, files, folder, args.tie_embeddings)
-    model, handles, started, shown = empty_model(args), {}, time.monotonic(), 0.0
-    for done, (name, (ours, row, shape)) in enumerate(plan.items()):
+    model, handles, progress = empty_model(args), {}, Progress(f"loading {folder}", len(plan))
+    digest = hashlib.sha256(repr((args.rope_theta, args.rope_scaling, args.norm_eps)).encode())
+    for name, (ours, row, shape) in plan.items():
         file = files[name]
         if file not in handles:
             handles[file] = open_safetensors(file)
         tensor = read_tensor(handles[file], name, shape, file)
-        weight = materialise(model, ours, dtype or tensor.dtype, device)
-        weight[row : row + shape[0]].copy_(tensor)
-        shown = report_progress(f"loading {folder}", done + 1, len(plan), started, shown)
+        dtype = dtype or tensor.dtype
+        digest.update(sample_of(tensor))
+        materialise(model, ours, dtype, device)[row : row + shape[0]].copy_(tensor)
+        progress.step()
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    if shown:
-        print(file=sys.stderr)
+    model.fingerprint = digest.hexdigest()[:16]
     return model.eval()
+
+
+def sample_of(tensor: Tensor) -> bytes:
+    """Shape and 64 evenly spaced values of a tensor as it lies on disk, the same for every float type that holds them."""
+    flat = tensor.reshape(-1)
+    values = flat[torch.linspace(0, len(flat) - 1, 64, dtype=torch.double).long()].float()
+    return repr((tuple(tensor.shape), values.tolist())).encode()
 
 
 def check_names(plan: dict, files: dict[str, Path], folder: Path, tied: bool) -> None:
@@ -414,7 +509,7 @@ def read_tensor(handle, name: str, shape: tuple[int, ...], file: Path) -> Tensor
         raise InputError(f"{file} has no readable tensor {name}: {error}.") from None
     if found != shape:
         raise InputError(f"{file}: tensor {name} has shape {found}, but config.json calls for {shape}.")
-    if not tensor.dtype.is_floating_point:
+    if tensor.dtype not in DTYPES.values():
         raise InputError(f"{file}: tensor {name} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
     return tensor
 
@@ -428,12 +523,3 @@ def materialise(model: Transformer, name: str, dtype: torch.dtype, device: str |
         weight = nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=device), requires_grad=False)
         setattr(module, leaf, weight)
     return weight
-
-
-def report_progress(what: str, done: int, total: int, started: float, shown: float) -> float:
-    """Prints `what done/total` on stderr once a second after the first 2 s; returns when it last printed."""
-    now = time.monotonic()
-    if now - started > 2 and (now - shown > 1 or done == total):
-        print(f"\r{what}: {done}/{total}", end="", file=sys.stderr, flush=True)
-        return now
-    return shown

@@ -33,8 +33,10 @@ CHAT_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n
 class TiktokenTokenizer:
     """Llama 3's tokenizer, from byte-pair ranks: {token bytes: id}."""
 
-    def __init__(self, ranks: dict[bytes, int], dated_chat: bool = True):
+    def __init__(self, ranks: dict[bytes, int], dated_chat: bool = True, where: str = "the tokenizer file"):
         base = len(ranks)
+        if set(ranks.values()) != set(range(base)) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise InputError(f"{where} is not a whole vocabulary: it needs every single byte, and ranks from 0 without gaps.")
         self.control = {name: base + offset for name, offset in CONTROL.items()}
         self.model = tiktoken.Encoding("llama3", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.token_of_id = {id: token for token, id in ranks.items()}
@@ -46,6 +48,7 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without begin-of-text."""
+        check_text(text)
         parts = re.split(r"(\s{50000})", text)  # tiktoken's regular expression overflows on longer runs of space
         return [id for part in parts for id in self.model.encode_ordinary(part)]
 
@@ -85,6 +88,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without begin-of-text."""
+        check_text(text)
         return self.model.encode(text)
 
     def token_bytes(self, id: int, first: bool = False) -> bytes:
@@ -102,6 +106,14 @@ class SentencePieceTokenizer:
 
 
 Tokenizer = TiktokenTokenizer | SentencePieceTokenizer
+
+
+def check_text(text: str) -> None:
+    """Raises InputError for text that is no valid Unicode (half of a surrogate pair, as broken escapes leave it)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The text is not valid Unicode: {error}.") from None
 
 
 class Decoder:
@@ -136,17 +148,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no checkpoint folder {folder}; name a Hugging Face snapshot folder.")
-    models = [path for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if path.exists()]
+    models = [path for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if path.is_file()]
     if models:
         tokenizer = read_model_file(models[0], has_dated_chat(folder))
     elif (folder / "tokenizer.json").exists():
-        tokenizer = TiktokenTokenizer(ranks_of_json(folder / "tokenizer.json"), has_dated_chat(folder))
+        path = folder / "tokenizer.json"
+        tokenizer = TiktokenTokenizer(ranks_of_json(path), has_dated_chat(folder), str(path))
     else:
         raise InputError(f"{folder} has no tokenizer.model, original/tokenizer.model or tokenizer.json.")
     for name in ("generation_config.json", "config.json"):
         stops = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
         if stops is not None:
             tokenizer.stop_ids = stops if isinstance(stops, list) else [stops]
+            good = [type(stop) is int and 0 <= stop < tokenizer.vocab_size for stop in tokenizer.stop_ids]
+            if not good or not all(good):
+                raise InputError(f"{folder / name}: eos_token_id={stops!r} must name tokens below {tokenizer.vocab_size}.")
             break
     return tokenizer
 
@@ -161,9 +177,10 @@ def read_model_file(path: Path, dated_chat: bool) -> Tokenizer:
             raise InputError(f"{path} is neither a tiktoken nor a SentencePiece file.") from None
     try:
         pairs = [line.split() for line in content.splitlines() if line]
-        return TiktokenTokenizer({base64.b64decode(token): int(rank) for token, rank in pairs}, dated_chat)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except ValueError:
         raise InputError(f"{path} looks like a tiktoken file, but has a line that is not 'base64 rank'.") from None
+    return TiktokenTokenizer(ranks, dated_chat, str(path))
 
 
 def has_dated_chat(folder: Path) -> bool:
@@ -179,7 +196,7 @@ def has_dated_chat(folder: Path) -> bool:
 def ranks_of_json(path: Path) -> dict[bytes, int]:
     """Llama 3's byte-pair ranks from Hugging Face's tokenizer.json, where an ordinary token's id is its rank."""
     content = read_json(path)
-    model = content.get("model", {})
+    model = content.get("model") if isinstance(content.get("model"), dict) else {}
     patterns = re.findall(r'"Regex": "((?:[^"\\]|\\.)*)"', path.read_text(encoding="utf-8")[:20_000_000])
     if model.get("type") != "BPE" or not any(codecs.decode(p, "unicode_escape") == SPLIT for p in patterns):
         raise InputError(f"{path} is not Llama 3's byte-level BPE; only that form of tokenizer.json is implemented.")

@@ -7,7 +7,6 @@ whole matrices and pair its first and second half. Shards are memory-mapped, and
 memory holds one layer at a time. The folder is written beside and renamed at the end.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -20,7 +19,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import LLAMA31_ROPE, InputError, ModelArgs, read_json, weight_plan
+from model import (
+    LLAMA31_ROPE,
+    LLAMA32_ROPE,
+    InputError,
+    ModelArgs,
+    Parser,
+    Progress,
+    read_field,
+    read_json,
+    run_script,
+    weight_plan,
+)
 
 NAMES = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
@@ -52,7 +62,7 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
 
     Norms are repeated in every shard; so are KV heads, by turns, when there are fewer heads than shards (405B on 16).
     """
-    missing = [i for i, shard in enumerate(shards) if name not in shard]
+    missing = [i for i, shard in enumerate(shards) if not isinstance(shard.get(name), Tensor)]
     if missing:
         raise InputError(f"{folder}/consolidated.{missing[0]:02}.pth has no tensor {name}.")
     parts = [shard[name] for shard in shards]
@@ -75,30 +85,30 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
 
 def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> dict:
     """`config.json` from Meta's params.json and the tensors' shapes."""
-    for field in ("dim", "n_layers", "n_heads", "norm_eps"):
-        if field not in params:
-            raise InputError(f"{folder}/params.json has no field {field!r}.")
-    first, n_heads = shards[0], params["n_heads"]
+    where = f"{folder}/params.json"
+    dim, n_layers, n_heads = (read_field(params, name, int, where) for name in ("dim", "n_layers", "n_heads"))
+    first = shards[0]
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
-        if name not in first:
+        if not isinstance(first.get(name), Tensor):
             raise InputError(f"{folder}/consolidated.00.pth has no tensor {name}.")
     vocab = params.get("vocab_size", -1)
     if vocab <= 0:  # Llama 2 says -1
         vocab = first["output.weight"].shape[0] * len(shards)
     llama3 = vocab > 100000
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": params["dim"],
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": dim,
         "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
-        "num_hidden_layers": params["n_layers"], "num_attention_heads": n_heads,
-        "num_key_value_heads": params.get("n_kv_heads") or n_heads, "head_dim": params["dim"] // n_heads,
-        "vocab_size": vocab, "rms_norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta", 10000.0),
+        "num_hidden_layers": n_layers, "num_attention_heads": n_heads,
+        "num_key_value_heads": params.get("n_kv_heads") or n_heads, "head_dim": dim // n_heads,
+        "vocab_size": vocab, "rms_norm_eps": read_field(params, "norm_eps", float, where),
+        "rope_theta": read_field(params, "rope_theta", float, where, 10000.0),
         "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
         "max_position_embeddings": 131072 if params.get("use_scaled_rope") else 8192 if llama3 else 4096,
         "bos_token_id": 128000 if llama3 else 1, "eos_token_id": [128001, 128008, 128009] if llama3 else 2,
     }  # fmt: skip
     if params.get("use_scaled_rope"):
-        factor, low, high, original = LLAMA31_ROPE
-        factor = float(params.get("rope_scaling_factor", factor))
+        # Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3
+        factor, low, high, original = LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
         config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
                                   "high_freq_factor": high, "original_max_position_embeddings": original}  # fmt: skip
     return config
@@ -106,13 +116,13 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
 
 def convert(source: Path, out: Path) -> None:
     """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or broken."""
-    if out.exists():
-        raise InputError(f"{out} exists already; name a new folder.")
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise InputError(f"{out} exists already, or lies in no folder; name a new folder.")
     shards, params = open_shards(source), read_json(source / "params.json")
     config = make_config(params, shards, source)
     beside = out.with_name(out.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside.mkdir()
     try:
         write_weights(shards, config, source, beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -129,10 +139,10 @@ def convert(source: Path, out: Path) -> None:
 def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, folder: Path) -> None:
     """One safetensors file a layer and one for the rest, and their index."""
     n_layers, weight_map, total = config["num_hidden_layers"], {}, 0
+    progress = Progress(f"converting {source}", n_layers + 1)
     shapes = {name: shape for name, (_, _, shape) in weight_plan(ModelArgs.from_hf_config(config)).items()}
     for number in range(n_layers + 1):
         if number < n_layers:
-            print(f"\rconverting: layer {number + 1}/{n_layers}", end="", file=sys.stderr, flush=True)
             names = {
                 f"layers.{number}.{ours}.weight": f"model.layers.{number}.{theirs}.weight" for ours, theirs in NAMES.items()
             }
@@ -148,21 +158,17 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
         file = f"model-{number + 1:05}-of-{n_layers + 1:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    print(file=sys.stderr)
+        progress.step()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Meta's folder")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     args = parser.parse_args(argv)
-    try:
-        convert(args.checkpoint_dir, args.out)
-    except InputError as error:
-        print(f"convert_meta_checkpoint.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script("convert_meta_checkpoint.py", lambda: convert(args.checkpoint_dir, args.out))
 
 
 if __name__ == "__main__":

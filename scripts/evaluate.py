@@ -9,6 +9,7 @@ answer and every step.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -21,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from generate import DEMO, Engine, Parser, Settings, answer_text, as_json, check_settings, load_pair, pick_device
-from judge import RULES, fingerprint
-from model import DTYPES, InputError, report_progress
+from generate import DEMO, Engine, Settings, answer_text, as_json, check_settings, load_pair
+from judge import RULES, check_out
+from model import DTYPES, InputError, Parser, Progress, Transformer, pick_device, run_script
 from scripts.demo_task import check, problems
 from tokenizer import load_tokenizer
 
@@ -46,7 +47,10 @@ def parse_rules(names: str, thresholds: str | None) -> list[tuple[str, float | N
             raise InputError(f"--verify {name} is not a rule; known are {', '.join(('plain', *RULES, *PEERS))}.")
         rules += [(name, value) for value in given.pop(name, [None])]
     if given:
-        raise InputError(f"--threshold names {next(iter(given))}, which --verify does not.")
+        raise InputError(f"--threshold names {next(iter(given))}, which --verify does not, or twice.")
+    labels = [label(rule) for rule in rules]
+    if len(set(labels)) < len(labels):
+        raise InputError(f"--verify or --threshold names {max(labels, key=labels.count)} twice.")
     return rules
 
 
@@ -135,20 +139,23 @@ def answer(engine, rule: tuple, item: dict, prompt: list[int], args: argparse.Na
 
 
 def read_results(path: Path, header: dict) -> list[dict]:
-    """The answers of an earlier run with the same settings; InputError when the file is of other settings."""
+    """The answers of an earlier run with the same settings; InputError when the file is of other settings or foreign."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]  # a killed run may leave half a line
+    first = json.dumps(header).encode()
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not a results file of this script: {error}; name another --out.") from None
+        lines = [json.loads(line) for line in whole.split(b"\n") if line]
+        if not whole and not first.startswith(text) or not all(isinstance(line, dict) for line in lines):
+            raise ValueError("no header")
+    except ValueError as error:
+        raise InputError(f"{path} is not a results file of this script ({error}); name another --out.") from None
     if lines and lines[0] != header:
         differ = [key for key in header if lines[0].get(key) != header[key]]
         raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
     if text != whole:
-        path.write_text(whole, encoding="utf-8")
+        os.truncate(path, len(whole))
     return lines[1:]
 
 
@@ -161,12 +168,11 @@ def interval(right: int, n: int) -> tuple[float, float]:
 
 def summarise(records: list[dict], rules: list[str]) -> list[dict]:
     """One row a rule: n, accuracy with its interval, the same by family, m*, tokens/s, ratio to plain."""
-    rows, plain_speed = [], None
+    rows = []
     for rule in rules:
         mine = [record for record in records if record["rule"] == rule]
         right, rounds = sum(r["right"] for r in mine), sum(r["rounds"] for r in mine)
         speed = sum(len(r["tokens"]) for r in mine) / sum(r["seconds_decode"] for r in mine)
-        plain_speed = speed if rule == "plain" else plain_speed
         drafted = sum(r["drafted"] for r in mine)
         families = {f: [r["right"] for r in mine if r["family"] == f] for f in sorted({r["family"] for r in mine})}
         rows.append({
@@ -175,9 +181,10 @@ def summarise(records: list[dict], rules: list[str]) -> list[dict]:
             "answer_accuracy": sum(r["answer_right"] for r in mine) / len(mine),
             "mean_accepted": sum(r["accepted"] for r in mine) / rounds if drafted else None,
             "by_rule_share": sum(r["accepted_by_rule"] for r in mine) / sum(len(r["tokens"]) for r in mine),
-            "tokens_per_second": speed, "ratio": speed / plain_speed if plain_speed else None,
+            "tokens_per_second": speed,
         })  # fmt: skip
-    return rows
+    plain_speed = next((row["tokens_per_second"] for row in rows if row["rule"] == "plain"), None)
+    return [row | {"ratio": row["tokens_per_second"] / plain_speed if plain_speed else None} for row in rows]
 
 
 def print_table(rows: list[dict]) -> None:
@@ -194,52 +201,71 @@ def print_table(rows: list[dict]) -> None:
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """Answers what is not yet in --out, rule by rule on each problem, and returns the summary rows."""
-    args.device = pick_device(args.device)
     rules = parse_rules(args.verify, args.threshold)
-    for name, threshold in rules:
-        if name not in PEERS:
-            check_settings(Settings(name, threshold, args.speculate_k, args.temperature, args.top_k), True, True)
-    items = TASKS[args.task][0](args)
-    tokenizer = load_tokenizer(args.checkpoint_path)
-    needs_judge = any(name == "judge" for name, _ in rules)
-    target, draft, head = load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, args.judge_path if needs_judge else None, args.device,
-        DTYPES[args.precision],
-    )  # fmt: skip
-    header = {"task": args.task, "family": args.family, "target": fingerprint(target), "speculate_k": args.speculate_k,
-              "temperature": args.temperature, "top_k": args.top_k, "max_new_tokens": args.max_new_tokens,
-              "precision": args.precision, "compile": args.compile, "torch": torch.__version__,
-              "judge_threshold": head.threshold if head else None}  # fmt: skip
+    check_args(args, rules)
+    items, tokenizer = TASKS[args.task][0](args), load_tokenizer(args.checkpoint_path)
+    judge = args.judge_path if any(name == "judge" for name, _ in rules) else None
+    models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, DTYPES[args.precision])
+    header = make_header(args, *models[:2])
     records = read_results(args.out, header) if args.out else []
     done = {(record["rule"], record["index"]) for record in records}
     todo = [(item, rule) for item in items for rule in rules if (label(rule), item["index"]) not in done]
     if todo:
         prompts = {item["index"]: [tokenizer.bos_id, *tokenizer.encode(item["question"])] for item in items}
         length = max(map(len, prompts.values())) + args.max_new_tokens
-        engines = make_engines(args, rules, (target, draft, head), tokenizer, length)
+        engines = make_engines(args, rules, models, tokenizer, length)
         records += answer_all(args, todo, prompts, engines, tokenizer, header)
     wanted = {label(rule) for rule in rules}
     kept = [r for r in records if r["index"] < args.limit and r["rule"] in wanted]
     return summarise(kept, [label(rule) for rule in rules])
 
 
+def check_args(args: argparse.Namespace, rules: list[tuple[str, float | None]]) -> None:
+    """Raises InputError for what cannot run, before anything is loaded."""
+    args.device = pick_device(args.device)
+    if args.limit < 1:
+        raise InputError(f"--limit {args.limit} is too small: at least 1 problem.")
+    if args.out:
+        check_out(args.out)
+    for name, threshold in rules:
+        if name in PEERS and args.temperature:
+            raise InputError(f"--verify {name} is greedy; leave --temperature out.")
+        if name not in PEERS:
+            check_settings(Settings(name, threshold, args.speculate_k, args.temperature, args.top_k), True, True)
+
+
+def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer) -> dict:
+    """What a results file must agree on for a run to go on with it."""
+    judge = hashlib.sha256(args.judge_path.read_bytes()).hexdigest()[:16] if args.judge_path.is_file() else None
+    return {"task": args.task, "family": args.family, "target": target.fingerprint, "draft": draft.fingerprint, "judge": judge,
+            "speculate_k": args.speculate_k, "temperature": args.temperature, "top_k": args.top_k,
+            "max_new_tokens": args.max_new_tokens, "precision": args.precision, "compile": args.compile,
+            "device": str(args.device), "torch": torch.__version__}  # fmt: skip
+
+
 def answer_all(args, todo: list, prompts: dict, engines: dict, tokenizer, header: dict) -> list[dict]:
     """Runs the open (problem, rule) pairs, writing each as it is done."""
-    records, started, shown = [], time.monotonic(), 0.0
+    records, progress = [], Progress("answers", len(todo))
     with open(args.out or os.devnull, "a", encoding="utf-8") as out:
         if not (args.out and out.tell()):
             print(json.dumps(header), file=out, flush=True)
-        for number, (item, rule) in enumerate(todo):
+        for item, rule in todo:
             records.append(answer(engines[rule], rule, item, prompts[item["index"]], args, tokenizer))
             print(json.dumps(records[-1]), file=out, flush=True)
-            shown = report_progress("answers", number + 1, len(todo), started, shown)
-    if shown:
-        print(file=sys.stderr)
+            progress.step()
     return records
 
 
+def report(args: argparse.Namespace) -> None:
+    rows = evaluate(args)
+    if args.json:
+        print(json.dumps({"task": args.task, "rows": rows}))
+    else:
+        print_table(rows)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, default="demo")
     add("--family", choices=["story", "list"], help="only this family of demo problems")
@@ -259,15 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, help="results, JSON lines; resumed when it exists")
     add("--json", action="store_true", help="print the summary as one JSON object")
     args = parser.parse_args(argv)
-    try:
-        rows = evaluate(args)
-    except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    if args.json:
-        print(json.dumps({"task": args.task, "rows": rows}))
-    else:
-        print_table(rows)
+    run_script("evaluate.py", lambda: report(args))
 
 
 if __name__ == "__main__":

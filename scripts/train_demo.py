@@ -32,7 +32,7 @@ from torch import Tensor
 
 from generate import Engine, Settings, answer_text
 from judge import print_figures, read_answers, train_judge
-from model import ModelArgs, Transformer, load_model, report_progress, weight_plan
+from model import InputError, ModelArgs, Parser, Progress, Transformer, load_model, run_script, weight_plan
 from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
 from tokenizer import load_tokenizer
 
@@ -45,6 +45,7 @@ PRESETS = {  # dim, layers, heads, KV heads, intermediate size
 }
 SCHEDULE = {"target": (2400, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
 BATCH = 64
+STAGES = ("tokenizer", "target", "draft", "judge")
 JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))  # model, temperature, answers
 JUDGE_THRESHOLD = 0.5
 
@@ -128,6 +129,8 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
     optimizers, start, began = make_optimizers(model, peak), 0, time.monotonic()
     if state.exists():
         saved = torch.load(state, weights_only=True, map_location=device)
+        if (saved["seed"], saved["steps"]) != (seed, steps):
+            raise InputError(f"{state} is of another seed or number of steps; remove it, or name another --work.")
         model.load_state_dict(saved["model"])
         for optimizer, content in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(content)
@@ -151,7 +154,8 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
             left_min = pace * (steps - step - 1) / 60
             print(f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left", file=sys.stderr)
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
+                       "seed": seed, "steps": steps}  # fmt: skip
             buffer = io.BytesIO()
             torch.save(content, buffer)
             write_file(state, buffer.getvalue())
@@ -161,7 +165,7 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
 def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
     """Answers to training problems by draft and target, wrong ones marked, as JSON lines for judge.py."""
     tokenizer = load_tokenizer(out / "target")
-    began, shown, lines, total = time.monotonic(), 0.0, [], sum(count for _, _, count in JUDGE_ANSWERS)
+    lines, progress = [], Progress("answers to judge", sum(count for _, _, count in JUDGE_ANSWERS))
     for role, temperature, count in JUDGE_ANSWERS:
         model = load_model(out / role, device, torch.float32)
         engine = Engine(model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION)
@@ -169,8 +173,7 @@ def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
             prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
-            shown = report_progress("answers to judge", len(lines), total, began, shown)
-    print(file=sys.stderr)
+            progress.step()
     write_file(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -183,11 +186,12 @@ def annotated(problem, text: str, source: str) -> dict:
 
 
 def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
-    data = work / "judge_data.jsonl"
+    """Trains and saves the judge, from answers of this very pair."""
+    target, draft = (load_model(out / role, device, torch.float32) for role in ("target", "draft"))
+    data = work / f"judge_data_{target.fingerprint}_{draft.fingerprint}.jsonl"
     if not data.exists():
         write_judge_data(out, data, seed + 1, device)
-    target = load_model(out / "target", device, torch.float32)
-    head = train_judge(target, load_tokenizer(out / "target"), list(read_answers(data)), threshold=JUDGE_THRESHOLD, seed=seed)
+    head = train_judge(target, load_tokenizer(out / "target"), read_answers(data), threshold=JUDGE_THRESHOLD, seed=seed)
     head.save(out / "judge.safetensors")
     print_figures(head)
 
@@ -229,26 +233,36 @@ def write_file(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
+def train_all(args: argparse.Namespace) -> None:
+    """Runs the stages that are asked for, each from where it stopped."""
+    stages = args.stages.split(",")
+    if unknown := set(stages) - set(STAGES):
+        raise InputError(f"--stages {unknown.pop()} is not a stage; known are {', '.join(STAGES)}.")
+    tokenizer = args.work / "tokenizer.model"
+    if "tokenizer" in stages and not tokenizer.exists():
+        train_tokenizer(tokenizer, args.seed)
+    if not tokenizer.exists():
+        raise InputError(f"There is no {tokenizer}; run the stage tokenizer first.")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    for role in PRESETS:
+        if role in stages:
+            steps = args.steps or SCHEDULE[role][0]
+            model = train_model(role, sp, args.work / f"{role}.pt", args.seed, args.device, steps)
+            save_folder(model, tokenizer, args.out / role)
+    if "judge" in stages:
+        train_demo_judge(args.out, args.work, args.seed, args.device)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"))
     parser.add_argument("--work", type=Path, default=Path("checkpoints/demo-training"), help="where to resume from")
-    parser.add_argument("--stages", default="tokenizer,target,draft,judge")
+    parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="batches a model, instead of the schedule's (for a quick trial)")
     args = parser.parse_args()
-    tokenizer = args.work / "tokenizer.model"
-    if "tokenizer" in args.stages and not tokenizer.exists():
-        train_tokenizer(tokenizer, args.seed)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    for role in ("target", "draft"):
-        if role in args.stages:
-            steps = args.steps or SCHEDULE[role][0]
-            model = train_model(role, sp, args.work / f"{role}.pt", args.seed, args.device, steps)
-            save_folder(model, tokenizer, args.out / role)
-    if "judge" in args.stages:
-        train_demo_judge(args.out, args.work, args.seed, args.device)
+    run_script("train_demo.py", lambda: train_all(args))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def record(rule: str, index: int, right: bool, tokens: int, seconds: float, acce
 def test_the_summary_counts_over_all_tokens_and_rounds():
     records = [record("plain", 0, True, 10, 1.0, 0, 10), record("plain", 1, False, 30, 1.0, 0, 30)]
     records += [record("judge", 0, True, 10, 0.5, 8, 2), record("judge", 1, True, 30, 0.5, 20, 8)]
-    plain, judge = summarise(records, ["plain", "judge"])
+    judge, plain = summarise(records, ["judge", "plain"])  # in any order
     assert (plain["accuracy"], plain["mean_accepted"], plain["tokens_per_second"], plain["ratio"]) == (0.5, None, 20, 1)
     assert (judge["accuracy"], judge["mean_accepted"], judge["tokens_per_second"], judge["ratio"]) == (1.0, 2.8, 40, 2)
     assert judge["by_rule_share"] == 14 / 40 and judge["n"] == 2
@@ -66,7 +66,20 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path, capsys):
 
 def test_a_foreign_file_is_not_overwritten(tmp_path):
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\n")
-    with pytest.raises(InputError, match="notes.txt"):
-        read_results(path, {"task": "demo"})
-    assert path.read_text() == "my notes\n"
+    for content in ("my notes\n", "my notes", '{"my": "only copy, no newline"}', "[1]\n[2]\n", '{"task": "other"}\n'):
+        path.write_text(content)
+        with pytest.raises(InputError, match="notes.txt"):
+            read_results(path, {"task": "demo"})
+        assert path.read_text() == content
+
+
+def test_mistakes_are_one_sentence(tmp_path, capsys):
+    for more, word in (
+        (["--limit", "0"], "--limit 0"), (["--out", "/no/such/file"], "cannot be written"), (["--out", str(tmp_path)], "cannot be"),
+        (["--verify", "plain,plain"], "plain twice"), (["--verify", "topk", "--threshold", "topk=inf"], "inf"),
+        (["--verify", "hf", "--temperature", "1"], "greedy"), (["--device", "meta"], "meta"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            main(["--device", "cpu", *more])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and word in err and err.count("\n") == 1

@@ -10,7 +10,7 @@ from conftest import DEVICES, make_folder
 
 import generate
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual, windows_up_to
-from judge import JudgeHead, fingerprint
+from judge import JudgeHead
 from model import ModelArgs, load_model
 
 RELAXED = ["judge", "kl", "topk", "typical"]
@@ -141,8 +141,10 @@ def test_a_stop_token_passes_only_when_the_target_agrees(verify):
     assert run(target, draft, verify, new=4, **knobs).tokens == [5, 5, 5, 5]
     result = run(target, draft, verify, new=4, stops=[5], **knobs)
     assert result.tokens == [6, 6, 6, 6] and result.accepted == 0 and result.stop_reason == "length"
-    result = run(target, draft, verify, new=4, stops=[6], **knobs)  # the target's own stop ends it
-    assert result.stop_reason == "length" and 6 not in result.tokens
+    # and the target's own stop ends the answer, also when it is the correction of a draft that went on
+    target = Scripted(lambda n, t: one_hot(6 if n == 3 else 5), score=lambda n, t: -9.0)
+    result = run(target, Scripted(lambda n, t: one_hot(5)), "judge", new=9, stops=[6])
+    assert result.tokens == [5, 5, 6] and result.stop_reason == "stop" and result.origin[-1] == "t"
 
 
 def test_output_ends_at_the_first_stop_token():
@@ -310,6 +312,32 @@ def test_an_engine_whose_caches_were_taken_says_so(pair):
 
 
 @pytest.mark.gpu
+@torch.inference_mode()
+def test_nothing_but_the_report_waits_for_the_gpu(pair):
+    target, draft = (model.to("cuda") for model in pair)
+    head = JudgeHead(torch.zeros(64), torch.tensor(0.0), 0.5, "", {}).to("cuda")
+    for verify, temperature in [
+        ("standard", 0.0),
+        ("judge", 0.0),
+        ("kl", 0.0),
+        ("topk", 0.0),
+        ("typical", 0.0),
+        ("standard", 1.0),
+    ]:
+        engine = Engine(target, draft, head, Settings(verify, speculate_k=4, temperature=temperature), [96], 200)
+        engine.generate([1, 2, 3], 10)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for i in range(4):
+                engine.draft_step(engine.draft, engine.buffers, engine.settings, 256, i == 0)
+            engine.verify_step(engine.target, engine.head, engine.buffers, engine.settings, 256)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for model in pair:
+        model.to("cpu")
+
+
+@pytest.mark.gpu
 def test_memory_does_not_grow_on_the_gpu(pair):
     target, draft = (model.to("cuda") for model in pair)
     engine = Engine(target, draft, None, Settings("standard"), [96], 250)
@@ -335,7 +363,7 @@ def folders(tmp_path_factory):
     for name in ("target", "draft"):
         (root / name / "tokenizer.model").write_bytes((generate.DEMO / "target" / "tokenizer.model").read_bytes())
     target = load_model(root / "target")
-    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, fingerprint(target), {}).save(root / "judge.safetensors")
+    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, target.fingerprint, {}).save(root / "judge.safetensors")
     return root
 
 
@@ -416,7 +444,9 @@ def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
         "missing judge": ([*base, "--judge_path", "/no/judge"], "/no/judge"),
         "broken judge": ([*base, "--judge_path", str(broken)], "broken.safetensors"),
         "judge of another target": ([*base, "--checkpoint_path", str(folders / "draft"), "--judge_path", judge], "made for the target"),
-        "no judge given": (["--checkpoint_path", str(folders / "target"), "--verify", "judge", "--prompt", "x"], "draft"),
+        "no draft given": (["--checkpoint_path", str(folders / "target"), "--verify", "judge", "--prompt", "x"], "needs a draft"),
+        "no judge given": (["--checkpoint_path", str(folders / "target"), "--draft_checkpoint_path", str(folders / "draft"),
+                            "--verify", "judge", "--prompt", "x"], "needs a judge"),
         "threshold": ([*base, "--threshold", "1.5"], "--threshold 1.5"),
         "threshold of standard": ([*base, "--verify", "standard", "--threshold", "1"], "no threshold"),
         "whole K": ([*base, "--verify", "topk", "--threshold", "2.5"], "whole number"),
@@ -428,6 +458,17 @@ def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
         "no new tokens": ([*base, "--max_new_tokens", "0"], "--max_new_tokens 0"),
         "no prompt": (command(folders, prompt=None), "no prompt"),
         "chat without a format": ([*base, "--chat"], "chat format"),
+        "temperature nan": ([*base, "--temperature", "nan"], "--temperature nan"),
+        "tiny temperature": ([*base, "--temperature", "1e-40"], "--temperature 1e-40"),
+        "infinite K": ([*base, "--verify", "topk", "--threshold", "inf"], "whole number"),
+        "no samples": ([*base, "--num_samples", "0"], "--num_samples 0"),
+        "no cache": ([*base, "--cache_length", "0"], "--cache_length 0"),
+        "no place for the trace": ([*base, "--profile", "/no/such/trace"], "--profile /no/such/trace"),
+        "json in conversation": (command(folders, "--interactive", "--json", prompt=None), "--interactive goes without"),
+        "endless synthetic prompt": (command(folders, prompt="9" * 30), "too long"),
+        "meta device": ([*base, "--device", "meta"], "meta"),
+        "broken Unicode": (command(folders, prompt="x\ud83d"), "not valid Unicode"),
+        "empty prompt": (command(folders, prompt="0"), "prompt is empty"),
         "unknown rule": ([*base, "--verify", "magic"], "magic"),
         "unknown flag": ([*base, "--speculate"], "--speculate"),
     }  # fmt: skip

@@ -5,16 +5,18 @@ import math
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import ROOT, make_folder
+from safetensors.torch import save
 
 import judge as judge_module
 from judge import (
+    FEATURE,
     LABEL_POLICIES,
     RULES,
     JudgeHead,
     check_threshold,
     collect_features,
-    fingerprint,
+    encode_answer,
     fit_head,
     hidden_states,
     label_tokens,
@@ -22,10 +24,12 @@ from judge import (
     measure_head,
     read_answers,
     rule_mask,
-    token_spans,
     train_judge,
 )  # fmt: skip
 from model import InputError, load_model
+from tokenizer import load_tokenizer
+
+DEMO = ROOT / "checkpoints" / "demo" / "target"
 
 THRESHOLDS = {
     "standard": [0.0],
@@ -121,7 +125,7 @@ def test_thresholds_outside_the_range_are_refused(name, bad):
 
 def test_a_head_is_saved_and_loaded(tmp_path, pair):
     target, draft = pair
-    head = JudgeHead(torch.randn(64), torch.tensor(0.3), 0.7, fingerprint(target), {"label_policy": "span"})
+    head = JudgeHead(torch.randn(64), torch.tensor(0.3), 0.7, target.fingerprint, {"label_policy": "span"})
     head.save(tmp_path / "judge.safetensors")
     again = load_judge(tmp_path / "judge.safetensors", target)
     hidden = torch.randn(5, 64)
@@ -130,37 +134,53 @@ def test_a_head_is_saved_and_loaded(tmp_path, pair):
     assert (again.threshold, again.info) == (0.7, {"label_policy": "span"})
     with pytest.raises(InputError) as caught:
         load_judge(tmp_path / "judge.safetensors", draft)
-    assert fingerprint(target) in str(caught.value) and fingerprint(draft) in str(caught.value)
+    assert target.fingerprint in str(caught.value) and draft.fingerprint in str(caught.value)
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_run(tmp_path):
+    def of(folder: str, **more) -> str:
+        return load_model(tmp_path / folder, **more).fingerprint
+
     make_folder(tmp_path / "a", dtype=torch.bfloat16)
     make_folder(tmp_path / "b", dtype=torch.bfloat16, shard="40KB")
-    make_folder(tmp_path / "c", dtype=torch.bfloat16, seed=9)
-    a = fingerprint(load_model(tmp_path / "a"))
-    assert a == fingerprint(load_model(tmp_path / "a", dtype=torch.float32)) == fingerprint(load_model(tmp_path / "b"))
-    assert a != fingerprint(load_model(tmp_path / "c"))
+    theirs = make_folder(tmp_path / "c", dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "fp32")  # the same values, in another type on disk
+    with torch.no_grad():
+        theirs.model.layers[1].self_attn.q_proj.weight.mul_(1.5)  # what a merged adapter changes
+    theirs.save_pretrained(tmp_path / "tuned")
+    assert of("a") == of("a", dtype=torch.float32) == of("a", dtype=torch.float16) == of("b") == of("fp32")
+    assert of("a") != of("tuned")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 9])
-def test_a_broken_judge_file_is_named(tmp_path, pair, content):
-    path = tmp_path / "judge.safetensors"
+def test_broken_judge_files_are_named(tmp_path, pair):
+    target, path = pair[0], tmp_path / "judge.safetensors"
     with pytest.raises(InputError, match="no judge file"):
-        load_judge(path, pair[0])
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=str(path)):
-        load_judge(path, pair[0])
+        load_judge(path, target)
+    header = {"threshold": "0.5", "feature": FEATURE, "dim": "64", "target_fingerprint": target.fingerprint, "info": "{}"}
+    tensors = {"weight": torch.zeros(64), "bias": torch.zeros(())}
+    contents = [b"", b"garbage" * 9, save({"weight": torch.zeros(64)}, metadata=header)]
+    contents += [
+        save(tensors, metadata={k: v for k, v in header.items() if k != missing}) for missing in header if missing != "dim"
+    ]
+    contents += [save(tensors, metadata=header | change) for change in ({"threshold": "abc"}, {"threshold": "nan"}, {"threshold": "7"},
+                 {"info": "{"}, {"feature": "post-norm"})]  # fmt: skip
+    contents.append(save(tensors | {"bias": torch.zeros(2)}, metadata=header))
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=str(path)):
+            load_judge(path, target)
+    path.write_bytes(save(tensors, metadata=header))
+    assert load_judge(path, target).threshold == 0.5
 
 
 def test_label_policies_on_a_hand_made_example():
-    #           "ab"  "c"   "é"   "de"  "f"   with errors on "é" and on the second half of "de"
-    lengths = [2, 1, 1, 2, 1]
-    assert label_tokens(lengths, [[3, 4]], "span") == [1, 1, 0, 1, 1]
-    assert label_tokens(lengths, [[3, 4]], "ignore_after") == [1, 1, 0, -100, -100]
-    assert label_tokens(lengths, [[3, 4]], "from_error") == [1, 1, 0, 0, 0]
-    assert label_tokens(lengths, [[5, 6]], "span") == [1, 1, 1, 0, 1]  # a span that cuts a token makes it wrong
-    assert label_tokens(lengths, [[3, 4], [5, 6]], "ignore_after") == [1, 1, 0, 0, -100]
-    assert all(label_tokens(lengths, [], policy) == [1] * 5 for policy in LABEL_POLICIES)
+    spans = [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]  # "ab", "c", "é", "de", "f"
+    assert label_tokens(spans, [[3, 4]], "span") == [1, 1, 0, 1, 1]
+    assert label_tokens(spans, [[3, 4]], "ignore_after") == [1, 1, 0, -100, -100]
+    assert label_tokens(spans, [[3, 4]], "from_error") == [1, 1, 0, 0, 0]
+    assert label_tokens(spans, [[5, 6]], "span") == [1, 1, 1, 0, 1]  # an error that cuts a token makes it wrong
+    assert label_tokens(spans, [[3, 4], [5, 6]], "ignore_after") == [1, 1, 0, 0, -100]
+    assert all(label_tokens(spans, [], policy) == [1] * 5 for policy in LABEL_POLICIES)
 
 
 class ByteTokenizer:
@@ -180,11 +200,22 @@ class ByteTokenizer:
 
 
 def test_spans_are_mapped_through_multi_byte_characters():
-    response = "aé b"
-    prompt_ids, ids, lengths = token_spans(ByteTokenizer("x" + response), "x", response)
-    assert prompt_ids == [96, ord("x") % 96] and len(ids) == 5
-    assert lengths == [1, 0, 1, 1, 1]  # the character counts for the token that completes it
-    assert label_tokens(lengths, [[1, 2]], "span") == [1, 1, 0, 1, 1]
+    response = "aé🙂b"
+    prompt_ids, ids, spans = encode_answer(ByteTokenizer("x" + response), "x", response)
+    assert prompt_ids == [96, ord("x") % 96] and len(ids) == 1 + 2 + 4 + 1
+    assert spans == [(0, 1), (1, 2), (1, 2), *[(2, 3)] * 4, (3, 4)]  # every part of a character covers it
+    assert label_tokens(spans, [[2, 3]], "span") == [1, 1, 1, 0, 0, 0, 0, 1]
+
+
+def test_a_response_that_is_read_on_its_own_keeps_its_characters():
+    """SentencePiece puts a space before a text; where prompt and response share a token they are read apart."""
+    tokenizer = load_tokenizer(DEMO)
+    prompt_ids, ids, spans = encode_answer(tokenizer, "How many app", "les now?")
+    assert prompt_ids[1:] == tokenizer.encode("How many app") and ids == tokenizer.encode("les now?")
+    assert spans[-1] == (7, 8) and max(start for start, _ in spans) == 7
+    together = encode_answer(tokenizer, "How many", " apples now?")
+    assert together[1] == tokenizer.encode("How many apples now?")[len(tokenizer.encode("How many")) :]
+    assert together[2][0] == (0, 7)
 
 
 @pytest.mark.parametrize(
@@ -195,14 +226,28 @@ def test_spans_are_mapped_through_multi_byte_characters():
         ('{"prompt": "p", "response": "abc", "errors": [[2, 9]]}', r"\[2, 9\], not \[start, end\] within 0 and 3"),
         ('{"prompt": "p", "response": "abc", "errors": "none"}', "'errors' must be a list"),
         ('["p"]', "'prompt' must be a str"),
+        ('{"prompt": "p", "response": "", "errors": []}', "'response' is empty"),
+        ('{"prompt": "p", "response": "abc", "errors": [[false, true]]}', "within 0 and 3"),
     ],
 )
 def test_bad_answer_files_are_named_by_line_and_field(tmp_path, line, word):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"prompt": "p", "response": "r", "errors": []}) + "\n" + line + "\n")
     with pytest.raises(InputError, match=word) as caught:
-        list(read_answers(path))
+        read_answers(path)
     assert f"{path}, line 2" in str(caught.value)
+
+
+def test_answer_files_may_hold_any_unicode_and_blank_lines(tmp_path):
+    item = {"prompt": "p", "response": "a\u2028b\u0085c", "errors": []}
+    (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps(item, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert read_answers(tmp_path / "a.jsonl") == [item]
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_answers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="no answers"):
+        read_answers(tmp_path / "a.jsonl")
 
 
 @torch.inference_mode()
@@ -244,7 +289,7 @@ def test_training_splits_by_prompt_and_needs_both_kinds(pair, monkeypatch):
     tokenizer = ByteTokenizer(text + "0123456789p")
     answers = [{"prompt": f"p{i}", "response": text, "errors": [[7, 8]] if kind else []} for i in range(10) for kind in (0, 1)]
     head = train_judge(target, tokenizer, answers, rows=5)
-    assert head.fingerprint == fingerprint(target) and head.info["label_policy"] == "ignore_after"
+    assert head.fingerprint == target.fingerprint and head.info["label_policy"] == "ignore_after"
     held = head.info["held_out"]
     assert held["wrong_tokens"] == 2 and held["right_tokens"] == 2 * (10 + 7)  # two whole prompts, both answers of each
     _, _, number = collect_features(target, tokenizer, answers, "span", 5)
@@ -253,9 +298,17 @@ def test_training_splits_by_prompt_and_needs_both_kinds(pair, monkeypatch):
         train_judge(target, tokenizer, [a for a in answers if not a["errors"]], rows=5)
 
 
-def test_command_line_reports_a_mistake_in_one_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        judge_module.main(
-            ["--checkpoint_path", str(tmp_path), "--data", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "j")]
-        )
-    assert stop.value.code == 2 and "no.jsonl" in capsys.readouterr().err
+def test_command_line_reports_a_mistake_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge_module, "load_model", lambda *args: pytest.fail("loaded all the same"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": "r", "errors": []}))
+    base = ["--checkpoint_path", str(DEMO), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "judge.safetensors")]
+    for more, word in (
+        (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"), (["--out", str(tmp_path)], "cannot be written"),
+        (["--out", "/no/such/judge"], "cannot be written"), (["--threshold", "2"], "--threshold 2"),
+        (["--speculate_k", "0"], "--speculate_k 0"), (["--device", "tpu9"], "tpu9"), (["--magic"], "--magic"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            judge_module.main(base + more)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and word in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]

@@ -1,10 +1,13 @@
 """Protects: our logits are those of transformers; every published form of folder loads; what is not built is refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES, make_folder
+from conftest import DEVICES, ROOT, make_folder
 from safetensors.torch import load_file, save_file
 
 from model import PRESETS, InputError, ModelArgs, Transformer, checkpoint_files, load_model, preset, random_model, rope_table
@@ -121,7 +124,14 @@ def test_rope_is_read_in_both_spellings():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"num_key_value_heads": 3}, "3 KV heads"),
-        ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": None}, "no field 'vocab_size'"),
+        ({"vocab_size": "97"}, "vocab_size='97'"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers=-3"),
+        ({"hidden_size": 64.0}, "hidden_size=64.0"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+        ({"rope_scaling": [8.0]}, r"rope_scaling=\[8.0\]"),
+        ({"architectures": "GPT2LMHeadModel"}, "GPT2LMHeadModel"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(tmp_path, change, word):
@@ -263,3 +273,40 @@ def test_a_broken_meta_folder_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="consolidated.00.pth cannot be read"):
         convert(tmp_path / "meta", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+MEASURE_LOADING = """
+import sys, threading, time
+import torch
+from model import load_model
+
+def anonymous() -> int:  # kB of memory that is not the page cache
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+load_model(sys.argv[3])  # imports what the first use imports
+peak, done, before = 0, False, anonymous()
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+done = True
+thread.join()
+print(peak - before, sum(w.nbytes for w in model.parameters()) // 1024, max(w.nbytes for w in model.parameters()) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory counters")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_the_model_and_one_tensor(tmp_path, dtype):
+    """Also when fused matrices are put together and the type changes on the way."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 4096}
+    make_folder(tmp_path / "tiny")
+    make_folder(tmp_path / "model", dtype=torch.bfloat16, **shape)
+    command = [sys.executable, "-c", MEASURE_LOADING, str(tmp_path / "model"), dtype, str(tmp_path / "tiny")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    peak, model, largest = map(int, out.split())
+    assert model * 0.9 < peak < model + largest + 8 * 1024  # seen: 0.5 MB above the model

@@ -1,5 +1,6 @@
 """Protects: ids equal those of the reference tokenizers on real text; chat format; no control token from plain text."""
 
+import base64
 import gzip
 import json
 import re
@@ -9,7 +10,7 @@ import pytest
 from conftest import DATA, ROOT
 
 from model import InputError
-from tokenizer import SPLIT, Decoder, decode, load_tokenizer
+from tokenizer import SPLIT, Decoder, TiktokenTokenizer, decode, load_tokenizer
 
 LLAMA3, LLAMA2 = DATA / "tokenizers" / "llama3", DATA / "tokenizers" / "llama2"
 needs_data = pytest.mark.skipif(not LLAMA3.exists(), reason=f"needs the public tokenizers in {DATA}")
@@ -168,6 +169,29 @@ def test_unreadable_tokenizers_are_named(tmp_path):
     (tmp_path / "tokenizer.model").write_text("aGVsbG8= 0\nd29ybGQ= one\n")
     with pytest.raises(InputError, match="not 'base64 rank'"):
         load_tokenizer(tmp_path)
+
+
+def test_stop_tokens_outside_the_vocabulary_are_refused(tmp_path):
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    for stops in ([], 9999, -1, "2", [None], {"a": 1}):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": stops}))
+        with pytest.raises(InputError, match="eos_token_id"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_with_gaps_is_refused(tmp_path):
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
+    TiktokenTokenizer(ranks)
+    for broken in ({k: v for k, v in ranks.items() if k != b"a"}, ranks | {b"ab": 300}, ranks | {b"ab": 7}):
+        lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in broken.items())
+        (tmp_path / "tokenizer.model").write_text(lines)
+        with pytest.raises(InputError, match="not a whole vocabulary"):
+            load_tokenizer(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(InputError, match="not valid Unicode"):
+        load_tokenizer(DEMO).encode("x\ud83d")
 
 
 def test_the_demo_tokenizer_splits_digits_and_reads_any_text():
