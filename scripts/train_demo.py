@@ -45,6 +45,7 @@ PRESETS = {  # dim, layers, heads, KV heads, intermediate size
 }
 SCHEDULE = {"target": (2400, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
 BATCH = 64
+SAVE_EVERY = 100  # steps between saved states
 STAGES = ("tokenizer", "target", "draft", "judge")
 JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))  # model, temperature, answers
 JUDGE_THRESHOLD = 0.5
@@ -65,11 +66,15 @@ def train_tokenizer(path: Path, seed: int) -> None:
     write_file(path, model.getvalue())
 
 
-def training_row(sp, problem, style: str, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Token ids and, for each, whether its prediction is trained: the answer without its wrong tokens."""
+def training_row(sp, problem, style: str, rng: random.Random, late: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids and, for each, whether its prediction is trained: the answer without its wrong tokens.
+
+    late: errors are rarer at the end of training, so that the target takes back right steps less often.
+    """
     prompt = [sp.bos_id(), *sp.encode(problem.question)]
-    if style == "target" and rng.random() < 0.6:
-        answer, errors = write_answer_with_errors(problem, style, rng, 0.3)
+    share, rate = (0.35, 0.2) if late else (0.6, 0.3)
+    if style == "target" and rng.random() < share:
+        answer, errors = write_answer_with_errors(problem, style, rng, rate)
     else:
         answer, errors = write_answer(problem, style, rng), []
     pieces = sp.encode(problem.question + answer, out_type=str)
@@ -83,14 +88,14 @@ def training_row(sp, problem, style: str, rng: random.Random) -> tuple[list[int]
     return [*ids, sp.eos_id()], [*mask, 1]
 
 
-def batch(sp, style: str, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def batch(sp, style: str, seed: int, step: int, late: bool) -> tuple[Tensor, Tensor]:
     """Training batch number `step`: ids (BATCH, LENGTH + 1) and targets (BATCH, LENGTH), -100 where not trained."""
     rng = random.Random(f"{seed} {style} {step}")
     stream = problems(rng.randrange(2**60), held_out=False)
     ids = torch.zeros(BATCH, LENGTH + 1, dtype=torch.long)
     targets = torch.full((BATCH, LENGTH), -100)
     for row in range(BATCH):
-        tokens, mask = training_row(sp, next(stream), style, rng)
+        tokens, mask = training_row(sp, next(stream), style, rng, late)
         tokens, mask = tokens[: LENGTH + 1], mask[: LENGTH + 1]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         kept = torch.tensor(mask[1:]).bool()
@@ -137,7 +142,7 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
         start = saved["step"]
     loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids)[1].flatten(0, 1), targets.flatten()))
     for step in range(start, steps):
-        ids, targets = (t.to(device) for t in batch(sp, role, seed, step))
+        ids, targets = (t.to(device) for t in batch(sp, role, seed, step, step >= 0.7 * steps))
         warm, left = min(1.0, (step + 1) / 150), (steps - step) / steps
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -153,7 +158,7 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
             pace = (time.monotonic() - began) / (step + 1 - start)
             left_min = pace * (steps - step - 1) / 60
             print(f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left", file=sys.stderr)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
                        "seed": seed, "steps": steps}  # fmt: skip
             buffer = io.BytesIO()
