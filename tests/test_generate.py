@@ -2,16 +2,18 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import DEVICES, make_folder
+from conftest import DATA, DEVICES, make_folder
 
 import generate
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual, windows_up_to
 from judge import JudgeHead
 from model import ModelArgs, load_model
+from tokenizer import load_tokenizer
 
 RELAXED = ["judge", "kl", "topk", "typical"]
 V, DIM = 8, 4
@@ -490,3 +492,30 @@ def test_too_little_memory_is_said_before_loading(folders, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(command(folders))
     assert stop.value.code == 2 and "Not enough memory on cpu" in capsys.readouterr().err
+
+
+# A published folder, whole
+
+
+@pytest.mark.skipif(not (DATA / "tokenizers").exists(), reason=f"needs the public tokenizers in {DATA}")
+@pytest.mark.parametrize("verify", ["plain", "standard"])
+def test_a_folder_as_llama31_is_published_gives_what_transformers_gives(tmp_path, capsys, verify):
+    """The real tokenizer where Meta puts it, its vocabulary, shards, scaled RoPE, a list of stop tokens, chat format."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+    shape = {"vocab_size": 128256, "hidden_size": 32, "intermediate_size": 48, "rope_parameters": rope, "max_position_embeddings": 131072,
+             "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}  # fmt: skip
+    theirs = make_folder(tmp_path / "target", shard="6MB", dtype=torch.bfloat16, scale=6.0, **shape)
+    make_folder(tmp_path / "draft", num_hidden_layers=1, dtype=torch.bfloat16, **shape)
+    for role in ("target", "draft"):
+        (tmp_path / role / "original").mkdir()
+        shutil.copy(DATA / "tokenizers" / "llama3" / "tokenizer.model", tmp_path / role / "original")
+    flags = ["--draft_checkpoint_path", str(tmp_path / "draft")] if verify != "plain" else []
+    main(["--checkpoint_path", str(tmp_path / "target"), *flags, "--verify", verify, "--chat", "--prompt", "Why is the sky blue?",
+          "--max_new_tokens", "24", "--speculate_k", "4", "--device", "cpu", "--json"])  # fmt: skip
+    record = json.loads(capsys.readouterr().out)
+    tokenizer = load_tokenizer(tmp_path / "target")
+    assert tokenizer.stop_ids == [128001, 128008, 128009]
+    prompt = torch.tensor([tokenizer.encode_chat([{"role": "user", "content": "Why is the sky blue?"}])])
+    expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    assert record["prompt_tokens"] == prompt.shape[1] and record["tokens"] == expected
