@@ -28,7 +28,6 @@ from model import DTYPES, InputError, Parser, Progress, Transformer, pick_device
 from scripts.demo_task import check, problems
 from tokenizer import load_tokenizer
 
-HELD_OUT_SEED = 2026
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
 
 
@@ -56,7 +55,7 @@ def parse_rules(names: str, thresholds: str | None) -> list[tuple[str, float | N
 
 def load_demo(args: argparse.Namespace) -> list[dict]:
     """The first --limit held-out problems: index, question, and the problem itself to check with."""
-    stream = problems(HELD_OUT_SEED, held_out=True, family=args.family)
+    stream = problems(args.seed, held_out=True, family=args.family)
     return [{"index": i, "question": p.question, "problem": p} for i, p in enumerate(islice(stream, args.limit))]
 
 
@@ -237,7 +236,8 @@ def check_args(args: argparse.Namespace, rules: list[tuple[str, float | None]]) 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer) -> dict:
     """What a results file must agree on for a run to go on with it."""
     judge = hashlib.sha256(args.judge_path.read_bytes()).hexdigest()[:16] if args.judge_path.is_file() else None
-    return {"task": args.task, "family": args.family, "target": target.fingerprint, "draft": draft.fingerprint, "judge": judge,
+    return {"task": args.task, "family": args.family, "seed": args.seed, "target": target.fingerprint,
+            "draft": draft.fingerprint, "judge": judge,
             "speculate_k": args.speculate_k, "temperature": args.temperature, "top_k": args.top_k,
             "max_new_tokens": args.max_new_tokens, "precision": args.precision, "compile": args.compile,
             "device": str(args.device), "torch": torch.__version__}  # fmt: skip
@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--task", choices=TASKS, default="demo")
     add("--family", choices=["story", "list"], help="only this family of demo problems")
+    add("--seed", type=int, default=2026, help="another seed, other held-out problems (to choose a threshold on, say)")
     add("--limit", type=int, default=100, help="number of problems")
     add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules, and hf and hf-assisted (transformers)")
     add("--threshold", help="rule=number, ...; several for one rule run it several times")
