@@ -53,6 +53,7 @@ class Settings:
     temperature: float = 0.0
     top_k: int | None = None
     compile: bool = False
+    min_prob: float = 0.0  # no rule accepts a token that the target gives less
 
 
 @dataclass
@@ -178,7 +179,7 @@ def verify_step(model: Transformer, head: JudgeHead | None, b: Buffers, s: Setti
         standard = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
     relaxed = standard
     if s.verify != "standard":
-        relaxed = rule_mask(s.verify, b.drafted, before, b.draft_logits, scores, b.threshold, b.stop_ids)
+        relaxed = rule_mask(s.verify, b.drafted, before, b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob)
     accepted = (standard | relaxed).long().cumprod(0).sum(0, keepdim=True)  # (1,)
     if s.temperature == 0:
         own = logits[0, accepted].argmax(-1)
@@ -376,6 +377,8 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
         raise InputError(f"--temperature {settings.temperature} must be 0 (greedy) or between 0.001 and 1000.")
     if settings.top_k is not None and settings.top_k < 1:
         raise InputError(f"--top_k {settings.top_k} is too small: it keeps at least 1 token.")
+    if not 0 <= settings.min_prob < 1:
+        raise InputError(f"--min_prob {settings.min_prob} is no probability below 1.")
     if settings.verify != "plain" and not has_draft:
         raise InputError(f"--verify {settings.verify} needs a draft; name one with --draft_checkpoint_path.")
     if settings.verify == "judge" and not has_judge:
@@ -445,6 +448,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--judge_path", type=Path, help="judge.safetensors, made by judge.py for this target")
     add("--verify", choices=["plain", *RULES], help="default: judge if there is one, standard if there is a draft")
     add("--threshold", type=float, help="delta, tau, K or eps of the rule (default: the judge's own, or the rule's)")
+    add("--min_prob", type=float, default=0.0, help="no rule accepts a token that the target gives less than this")
     add("--speculate_k", type=int, default=16, help="M, draft tokens a round")
     add("--prompt", help="text, a whole number for a synthetic prompt of that many tokens, or - for standard input")
     add("--chat", action="store_true", help="put the prompt into Llama 3.1's chat format")
@@ -506,7 +510,7 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    return Settings(args.verify, args.threshold, args.speculate_k, args.temperature, args.top_k, args.compile)
+    return Settings(args.verify, args.threshold, args.speculate_k, args.temperature, args.top_k, args.compile, args.min_prob)
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
@@ -544,7 +548,8 @@ def as_json(engine: Engine, result: Result, text: str) -> str:
         "accepted_by_rule": result.accepted_by_rule, "mean_accepted": result.mean_accepted,
         "seconds_prefill": result.seconds_prefill, "seconds_decode": result.seconds_decode,
         "tokens_per_second": result.tokens_per_second, "verify": s.verify,
-        "threshold": threshold_of(s, engine.head) if n and n.knob != "none" else None, "speculate_k": s.speculate_k,
+        "threshold": threshold_of(s, engine.head) if n and n.knob != "none" else None,
+        "min_prob": s.min_prob, "speculate_k": s.speculate_k,
         "device": str(engine.target.device), "dtype": str(engine.target.dtype).removeprefix("torch."),
     })  # fmt: skip
 

@@ -13,6 +13,7 @@ response and no errors means a right answer:
 import argparse
 import codecs
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -128,6 +129,34 @@ def typical(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, t
     return own > torch.minimum(threshold, threshold.sqrt() * (-entropy).exp())
 
 
+TOPN = 10  # N of topn_delta, as TensorRT-LLM sets it for reasoning models
+WINDOW = 6  # W of window, the paper's
+
+
+def topn_delta(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, threshold: Tensor) -> Tensor:
+    """The token is among the target's TOPN most likely, and p(token) >= max p - delta (TensorRT-LLM's relaxed acceptance)."""
+    p = target_logits.softmax(-1)
+    own = p.gather(-1, draft_tokens[:, None])
+    return ((p > own).sum(-1) < TOPN) & (own.squeeze(-1) >= p.amax(-1) - threshold)
+
+
+def divergence(draft_tokens, target_logits: Tensor, draft_logits: Tensor, scores, threshold: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of target and draft, in nats, is at most T (Fuzzy SD, arXiv 2502.20704)."""
+    p, q = target_logits.softmax(-1), draft_logits.softmax(-1)
+    middle = (p + q) / 2
+    parts = torch.special.xlogy(p, p / middle) + torch.special.xlogy(q, q / middle)
+    return parts.nan_to_num().sum(-1) / 2 <= threshold  # 0 / 0 where both underflow
+
+
+def window(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, threshold: Tensor) -> Tensor:
+    """The target is undecided, entropy / log V >= h, and its own choices are the next WINDOW draft tokens (FLy, arXiv
+    2511.22972). A token with fewer than WINDOW draft tokens after it cannot be tested and does not pass."""
+    log_p = target_logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1) / math.log(target_logits.shape[-1])
+    match = torch.nn.functional.pad((target_logits.argmax(-1) == draft_tokens).long(), (0, WINDOW))
+    return (entropy >= threshold) & match[1:].unfold(0, WINDOW, 1).all(-1)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule with what its threshold is called, its range, and the default."""
@@ -146,6 +175,9 @@ RULES = {
     "kl": Rule(kl, "tau", 0, float("inf"), 0.5, needs_draft_logits=True),
     "topk": Rule(topk, "K", 1, float("inf"), 2),
     "typical": Rule(typical, "eps", 0, 1, 0.09),
+    "topn_delta": Rule(topn_delta, "delta", 0, 1, 0.6),
+    "divergence": Rule(divergence, "T", 0, 1, 0.4, needs_draft_logits=True),
+    "window": Rule(window, "h", 0, 1, 0.3),
 }
 
 
@@ -158,10 +190,16 @@ def check_threshold(name: str, threshold: float, what: str = "--threshold") -> f
     return threshold
 
 
-def rule_mask(name: str, draft_tokens: Tensor, target_logits, draft_logits, scores, threshold, stop_ids: Tensor) -> Tensor:
-    """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone."""
+def rule_mask(
+    name: str, draft_tokens: Tensor, target_logits, draft_logits, scores, threshold, stop_ids: Tensor, min_prob: float = 0.0
+) -> Tensor:
+    """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone, nor does a token that the
+    target gives less than min_prob."""
     accepted = RULES[name].accept(draft_tokens, target_logits, draft_logits, scores, threshold)
-    return accepted & ~torch.isin(draft_tokens, stop_ids)
+    accepted = accepted & ~torch.isin(draft_tokens, stop_ids)
+    if min_prob > 0:
+        accepted = accepted & (target_logits.softmax(-1).gather(-1, draft_tokens[:, None]).squeeze(-1) >= min_prob)
+    return accepted
 
 
 def read_answers(path: str | Path) -> list[dict]:

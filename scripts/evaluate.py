@@ -72,17 +72,19 @@ def label(rule: tuple[str, float | None]) -> str:
     return rule[0] if rule[1] is None else f"{rule[0]}={rule[1]:g}"
 
 
+def settings_for(args: argparse.Namespace, rule: tuple[str, float | None]) -> Settings:
+    return Settings(*rule, args.speculate_k, args.temperature, args.top_k, args.compile, args.min_prob)
+
+
 def make_engines(args: argparse.Namespace, rules: list, models: tuple, tokenizer, length: int) -> dict:
     """One engine a rule over the same weights and caches."""
     target, draft, head = models
     engines = {}
     for rule in rules:
-        name, threshold = rule
-        if name in PEERS:
-            engines[rule] = peer(args, name, tokenizer)
+        if rule[0] in PEERS:
+            engines[rule] = peer(args, rule[0], tokenizer)
             continue
-        settings = Settings(name, threshold, args.speculate_k, args.temperature, args.top_k, args.compile)
-        engines[rule] = Engine(target, draft, head, settings, tokenizer.stop_ids, length)
+        engines[rule] = Engine(target, draft, head, settings_for(args, rule), tokenizer.stop_ids, length)
         print(f"{label(rule)}: warmed up in {engines[rule].warm_up():.1f} s", file=sys.stderr)
     return engines
 
@@ -226,11 +228,11 @@ def check_args(args: argparse.Namespace, rules: list[tuple[str, float | None]]) 
         raise InputError(f"--limit {args.limit} is too small: at least 1 problem.")
     if args.out:
         check_out(args.out)
-    for name, threshold in rules:
-        if name in PEERS and args.temperature:
-            raise InputError(f"--verify {name} is greedy; leave --temperature out.")
-        if name not in PEERS:
-            check_settings(Settings(name, threshold, args.speculate_k, args.temperature, args.top_k), True, True)
+    for rule in rules:
+        if rule[0] not in PEERS:
+            check_settings(settings_for(args, rule), True, True)
+        elif args.temperature:
+            raise InputError(f"--verify {rule[0]} is greedy; leave --temperature out.")
 
 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer) -> dict:
@@ -238,7 +240,7 @@ def make_header(args: argparse.Namespace, target: Transformer, draft: Transforme
     judge = hashlib.sha256(args.judge_path.read_bytes()).hexdigest()[:16] if args.judge_path.is_file() else None
     return {"task": args.task, "family": args.family, "seed": args.seed, "target": target.fingerprint,
             "draft": draft.fingerprint, "judge": judge,
-            "speculate_k": args.speculate_k, "temperature": args.temperature, "top_k": args.top_k,
+            "speculate_k": args.speculate_k, "temperature": args.temperature, "top_k": args.top_k, "min_prob": args.min_prob,
             "max_new_tokens": args.max_new_tokens, "precision": args.precision, "compile": args.compile,
             "device": str(args.device), "torch": torch.__version__}  # fmt: skip
 
@@ -276,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint_path", type=Path, default=DEMO / "target")
     add("--draft_checkpoint_path", type=Path, default=DEMO / "draft")
     add("--judge_path", type=Path, default=DEMO / "judge.safetensors")
+    add("--min_prob", type=float, default=0.0)
     add("--speculate_k", type=int, default=16)
     add("--max_new_tokens", type=int, default=200)
     add("--temperature", type=float, default=0.0)

@@ -117,7 +117,7 @@ def test_the_judge_reads_the_tokens_own_row():
     assert run(early, draft, "judge", new=3, k=3).tokens[:2] == [0, 0]  # a good row before it does not help
 
 
-@pytest.mark.parametrize("verify", ["kl", "topk", "typical"])
+@pytest.mark.parametrize("verify", ["kl", "topk", "typical", "topn_delta", "divergence"])
 def test_the_other_rules_read_the_row_before(verify):
     """After position 2 the target is undecided between 4 and 5; before and after it is sure of 0."""
     soft = [0, 0, 0, 0, 3.0, 2.9, 0, 0]
@@ -205,6 +205,9 @@ def test_compiled_is_eager_without_recompiling(pair, device):
         ("kl", 0),
         ("topk", 0),
         ("typical", 0),
+        ("topn_delta", 0),
+        ("divergence", 0),
+        ("window", 0),
         ("standard", 0.8),
     ]:
         settings = {
@@ -212,6 +215,7 @@ def test_compiled_is_eager_without_recompiling(pair, device):
             "speculate_k": 5,
             "temperature": temperature,
             "top_k": 20 if temperature else None,
+            "min_prob": 0.001 if verify == "topn_delta" else 0.0,
         }
         eager = Engine(target, draft, head, Settings(verify, **settings), [96], 300)
         fast = Engine(target, draft, head, Settings(verify, **settings, compile=True), [96], 300)
@@ -301,6 +305,15 @@ def test_sampling_a_rule_is_asked_before_the_standard_test():
     assert result.accepted_by_rule == result.accepted == 7
 
 
+@pytest.mark.parametrize("min_prob, passes", [(0.1, True), (0.2, False)])
+def test_a_floor_stops_a_rule_but_not_the_standard_test(min_prob, passes):
+    """The draft says 5, to which the target gives 0.13; the judge would take it. Where they agree the floor is idle."""
+    soft = [0.3, 0, 0, 0, 0, 0.1, 0, 0]
+    target = Scripted(lambda n, t: one_hot(2, 0.2) if n == 1 else soft, score=lambda n, t: 9.0)
+    result = run(target, Scripted(lambda n, t: one_hot(2 if n == 1 else 5)), "judge", new=2, min_prob=min_prob)
+    assert result.tokens == ([2, 5] if passes else [2, 0]) and result.origin[0] == "a"
+
+
 def test_windows():
     assert windows_up_to(256) == [256] and windows_up_to(768) == [256, 512, 768] and windows_up_to(1024) == [256, 512, 1024]
     assert capacity_for(239, 16) == 256 and capacity_for(240, 16) == 512 and capacity_for(131072, 16) == 131328
@@ -383,7 +396,7 @@ def test_json_is_one_object_a_sample(folders, capsys):
         record = json.loads(line)
         assert set(record) == {
             "prompt_tokens", "tokens", "text", "stop_reason", "rounds", "drafted", "accepted", "accepted_by_rule", "mean_accepted",
-            "seconds_prefill", "seconds_decode", "tokens_per_second", "verify", "threshold", "speculate_k", "device", "dtype",
+            "seconds_prefill", "seconds_decode", "tokens_per_second", "verify", "threshold", "speculate_k", "min_prob", "device", "dtype",
         }  # fmt: skip
         assert (record["verify"], record["threshold"], record["speculate_k"]) == ("judge", 0.5, 3)
         assert (record["device"], record["dtype"], record["drafted"]) == ("cpu", "float32", 3 * record["rounds"])
@@ -471,6 +484,7 @@ def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
         "meta device": ([*base, "--device", "meta"], "meta"),
         "broken Unicode": (command(folders, prompt="x\ud83d"), "not valid Unicode"),
         "empty prompt": (command(folders, prompt="0"), "prompt is empty"),
+        "floor": ([*base, "--min_prob", "1.5"], "--min_prob 1.5"),
         "unknown rule": ([*base, "--verify", "magic"], "magic"),
         "unknown flag": ([*base, "--speculate"], "--speculate"),
     }  # fmt: skip

@@ -37,12 +37,18 @@ THRESHOLDS = {
     "kl": [0.1, 0.5, 2.0],
     "topk": [1, 2, 5],
     "typical": [0.01, 0.09, 0.5],
+    "topn_delta": [0.0, 0.1, 0.6],
+    "divergence": [0.05, 0.2, 0.4],
+    "window": [0.3, 0.6, 0.9],
 }
 NO_STOPS = torch.tensor([], dtype=torch.long)
 
 
-def slow(name: str, token: int, target: list[float], draft: list[float], score: float, threshold: float) -> bool:
-    """Each rule for one token, in plain Python from its definition."""
+def slow(
+    name: str, token: int, target: list[float], draft: list[float], score: float, following: list[bool], threshold: float
+) -> bool:
+    """Each rule for one token, in plain Python from its definition. following: whether the next (at most 6) draft tokens
+    are the target's own choices."""
 
     def softmax(logits):
         top = max(logits)
@@ -58,7 +64,13 @@ def slow(name: str, token: int, target: list[float], draft: list[float], score: 
         return max(p) <= 0.9 and sum(a * math.log(a / b) for a, b in zip(p, q)) < threshold
     if name == "topk":
         return token in sorted(range(len(p)), key=lambda i: -p[i])[: int(threshold)]
+    if name == "topn_delta":
+        return token in sorted(range(len(p)), key=lambda i: -p[i])[:10] and p[token] >= max(p) - threshold
+    if name == "divergence":
+        return sum(a * math.log(2 * a / (a + b)) + b * math.log(2 * b / (a + b)) for a, b in zip(p, q)) / 2 <= threshold
     entropy = -sum(a * math.log(a) for a in p)
+    if name == "window":
+        return entropy / math.log(len(p)) >= threshold and len(following) == 6 and all(following)
     return p[token] > min(threshold, math.sqrt(threshold) * math.exp(-entropy))
 
 
@@ -68,12 +80,13 @@ def test_rules_against_a_slow_reference(name):
     seen = set()
     for trial in range(60):
         sharp = [0.3, 1.0, 3.0][trial % 3]
-        target, draft = (torch.randn(9, 23, generator=generator, dtype=torch.float64) * sharp for _ in range(2))
-        tokens = torch.where(torch.rand(9, generator=generator) < 0.5, target.argmax(-1), draft.argmax(-1))
-        scores = torch.rand(9, generator=generator)
+        target, draft = (torch.randn(16, 23, generator=generator, dtype=torch.float64) * sharp for _ in range(2))
+        tokens = torch.where(torch.rand(16, generator=generator) < 0.8, target.argmax(-1), draft.argmax(-1))
+        scores, match = torch.rand(16, generator=generator), (tokens == target.argmax(-1)).tolist()
+        following = [match[i + 1 : i + 7] for i in range(16)]
         for threshold in THRESHOLDS[name]:
             found = RULES[name].accept(tokens, target.float(), draft.float(), scores, torch.tensor(float(threshold)))
-            rows = zip(tokens.tolist(), target.tolist(), draft.tolist(), scores.tolist())
+            rows = zip(tokens.tolist(), target.tolist(), draft.tolist(), scores.tolist(), following)
             expected = [slow(name, *row, threshold) for row in rows]
             assert found.tolist() == expected
             seen |= set(expected)
@@ -89,7 +102,7 @@ def crafted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.tensor([5, 5, 5]), target, draft, torch.tensor([0.1, 0.95, 0.2])
 
 
-@pytest.mark.parametrize("name", ["judge", "kl", "topk", "typical"])
+@pytest.mark.parametrize("name", ["judge", "kl", "topk", "typical", "topn_delta", "divergence"])
 def test_a_rule_reads_its_own_row(name):
     tokens, target, draft, scores = crafted()
     threshold = torch.tensor(float(RULES[name].default))
@@ -98,11 +111,25 @@ def test_a_rule_reads_its_own_row(name):
     assert shifted.tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("name", ["judge", "kl", "topk", "typical"])
+@pytest.mark.parametrize("name", ["judge", "kl", "topk", "typical", "topn_delta", "divergence"])
 def test_no_rule_accepts_a_stop_token(name):
     tokens, target, draft, scores = crafted()
     mask = rule_mask(name, tokens, target, draft, scores, torch.tensor(float(RULES[name].default)), torch.tensor([7, 5]))
     assert mask.tolist() == [False, False, False]
+
+
+def test_window_looks_at_the_six_tokens_after():
+    """Rows 0 to 8: the draft misses the target's choice at row 1 and at row `second`; all rows are undecided."""
+    target = torch.zeros(9, 8)
+    target[:, 1] = 0.5
+    for second, passes in ((None, True), (8, True), (7, False), (2, False)):
+        tokens = torch.ones(9, dtype=torch.long)
+        tokens[1] = 2
+        if second is not None:
+            tokens[second] = 2
+        mask = rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([7]))
+        assert mask[1].item() is passes and not mask[3:].any()  # rows 3 to 8 have fewer than six after them
+        assert not rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([2]))[1]
 
 
 def test_kl_is_exact_where_the_target_is_sure():
