@@ -226,6 +226,8 @@ class Engine:
         self.context = min(model.args.max_position for model in (target, self.draft) if model is not None)
         self.allocate()
         self.plain_step, self.draft_step, self.verify_step = plain_step, draft_step, verify_step
+        if settings.compile and target.device.type == "cpu":
+            check_compiler()
         if settings.compile:
             self.plain_step, self.draft_step, self.verify_step = map(compile_step, (plain_step, draft_step, verify_step))
 
@@ -327,6 +329,17 @@ class Engine:
         for _ in self.stream(prompt, max_new_tokens, result):
             pass
         return result
+
+
+def check_compiler() -> None:
+    """Raises InputError when torch.compile would find no C++ compiler for its CPU code."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise InputError("--compile on a CPU needs a C++ compiler such as g++; install one, or name it in CXX.") from None
 
 
 def compile_step(step):
@@ -474,7 +487,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             args.prompt = DEMO_PROMPT
             args.compare = True
     if args.verify is None:
-        args.verify = "judge" if args.judge_path else "standard" if args.draft_checkpoint_path else "plain"
+        args.verify = "plain" if not args.draft_checkpoint_path else "judge" if args.judge_path else "standard"
     return args
 
 
@@ -516,13 +529,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     """The prompt's ids: a synthetic prompt of N tokens, or text (given, or read from standard input)."""
     text = args.prompt
-    if text is None:
+    if not text:
         raise InputError("There is no prompt; give --prompt, or --interactive.")
     if text == "-":
         try:
-            text = sys.stdin.read()
+            text = sys.stdin.read().removesuffix("\n").removesuffix("\r")  # what `echo` adds is not the prompt's
         except (UnicodeDecodeError, AttributeError, OSError):
-            raise InputError("--prompt - found no UTF-8 text on standard input.") from None
+            text = ""
+        if not text:
+            raise InputError("--prompt - found no UTF-8 text on standard input.")
     elif text.isascii() and text.isdigit():
         if len(text) > 7:
             raise InputError(f"--prompt {text[:20]}... asks for too long a synthetic prompt; at most 9999999 tokens.")
@@ -555,10 +570,13 @@ def as_json(engine: Engine, result: Result, text: str) -> str:
 
 
 class Paint:
-    """Text with each token marked by who accepted it: colours on a terminal, plain marks elsewhere or with NO_COLOR."""
+    """Text with each token marked by who accepted it: colours on a terminal, plain marks elsewhere or with NO_COLOR.
 
-    COLOURS = {"a": ("\033[32m", "\033[0m"), "r": ("\033[33m", "\033[0m"), "t": ("\033[31m", "\033[0m"), "b": ("", "")}
-    MARKS = {"a": ("", ""), "r": ("{", "}"), "t": ("<", ">"), "b": ("", "")}
+    The target's own token is marked alike after a rejection (t) and after full acceptance (b).
+    """
+
+    COLOURS = {"a": ("\033[32m", "\033[0m"), "r": ("\033[33m", "\033[0m"), "t": ("\033[31m", "\033[0m")}
+    MARKS = {"a": ("", ""), "r": ("{", "}"), "t": ("<", ">")}
 
     def __init__(self, stream):
         coloured = stream.isatty() and not os.environ.get("NO_COLOR")
@@ -569,7 +587,7 @@ class Paint:
         )
 
     def token(self, text: str, letter: str) -> str:
-        opening, closing = self.marks[letter]
+        opening, closing = self.marks["t" if letter == "b" else letter]
         return f"{opening}{text}{closing}" if text else ""
 
 
@@ -683,6 +701,9 @@ def run(args: argparse.Namespace) -> None:
         context = ModelArgs.from_folder(args.checkpoint_path).max_position
         check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context)
     engine = load_engine(args, len(prompt), tokenizer)
+    if engine.head is not None and bool(engine.head.info.get("chat")) != args.chat:
+        form = "in the chat format" if engine.head.info.get("chat") else "without the chat format"
+        print(f"Note: {args.judge_path} was trained {form}, and this run is not.", file=sys.stderr)
     if args.compile:
         print(f"compiled and warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
     if args.interactive:

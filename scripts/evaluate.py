@@ -173,7 +173,8 @@ def summarise(records: list[dict], rules: list[str]) -> list[dict]:
     for rule in rules:
         mine = [record for record in records if record["rule"] == rule]
         right, rounds = sum(r["right"] for r in mine), sum(r["rounds"] for r in mine)
-        speed = sum(len(r["tokens"]) for r in mine) / sum(r["seconds_decode"] for r in mine)
+        timed = sum(len(r["tokens"]) - (rule in PEERS) for r in mine)  # the peers' first token counts as prefill
+        speed = timed / sum(r["seconds_decode"] for r in mine)
         drafted = sum(r["drafted"] for r in mine)
         families = {f: [r["right"] for r in mine if r["family"] == f] for f in sorted({r["family"] for r in mine})}
         rows.append({

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from generate import Engine, Settings, answer_text
+from generate import DEMO, Engine, Settings, answer_text
 from judge import print_figures, read_answers, train_judge
-from model import InputError, ModelArgs, Parser, Progress, Transformer, load_model, run_script, weight_plan
+from model import InputError, ModelArgs, Parser, Progress, Transformer, load_model, pick_device, run_script, weight_plan
 from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
 from tokenizer import load_tokenizer
 
@@ -241,6 +241,9 @@ def train_all(args: argparse.Namespace) -> None:
     stages = args.stages.split(",")
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"--stages {unknown.pop()} is not a stage; known are {', '.join(STAGES)}.")
+    if args.steps and not args.out:
+        raise InputError("--steps is for trials, which must not replace the shipped pair; name an --out.")
+    args.out, args.device = args.out or DEMO, pick_device(args.device)
     tokenizer = args.work / "tokenizer.model"
     if "tokenizer" in stages and not tokenizer.exists():
         train_tokenizer(tokenizer, args.seed)
@@ -252,18 +255,19 @@ def train_all(args: argparse.Namespace) -> None:
             steps = args.steps or SCHEDULE[role][0]
             model = train_model(role, sp, args.work / f"{role}.pt", args.seed, args.device, steps)
             save_folder(model, tokenizer, args.out / role)
+            print(f"{role}: written to {args.out / role}", file=sys.stderr)
     if "judge" in stages:
         train_demo_judge(args.out, args.work, args.seed, args.device)
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"))
-    parser.add_argument("--work", type=Path, default=Path("checkpoints/demo-training"), help="where to resume from")
+    parser.add_argument("--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced")
+    parser.add_argument("--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, help="batches a model, instead of the schedule's (for a quick trial)")
+    parser.add_argument("--steps", type=int, help="batches a model, for a quick trial; needs --out")
     args = parser.parse_args()
     run_script("train_demo.py", lambda: train_all(args))
 

@@ -417,13 +417,13 @@ def test_colours_on_a_terminal_only(monkeypatch):
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     paint = generate.Paint(Terminal())
-    assert [paint.token("x", letter)[:5] for letter in "art"] == ["\033[32m", "\033[33m", "\033[31m"]
+    assert [paint.token("x", letter)[:5] for letter in "artb"] == ["\033[32m", "\033[33m", "\033[31m", "\033[31m"]
     monkeypatch.setenv("NO_COLOR", "1")
     assert generate.Paint(Terminal()).token("x", "r") == "{x}"
 
 
 def test_prompts_from_standard_input_and_synthetic_ones(folders, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Tom has 5 apples."))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tom has 5 apples.\n"))  # as echo writes it
     main(command(folders, "--json", prompt="-"))
     piped = json.loads(capsys.readouterr().out)
     main(command(folders, "--json", prompt="Tom has 5 apples."))
@@ -498,6 +498,26 @@ def test_every_mistake_is_one_sentence_and_exit_code_2(folders, tmp_path, capsys
         assert stop.value.code == 2, name
         assert word in streams.err and streams.err.count("\n") == 1, (name, streams.err)
         assert streams.out == "", name
+
+
+def test_a_missing_compiler_is_said(folders, capsys, monkeypatch):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(SystemExit) as stop:
+        main(command(folders, "--compile"))
+    assert stop.value.code == 2 and "needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_a_judge_trained_in_the_chat_format_is_noted(folders, tmp_path, capsys):
+    target = load_model(folders / "target")
+    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, target.fingerprint, {"chat": True}).save(tmp_path / "judge.safetensors")
+    main([*command(folders), "--judge_path", str(tmp_path / "judge.safetensors")])
+    assert "was trained in the chat format" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_before_loading(folders, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Protects: a training run that was killed resumes to the same weights; what it saves is a published folder."""
 
+import pytest
 import sentencepiece
 import torch
 from conftest import ROOT
@@ -55,3 +56,10 @@ def test_a_saved_folder_is_what_was_trained(tmp_path, monkeypatch):
     ids = torch.tensor([[1, 300, 400, 500]])
     assert torch.allclose(again(ids)[1], model(ids)[1], atol=2e-2)  # bf16 on disk
     assert sum(weight.numel() for weight in again.parameters()) == model.args.n_params
+
+
+def test_a_trial_cannot_replace_the_shipped_pair(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_demo.py", "--steps", "2"])
+    with pytest.raises(SystemExit) as stop:
+        train_demo.main()
+    assert stop.value.code == 2 and "name an --out" in capsys.readouterr().err
