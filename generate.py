@@ -454,6 +454,7 @@ def check_memory(models: list[ModelArgs], capacity: int, dtypes: list[torch.dtyp
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Without a target it names the demo pair, its judge and a demo problem."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")

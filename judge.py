@@ -397,6 +397,7 @@ def check_out(path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line of training."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="the target's folder")

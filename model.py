@@ -282,6 +282,7 @@ class Attention(nn.Module):
         self.v_cache: Tensor | None = None
 
     def forward(self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) and mask (T, window) or None -> (B, T, dim)."""
         a, (batch, rows, _) = self.args, x.shape
         qkv = self.wqkv(x).view(batch, rows, -1, a.head_dim)
         q, k, v = qkv.split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
