@@ -29,11 +29,12 @@ from model import (
     ModelArgs,
     Parser,
     Transformer,
+    check_writable,
     load_model,
     pick_device,
     run_dtype,
     run_script,
-)  # fmt: skip
+)
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -689,8 +690,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{flag} {value} is too small: at least 1.")
     if args.interactive and (args.json or args.profile or args.prompt or args.num_samples != 1):
         raise InputError("--interactive goes without --json, --profile, --prompt and --num_samples.")
-    if args.profile and (args.profile.is_dir() or not args.profile.absolute().parent.is_dir()):
-        raise InputError(f"--profile {args.profile} cannot be written: name a file in a folder that exists.")
+    if args.profile:
+        check_writable(args.profile, "--profile")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -703,8 +704,9 @@ def run(args: argparse.Namespace) -> None:
         check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context)
     engine = load_engine(args, len(prompt), tokenizer)
     if engine.head is not None and bool(engine.head.info.get("chat")) != args.chat:
-        form = "in the chat format" if engine.head.info.get("chat") else "without the chat format"
-        print(f"Note: {args.judge_path} was trained {form}, and this run is not.", file=sys.stderr)
+        forms = ["without the chat format", "in the chat format"]
+        trained, runs = forms[not args.chat], forms[args.chat]
+        print(f"Note: {args.judge_path} was trained {trained}, and this run is {runs}.", file=sys.stderr)
     if args.compile:
         print(f"compiled and warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
     if args.interactive:

@@ -14,7 +14,6 @@ import argparse
 import codecs
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +30,14 @@ from model import (
     Parser,
     Progress,
     Transformer,
+    check_writable,
     load_model,
     open_safetensors,
     pick_device,
     run_dtype,
     run_script,
-)  # fmt: skip
+    write_file,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 FEATURE = "target pre-norm hidden state at the token's own position"
@@ -64,10 +65,7 @@ class JudgeHead:
         """Writes `judge.safetensors`, beside and renamed."""
         header = {"threshold": str(self.threshold), "feature": FEATURE, "dim": str(len(self.weight)),
                   "target_fingerprint": self.fingerprint, "info": json.dumps(self.info)}  # fmt: skip
-        path = Path(path)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_bytes(save({"weight": self.weight.cpu(), "bias": self.bias.cpu()}, metadata=header))
-        os.replace(beside, path)
+        write_file(Path(path), save({"weight": self.weight.cpu(), "bias": self.bias.cpu()}, metadata=header))
 
 
 def load_judge(path: str | Path, target: Transformer) -> JudgeHead:
@@ -153,7 +151,7 @@ def window(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, th
     2511.22972). A token with fewer than WINDOW draft tokens after it cannot be tested and does not pass."""
     log_p = target_logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1) / math.log(target_logits.shape[-1])
-    match = torch.nn.functional.pad((target_logits.argmax(-1) == draft_tokens).long(), (0, WINDOW))
+    match = F.pad((target_logits.argmax(-1) == draft_tokens).long(), (0, WINDOW))
     return (entropy >= threshold) & match[1:].unfold(0, WINDOW, 1).all(-1)
 
 
@@ -390,12 +388,6 @@ def print_figures(head: JudgeHead) -> None:
         print(f"{row['threshold']:8.3f}{mark} {row['recall']:22.4f} {row['precision']:10.4f} {row['false_accept']:22.4f}")
 
 
-def check_out(path: Path) -> None:
-    """Raises InputError for a file that could not be written, before any work is done for it."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"--out {path} cannot be written: name a file in a folder that exists.")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line of training."""
     parser = Parser(__doc__)
@@ -416,7 +408,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> None:
     """Checks the command line, trains, writes the head and prints its figures."""
     check_threshold("judge", args.threshold)
-    check_out(args.out)
+    check_writable(args.out, "--out")
     if args.speculate_k < 1:
         raise InputError(f"--speculate_k {args.speculate_k} is too small: a round drafts at least 1 token.")
     answers = read_answers(args.data)

@@ -86,6 +86,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_writable(path: Path, flag: str) -> None:
+    """Raises InputError for a file that could not be written, before any work is done for it."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{flag} {path} cannot be written: name a file in a folder that exists.")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes beside, then renames: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
 def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     """The type to run in: as asked for, else bf16 on a GPU and fp32 on a CPU."""
     return DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]

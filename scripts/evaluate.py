@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from generate import DEMO, Engine, Settings, answer_text, as_json, check_settings, load_pair
-from judge import RULES, check_out
-from model import DTYPES, InputError, Parser, Progress, Transformer, pick_device, run_script
+from judge import RULES
+from model import DTYPES, InputError, Parser, Progress, Transformer, check_writable, pick_device, run_script
 from scripts.demo_task import check, problems
 from tokenizer import load_tokenizer
 
@@ -228,7 +228,7 @@ def check_args(args: argparse.Namespace, rules: list[tuple[str, float | None]]) 
     if args.limit < 1:
         raise InputError(f"--limit {args.limit} is too small: at least 1 problem.")
     if args.out:
-        check_out(args.out)
+        check_writable(args.out, "--out")
     for rule in rules:
         if rule[0] not in PEERS:
             check_settings(settings_for(args, rule), True, True)

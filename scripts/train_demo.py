@@ -15,7 +15,6 @@ import argparse
 import io
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -32,7 +31,18 @@ from torch import Tensor
 
 from generate import DEMO, Engine, Settings, answer_text
 from judge import print_figures, read_answers, train_judge
-from model import InputError, ModelArgs, Parser, Progress, Transformer, load_model, pick_device, run_script, weight_plan
+from model import (
+    InputError,
+    ModelArgs,
+    Parser,
+    Progress,
+    Transformer,
+    load_model,
+    pick_device,
+    run_script,
+    weight_plan,
+    write_file,
+)
 from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
 from tokenizer import load_tokenizer
 
@@ -226,14 +236,6 @@ def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
     for file, content in (("config.json", hf_config(model.args)), ("generation_config.json", generation),
                           ("tokenizer_config.json", settings)):  # fmt: skip
         write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes beside, then renames: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def train_all(args: argparse.Namespace) -> None:
