@@ -22,7 +22,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from judge import RULES, JudgeHead, check_threshold, load_judge, rule_mask
+from judge import (
+    CHUNK,
+    RULES,
+    Drift,
+    JudgeHead,
+    Markers,
+    check_threshold,
+    describe_guarantee,
+    load_judge,
+    make_markers,
+    mixture,
+    read_calibration,
+    rule_mask,
+)
 from model import (
     DTYPES,
     InputError,
@@ -39,8 +52,8 @@ from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
-PREFILL_CHUNK = 64  # rows a prefill pass reads; the last is padded, so that no prompt length is special
 WINDOW = 256  # the smallest part of the cache that a step looks at; then its doubles
+SIZES = (4, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
 TINY = 1e-20
 
 
@@ -55,6 +68,8 @@ class Settings:
     top_k: int | None = None
     compile: bool = False
     min_prob: float = 0.0  # no rule accepts a token that the target gives less
+    adaptive: bool = False  # choose each round's M from SIZES; speculate_k is then the largest
+    relax_between: tuple[str, str] | None = None  # the rule applies only between these texts, `standard` elsewhere
 
 
 @dataclass
@@ -65,19 +80,30 @@ class Buffers:
     pos: Tensor  # (1,) position of the last known token; never 0-dim, since indexing with that would sync
     drafted: Tensor  # (M,) draft tokens of this round
     draft_logits: Tensor  # (M, V), or (1, 1) when neither rule nor sampling needs them
+    draft_hidden: Tensor  # (M, dim of the draft), or (1, 1) when the judge does not read it
     step: Tensor  # (1,) number of the next draft token
     uniforms: Tensor  # (2 M + 1,) random numbers of this round: drafting, accepting, the target's own token
     threshold: Tensor  # ()
     stop_ids: Tensor  # (n,)
+    region: Tensor  # (1,) state of the markers' automaton after tokens[pos]
+
+    def first(self, m: int) -> "Buffers":
+        """The same memory for a round of only m draft tokens."""
+        cut = {name: getattr(self, name)[:m] for name in ("drafted", "draft_logits", "draft_hidden")}
+        return replace(self, uniforms=self.uniforms[: 2 * m + 1], **cut)
 
 
 @dataclass
 class Round:
-    """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the target's."""
+    """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the target's.
+    score: the sum of the judge's scores of the accepted tokens and the first rejected one, which are `scored`."""
 
     tokens: list[int]
     accepted: int
     by_rule: list[bool]
+    drafted: int = 0
+    score: float = 0.0
+    scored: int = 0
 
 
 @dataclass
@@ -92,6 +118,13 @@ class Result:
     drafted: int = 0
     seconds_prefill: float = 0.0
     seconds_decode: float = 0.0
+    score: float = 0.0
+    scored: int = 0
+
+    @property
+    def mean_score(self) -> float | None:
+        """The judge's mean score over the draft tokens that were looked at, None without a judge."""
+        return self.score / self.scored if self.scored else None
 
     @property
     def accepted(self) -> int:
@@ -154,43 +187,70 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, window: int, first: 
         ids = b.tokens[pos]
     else:
         pos, ids = b.pos + b.step, b.drafted[b.step - 1]
-    _, logits = model(ids[None], pos, window, n_logits=1)
+    hidden, logits = model(ids[None], pos, window, n_logits=1)
     if b.draft_logits.numel() > 1:
         b.draft_logits[b.step] = logits[0]
+    if b.draft_hidden.numel() > 1:
+        b.draft_hidden[b.step] = hidden[0, -1:]
     b.drafted[b.step] = choose(logits[0], b.uniforms[b.step], s)
     b.step += 1
 
 
-def verify_step(model: Transformer, head: JudgeHead | None, b: Buffers, s: Settings, window: int) -> Tensor:
+def verify_step(
+    model: Transformer, head: JudgeHead | None, b: Buffers, s: Settings, window: int, markers: Markers | None
+) -> Tensor:
     """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's next token.
 
-    Returns int64 (2 M + 2,), all that the host needs: how many were accepted; the M + 1 tokens committed (those past
-    the accepted ones and the target's own are padding); for each draft token whether the rule alone let it through.
+    Returns int64 (2 M + 3,), all that the host needs: how many were accepted; the M + 1 tokens committed (those past
+    the accepted ones and the target's own are padding); for each draft token whether the rule alone let it through; the
+    sum of the judge's scores (in millionths) of the accepted tokens and the first rejected one.
     """
     m = len(b.drafted)
     ids = torch.cat([b.tokens[b.pos], b.drafted])
     hidden, logits = model(ids[None], b.pos + torch.arange(m + 1, device=ids.device), window)
-    scores = head.score(hidden[0, 1:]) if head is not None else None  # the judge reads the token's own row
-    before = logits[0, :-1]  # the standard test reads the row before
-    if s.temperature == 0:
-        standard = RULES["standard"].accept(b.drafted, before, None, None, None)
+    logits, allowed, regions = logits[0], None, None
+    scores = head.score(hidden[0, 1:], b.draft_hidden) if head is not None else None  # the judge reads the token's own row
+    if markers is not None:
+        allowed, regions = markers.walk(b.region, b.drafted)
+    standard, p, q = standard_test(logits, b, s, allowed)
+    if s.verify == "standard":
+        relaxed = standard
+    elif s.verify == "ensemble" and s.temperature > 0:
+        relaxed = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])  # p is the mixture where that is allowed
     else:
-        p = distribution(logits[0], s.temperature, s.top_k)
-        q = distribution(b.draft_logits, s.temperature, s.top_k)
-        standard = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
-    relaxed = standard
-    if s.verify != "standard":
-        relaxed = rule_mask(s.verify, b.drafted, before, b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob)
+        relaxed = rule_mask(s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob)
+        relaxed = relaxed if allowed is None else relaxed & allowed
     accepted = (standard | relaxed).long().cumprod(0).sum(0, keepdim=True)  # (1,)
-    if s.temperature == 0:
-        own = logits[0, accepted].argmax(-1)
-    else:
-        own = pick(residual(p, q, accepted), b.uniforms[2 * m :])
+    own = p[accepted].argmax(-1) if s.temperature == 0 else pick(residual(p, q, accepted), b.uniforms[2 * m :])
     index = torch.arange(m + 1, device=ids.device)
     committed = torch.where(index < accepted, torch.cat([b.drafted, own]), own)
     b.tokens[b.pos + 1 + index] = committed
     b.pos += accepted + 1
-    return torch.cat([accepted, committed, (relaxed & ~standard).long()])
+    if markers is not None:
+        b.region.copy_(markers.table[regions[accepted], own])
+    score = torch.zeros_like(accepted)
+    if scores is not None:
+        score = (scores.masked_fill(index[:-1] > accepted, 0).sum(0, keepdim=True) * 1e6).long()
+    return torch.cat([accepted, committed, (relaxed & ~standard).long(), score])
+
+
+def standard_test(logits: Tensor, b: Buffers, s: Settings, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The standard test, bool (M,), and what the target's own token comes from: p (M + 1, V) and, when sampling, q (M, V).
+
+    Greedy p may be logits, only its argmax counts. `ensemble` puts its mixture in the place of p, in allowed rows; the
+    last row stays the target's.
+    """
+    m, ensemble = len(b.drafted), s.verify == "ensemble"
+    if s.temperature == 0:
+        standard = RULES["standard"].accept(b.drafted, logits[:-1], None, None, None)  # the row before the token
+        p, q = (logits.softmax(-1), b.draft_logits.softmax(-1)) if ensemble else (logits, None)
+    else:
+        p, q = (distribution(x, s.temperature, s.top_k) for x in (logits, b.draft_logits))
+        standard = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
+    if ensemble:
+        mixed = mixture(p[:-1], q, b.threshold, s.min_prob)
+        p = torch.cat([mixed if allowed is None else mixed.where(allowed[:, None], p[:-1]), p[-1:]])
+    return standard, p, q
 
 
 def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor, uniforms: Tensor) -> Tensor:
@@ -216,21 +276,24 @@ class Engine:
 
     def __init__(
         self, target: Transformer, draft: Transformer | None, head: JudgeHead | None, settings: Settings, stop_ids: list[int],
-        length: int,
+        length: int, markers: Markers | None = None,
     ):  # fmt: skip
         check_settings(settings, draft is not None, head is not None)
         self.target, self.head, self.settings = target, head, settings
+        self.markers = markers.to(target.device) if markers is not None else None
+        self.sizes = SIZES if settings.adaptive else (settings.speculate_k,)
+        self.pace = Pace(self.sizes)
         self.draft = None if settings.verify == "plain" else draft
         self.stop_ids = stop_ids
         self.generator = torch.Generator().manual_seed(0)
         self.length = length
         self.context = min(model.args.max_position for model in (target, self.draft) if model is not None)
         self.allocate()
-        self.plain_step, self.draft_step, self.verify_step = plain_step, draft_step, verify_step
         if settings.compile and target.device.type == "cpu":
             check_compiler()
-        if settings.compile:
-            self.plain_step, self.draft_step, self.verify_step = map(compile_step, (plain_step, draft_step, verify_step))
+        own = compile_step if settings.compile else (lambda step: step)
+        self.plain_step, self.draft_step = own(plain_step), own(draft_step)
+        self.verify_steps = {m: (own(verify_step), self.buffers.first(m)) for m in self.sizes}
 
     def allocate(self) -> None:
         """Caches and buffers for `length` tokens, and for what a round may write past them."""
@@ -242,77 +305,114 @@ class Engine:
                 model.setup_caches(capacity)
         keep_logits = self.draft is not None and (s.temperature > 0 or RULES[s.verify].needs_draft_logits)
         shape = (s.speculate_k, self.target.args.vocab_size) if keep_logits else (1, 1)
+        keep_hidden = self.draft is not None and self.head is not None and self.head.draft_weight is not None
+        hidden = {"device": device, "dtype": self.target.dtype}
         long = {"dtype": torch.long, "device": device}
         self.buffers = Buffers(
             tokens=torch.zeros(capacity, **long), pos=torch.zeros(1, **long),
             drafted=torch.zeros(s.speculate_k, **long), draft_logits=torch.zeros(shape, device=device),
+            draft_hidden=torch.zeros((s.speculate_k, self.draft.args.dim) if keep_hidden else (1, 1), **hidden),
             step=torch.zeros(1, **long), uniforms=torch.zeros(2 * s.speculate_k + 1, device=device),
             threshold=torch.tensor(threshold_of(s, self.head), device=device),
-            stop_ids=torch.tensor(self.stop_ids, **long),
+            stop_ids=torch.tensor(self.stop_ids, **long), region=torch.zeros(1, **long),
         )  # fmt: skip
 
+    def set_threshold(self, threshold: float | None) -> None:
+        """Another threshold for the same rule; compiles nothing."""
+        self.settings = replace(self.settings, threshold=threshold)
+        check_settings(self.settings, self.draft is not None, self.head is not None)
+        self.buffers.threshold.fill_(threshold_of(self.settings, self.head))
+
     def warm_up(self) -> float:
-        """Runs every step once for every window, which compiles them. Returns the seconds it took."""
+        """Runs every step for every window, which compiles them, and measures what --speculate_k auto chooses by.
+        Returns the seconds it took."""
         started = time.monotonic()
         for window in self.windows:
-            for at in (0, 1):  # twice: no step may depend on where it stands
-                self.buffers.pos.fill_(at)
-                self.round(window)
-                self.sync()
+            for m in self.sizes:
+                for at in (0, 1):  # twice: no step may depend on where it stands
+                    self.buffers.pos.fill_(at)
+                    self.round(window, m)
+                    self.sync()
+            if self.settings.adaptive:
+                self.measure(window)
         return time.monotonic() - started
+
+    def measure(self, window: int, repeats: int = 5) -> None:
+        """Tells `pace` the seconds of a round for each size: the least of some, since other work only adds."""
+        for m in self.sizes:
+            seconds = []
+            for _ in range(repeats):
+                self.buffers.pos.fill_(1)
+                began = time.monotonic()
+                self.round(window, m)
+                seconds.append(time.monotonic() - began)
+            self.pace.seconds[window, m] = min(seconds)
 
     def sync(self) -> None:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def prefill(self, prompt: list[int]) -> None:
-        """Reads all of the prompt but its last token into the caches, in chunks of PREFILL_CHUNK padded rows."""
+    def prefill(self, prompt: list[int], keep: int = 0) -> None:
+        """Reads all of the prompt but its last token into the caches, in chunks of CHUNK padded rows.
+
+        keep: so many of its first tokens are there already, from the sequence before.
+        """
         if self.target.cache_length != self.capacity:
             raise RuntimeError("Another engine has since changed the length of this model's caches; make a new engine.")
         b, count = self.buffers, len(prompt) - 1
         b.tokens.zero_()
         b.tokens[: len(prompt)] = torch.tensor(prompt)
-        for start in range(0, count, PREFILL_CHUNK):
-            pos = torch.arange(start, start + PREFILL_CHUNK, device=b.tokens.device)
+        for start in range(min(keep, count) // CHUNK * CHUNK, count, CHUNK):
+            pos = torch.arange(start, start + CHUNK, device=b.tokens.device)
             for model in (self.target, self.draft):
                 if model is not None:
-                    model(b.tokens[None, start : start + PREFILL_CHUNK], pos, start + PREFILL_CHUNK, n_logits=0)
+                    model(b.tokens[None, start : start + CHUNK], pos, start + CHUNK, n_logits=0)
         b.pos.fill_(count)
+        if self.markers is not None:
+            b.region.fill_(self.markers.after(prompt))
 
     @torch.inference_mode()
-    def round(self, window: int) -> Round:
-        """One round: M draft steps and a verification, or one plain step. One read by the host."""
+    def round(self, window: int, m: int = 0) -> Round:
+        """One round: m draft steps (default speculate_k) and a verification, or one plain step. One read by the host."""
         b, s = self.buffers, self.settings
+        m = m or s.speculate_k
         if s.temperature > 0:
             b.uniforms.copy_(torch.rand(b.uniforms.shape, generator=self.generator), non_blocking=True)
         if self.draft is None:
             return Round([int(self.plain_step(self.target, b, s, window))], 0, [])
-        for i in range(s.speculate_k):
+        for i in range(m):
             self.draft_step(self.draft, b, s, window, i == 0)
-        report = self.verify_step(self.target, self.head, b, s, window).tolist()
-        accepted, m = report[0], s.speculate_k
-        return Round(report[1 : accepted + 2], accepted, [bool(x) for x in report[m + 2 : m + 2 + accepted]])
+        verify, part = self.verify_steps[m]
+        report = verify(self.target, self.head, part, s, window, self.markers).tolist()
+        accepted, by_rule = report[0], [bool(x) for x in report[m + 2 : m + 2 + report[0]]]
+        scored = min(accepted + 1, m) if self.head is not None else 0
+        return Round(report[1 : accepted + 2], accepted, by_rule, m, report[-1] / 1e6, scored)
 
-    def stream(self, prompt: list[int], max_new_tokens: int, result: Result) -> Iterator[tuple[int, str]]:
+    def stream(self, prompt: list[int], max_new_tokens: int, result: Result, keep: int = 0) -> Iterator[tuple[int, str]]:
         """Decodes after `prompt`, yields (token, origin) as rounds commit them, and fills `result`.
 
-        Stops exactly at the first stop token (which is put out) or after max_new_tokens.
+        Stops exactly at the first stop token (which is put out) or after max_new_tokens. keep: as in `prefill`.
         """
         check_prompt(prompt, max_new_tokens, self.length, self.context)
+        if self.settings.adaptive and not self.pace.seconds:
+            self.warm_up()
         started = time.monotonic()
-        self.prefill(prompt)
+        self.prefill(prompt, keep)
         self.sync()
         result.seconds_prefill, began = time.monotonic() - started, time.monotonic()
         pos = len(prompt) - 1
         while len(result.tokens) < max_new_tokens and result.stop_reason == "length":
             needed = pos + self.settings.speculate_k + 1
-            got = self.round(next(window for window in self.windows if window >= needed))
+            window = next(window for window in self.windows if window >= needed)
+            got = self.round(window, self.pace.choose(window))
             pos += len(got.tokens)
+            self.pace.learn(got.drafted, got.accepted)
             result.rounds += 1
-            result.drafted += self.settings.speculate_k if self.draft is not None else 0
+            result.drafted += got.drafted
+            result.score, result.scored = result.score + got.score, result.scored + got.scored
             letters = ["r" if by_rule else "a" for by_rule in got.by_rule]
-            letters.append("b" if got.accepted == self.settings.speculate_k else "t")
+            letters.append("b" if got.drafted == got.accepted > 0 else "t")
             fresh = list(zip(got.tokens, letters))[: max_new_tokens - len(result.tokens)]
             for at, (token, _) in enumerate(fresh):
                 if token in self.stop_ids:
@@ -323,13 +423,49 @@ class Engine:
             result.seconds_decode = time.monotonic() - began
             yield from fresh
 
-    def generate(self, prompt: list[int], max_new_tokens: int, seed: int = 0) -> Result:
-        """Decodes one sample after `prompt` (ids, begin-of-text included)."""
+    def generate(self, prompt: list[int], max_new_tokens: int, seed: int = 0, keep: int = 0) -> Result:
+        """Decodes one sample after `prompt` (ids, begin-of-text included). keep: as in `prefill`."""
         self.generator.manual_seed(seed % 2**63)
         result = Result(len(prompt))
-        for _ in self.stream(prompt, max_new_tokens, result):
+        for _ in self.stream(prompt, max_new_tokens, result, keep):
             pass
         return result
+
+
+class Pace:
+    """Chooses each round's M for --speculate_k auto: the size with the most expected tokens a second.
+
+    A draft token at place i passes with probability a_i, if those before it did. a_i is the share that passed of those
+    reached at place i, in counts that halve every 35 rounds, drawn to the share over all places while they are few.
+    A round of M then gives 1 + sum over i of a_1 ... a_i tokens, in the seconds measured for M during warm-up.
+    """
+
+    DECAY, PRIOR, STRENGTH = 0.98, 0.8, 4.0
+
+    def __init__(self, sizes: tuple[int, ...]):
+        self.sizes = sizes
+        self.seconds: dict[tuple[int, int], float] = {}  # of a round, by window and M
+        self.reached, self.passed = ([0.0] * max(sizes) for _ in range(2))
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Counts a finished round."""
+        if len(self.sizes) == 1:
+            return
+        for counts, upto in ((self.reached, min(accepted + 1, drafted)), (self.passed, accepted)):
+            counts[:] = [self.DECAY * count + (place < upto) for place, count in enumerate(counts)]
+
+    def choose(self, window: int) -> int:
+        """The M of the next round."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        overall = (sum(self.passed) + self.STRENGTH * self.PRIOR) / (sum(self.reached) + self.STRENGTH)
+        expected, chance, best = 1.0, 1.0, (0.0, 0)
+        for place, (reached, passed) in enumerate(zip(self.reached, self.passed), 1):
+            chance *= (passed + self.STRENGTH * overall) / (reached + self.STRENGTH)
+            expected += chance
+            if place in self.sizes:
+                best = max(best, (expected / self.seconds[window, place], place))
+        return best[1]
 
 
 def check_compiler() -> None:
@@ -395,6 +531,8 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
         raise InputError(f"--min_prob {settings.min_prob} is no probability below 1.")
     if settings.verify != "plain" and not has_draft:
         raise InputError(f"--verify {settings.verify} needs a draft; name one with --draft_checkpoint_path.")
+    if settings.relax_between is not None and settings.verify in ("plain", "standard"):
+        raise InputError(f"--relax_between says where a rule applies, but --verify {settings.verify} has none; leave it out.")
     if settings.verify == "judge" and not has_judge:
         raise InputError("--verify judge needs a judge; name one with --judge_path.")
     if settings.threshold is not None and settings.verify in ("plain", "standard"):
@@ -464,7 +602,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--verify", choices=["plain", *RULES], help="default: judge if there is one, standard if there is a draft")
     add("--threshold", type=float, help="delta, tau, K or eps of the rule (default: the judge's own, or the rule's)")
     add("--min_prob", type=float, default=0.0, help="no rule accepts a token that the target gives less than this")
-    add("--speculate_k", type=int, default=16, help="M, draft tokens a round")
+    add("--relax_between", nargs=2, metavar=("BEGIN", "END"), help="the rule applies only between these two texts")
+    add("--calibration", type=Path, help="a file by judge.py calibrate: its rule, its threshold, its guarantee")
+    add("--speculate_k", type=read_k, default=16, help="M, draft tokens a round, or auto: chosen as it goes")
     add("--prompt", help="text, a whole number for a synthetic prompt of that many tokens, or - for standard input")
     add("--chat", action="store_true", help="put the prompt into Llama 3.1's chat format")
     add("--interactive", action="store_true", help="ask for prompts and stream the answers")
@@ -503,7 +643,7 @@ def load_pair(
         check_pair(*shapes, tuple(folders))
     check_memory(shapes, capacity, [dtype] * len(shapes), device)
     models = [load_model(folder, device, dtype) for folder in folders]
-    head = load_judge(judge, models[0]) if judge is not None else None
+    head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
 
 
@@ -520,12 +660,25 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
         length = min(shape.max_position, 8192)
     draft = None if args.verify == "plain" else args.draft_checkpoint_path
     judge = args.judge_path if args.verify == "judge" else None
-    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity_for(length, args.speculate_k))
-    return Engine(*models, settings, tokenizer.stop_ids, length)
+    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity_for(length, settings.speculate_k))
+    markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
+    return Engine(*models, settings, tokenizer.stop_ids, length, markers)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    return Settings(args.verify, args.threshold, args.speculate_k, args.temperature, args.top_k, args.compile, args.min_prob)
+    """The settings that a command line asks for; flags that a script lacks take their defaults."""
+    auto = args.speculate_k == "auto"
+    between = tuple(args.relax_between) if getattr(args, "relax_between", None) else None
+    return Settings(args.verify, args.threshold, max(SIZES) if auto else args.speculate_k, args.temperature, args.top_k,
+                    args.compile, args.min_prob, auto, between)  # fmt: skip
+
+
+def read_k(text: str) -> int | str:
+    """--speculate_k: a whole number, or "auto"."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
@@ -566,7 +719,8 @@ def as_json(engine: Engine, result: Result, text: str) -> str:
         "seconds_prefill": result.seconds_prefill, "seconds_decode": result.seconds_decode,
         "tokens_per_second": result.tokens_per_second, "verify": s.verify,
         "threshold": threshold_of(s, engine.head) if n and n.knob != "none" else None,
-        "min_prob": s.min_prob, "speculate_k": s.speculate_k,
+        "min_prob": s.min_prob, "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
+        "mean_score": result.mean_score,
         "device": str(engine.target.device), "dtype": str(engine.target.dtype).removeprefix("torch."),
     })  # fmt: skip
 
@@ -615,7 +769,9 @@ def summary(name: str, result: Result) -> str:
     return f"{line}, prefill {result.seconds_prefill:.3f} s"
 
 
-def run_samples(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], plainly: bool) -> None:
+def run_samples(
+    args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], plainly: bool, drift: Drift
+) -> None:
     """Generates --num_samples answers and prints them; `plainly`: once more without a draft, for comparison."""
     paint = Paint(sys.stdout)
     for sample in range(args.num_samples):
@@ -626,6 +782,7 @@ def run_samples(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, 
             trace.export_chrome_trace(str(args.profile))
         else:
             result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
+        warn_of_drift(drift, result)
         if args.json:
             print(as_json(engine, result, answer_text(tokenizer, result.tokens)), flush=True)
             continue
@@ -637,9 +794,21 @@ def run_samples(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, 
         compare_plainly(args, engine, prompt, result)
 
 
+def warn_of_drift(drift: Drift, result: Result) -> None:
+    """Prints one line, once, when the answers so far do not look like those of the calibration."""
+    if warning := drift.add(live_statistics(result)):
+        print(warning, file=sys.stderr)
+
+
+def live_statistics(result: Result) -> dict[str, float]:
+    """What is watched of each answer: the share of its tokens that the rule alone let through, and the mean score."""
+    watched = {"by_rule": result.accepted_by_rule / max(1, len(result.tokens))}
+    return watched if result.mean_score is None else watched | {"mean_score": result.mean_score}
+
+
 def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int], result: Result) -> None:
     """Decodes the same prompt without a draft and prints the ratio of speeds."""
-    settings = replace(engine.settings, verify="plain", threshold=None)
+    settings = replace(engine.settings, verify="plain", threshold=None, adaptive=False, relax_between=None)
     plain_engine = Engine(engine.target, None, None, settings, engine.stop_ids, engine.length)
     if args.compile:
         plain_engine.warm_up()
@@ -649,7 +818,7 @@ def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int],
     print(f"{args.verify} is {result.tokens_per_second / plain.tokens_per_second:.2f} times as fast as plain, with {same}.")
 
 
-def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) -> None:
+def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, drift: Drift) -> None:
     """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full."""
     paint, messages = Paint(sys.stdout), []
     while True:
@@ -663,14 +832,17 @@ def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) ->
         messages.append({"role": "user", "content": text})
         try:
             prompt = tokenizer.encode_chat(messages) if args.chat else encode_prompt(args, tokenizer, text)
-            answer = stream_answer(args, engine, tokenizer, prompt, paint)
+            answer, result = stream_answer(args, engine, tokenizer, prompt, paint)
+            warn_of_drift(drift, result)
             messages.append({"role": "assistant", "content": answer})
         except InputError as error:
             print(f"generate.py: {error}" + (" The conversation begins anew." if args.chat else ""), file=sys.stderr)
             messages = []
 
 
-def stream_answer(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint) -> str:
+def stream_answer(
+    args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint
+) -> tuple[str, Result]:
     """Prints one answer as it comes, as long as there is room for it, and returns it."""
     room = min(engine.length, engine.context) - len(prompt)
     result, decoder = Result(len(prompt)), Decoder(tokenizer)
@@ -678,11 +850,17 @@ def stream_answer(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer
         if token not in tokenizer.stop_ids:
             print(paint.token(decoder.push(token), letter), end="", flush=True)
     print(decoder.flush() + "\n" + summary(args.verify, result))
-    return answer_text(tokenizer, result.tokens)
+    return answer_text(tokenizer, result.tokens), result
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for a command line that cannot run, before anything is loaded."""
+    """Raises InputError for a command line that cannot run, before anything is loaded. --calibration gives its threshold."""
+    if args.calibration:
+        calibration = read_calibration(args.calibration)
+        if calibration["conditions"]["verify"] != args.verify:
+            raise InputError(f"{args.calibration} is of --verify {calibration['conditions']['verify']}, not of {args.verify}.")
+        if args.threshold is None:
+            args.threshold = calibration["threshold"]
     check_settings(settings_of(args), bool(args.draft_checkpoint_path), bool(args.judge_path))
     for flag in ("max_new_tokens", "num_samples", "cache_length"):
         value = getattr(args, flag)
@@ -707,12 +885,37 @@ def run(args: argparse.Namespace) -> None:
         forms = ["without the chat format", "in the chat format"]
         trained, runs = forms[not args.chat], forms[args.chat]
         print(f"Note: {args.judge_path} was trained {trained}, and this run is {runs}.", file=sys.stderr)
+    drift = announce(args, engine)
     if args.compile:
         print(f"compiled and warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
     if args.interactive:
-        chat_loop(args, engine, tokenizer)
+        chat_loop(args, engine, tokenizer, drift)
     else:
-        run_samples(args, engine, tokenizer, prompt, args.compare and args.verify != "plain")
+        run_samples(args, engine, tokenizer, prompt, args.compare and args.verify != "plain", drift)
+
+
+def conditions(engine: Engine, chat: bool) -> dict:
+    """What a calibrated bound holds under: another run must agree in all of it."""
+    s, draft = engine.settings, engine.draft
+    between = list(s.relax_between) if s.relax_between else None
+    return {"verify": s.verify, "target": engine.target.fingerprint, "draft": draft.fingerprint if draft else None,
+            "speculate_k": "auto" if s.adaptive else s.speculate_k, "temperature": s.temperature, "top_k": s.top_k,
+            "min_prob": s.min_prob, "relax_between": between, "chat": chat,
+            "dtype": str(engine.target.dtype).removeprefix("torch.")}  # fmt: skip
+
+
+def announce(args: argparse.Namespace, engine: Engine) -> Drift:
+    """Prints the guarantee that this run has, if it was calibrated, and returns what watches over it."""
+    calibration = None
+    if args.calibration:
+        calibration = read_calibration(args.calibration)
+    elif engine.head is not None:
+        calibration = engine.head.info.get("calibration")
+    if calibration is None:
+        return Drift(None)
+    covered, text = describe_guarantee(calibration, conditions(engine, args.chat), threshold_of(engine.settings, engine.head))
+    print(text, file=sys.stderr)
+    return Drift(calibration if covered else None)
 
 
 def main(argv: list[str] | None = None) -> None:

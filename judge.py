@@ -1,22 +1,27 @@
-"""The judge head, the verification rules, and training a head.
+"""The judge head, the verification rules, their data, and training a head.
 
 A judge is one linear layer on the target's last hidden state before the final norm, at the draft token's own position
 (Judge Decoding, arXiv 2501.19309). A draft token passes when the standard test OR the rule accepts it.
 
-Train one from answers in which wrong spans are marked, one JSON object a line,
-{"prompt": "...", "response": "...", "errors": [[start, end], ...]}, where start and end count characters of the
-response and no errors means a right answer:
+    python judge.py train --checkpoint_path checkpoints/demo/target --data answers.jsonl --out judge.safetensors
+    python judge.py calibrate --verify judge --max_harm 0.02 --questions demo        # see scripts/calibrate.py
 
-    python judge.py --checkpoint_path checkpoints/demo/target --data answers.jsonl --out judge.safetensors
+Training data are JSON lines, one answer each, in either form:
+
+    {"prompt": "...", "response": "...", "errors": [[start, end], ...], "source": "..."}      characters of the response
+    {"prompt_tokens": [...], "tokens": [...], "labels": [1 right, 0 wrong, -100 ignored, ...], "source": "..."}
 """
 
 import argparse
 import codecs
+import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,42 +39,66 @@ from model import (
     load_model,
     open_safetensors,
     pick_device,
+    read_json,
     run_dtype,
     run_script,
     write_file,
 )
 from tokenizer import Tokenizer, load_tokenizer
 
-FEATURE = "target pre-norm hidden state at the token's own position"
+FEATURES = {  # name -> what the head reads; the name stands in the file's header
+    "target": "the target's pre-norm hidden state at the token's own position",
+    "target+draft": "the same, then the draft's pre-norm hidden state in the row that proposed the token",
+}
 LABEL_POLICIES = ("ignore_after", "span", "from_error")
+CHUNK = 64  # rows a prefill pass reads, here as in the engine; the last is padded, so that no prompt length is special
+
+
+def no_prompts() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
 class JudgeHead:
-    """score = sigmoid(weight . hidden + bias), fp32. `info` is what the file's header says of its making."""
+    """score = sigmoid(weight . hidden + draft_weight . draft_hidden + bias), in fp32. `info`: the header, on its making."""
 
     weight: Tensor  # (dim,)
     bias: Tensor  # ()
     threshold: float
     fingerprint: str  # of the target it was trained on
     info: dict
+    draft_weight: Tensor | None = None  # (dim of the draft,), for the feature target+draft
+    trained_on: Tensor = field(default_factory=no_prompts)  # (n,) prompt_key of every training prompt
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """Probability that each token is right, from its own rows of pre-norm hidden states (..., dim)."""
-        return torch.sigmoid(hidden.float() @ self.weight + self.bias)
+    @property
+    def feature(self) -> str:
+        return "target" if self.draft_weight is None else "target+draft"
+
+    def score(self, hidden: Tensor, draft_hidden: Tensor | None = None) -> Tensor:
+        """Probability that each token is right. hidden (..., dim): its own rows of the target's pre-norm states;
+        draft_hidden (..., dim of the draft): the draft's states in the rows that proposed it."""
+        z = hidden.float() @ self.weight + self.bias
+        return torch.sigmoid(z if self.draft_weight is None else z + draft_hidden.float() @ self.draft_weight)
 
     def to(self, device: torch.device | str) -> "JudgeHead":
-        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
+        draft_weight = None if self.draft_weight is None else self.draft_weight.to(device)
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), draft_weight=draft_weight)
 
     def save(self, path: str | Path) -> None:
         """Writes `judge.safetensors`, beside and renamed."""
-        header = {"threshold": str(self.threshold), "feature": FEATURE, "dim": str(len(self.weight)),
+        header = {"threshold": str(self.threshold), "feature": self.feature, "dim": str(len(self.weight)),
                   "target_fingerprint": self.fingerprint, "info": json.dumps(self.info)}  # fmt: skip
-        write_file(Path(path), save({"weight": self.weight.cpu(), "bias": self.bias.cpu()}, metadata=header))
+        tensors = {"weight": self.weight.cpu(), "bias": self.bias.cpu(), "trained_on": self.trained_on}
+        if self.draft_weight is not None:
+            tensors["draft_weight"] = self.draft_weight.cpu()
+        write_file(Path(path), save(tensors, metadata=header))
 
 
-def load_judge(path: str | Path, target: Transformer) -> JudgeHead:
-    """Loads a head for `target`. Raises InputError when it is missing, broken, or made for another target."""
+def load_judge(path: str | Path, target: Transformer, draft: Transformer | None = None) -> JudgeHead:
+    """Loads a head for `target` (and, with the feature target+draft, for `draft`).
+
+    Raises InputError when it is missing, broken, or made for another model.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no judge file {path}; train one with judge.py or name another --judge_path.")
@@ -79,17 +108,24 @@ def load_judge(path: str | Path, target: Transformer) -> JudgeHead:
             weight, bias = handle.get_tensor("weight").float(), handle.get_tensor("bias").float().reshape(())
             threshold, info = float(header["threshold"]), json.loads(header["info"])
             found, feature = header["target_fingerprint"], header["feature"]
+            draft_weight = handle.get_tensor("draft_weight").float() if feature == "target+draft" else None
+            trained_on = handle.get_tensor("trained_on") if "trained_on" in names else no_prompts()
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{path} is not a judge file ({names or 'nothing'} in it): {error}.") from None
-    if feature != FEATURE:
-        raise InputError(f"{path} reads the feature {feature!r}; this engine gives {FEATURE!r}.")
+    if feature not in FEATURES:
+        raise InputError(f"{path} reads the feature {feature!r}; this engine gives {' and '.join(FEATURES)}.")
     if found != target.fingerprint or weight.shape != (target.args.dim,):
         raise InputError(
             f"{path} was made for the target {found} with {weight.numel()} features, "
             f"but this target is {target.fingerprint} with {target.args.dim}; train a judge for it."
         )
+    if draft_weight is not None and (draft is None or info.get("draft_fingerprint") != draft.fingerprint):
+        raise InputError(
+            f"{path} reads the draft {info.get('draft_fingerprint')}, too, but the draft here is "
+            f"{draft.fingerprint if draft else 'not given'}; train a judge for it."
+        )
     check_threshold("judge", threshold, f"{path}: threshold")
-    return JudgeHead(weight, bias, threshold, found, info).to(target.device)
+    return JudgeHead(weight, bias, threshold, found, info, draft_weight, trained_on).to(target.device)
 
 
 # A rule is (draft_tokens (M,), target_logits (M, V), draft_logits (M, V), scores (M,), threshold ()) -> bool (M,).
@@ -155,27 +191,44 @@ def window(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, th
     return (entropy >= threshold) & match[1:].unfold(0, WINDOW, 1).all(-1)
 
 
+def ensemble(draft_tokens: Tensor, target_logits: Tensor, draft_logits: Tensor, scores, threshold: Tensor) -> Tensor:
+    """The token is the most likely one of the mixture w p + (1 - w) q (DIVERSE, arXiv 2604.07622; `transformers` has it
+    as `assistant_ensemble_weight`). Its correction and its sampling are the mixture's, too: see `mixture`."""
+    return mixture(target_logits.softmax(-1), draft_logits.softmax(-1), threshold).argmax(-1) == draft_tokens
+
+
+def mixture(p: Tensor, q: Tensor, weight: Tensor, min_prob: float = 0.0) -> Tensor:
+    """w p + (1 - w) q, (M, V), which `ensemble` verifies against; q counts only where p reaches min_prob."""
+    if min_prob > 0:
+        q = q.where(p >= min_prob, 0)
+    mixed = weight * p + (1 - weight) * q
+    return mixed / mixed.sum(-1, keepdim=True) if min_prob > 0 else mixed
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A rule with what its threshold is called, its range, and the default."""
+    """A rule with what its threshold is called, its range, the default, and a walk from strict to loose for calibration."""
 
     accept: Callable[..., Tensor]
     knob: str
     low: float
     high: float
     default: float
+    walk: tuple[float, ...] = ()
     needs_draft_logits: bool = False
 
 
+INF = float("inf")
 RULES = {
     "standard": Rule(standard, "none", 0, 0, 0),
-    "judge": Rule(judge, "delta", 0.5, 1, 0.5),
-    "kl": Rule(kl, "tau", 0, float("inf"), 0.5, needs_draft_logits=True),
-    "topk": Rule(topk, "K", 1, float("inf"), 2),
-    "typical": Rule(typical, "eps", 0, 1, 0.09),
-    "topn_delta": Rule(topn_delta, "delta", 0, 1, 0.6),
-    "divergence": Rule(divergence, "T", 0, 1, 0.4, needs_draft_logits=True),
-    "window": Rule(window, "h", 0, 1, 0.3),
+    "judge": Rule(judge, "delta", 0.5, 1, 0.5, (0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    "kl": Rule(kl, "tau", 0, INF, 0.5, (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 6, 8), needs_draft_logits=True),
+    "topk": Rule(topk, "K", 1, INF, 2, (1, 2, 3, 4, 5, 6, 8, 12, 16)),
+    "typical": Rule(typical, "eps", 0, 1, 0.09, (0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.06, 0.04, 0.02, 0.01, 0.005)),
+    "topn_delta": Rule(topn_delta, "delta", 0, 1, 0.6, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
+    "divergence": Rule(divergence, "T", 0, 1, 0.4, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6), needs_draft_logits=True),
+    "window": Rule(window, "h", 0, 1, 0.3, (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0)),
+    "ensemble": Rule(ensemble, "w", 0, 1, 0.5, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2), needs_draft_logits=True),
 }
 
 
@@ -192,37 +245,167 @@ def rule_mask(
     name: str, draft_tokens: Tensor, target_logits, draft_logits, scores, threshold, stop_ids: Tensor, min_prob: float = 0.0
 ) -> Tensor:
     """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone, nor does a token that the
-    target gives less than min_prob."""
+    target gives less than min_prob.
+
+    `ensemble` is the exception for stop tokens: it decodes the mixture, whose own correction would be that very token.
+    """
     accepted = RULES[name].accept(draft_tokens, target_logits, draft_logits, scores, threshold)
-    accepted = accepted & ~torch.isin(draft_tokens, stop_ids)
+    if name != "ensemble":
+        accepted = accepted & ~torch.isin(draft_tokens, stop_ids)
     if min_prob > 0:
         accepted = accepted & (target_logits.softmax(-1).gather(-1, draft_tokens[:, None]).squeeze(-1) >= min_prob)
     return accepted
 
 
-def read_answers(path: str | Path) -> list[dict]:
-    """Annotated answers from JSON lines. Raises InputError naming file, line and field of whatever is wrong."""
+class Markers(NamedTuple):
+    """Two texts as an automaton over tokens: table[state, token] is the next state; from `inside` on, the text stands
+    between them. It reads bytes, so that it does not matter how the texts were cut into tokens."""
+
+    table: Tensor  # (states, V) uint8
+    inside: int
+
+    def to(self, device: torch.device | str) -> "Markers":
+        return Markers(self.table.to(device), self.inside)
+
+    def walk(self, region: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+        """From state `region` (1,) over draft tokens (M,): which of them a rule may accept, bool (M,), and the states
+        (M + 1,) before, between and after them. The token that completes either text is left to the standard test."""
+        states = [region]
+        for token in drafted.split(1):
+            states.append(self.table[states[-1], token].long())
+        states = torch.cat(states)
+        inside = states >= self.inside
+        return inside[:-1] & inside[1:], states
+
+    def after(self, ids: list[int]) -> int:
+        """The state after a prompt."""
+        state, table = 0, self.table.cpu()
+        for id in ids:
+            state = int(table[state, id])
+        return state
+
+
+def make_markers(between: tuple[str, str] | None, tokenizer: Tokenizer, vocab_size: int) -> Markers | None:
+    """The automaton for --relax_between BEGIN END. Raises InputError for texts that are empty or too long."""
+    if between is None:
+        return None
+    begin, end = (text.encode() for text in between)
+    if not begin or not end or len(begin + end) > 255:
+        raise InputError(f"--relax_between {between[0]!r} {between[1]!r}: give two texts, together of at most 255 bytes.")
+    dfa = byte_automaton(begin, end)
+    known = min(vocab_size, tokenizer.vocab_size)
+    pieces = [tokenizer.token_bytes(id) for id in range(known)] + [b""] * (vocab_size - known)
+    table = torch.arange(len(dfa), dtype=torch.uint8)[:, None].repeat(1, vocab_size)
+    for place in range(max(map(len, pieces))):
+        some = [id for id, piece in enumerate(pieces) if len(piece) > place]
+        bytes_here = torch.tensor([pieces[id][place] for id in some])
+        table[:, some] = dfa[table[:, some].long(), bytes_here]
+    return Markers(table, len(begin))
+
+
+def byte_automaton(begin: bytes, end: bytes) -> Tensor:
+    """Knuth-Morris-Pratt for two texts in turn, (states, 256) uint8: state k < len(begin) has seen k bytes of begin,
+    state len(begin) + k has seen begin and then k bytes of end."""
+    rows = []
+    for text, base, done in ((begin, 0, len(begin)), (end, len(begin), 0)):
+        for seen in range(len(text)):
+            row = []
+            for byte in range(256):
+                tail = text[:seen] + bytes([byte])
+                match = next(k for k in range(len(tail), -1, -1) if tail.endswith(text[:k]))
+                row.append(done if match == len(text) else base + match)
+            rows.append(row)
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+CALIBRATION = ("kind", "conditions", "threshold", "passed", "max_harm", "confidence", "bound", "harms", "n", "data")
+
+
+def read_calibration(path: Path) -> dict:
+    """What `judge.py calibrate` wrote for a rule. Raises InputError when it is missing or of another kind."""
+    calibration = read_json(path)
+    if missing := [name for name in CALIBRATION if name not in calibration]:
+        raise InputError(f"{path} is no calibration by judge.py calibrate: it lacks {missing[0]!r}.")
+    return calibration
+
+
+def describe_guarantee(calibration: dict, run: dict, threshold: float) -> tuple[bool, str]:
+    """Whether a calibrated bound covers a run under these conditions, and one sentence that says it, or why not."""
+    c = calibration
+    for name, value in c["conditions"].items():
+        if run[name] != value:
+            return False, f"No guarantee: calibrated with {name} {value}, but this run has {run[name]}."
+    if threshold not in c["passed"]:
+        return False, f"No guarantee: calibrated for threshold {c['threshold']}, but this run has {threshold}."
+    event = "questions like these are answered wrong because of the rule"
+    if c["kind"] == "false_accept":
+        event = "answers with a mistake, like these, have a wrong token that the judge alone lets through"
+    return True, (f"Guarantee: with {c['confidence']:.0%} confidence, at most {c['max_harm']:.1%} of {event} "
+                  f"({c['n']} calibrated on, data {c['data']}).")  # fmt: skip
+
+
+class Drift:
+    """Watches answers for text unlike the calibration's: warns once when the mean of a live statistic is off.
+
+    The calibration keeps mean and standard deviation over its n answers of each statistic; after k answers the mean is
+    off when it is LIMIT standard errors away, sd sqrt(1 / n + 1 / k).
+    """
+
+    LIMIT = 4.0
+
+    def __init__(self, calibration: dict | None):
+        self.live = (calibration or {}).get("live") or {}
+        self.n = (calibration or {}).get("n", 0)
+        self.sums, self.count = dict.fromkeys(self.live, 0.0), 0
+
+    def add(self, statistics: dict[str, float]) -> str | None:
+        """Takes one answer's statistics; the warning, at most once."""
+        if not self.live:
+            return None
+        self.count += 1
+        for name, (mean, sd) in self.live.items():
+            self.sums[name] += statistics[name]
+            found = self.sums[name] / self.count
+            if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / self.count):
+                self.live = {}
+                return (f"Warning: {name} is {found:.3f} over {self.count} answers, but was {mean:.3f} on the calibration "
+                        "questions: this text is unlike them, and the guarantee may not hold.")  # fmt: skip
+        return None
+
+
+def read_answers(path: str | Path, labelled: bool = True) -> list[dict]:
+    """Answers from JSON lines. Raises InputError naming file, line and field of whatever is wrong.
+
+    labelled False: the marks may be missing.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}.") from None
-    answers = [read_answer(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    answers = [read_answer(line, f"{path}, line {n}", labelled) for n, line in enumerate(lines, 1) if line.strip()]
     if not answers:
         raise InputError(f"{path} holds no answers; give JSON lines with prompt, response and errors.")
     return answers
 
 
-def read_answer(line: str, where: str) -> dict:
-    """One annotated answer. Raises InputError beginning with `where`."""
+def read_answer(line: str, where: str, labelled: bool = True) -> dict:
+    """One labelled answer, of either form. Raises InputError beginning with `where`."""
     try:
         item = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON: {error}.") from None
-    for field, kind in (("prompt", str), ("response", str), ("errors", list)):
-        if not isinstance(item, dict) or not isinstance(item.get(field), kind):
-            raise InputError(f"{where}: field {field!r} must be a {kind.__name__}.")
+    if isinstance(item, dict) and "tokens" in item:
+        check_mined(item, where)
+        return item
+    if isinstance(item, dict) and not labelled:
+        item["errors"] = item.get("errors") or []
+    if isinstance(item, dict) and "errors" in item and item["errors"] is None:
+        raise InputError(f"{where}: field 'errors' is null, so nobody has marked this answer; run scripts/annotate.py first.")
+    for field_name, kind in (("prompt", str), ("response", str), ("errors", list)):
+        if not isinstance(item, dict) or not isinstance(item.get(field_name), kind):
+            raise InputError(f"{where}: field {field_name!r} must be a {kind.__name__}.")
     length = len(item["response"])
     if not length:
         raise InputError(f"{where}: field 'response' is empty.")
@@ -231,6 +414,18 @@ def read_answer(line: str, where: str) -> dict:
         if not whole or not 0 <= span[0] < span[1] <= length:
             raise InputError(f"{where}: 'errors' has {span}, not [start, end] within 0 and {length}.")
     return item
+
+
+def check_mined(item: dict, where: str) -> None:
+    """Raises InputError beginning with `where` for a broken answer in tokens."""
+    for field_name in ("prompt_tokens", "tokens", "labels"):
+        value = item.get(field_name)
+        if not isinstance(value, list) or not value or not all(type(n) is int for n in value):
+            raise InputError(f"{where}: field {field_name!r} must be a list of whole numbers, not empty.")
+    if min(item["prompt_tokens"] + item["tokens"]) < 0:
+        raise InputError(f"{where}: 'prompt_tokens' and 'tokens' must be token ids of at least 0.")
+    if len(item["labels"]) != len(item["tokens"]) or not set(item["labels"]) <= {1, 0, -100}:
+        raise InputError(f"{where}: 'labels' must be one of 1, 0, -100 for each of the {len(item['tokens'])} tokens.")
 
 
 def label_tokens(spans: list[tuple[int, int]], errors: list[list[int]], policy: str) -> list[int]:
@@ -273,76 +468,236 @@ def encode_answer(
     return prompt_ids, rest, [(start - extra, end - extra) for start, end in spans]
 
 
-@torch.inference_mode()
-def hidden_states(target: Transformer, prompt_ids: list[int], ids: list[int], rows: int) -> Tensor:
-    """Pre-norm hidden states (len(ids), dim) in fp32 of `ids` after the prompt, read `rows` at a time.
+@dataclass(frozen=True)
+class Encoded:
+    """An answer as token ids. spans: the characters of each token, or None when labels came with the tokens."""
 
-    The same row count as verification (speculate_k + 1) gives the same bits: low-precision matrix products differ
-    between row counts. The target's caches must hold both, rounded up to whole chunks.
+    prompt: list[int]
+    ids: list[int]
+    spans: list[tuple[int, int]] | None
+    item: dict
+
+    @property
+    def key(self) -> int:
+        """What the split goes by: the prompt's tokens; a guarded text stands for itself."""
+        return prompt_key(self.prompt + self.ids if self.item.get("guard") else self.prompt)
+
+    def labels(self, policy: str) -> list[int]:
+        """1 right, 0 wrong, -100 ignored, a token each."""
+        if self.item.get("guard"):
+            return [0] * len(self.ids)
+        return self.item["labels"] if self.spans is None else label_tokens(self.spans, self.item["errors"], policy)
+
+
+def prompt_key(ids: list[int]) -> int:
+    """63 bits that tell prompts apart."""
+    return int.from_bytes(hashlib.sha256(repr(ids).encode()).digest()[:8], "big") >> 1
+
+
+def encode_items(tokenizer: Tokenizer, answers: list[dict], chat: bool, vocab_size: int) -> list[Encoded]:
+    """Answers of either form as tokens. Raises InputError for ids that the model does not have."""
+    encoded = []
+    for number, item in enumerate(answers, 1):
+        if "tokens" in item:
+            encoded.append(Encoded(item["prompt_tokens"], item["tokens"], None, item))
+        else:
+            encoded.append(Encoded(*encode_answer(tokenizer, item["prompt"], item["response"], chat), item))
+        if max(encoded[-1].prompt + encoded[-1].ids) >= vocab_size:
+            raise InputError(f"Answer {number} has a token id of {vocab_size} or more, which the model lacks.")
+    return encoded
+
+
+class RowReader:
+    """Reads sequences through a model as the engine does: prompts in chunks, then M + 1 rows a pass.
+
+    The same row counts give the same bits: low-precision matrix products differ between row counts. What a sequence
+    shares with the one before it is not read again, unless its states are asked for.
     """
-    device, both, out = target.device, prompt_ids + ids, []
-    first = len(prompt_ids)
-    tokens = torch.zeros(first + len(ids) + rows, dtype=torch.long, device=device)
-    tokens[: len(both)] = torch.tensor(both, device=device)
-    for start in (0, *range(first, len(both), rows)):
-        width = rows if start else first
-        pos = torch.arange(start, start + width, device=device)
-        hidden, _ = target(tokens[None, start : start + width], pos, window=start + width, n_logits=0)
-        if start:
-            out.append(hidden[0].float())
-    return torch.cat(out)[: len(ids)]
+
+    def __init__(self, model: Transformer, rows: int, length: int):
+        self.model, self.rows, self.ids, self.base = model, rows, [], -1
+        model.setup_caches(length + max(rows, CHUNK))
+
+    @torch.inference_mode()
+    def read(self, ids: list[int], base: int, begin: int, end: int) -> Tensor:
+        """Pre-norm hidden states (end - begin, dim) of positions begin to end; base: the last token of the prompt."""
+        same = next((i for i, (a, b) in enumerate(zip(ids, self.ids)) if a != b), min(len(ids), len(self.ids)))
+        known = min(same, begin) if base == self.base else 0
+        blocks = [(at, CHUNK) for at in range(0, base, CHUNK)] + [(at, self.rows) for at in range(base, end, self.rows)]
+        tokens = torch.zeros(len(ids) + max(self.rows, CHUNK), dtype=torch.long)
+        tokens[: len(ids)] = torch.tensor(ids)
+        tokens, parts, first = tokens.to(self.model.device), [], 0
+        for at, width in blocks:
+            if at + width <= known:
+                continue
+            pos = torch.arange(at, at + width, device=tokens.device)
+            hidden, _ = self.model(tokens[None, at : at + width], pos, window=at + width, n_logits=0)
+            if at >= base:
+                first = first if parts else at
+                parts.append(hidden[0])
+        self.ids, self.base = ids, base
+        return torch.cat(parts)[begin - first : end - first]
 
 
-def collect_features(
-    target: Transformer, tokenizer: Tokenizer, answers: list[dict], policy: str, rows: int, chat: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (N, dim), labels (N,) and answer number (N,) of all labelled tokens of `answers`."""
-    encoded = [encode_answer(tokenizer, item["prompt"], item["response"], chat) for item in answers]
-    longest = max(len(prompt_ids) + len(ids) for prompt_ids, ids, _ in encoded)
-    if longest > target.args.max_position:
-        raise InputError(f"An answer has {longest} tokens with its prompt; the context is {target.args.max_position}.")
-    target.setup_caches(longest + rows)
-    parts, progress = [], Progress("reading answers", len(answers))
-    for number, (item, (prompt_ids, ids, spans)) in enumerate(zip(answers, encoded)):
-        labels = torch.tensor(label_tokens(spans, item["errors"], policy))
-        kept = labels >= 0
-        features = hidden_states(target, prompt_ids, ids, rows).cpu()
-        parts.append((features[kept], labels[kept], torch.full((int(kept.sum()),), number)))
+def read_features(readers: list[RowReader], answer: Encoded) -> tuple[Tensor, Tensor]:
+    """Features (n, dims) of an answer's tokens and their places (n,) in it: all of a text, the labelled ones of mined tokens.
+
+    The first reader is the target's, own rows; a second the draft's, in the rows that proposed the tokens.
+    """
+    places = torch.arange(len(answer.ids))
+    if answer.spans is None and not answer.item.get("guard"):
+        places = places[torch.tensor(answer.item["labels"]) >= 0]
+    if not len(places):
+        return torch.zeros(0, sum(r.model.args.dim for r in readers), dtype=readers[0].model.dtype), places
+    base, both = len(answer.prompt) - 1, answer.prompt + answer.ids
+    begin = base + 1 + int(places[0])
+    parts = [reader.read(both, base, begin - row, len(both) - row).cpu() for row, reader in enumerate(readers)]
+    return torch.cat(parts, dim=1)[places - places[0]], places
+
+
+class Shards:
+    """Features on disk: `features` (n, dims) a file, with `answer` (n,) and `place` (n,) that say whose they are.
+
+    Iterating gives fp32 tensors (n, dims) in order. Up to HOLD bytes they stay in memory; beyond, one file at a time.
+    """
+
+    HOLD = 4 << 30
+
+    def __init__(self, folder: Path):
+        self.files = sorted(folder.glob("[0-9]*.safetensors"))
+        answer, place, total = [], [], 0
+        for file in self.files:
+            with open_safetensors(file) as handle:
+                answer.append(handle.get_tensor("answer").long())
+                place.append(handle.get_tensor("place").long())
+                total += 4 * math.prod(handle.get_slice("features").get_shape())
+        self.answer, self.place = torch.cat(answer), torch.cat(place)
+        self.held = [self.load(file) for file in self.files] if total <= self.HOLD else None
+
+    @staticmethod
+    def load(file: Path) -> Tensor:
+        with open_safetensors(file) as handle:
+            return handle.get_tensor("features").float()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.held) if self.held is not None else (self.load(file) for file in self.files)
+
+
+SHARD_BYTES = 64 << 20
+
+
+def extract_features(
+    models: list[Transformer], answers: list[Encoded], rows: int, cache: Path, shard_bytes: int = SHARD_BYTES
+) -> Shards:
+    """Features of all answers as shards under `cache`, in the models' type; a run that was killed goes on where it stopped.
+
+    Memory: one shard and one answer. Raises InputError when an answer does not fit the context.
+    """
+    longest, context = max(len(a.prompt) + len(a.ids) for a in answers), min(m.args.max_position for m in models)
+    if longest > context:
+        raise InputError(f"An answer has {longest} tokens with its prompt; the context is {context}.")
+    what = [[a.prompt, a.ids, a.item["labels"] if a.spans is None else None] for a in answers]
+    made_by = [[m.fingerprint, str(m.dtype), m.device.type] for m in models]
+    folder = cache / hashlib.sha256(json.dumps([what, made_by, rows, shard_bytes]).encode()).hexdigest()[:16]
+    files = sorted(folder.glob("[0-9]*.safetensors"))
+    first = 0
+    if files:
+        with open_safetensors(files[-1]) as handle:
+            first = int(handle.metadata()["next"])
+    readers, part, size = [RowReader(model, rows, longest) for model in models], [], 0
+    progress = Progress("reading answers", len(answers) - first)
+    for number in range(first, len(answers)):
+        features, places = read_features(readers, answers[number])
+        part.append((features, torch.full((len(places),), number, dtype=torch.int32), places.int()))
+        size += features.nbytes
+        if size >= shard_bytes or number + 1 == len(answers):
+            columns = dict(zip(("features", "answer", "place"), (torch.cat(column) for column in zip(*part))))
+            write_file(folder / f"{len(files):05d}.safetensors", save(columns, metadata={"next": str(number + 1)}))
+            files, part, size = [*files, folder], [], 0
         progress.step()
-    return tuple(torch.cat(column) for column in zip(*parts))
+    return Shards(folder)
 
 
-def fit_head(features: Tensor, labels: Tensor, l2: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Weighted logistic regression: (weight (dim,), bias ()). Wrong tokens weigh as much as right ones in sum.
+def with_columns(shards: Iterable[Tensor], *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Shards (n, dims) with the matching part of each column (N,)."""
+    at = 0
+    for x in shards:
+        yield x, *(column[at : at + len(x)] for column in columns)
+        at += len(x)
 
-    Features are standardised for the fit; the scaling is folded into the result.
+
+def moments(shards: Iterable[Tensor], used: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (dims,) in fp64 over the rows where `used` (N,) holds."""
+    total, squares = 0, 0
+    for x, u in with_columns(shards, used):
+        for rows in x[u].split(4096):
+            total, squares = total + rows.double().sum(0), squares + rows.double().square().sum(0)
+    mean = total / used.sum()
+    return mean, (squares / used.sum() - mean.square()).clamp(min=0).sqrt() + 1e-6
+
+
+def fit_head(shards: Iterable[Tensor], labels: Tensor, weights: Tensor, l2: list[float]) -> list[tuple[Tensor, Tensor]]:
+    """Weighted logistic regression: one (weight (dims,), bias ()) for each penalty in `l2`; give them from strong to weak.
+
+    shards: fp32 (n, dims), N rows in all, read several times; labels (N,) 1 or 0; weights (N,) fp64, 0 leaves a row out.
+    Features are standardised for the fit; the scaling is folded into the result. Memory: shards held in memory are held
+    once more, standardised; of shards on disk it takes one at a time.
     """
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    x, y = ((features - mean) / std).double(), labels.double()
-    share = y.mean()
-    sample_weight = torch.where(y > 0, 0.5 / share, 0.5 / (1 - share))
-    w = torch.zeros(x.shape[1] + 1, dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([w], max_iter=300, line_search_fn="strong_wolfe")
+    mean, std = moments(shards, weights > 0)
+
+    def standardised() -> Iterator[Tensor]:
+        return ((x - mean.float()) / std.float() for x in shards)
+
+    held = list(standardised()) if getattr(shards, "held", shards) is not None else None
+    labels, weights = labels.double(), weights / weights.sum()
+    w, heads = torch.zeros(len(mean) + 1, dtype=torch.double), []
+    for strength in l2:  # each begins where the last ended
+        minimise(w, strength, lambda: with_columns(held or standardised(), labels, weights))
+        weight = w[:-1] / std
+        heads.append((weight.float(), (w[-1] - weight @ mean).float()))
+    return heads
+
+
+def minimise(w: Tensor, strength: float, batches: Callable[[], Iterator[tuple[Tensor, ...]]]) -> None:
+    """Minimises, in place over w (dims + 1,) fp64, the weighted logistic loss plus strength |w|^2 (without the bias)."""
 
     def loss_of() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x @ w[:-1] + w[-1], y, weight=sample_weight)
-        loss = loss + l2 * w[:-1].square().sum()
-        loss.backward()
+        loss, grad = strength * w[:-1].square().sum(), 2 * strength * w
+        grad[-1] = 0
+        for x, y, weight in batches():
+            z = (x @ w[:-1].float()).double() + w[-1]
+            pull = weight * (z.sigmoid() - y)
+            loss = loss + (weight * (F.softplus(z) - y * z)).sum()
+            grad += torch.cat([(pull.float() @ x).double(), pull.sum()[None]])
+        w.grad = grad
         return loss
 
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10)
     optimizer.step(loss_of)
-    w = w.detach()
-    weight = w[:-1] / std
-    return weight.float(), (w[-1] - weight @ mean.double()).float()
+
+
+def balanced(labels: Tensor, used: Tensor, guard: Tensor | None = None, guard_weight: float = 0.0) -> Tensor:
+    """Weights (N,) fp64: right tokens weigh 1/2 in sum, wrong ones 1/2, guarded ones guard_weight / 2; unused ones 0."""
+    guard = torch.zeros_like(used) if guard is None else guard
+    weights = torch.zeros(len(labels), dtype=torch.double)
+    for part, share in ((labels == 1, 1), ((labels == 0) & ~guard, 1), (guard, guard_weight)):
+        part = part & used
+        weights[part] = share / 2 / max(1, int(part.sum()))
+    return weights
+
+
+def area_under_curve(scores: Tensor, labels: Tensor) -> float:
+    """AUC: the share of (right, wrong) pairs in which the right token scores higher; ties count half."""
+    right, wrong = scores[labels == 1].double(), scores[labels == 0].double().sort().values
+    below, upto = (torch.searchsorted(wrong, right, right=side).double() for side in (False, True))
+    return ((below + upto) / 2).mean().item() / len(wrong)
 
 
 def measure_head(scores: Tensor, labels: Tensor, thresholds: list[float]) -> dict:
-    """AUC, and for each threshold the share of right tokens accepted (recall), of accepted tokens that are right
-    (precision), and of wrong tokens accepted (false_accept)."""
+    """AUC; for each threshold the share of right tokens accepted (recall), of accepted tokens that are right (precision),
+    and of wrong tokens accepted (false_accept); and the reliability curve: in ten bins of the score, the mean score
+    against the share that is right."""
     right, wrong = scores[labels == 1], scores[labels == 0]
-    order = torch.cat([right, wrong]).argsort().argsort().double() + 1
-    auc = (order[: len(right)].sum() - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong))
     rows = []
     for threshold in thresholds:
         passed, failed = (right > threshold).sum().item(), (wrong > threshold).sum().item()
@@ -350,78 +705,173 @@ def measure_head(scores: Tensor, labels: Tensor, thresholds: list[float]) -> dic
             "threshold": threshold, "recall": passed / len(right), "precision": passed / max(1, passed + failed),
             "false_accept": failed / len(wrong),
         })  # fmt: skip
-    return {"right_tokens": len(right), "wrong_tokens": len(wrong), "auc": auc.item(), "at": rows}
+    bins, curve = (scores * 10).long().clamp(max=9), []
+    for number in range(10):
+        inside = bins == number
+        if inside.any():
+            curve.append({"tokens": int(inside.sum()), "score": scores[inside].double().mean().item(),
+                          "right": labels[inside].double().mean().item()})  # fmt: skip
+    return {"right_tokens": len(right), "wrong_tokens": len(wrong), "auc": area_under_curve(scores, labels), "at": rows,
+            "reliability": curve}  # fmt: skip
+
+
+def split_prompts(keys: Tensor, seed: int, held_out: float = 0.2, validation: float = 0.16) -> tuple[Tensor, Tensor]:
+    """Which answers are held out and which validate, bool (answers,) each. All answers of a prompt fall on one side."""
+    prompts = keys.unique()
+    order = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed % 2**63))]
+    first, second = int(len(order) * held_out), int(len(order) * (held_out + validation))
+    return torch.isin(keys, order[:first]), torch.isin(keys, order[first:second])
+
+
+@dataclass
+class TrainSettings:
+    """How to train a head. l2 None: the best of L2_GRID by AUC on prompts that are set aside for it."""
+
+    policy: str = "ignore_after"
+    rows: int = 17  # speculate_k + 1
+    threshold: float = 0.5
+    held_out: float = 0.2
+    l2: float | None = None
+    guard_weight: float = 1.0
+    seed: int = 0
+    chat: bool = False
+
+
+L2_GRID = [1.0, 0.3, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]
 
 
 def train_judge(
-    target: Transformer, tokenizer: Tokenizer, answers: list[dict], policy: str = "ignore_after", rows: int = 17,
-    threshold: float = 0.5, held_out: float = 0.2, seed: int = 0, chat: bool = False,
-) -> JudgeHead:  # fmt: skip
-    """Trains a head on `answers`, measured on a held-out share of the prompts (split by prompt, never by token).
+    models: list[Transformer], tokenizer: Tokenizer, answers: list[dict], settings: TrainSettings, cache: Path
+) -> JudgeHead:
+    """Trains a head on `answers`, measured on a held-out share of the prompts.
 
-    Raises InputError when either side of the split lacks right or wrong tokens.
+    models: the target, or target and draft for the feature target+draft. Answers with "guard": true must not pass: all
+    their tokens are wrong. cache: where features are kept. Raises InputError when a part of the split lacks right or
+    wrong tokens. The same answers, settings and models give the same bits on one machine.
     """
-    features, labels, number = collect_features(target, tokenizer, answers, policy, rows, chat)
-    prompts = sorted({item["prompt"] for item in answers})
-    picked = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed % 2**63))[: int(len(prompts) * held_out)]
-    chosen = {prompts[i] for i in picked.tolist()}
-    is_test = torch.tensor([item["prompt"] in chosen for item in answers])[number]
-    for side, name in ((labels[~is_test], "training"), (labels[is_test], "held-out")):
-        if not 0 < side.sum() < len(side):
+    s, target = settings, models[0]
+    encoded = encode_items(tokenizer, answers, s.chat, target.args.vocab_size)
+    shards = extract_features(models, encoded, s.rows, cache)
+    all_labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
+    starts = torch.tensor([0, *map(len, all_labels)]).cumsum(0)
+    labels = torch.cat(all_labels)[starts[shards.answer] + shards.place]
+    guard = torch.tensor([bool(answer.item.get("guard")) for answer in encoded])[shards.answer]
+    keys = torch.tensor([answer.key for answer in encoded])
+    test, validation = (side[shards.answer] for side in split_prompts(keys, s.seed, s.held_out))
+    real = (labels >= 0) & ~guard
+    for side, name in ((real & ~test & ~validation, "training"), (real & validation, "validation"), (real & test, "held-out")):
+        if not 0 < labels[side].sum() < side.sum():
             raise InputError(f"The {name} answers hold no wrong or no right tokens; give more answers of both kinds.")
-    weight, bias = fit_head(features[~is_test], labels[~is_test])
-    head = JudgeHead(weight, bias, threshold, target.fingerprint, {})
-    thresholds = sorted({0.5, 0.7, 0.8, 0.9, 0.95, 0.99, threshold})
-    figures = measure_head(head.score(features[is_test]), labels[is_test], thresholds)
-    info = {"label_policy": policy, "rows": rows, "seed": seed, "answers": len(answers), "chat": chat,
-            "dtype": str(target.dtype), "training_tokens": int((~is_test).sum()), "held_out": figures}  # fmt: skip
-    return replace(head, info=info)
+    tried, l2 = choose_l2(shards, labels, guard, real & ~test & ~validation, real & validation, s)
+    used = (labels >= 0) & ~test
+    weight, bias = fit_head(shards, labels, balanced(labels, used, guard, s.guard_weight), [l2])[0]
+    scores = torch.cat([torch.sigmoid(x @ weight + bias) for x in shards])
+    thresholds = sorted({0.5, 0.7, 0.8, 0.9, 0.95, 0.99, s.threshold})
+    info = {"label_policy": s.policy, "rows": s.rows, "seed": s.seed, "answers": len(answers), "chat": s.chat,
+            "dtype": str(target.dtype), "training_tokens": int((used & real).sum()), "l2": l2, "l2_tried": tried,
+            "data": hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16],
+            "held_out": measure_head(scores[real & test], labels[real & test], thresholds)}  # fmt: skip
+    if len(models) > 1:
+        info["draft_fingerprint"] = models[1].fingerprint
+    if guard.any():
+        info["guard"] = {"weight": s.guard_weight, **guard_figures(scores, guard, test, s.threshold)}
+    dim = target.args.dim
+    trained_on = keys[~split_prompts(keys, s.seed, s.held_out)[0]].unique()
+    draft_weight = weight[dim:] if len(models) > 1 else None
+    return JudgeHead(weight[:dim].clone(), bias, s.threshold, target.fingerprint, info, draft_weight, trained_on)
+
+
+def choose_l2(shards, labels, guard, training, validation, s: TrainSettings) -> tuple[list, float]:
+    """([[l2, validation AUC], ...], the best l2; the stronger of equals)."""
+    if s.l2 is not None:
+        return [], s.l2
+    heads = fit_head(shards, labels, balanced(labels, training | (guard & training), guard, s.guard_weight), L2_GRID)
+    tried = []
+    for l2, (weight, bias) in zip(L2_GRID, heads):
+        scores = torch.cat([(x @ weight + bias)[v] for x, v in with_columns(shards, validation)])
+        tried.append([l2, area_under_curve(scores, labels[validation])])
+    return tried, max(tried, key=lambda pair: (round(pair[1], 5), pair[0]))[0]
+
+
+def guard_figures(scores: Tensor, guard: Tensor, test: Tensor, threshold: float) -> dict:
+    """How many guarded tokens still pass at `threshold`, of the training and of the held-out texts."""
+    figures = {}
+    for name, side in (("training", guard & ~test), ("held_out", guard & test)):
+        figures[name] = {"tokens": int(side.sum()), "passed": int((scores[side] > threshold).sum())}
+    return figures
 
 
 def print_figures(head: JudgeHead) -> None:
-    """The held-out figures of a head, as a table."""
+    """The held-out figures of a head, as tables."""
     figures = head.info["held_out"]
-    print(f"held out: {figures['right_tokens']} right and {figures['wrong_tokens']} wrong tokens, AUC {figures['auc']:.4f}")
+    print(f"held out: {figures['right_tokens']} right and {figures['wrong_tokens']} wrong tokens, "
+          f"AUC {figures['auc']:.4f}, L2 {head.info['l2']:g}")  # fmt: skip
     print("threshold  right tokens accepted  precision  wrong tokens accepted")
     for row in figures["at"]:
         mark = "*" if row["threshold"] == head.threshold else " "
         print(f"{row['threshold']:8.3f}{mark} {row['recall']:22.4f} {row['precision']:10.4f} {row['false_accept']:22.4f}")
+    print("mean score  share right  tokens   (scores of a loss in which wrong tokens weigh as much as right ones)")
+    for row in figures["reliability"]:
+        print(f"{row['score']:10.3f} {row['right']:12.4f} {row['tokens']:7}")
+    for name, part in head.info.get("guard", {}).items():
+        if name != "weight":
+            print(f"guarded texts, {name.replace('_', ' ')}: {part['passed']} of {part['tokens']} tokens still pass")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line of training."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
+def add_train_flags(add: Callable) -> None:
+    """The flags of `judge.py train`."""
     add("--checkpoint_path", type=Path, required=True, help="the target's folder")
-    add("--data", type=Path, required=True, help="annotated answers, JSON lines")
+    add("--draft_checkpoint_path", type=Path, help="the draft's folder, for --features target+draft")
+    add("--data", type=Path, required=True, nargs="+", help="labelled answers, JSON lines")
+    add("--guard", type=Path, nargs="+", default=[], help="JSON lines with prompt and response that must never pass")
+    add("--guard_weight", type=float, default=1.0, help="of all guarded tokens together; all wrong tokens weigh 1")
     add("--out", type=Path, required=True, help="the judge file to write")
+    add("--cache", type=Path, help="folder that keeps features for the next training (default: OUT.features)")
+    add("--features", choices=FEATURES, default="target", help="what the head reads")
     add("--chat", action="store_true", help="put prompts into Llama 3.1's chat format, as generate.py --chat does")
-    add("--label_policy", choices=LABEL_POLICIES, default="ignore_after", help="tokens after an error")
+    add("--label_policy", choices=LABEL_POLICIES, default=TrainSettings.policy, help="tokens after an error")
     add("--threshold", type=float, default=0.5, help="delta that the engine uses unless told otherwise")
+    add("--l2", type=float, help="strength of the penalty (default: the best of several by AUC on other prompts)")
     add("--speculate_k", type=int, default=16, help="M: features are read M + 1 rows at a time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type, the same as for generate.py (default: bf16 on a GPU, fp32 on a CPU)")
     add("--seed", type=int, default=0)
-    return parser.parse_args(argv)
 
 
 def train(args: argparse.Namespace) -> None:
     """Checks the command line, trains, writes the head and prints its figures."""
     check_threshold("judge", args.threshold)
     check_writable(args.out, "--out")
-    if args.speculate_k < 1:
-        raise InputError(f"--speculate_k {args.speculate_k} is too small: a round drafts at least 1 token.")
-    answers = read_answers(args.data)
+    for flag, low in (("speculate_k", 1), ("guard_weight", 0), ("l2", 0)):
+        value = getattr(args, flag)
+        if value is not None and not low <= value < INF:
+            raise InputError(f"--{flag} {value} is too small; at least {low}.")
+    both = args.features == "target+draft"
+    if both != bool(args.draft_checkpoint_path):
+        raise InputError("--features target+draft and --draft_checkpoint_path go together; give both or neither.")
+    answers = [item for path in args.data for item in read_answers(path)]
+    answers += [item | {"guard": True} for path in args.guard for item in read_answers(path, labelled=False)]
     tokenizer, device = load_tokenizer(args.checkpoint_path), pick_device(args.device)
-    target = load_model(args.checkpoint_path, device, run_dtype(args.precision, device))
-    rows, policy = args.speculate_k + 1, args.label_policy
-    head = train_judge(target, tokenizer, answers, policy, rows, args.threshold, seed=args.seed, chat=args.chat)
+    folders = [args.checkpoint_path, *([args.draft_checkpoint_path] if both else [])]
+    models = [load_model(folder, device, run_dtype(args.precision, device)) for folder in folders]
+    settings = TrainSettings(args.label_policy, args.speculate_k + 1, args.threshold, l2=args.l2,
+                             guard_weight=args.guard_weight, seed=args.seed, chat=args.chat)  # fmt: skip
+    head = train_judge(models, tokenizer, answers, settings, args.cache or args.out.with_name(args.out.name + ".features"))
     head.save(args.out)
     print_figures(head)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["calibrate"]:
+        from scripts import calibrate  # it runs the engine, which builds on this file
+
+        calibrate.main(argv[1:])
+        return
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=["train", "calibrate"], help="train has the flags below; see calibrate --help")
+    add_train_flags(parser.add_argument)
+    args = parser.parse_args(argv)
     run_script("judge.py", lambda: train(args))
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from generate import DEMO, Engine, Settings, answer_text
-from judge import print_figures, read_answers, train_judge
+from judge import TrainSettings, print_figures, read_answers, train_judge
 from model import (
     InputError,
     ModelArgs,
@@ -206,7 +206,8 @@ def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
     data = work / f"judge_data_{target.fingerprint}_{draft.fingerprint}.jsonl"
     if not data.exists():
         write_judge_data(out, data, seed + 1, device)
-    head = train_judge(target, load_tokenizer(out / "target"), read_answers(data), threshold=JUDGE_THRESHOLD, seed=seed)
+    settings = TrainSettings(threshold=JUDGE_THRESHOLD, seed=seed)
+    head = train_judge([target], load_tokenizer(out / "target"), read_answers(data), settings, work / "features")
     head.save(out / "judge.safetensors")
     print_figures(head)
 

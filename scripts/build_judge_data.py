@@ -1,0 +1,303 @@
+"""Answers to train a judge on: several models answer the same questions, and a checker says which answers are right.
+
+    python scripts/build_judge_data.py --questions gsm8k/train.jsonl --checker number --limit 500 --chat \\
+        --checkpoint_path LLAMA-8B LLAMA-70B --temperature 0,0.8 --samples 2 --out answers.jsonl
+
+The recipe of Judge Decoding (arXiv 2501.19309): per question one right and one wrong answer, from different models where
+there is a choice; a person then marks the wrong spans. A line of --out is what judge.py --data reads, and more:
+`{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A right answer has no errors, []; a wrong
+one has null, which judge.py refuses until somebody has put [start, end] there.
+
+An answer that --max_new_tokens cut off, or that gives no final answer, is dropped. Every answer, dropped or not, goes to
+OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the same files. --out is written
+once, at the end, and never over anything else: annotations put into it are safe. Demo questions are training problems,
+never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar, also the steps that a right
+answer takes back.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby, product
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from generate import Engine, Settings, answer_text, check_prompt, check_settings
+from model import (
+    DTYPES,
+    InputError,
+    ModelArgs,
+    Parser,
+    Progress,
+    check_writable,
+    load_model,
+    pick_device,
+    run_dtype,
+    run_script,
+    write_file,
+)
+from scripts.evaluate import read_results
+from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
+from scripts.train_demo import annotated
+from tokenizer import Tokenizer, load_tokenizer
+
+
+class Job(NamedTuple):
+    """One answer to make. model: position in --checkpoint_path."""
+
+    model: int
+    temperature: float
+    sample: int
+    question: Question
+
+
+def read_temperatures(text: str) -> list[float]:
+    """The numbers of "0,0.8"; InputError for what no engine can sample with, and for one named twice."""
+    try:
+        temperatures = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--temperature {text} is not a list of numbers, as in 0,0.8.") from None
+    for temperature in temperatures:
+        check_settings(Settings("plain", temperature=temperature), False, False)
+        if temperatures.count(temperature) > 1:
+            raise InputError(f"--temperature names {temperature:g} twice; for more answers raise --samples.")
+    return temperatures
+
+
+def list_jobs(args: argparse.Namespace, questions: list[Question]) -> list[Job]:
+    """All answers to make, in the order of OUT.all. Greedy ones are made once: another sample would be the same."""
+    return [
+        Job(model, temperature, sample, question)
+        for model, temperature, sample in product(range(len(args.checkpoint_path)), args.temperature, range(args.samples))
+        if sample == 0 or temperature > 0
+        for question in questions
+    ]
+
+
+def encode_prompts(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, questions: list[Question]) -> dict:
+    """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's context."""
+    context, prompts = ModelArgs.from_folder(folder).max_position, {}
+    for question in questions:
+        if args.chat:
+            prompt = tokenizer.encode_chat([{"role": "user", "content": question.prompt}])
+        else:
+            prompt = [tokenizer.bos_id, *tokenizer.encode(question.prompt)]
+        try:
+            check_prompt(prompt, args.max_new_tokens, context, context)
+        except InputError as error:
+            raise InputError(f"Question {question.index} and {folder}: {error}") from None
+        prompts[question.id] = prompt
+    return prompts
+
+
+def folder_digest(folder: Path) -> str:
+    """What tells one checkpoint from another without reading it whole: names, sizes and ends of its files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".jinja", ".model", ".safetensors"):
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 65536))
+                digest.update(repr((path.relative_to(folder).as_posix(), size, file.read())).encode())
+    return digest.hexdigest()[:16]
+
+
+def make_header(args: argparse.Namespace, questions: list[Question]) -> dict:
+    """What OUT.all must agree on for a run to go on with it."""
+    asked = json.dumps([(question.id, question.reference) for question in questions])
+    return {"questions": hashlib.sha256(asked.encode()).hexdigest()[:16],
+            "models": [folder_digest(folder) for folder in args.checkpoint_path],
+            "temperature": args.temperature, "samples": args.samples, "seed": args.seed, "chat": args.chat,
+            "max_new_tokens": args.max_new_tokens, "precision": str(args.dtype), "compile": args.compile,
+            "device": str(args.device), "torch": torch.__version__}  # fmt: skip
+
+
+def seed_of(args: argparse.Namespace, job: Job) -> int:
+    """An answer's own seed, so that it does not depend on what was answered before."""
+    return int(hashlib.sha256(f"{args.seed} {job.question.id} {job.sample}".encode()).hexdigest()[:15], 16)
+
+
+def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list) -> Iterator[tuple[Job, object]]:
+    """(job, the engine's Result) for all of `todo`, with one model loaded at a time."""
+    for at, its_jobs in groupby(todo, key=lambda job: job.model):
+        model = load_model(args.checkpoint_path[at], args.device, args.dtype)
+        length = max(map(len, prompts[at].values())) + args.max_new_tokens
+        for temperature, jobs in groupby(its_jobs, key=lambda job: job.temperature):
+            settings = Settings("plain", temperature=temperature, compile=args.compile)
+            engine = Engine(model, None, None, settings, stop_ids[at], length)
+            if args.compile:
+                print(f"{args.checkpoint_path[at]}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+            for job in jobs:
+                yield job, engine.generate(prompts[at][job.question.id], args.max_new_tokens, seed_of(args, job))
+        del model, engine  # before the next is loaded
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def record(args: argparse.Namespace, job: Job, tokens: int, text: str, cut_off: bool) -> dict:
+    """A line of OUT.all: the answer and what its checker says of it."""
+    question, checker = job.question, CHECKERS[job.question.checker]
+    if cut_off:
+        dropped = "cut off"
+    else:
+        dropped = "no answer" if not text.strip() or checker.final_answer(question, text) is None else None
+    return {"question": question.id, "model": job.model, "prompt": question.prompt, "response": text,
+            "reference": question.reference, "right": None if dropped else checker.is_right(question, text),
+            "dropped": dropped, "tokens": tokens, "source": source_of(args, job)}  # fmt: skip
+
+
+def source_of(args: argparse.Namespace, job: Job) -> str:
+    return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
+
+
+def answer_all(args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, header: dict) -> list[dict]:
+    """Makes the answers that are still missing, writing each to OUT.all as it is done."""
+    records, progress = [], Progress("answers", len(todo))
+    with open(args.work, "a", encoding="utf-8") as out:
+        if not out.tell():
+            print(json.dumps(header), file=out, flush=True)
+        for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
+            text = answer_text(tokenizers[job.model], result.tokens)
+            records.append(record(args, job, len(result.tokens), text, result.stop_reason == "length"))
+            print(json.dumps(records[-1]), file=out, flush=True)
+            progress.step()
+    return records
+
+
+def pick(records: list[dict], count: int, used: Counter, turn: int, models: int) -> list[dict]:
+    """Up to `count` different answers, each from the model `used` least so far; ties go to the models by turns."""
+    picked, rest = [], list(records)
+    while rest and len(picked) < count:
+        best = min(rest, key=lambda record: (used[record["model"]], (record["model"] - turn) % models))
+        used[best["model"]] += 1
+        picked.append(best)
+        rest = [record for record in rest if record["response"] != best["response"]]
+    return picked
+
+
+def choose(records: list[dict], models: int, right: int, wrong: int) -> list[dict]:
+    """The paper's tuples: of each question that has both, so many right and wrong answers, from different models if
+    possible. The kind that fewer models gave has the first choice."""
+    chosen, groups = [], {}
+    for record in records:
+        if not record["dropped"]:
+            groups.setdefault(record["question"], []).append(record)
+    for turn, group in enumerate(groups.values()):
+        kinds = [([r for r in group if r["right"]], right), ([r for r in group if not r["right"]], wrong)]
+        if all(of_kind for of_kind, _ in kinds):
+            used, scarce_first = Counter(), sorted(kinds, key=lambda kind: len({r["model"] for r in kind[0]}))
+            picked = [r for of_kind, count in scarce_first for r in pick(of_kind, count, used, turn, models)]
+            chosen += sorted(picked, key=lambda record: not record["right"])
+    return chosen
+
+
+def different(records: list[dict]) -> list[dict]:
+    """All usable answers, each text once a question."""
+    return list({(r["question"], r["response"]): r for r in reversed(records) if not r["dropped"]}.values())[::-1]
+
+
+def line_of(record: dict, problems: dict) -> str:
+    """An answer as judge.py reads it. problems: {question id: demo problem} where its grammar is to mark the errors."""
+    errors = [] if record["right"] else None
+    if problems:
+        errors = annotated(problems[record["question"]], record["response"], record["source"])["errors"]
+    fields = ("prompt", "response", "reference", "right")
+    return json.dumps(
+        {key: record[key] for key in fields} | {"errors": errors} | {k: record[k] for k in ("source", "question")}
+    )
+
+
+def write_chosen(out: Path, lines: list[str]) -> None:
+    """Writes --out, but never over other content: that may be hours of annotation."""
+    content = ("\n".join(lines) + "\n").encode()
+    if out.exists() and out.read_bytes() != content:
+        raise InputError(f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another --out.")
+    write_file(out, content)
+
+
+def print_summary(args: argparse.Namespace, questions: int, records: list[dict], chosen: list[dict]) -> None:
+    """What each source gave, and what was chosen."""
+    print("source                              answers   right   wrong  cut off  no answer")
+    for source in dict.fromkeys(record["source"] for record in records):
+        mine = [record for record in records if record["source"] == source]
+        kinds = Counter(r["dropped"] or ("right" if r["right"] else "wrong") for r in mine)
+        counts = (len(mine), kinds["right"], kinds["wrong"], kinds["cut off"], kinds["no answer"])
+        print(f"{source:35} {counts[0]:7} {counts[1]:7} {counts[2]:7} {counts[3]:8} {counts[4]:10}")
+    right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
+    tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
+    print(
+        f"{args.out}: {tuples}{len(chosen)} answers ({right} right, {len(chosen) - right} wrong), "
+        f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, {dropped} dropped."
+    )
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for a command line that cannot run, before anything is loaded, and completes it."""
+    args.temperature = read_temperatures(args.temperature)
+    args.device = pick_device(args.device)
+    args.dtype = run_dtype(args.precision, args.device)
+    check_writable(args.out, "--out")
+    args.work = args.out.with_name(args.out.name + ".all")
+    for flag in ("samples", "max_new_tokens", "right", "wrong"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)} is too small: at least 1.")
+    folders = [folder.resolve() for folder in args.checkpoint_path]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
+    if args.annotate_demo and args.questions.partition(":")[0] != "demo":
+        raise InputError(f"--annotate_demo knows the demo's problems only, not --questions {args.questions}.")
+
+
+def build(args: argparse.Namespace) -> None:
+    """From a parsed command line to --out and the summary."""
+    check_args(args)
+    questions = questions_of(args, held_out=False)
+    tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
+    prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
+    header, jobs = make_header(args, questions), list_jobs(args, questions)
+    records = read_results(args.work, header)
+    if len(records) < len(jobs) and args.out.exists():
+        raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
+    records += answer_all(args, jobs[len(records) :], prompts, tokenizers, header)
+    models = len(args.checkpoint_path)
+    chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
+    if not chosen:
+        raise InputError(
+            "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a weaker "
+            f"checkpoint or a higher --temperature, or see {args.work} for what was dropped."
+        )
+    demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
+    write_chosen(args.out, [line_of(record, demo) for record in chosen])
+    print_summary(args, len(questions), records, chosen)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, nargs="+", required=True, help="the models' folders; they are loaded in turn")
+    add_question_flags(add)
+    add("--temperature", default="0,0.8", help="each model answers at each of these")
+    add("--samples", type=int, default=1, help="answers a question at each temperature above 0")
+    add("--max_new_tokens", type=int, default=400)
+    add("--chat", action="store_true", help="put questions into Llama 3.1's chat format, as judge.py --chat will")
+    add("--tuples", action=argparse.BooleanOptionalAction, default=True, help="keep right and wrong pairs, not all answers")
+    add("--right", type=int, default=1, help="right answers in a tuple, at most")
+    add("--wrong", type=int, default=1, help="wrong answers in a tuple, at most")
+    add("--annotate_demo", action="store_true", help="mark errors by the demo's grammar instead of leaving that open")
+    add("--compile", action="store_true")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--out", type=Path, required=True, help="the chosen answers, JSON lines; OUT.all beside it holds all of them")
+    args = parser.parse_args(argv)
+    run_script("build_judge_data.py", lambda: build(args))
+
+
+if __name__ == "__main__":
+    main()
