@@ -306,12 +306,12 @@ class Engine:
         keep_logits = self.draft is not None and (s.temperature > 0 or RULES[s.verify].needs_draft_logits)
         shape = (s.speculate_k, self.target.args.vocab_size) if keep_logits else (1, 1)
         keep_hidden = self.draft is not None and self.head is not None and self.head.draft_weight is not None
-        hidden = {"device": device, "dtype": self.target.dtype}
+        hidden = (s.speculate_k, self.draft.args.dim) if keep_hidden else (1, 1)
         long = {"dtype": torch.long, "device": device}
         self.buffers = Buffers(
             tokens=torch.zeros(capacity, **long), pos=torch.zeros(1, **long),
             drafted=torch.zeros(s.speculate_k, **long), draft_logits=torch.zeros(shape, device=device),
-            draft_hidden=torch.zeros((s.speculate_k, self.draft.args.dim) if keep_hidden else (1, 1), **hidden),
+            draft_hidden=torch.zeros(hidden, device=device, dtype=self.draft.dtype if keep_hidden else None),
             step=torch.zeros(1, **long), uniforms=torch.zeros(2 * s.speculate_k + 1, device=device),
             threshold=torch.tensor(threshold_of(s, self.head), device=device),
             stop_ids=torch.tensor(self.stop_ids, **long), region=torch.zeros(1, **long),

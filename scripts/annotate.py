@@ -52,7 +52,7 @@ p                   back to the answer before
 s                   skip: asked again at the next start
 q, Ctrl-C           quit; every mark is kept already
 
-Any key closes this page.
+Any other key closes this page.
 """
 FOOTER = "space mark  v select  u undo  enter done, next  p back  s skip  q quit  ? help"
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~])")  # one key, as terminals send arrows and the like
@@ -206,7 +206,7 @@ def open_answer(tokenizer: Tokenizer, item: dict, errors: list[list[int]]) -> Ma
     """An answer in the tokenizer's units, those marked that an error touches (as `label_tokens` reads them)."""
     response = item["response"]
     units = make_units(encode_answer(tokenizer, item["prompt"], response)[2], len(response))
-    starts = tuple(start == 0 or response[start].isspace() or response[start - 1] == "\n" for start, _ in units)
+    starts = tuple(a == 0 or response[a] != "\n" and (response[a].isspace() or response[a - 1] == "\n") for a, _ in units)
     marks = frozenset(i for i, (start, end) in enumerate(units) if any(start < b and end > a for a, b in errors))
     return Marking(response, units, starts, marks)
 
@@ -395,7 +395,7 @@ class Session:
             self.states[self.key] = edit(before, key, self.answer_rows(width))
             if self.state.marks != before.marks:  # also of an answer that was done: it is open again until it is confirmed
                 self.journal.put(self.key, self.state.errors, False)
-            self.follows = self.follows or self.state != before
+            self.follows = True
         return True
 
     def write_out(self) -> None:

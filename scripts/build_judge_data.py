@@ -263,6 +263,8 @@ def build(args: argparse.Namespace) -> None:
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
     records = read_results(args.work, header)
+    if [record.get("question") for record in records] != [job.question.id for job in jobs[: len(records)]]:
+        raise InputError(f"{args.work} is not in this run's order (do two runs write it?); remove it, or name another --out.")
     if len(records) < len(jobs) and args.out.exists():
         raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
     records += answer_all(args, jobs[len(records) :], prompts, tokenizers, header)

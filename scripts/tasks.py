@@ -232,6 +232,8 @@ def forbid_events(folder: str) -> None:
             good = type(args[0]) is int or within(args[0], ours if args[2] & writing else readable)
         elif event in ("os.listdir", "os.scandir"):
             good = type(args[0]) is int or within(args[0], readable)
+        elif event in ("os.mkdir", "os.remove", "os.rmdir"):
+            good = args[-1] == -1 and within(args[0], ours)  # -1: relative to no other folder
         elif event == "import":
             good = args[0] != "_posixsubprocess"
         else:

@@ -396,7 +396,8 @@ def test_json_is_one_object_a_sample(folders, capsys):
         record = json.loads(line)
         assert set(record) == {
             "prompt_tokens", "tokens", "text", "stop_reason", "rounds", "drafted", "accepted", "accepted_by_rule", "mean_accepted",
-            "seconds_prefill", "seconds_decode", "tokens_per_second", "verify", "threshold", "speculate_k", "min_prob", "device", "dtype",
+            "seconds_prefill", "seconds_decode", "tokens_per_second", "verify", "threshold", "speculate_k", "min_prob", "device", "dtype", "relax_between",
+            "mean_score",
         }  # fmt: skip
         assert (record["verify"], record["threshold"], record["speculate_k"]) == ("judge", 0.5, 3)
         assert (record["device"], record["dtype"], record["drafted"]) == ("cpu", "float32", 3 * record["rounds"])
