@@ -280,10 +280,10 @@ class Engine:
     ):  # fmt: skip
         check_settings(settings, draft is not None, head is not None)
         self.target, self.head, self.settings = target, head, settings
-        self.markers = markers.to(target.device) if markers is not None else None
-        self.sizes = SIZES if settings.adaptive else (settings.speculate_k,)
-        self.pace = Pace(self.sizes)
         self.draft = None if settings.verify == "plain" else draft
+        self.markers = markers.to(target.device) if markers is not None else None
+        self.sizes = SIZES if settings.adaptive and self.draft is not None else (settings.speculate_k,)
+        self.pace = Pace(self.sizes)
         self.stop_ids = stop_ids
         self.generator = torch.Generator().manual_seed(0)
         self.length = length

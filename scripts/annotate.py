@@ -137,6 +137,7 @@ class Journal:
         self.file.truncate(len(whole))
 
     def read_record(self, line: bytes, number: int) -> None:
+        """Takes one line in, or raises InputError naming it."""
         try:
             record = json.loads(line)
             key = record.pop("answer")
@@ -305,7 +306,8 @@ def wrap(pieces: tuple[str, ...], starts: tuple[bool, ...], width: int) -> list[
     for begin, end in zip(first, [*first[1:], len(pieces)]):
         size = sum(width_of(char) for piece in pieces[begin:end] for char in piece)
         if width - used < size <= width:
-            rows, used = [*rows, []], 0
+            rows.append([])
+            used = 0
         for i in range(begin, end):
             for char in pieces[i]:
                 if char == "\n" or used + width_of(char) > width:
@@ -343,8 +345,11 @@ class Session:
         self.items = [(answer_key(item), item) for item in items]
         known = {key for key, item in self.items if item.get("right") and item.get("errors") == [] and not ask_all}
         self.known_right = known - journal.records.keys()  # an earlier --all may have asked about some
-        self.queue = {key: item for key, item in self.items[::-1] if key not in self.known_right}  # twins are asked once
-        self.keys = [key for key in dict(self.items) if key in self.queue]
+        self.queue: dict[str, dict] = {}  # what is asked, in order; the same text twice is asked once
+        for key, item in self.items:
+            if key not in self.known_right:
+                self.queue.setdefault(key, item)
+        self.keys = list(self.queue)
         self.states: dict[str, Marking] = {}
         self.position, self.top, self.follows, self.helps = -1, 0, True, False
         self.go_on()
@@ -356,6 +361,7 @@ class Session:
 
     @property
     def state(self) -> Marking | None:
+        """Its marks; tokenised when it is first shown, so that a start takes no longer for more answers."""
         if self.key and self.key not in self.states:
             item = self.queue[self.key]
             errors = self.journal.records.get(self.key, item).get("errors") or []
@@ -363,6 +369,7 @@ class Session:
         return self.states.get(self.key)
 
     def go_to(self, position: int) -> None:
+        """To this answer, from its top; a selection that was begun here is dropped."""
         if self.position >= 0 and self.state:
             self.states[self.key] = replace(self.state, anchor=None)
         self.position, self.top, self.follows = position, 0, True
@@ -379,7 +386,7 @@ class Session:
         if self.helps or key == "?":
             self.helps = not self.helps
         elif key in ("page up", "page down"):
-            self.top, self.follows = self.top + (height - 4) * (1 if key == "page down" else -1), False
+            self.top, self.follows = self.top + max(height - 4, 1) * (1 if key == "page down" else -1), False
         elif key == "p":
             self.go_to(max(self.position - 1, 0))
         elif self.state and key == "n":
@@ -456,8 +463,10 @@ def split_keys(data: bytes) -> tuple[list[str], bytes]:
 
 
 def show(text: str) -> None:
-    sys.stdout.buffer.write(text.encode(errors="replace"))
-    sys.stdout.buffer.flush()
+    """Writes straight to the terminal: in UTF-8 whatever the locale, and nothing is left over when it is gone."""
+    data = text.encode(errors="replace")
+    while data:
+        data = data[os.write(1, data) :]
 
 
 @contextmanager
@@ -502,6 +511,7 @@ def run(session: Session) -> None:
 
 
 def annotate(args: argparse.Namespace) -> None:
+    """Checks everything that can be wrong, then marks until quit."""
     items, journal_path = read_items(args.data), args.out.with_name(args.out.name + ".marks")
     check_writable(args.out, "--out")
     if args.out.resolve() == args.data.resolve():

@@ -4,7 +4,7 @@
         --checkpoint_path LLAMA-8B LLAMA-70B --temperature 0,0.8 --samples 2 --out answers.jsonl
 
 The recipe of Judge Decoding (arXiv 2501.19309): per question one right and one wrong answer, from different models where
-there is a choice; a person then marks the wrong spans. A line of --out is what judge.py --data reads, and more:
+there is a choice; a person then marks the wrong spans (scripts/annotate.py). A line of --out is what judge.py train reads:
 `{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A right answer has no errors, []; a wrong
 one has null, which judge.py refuses until somebody has put [start, end] there.
 
@@ -200,7 +200,11 @@ def choose(records: list[dict], models: int, right: int, wrong: int) -> list[dic
 
 def different(records: list[dict]) -> list[dict]:
     """All usable answers, each text once a question."""
-    return list({(r["question"], r["response"]): r for r in reversed(records) if not r["dropped"]}.values())[::-1]
+    first = {}
+    for record in records:
+        if not record["dropped"]:
+            first.setdefault((record["question"], record["response"]), record)
+    return list(first.values())
 
 
 def line_of(record: dict, problems: dict) -> str:
@@ -288,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--temperature", default="0,0.8", help="each model answers at each of these")
     add("--samples", type=int, default=1, help="answers a question at each temperature above 0")
     add("--max_new_tokens", type=int, default=400)
-    add("--chat", action="store_true", help="put questions into Llama 3.1's chat format, as judge.py --chat will")
+    add("--chat", action="store_true", help="put questions into Llama 3.1's chat format, as judge.py train --chat will")
     add("--tuples", action=argparse.BooleanOptionalAction, default=True, help="keep right and wrong pairs, not all answers")
     add("--right", type=int, default=1, help="right answers in a tuple, at most")
     add("--wrong", type=int, default=1, help="wrong answers in a tuple, at most")

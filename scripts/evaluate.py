@@ -1,11 +1,11 @@
-"""Accuracy, accepted tokens and speed of several verification rules on the same held-out problems, in one run.
+"""Accuracy, accepted tokens and speed of several verification rules on the same questions, in one run.
 
-    python scripts/evaluate.py --task demo --limit 500 --verify plain,standard,judge,kl,topk,typical --compile
-    python scripts/evaluate.py --task demo --limit 500 --verify topk --threshold topk=2,topk=3,topk=5
+    python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile
+    python scripts/evaluate.py --questions gsm8k.jsonl --checker number --verify topk --threshold topk=2,topk=3,topk=5
 
-Every problem is answered by every rule before the next problem, so that all rules see the machine in the same state.
-One JSON line an answer goes to --out and is flushed; a killed run resumes from there. The task `demo` checks the final
-answer and every step.
+Every question is answered by every rule before the next question, so that all rules see the machine in the same state.
+One JSON line an answer goes to --out and is flushed; a killed run resumes from there. What questions may be and how they
+are checked is in scripts/tasks.py; on demo problems (the default) an answer is right when every step is.
 """
 
 import argparse
@@ -15,17 +15,39 @@ import math
 import os
 import sys
 import time
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from generate import DEMO, Engine, Settings, answer_text, as_json, check_settings, load_pair
+from generate import (
+    DEMO,
+    Engine,
+    answer_text,
+    as_json,
+    capacity_for,
+    check_settings,
+    encode_prompt,
+    load_pair,
+    read_k,
+    settings_of,
+)
 from judge import RULES
-from model import DTYPES, InputError, Parser, Progress, Transformer, check_writable, pick_device, run_script
-from scripts.demo_task import check, problems
+from model import (
+    DTYPES,
+    InputError,
+    ModelArgs,
+    Parser,
+    Progress,
+    Transformer,
+    check_writable,
+    pick_device,
+    run_dtype,
+    run_script,
+)
+from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
@@ -53,40 +75,64 @@ def parse_rules(names: str, thresholds: str | None) -> list[tuple[str, float | N
     return rules
 
 
-def load_demo(args: argparse.Namespace) -> list[dict]:
-    """The first --limit held-out problems: index, question, and the problem itself to check with."""
-    stream = problems(args.seed, held_out=True, family=args.family)
-    return [{"index": i, "question": p.question, "problem": p} for i, p in enumerate(islice(stream, args.limit))]
-
-
-def score_demo(item: dict, text: str) -> dict:
-    verdict = check(item["problem"], text)
-    return {"family": item["problem"].family, "right": verdict.right, "answer_right": verdict.answer_right,
-            "first_error": verdict.first_error}  # fmt: skip
-
-
-TASKS = {"demo": (load_demo, score_demo)}
-
-
 def label(rule: tuple[str, float | None]) -> str:
     return rule[0] if rule[1] is None else f"{rule[0]}={rule[1]:g}"
 
 
-def settings_for(args: argparse.Namespace, rule: tuple[str, float | None]) -> Settings:
-    return Settings(*rule, args.speculate_k, args.temperature, args.top_k, args.compile, args.min_prob)
+class Bench:
+    """The pair, one engine a rule, and a file of answers that is resumed: what answers questions by several rules.
+
+    args: a command line with the flags of `add_engine_flags`; args.out may be None. All thresholds of a rule share one
+    engine, and all engines the weights and caches.
+    """
+
+    def __init__(self, args: argparse.Namespace, questions: list[Question], needs_judge: bool):
+        self.args, self.tokenizer, self.engines = args, load_tokenizer(args.checkpoint_path), {}
+        self.prompts = {question.index: encode_prompt(args, self.tokenizer, question.prompt) for question in questions}
+        self.length = max(map(len, self.prompts.values())) + args.max_new_tokens
+        context = ModelArgs.from_folder(args.checkpoint_path).max_position
+        if self.length > context:
+            raise InputError(
+                f"A prompt and --max_new_tokens {args.max_new_tokens} need {self.length} tokens, but the context is {context}."
+            )
+        judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
+        capacity = capacity_for(self.length, settings_for(args, ("standard", None)).speculate_k)
+        self.models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity)
+        header = make_header(args, *self.models[:2])
+        self.records = read_results(args.out, header) if args.out else []
+        self.done = {(record["rule"], record["index"]): record for record in self.records}
+        self.file = open(args.out or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 open as long as there are answers
+        if not (args.out and self.file.tell()):
+            self.write(header)
+
+    def write(self, line: dict) -> None:
+        print(json.dumps(line), file=self.file, flush=True)
+
+    def engine(self, rule: tuple[str, float | None]):
+        """The engine for a rule, set to its threshold; made and warmed up at first use."""
+        name, threshold = rule
+        if name not in self.engines and name in PEERS:
+            self.engines[name] = peer(self.args, name, self.tokenizer)
+        elif name not in self.engines:
+            engine = Engine(*self.models, settings_for(self.args, rule), self.tokenizer.stop_ids, self.length)
+            print(f"{name}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+            self.engines[name] = engine
+        if name not in PEERS and name != "plain":
+            self.engines[name].set_threshold(threshold)
+        return self.engines[name]
+
+    def answer(self, question: Question, rule: tuple[str, float | None]) -> dict:
+        """The record of one question by one rule: from the file, or decoded now and written to it."""
+        if (label(rule), question.index) not in self.done:
+            record = answer(self.engine(rule), rule, question, self.prompts[question.index], self.args, self.tokenizer)
+            self.done[label(rule), question.index] = record
+            self.write(record)
+        return self.done[label(rule), question.index]
 
 
-def make_engines(args: argparse.Namespace, rules: list, models: tuple, tokenizer, length: int) -> dict:
-    """One engine a rule over the same weights and caches."""
-    target, draft, head = models
-    engines = {}
-    for rule in rules:
-        if rule[0] in PEERS:
-            engines[rule] = peer(args, rule[0], tokenizer)
-            continue
-        engines[rule] = Engine(target, draft, head, settings_for(args, rule), tokenizer.stop_ids, length)
-        print(f"{label(rule)}: warmed up in {engines[rule].warm_up():.1f} s", file=sys.stderr)
-    return engines
+def settings_for(args: argparse.Namespace, rule: tuple[str, float | None]):
+    """The settings of the command line for one of its rules."""
+    return settings_of(argparse.Namespace(**vars(args) | {"verify": rule[0], "threshold": rule[1]}))
 
 
 def peer(args: argparse.Namespace, name: str, tokenizer):
@@ -97,7 +143,7 @@ def peer(args: argparse.Namespace, name: str, tokenizer):
     except ImportError:
         raise InputError(f"--verify {name} needs the package transformers; pip install -r requirements-dev.txt.") from None
     disable_progress_bar()
-    load = {"dtype": DTYPES[args.precision], "local_files_only": True}
+    load = {"dtype": run_dtype(args.precision, args.device), "local_files_only": True}
     target = AutoModelForCausalLM.from_pretrained(args.checkpoint_path, **load).to(args.device).eval()
     more = {"do_sample": False, "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.stop_ids[0]}
     if name == "hf-assisted":
@@ -119,24 +165,24 @@ def peer(args: argparse.Namespace, name: str, tokenizer):
     return run
 
 
-def answer(engine, rule: tuple, item: dict, prompt: list[int], args: argparse.Namespace, tokenizer) -> dict:
-    """One problem by one rule: the engine's JSON record with what the task's checker says."""
+def answer(engine, rule: tuple, question: Question, prompt: list[int], args: argparse.Namespace, tokenizer) -> dict:
+    """One question by one rule: the engine's JSON record with what the checker says."""
     if rule[0] in PEERS:
         tokens, prefill, seconds = engine(prompt, args.max_new_tokens)
         text = answer_text(tokenizer, tokens)
         record = {"prompt_tokens": len(prompt), "tokens": tokens, "text": text, "seconds_prefill": prefill,
                   "seconds_decode": seconds, "rounds": 0, "accepted": 0, "accepted_by_rule": 0, "drafted": 0}  # fmt: skip
     else:
-        result = engine.generate(prompt, args.max_new_tokens, seed=item["index"])
+        result = engine.generate(prompt, args.max_new_tokens, seed=question.index)
         text = answer_text(tokenizer, result.tokens)
         record = json.loads(as_json(engine, result, text))
-    return {
-        "index": item["index"],
-        "rule": label(rule),
-        "question": item["question"],
-        **record,
-        **TASKS[args.task][1](item, text),
-    }
+    checker = CHECKERS[question.checker]
+    found = checker.final_answer(question, text)
+    reference = str(question.content.answer) if question.checker == "demo" else None
+    right = checker.is_right(question, text)
+    return {"index": question.index, "rule": label(rule), "family": question.group, "right": right,
+            "answer_right": right if reference is None else found == reference, "final_answer": found,
+            "question": question.prompt, **record}  # fmt: skip
 
 
 def read_results(path: Path, header: dict) -> list[dict]:
@@ -202,31 +248,25 @@ def print_table(rows: list[dict]) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
-    """Answers what is not yet in --out, rule by rule on each problem, and returns the summary rows."""
+    """Answers what is not yet in --out, rule by rule on each question, and returns the summary rows."""
     rules = parse_rules(args.verify, args.threshold)
     check_args(args, rules)
-    items, tokenizer = TASKS[args.task][0](args), load_tokenizer(args.checkpoint_path)
-    judge = args.judge_path if any(name == "judge" for name, _ in rules) else None
-    models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, DTYPES[args.precision])
-    header = make_header(args, *models[:2])
-    records = read_results(args.out, header) if args.out else []
-    done = {(record["rule"], record["index"]) for record in records}
-    todo = [(item, rule) for item in items for rule in rules if (label(rule), item["index"]) not in done]
-    if todo:
-        prompts = {item["index"]: [tokenizer.bos_id, *tokenizer.encode(item["question"])] for item in items}
-        length = max(map(len, prompts.values())) + args.max_new_tokens
-        engines = make_engines(args, rules, models, tokenizer, length)
-        records += answer_all(args, todo, prompts, engines, tokenizer, header)
-    wanted = {label(rule) for rule in rules}
-    kept = [r for r in records if r["index"] < args.limit and r["rule"] in wanted]
-    return summarise(kept, [label(rule) for rule in rules])
+    questions = questions_of(args)
+    bench = Bench(args, questions, any(name == "judge" for name, _ in rules))
+    todo = [(q, rule) for q in questions for rule in rules if (label(rule), q.index) not in bench.done]
+    for rule in dict.fromkeys(rule for _, rule in todo):
+        bench.engine(rule)  # warm-ups first: no answer waits for another rule's
+    progress = Progress("answers", len(todo))
+    for question, rule in todo:
+        bench.answer(question, rule)
+        progress.step()
+    labels = [label(rule) for rule in rules]
+    return summarise([bench.done[name, question.index] for question in questions for name in labels], labels)
 
 
 def check_args(args: argparse.Namespace, rules: list[tuple[str, float | None]]) -> None:
     """Raises InputError for what cannot run, before anything is loaded."""
     args.device = pick_device(args.device)
-    if args.limit < 1:
-        raise InputError(f"--limit {args.limit} is too small: at least 1 problem.")
     if args.out:
         check_writable(args.out, "--out")
     for rule in rules:
@@ -239,54 +279,46 @@ def check_args(args: argparse.Namespace, rules: list[tuple[str, float | None]]) 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer) -> dict:
     """What a results file must agree on for a run to go on with it."""
     judge = hashlib.sha256(args.judge_path.read_bytes()).hexdigest()[:16] if args.judge_path.is_file() else None
-    return {"task": args.task, "family": args.family, "seed": args.seed, "target": target.fingerprint,
-            "draft": draft.fingerprint, "judge": judge,
-            "speculate_k": args.speculate_k, "temperature": args.temperature, "top_k": args.top_k, "min_prob": args.min_prob,
-            "max_new_tokens": args.max_new_tokens, "precision": args.precision, "compile": args.compile,
-            "device": str(args.device), "torch": torch.__version__}  # fmt: skip
-
-
-def answer_all(args, todo: list, prompts: dict, engines: dict, tokenizer, header: dict) -> list[dict]:
-    """Runs the open (problem, rule) pairs, writing each as it is done."""
-    records, progress = [], Progress("answers", len(todo))
-    with open(args.out or os.devnull, "a", encoding="utf-8") as out:
-        if not (args.out and out.tell()):
-            print(json.dumps(header), file=out, flush=True)
-        for item, rule in todo:
-            records.append(answer(engines[rule], rule, item, prompts[item["index"]], args, tokenizer))
-            print(json.dumps(records[-1]), file=out, flush=True)
-            progress.step()
-    return records
+    source = Path(args.questions)
+    data = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else None
+    return {"questions": args.questions, "data": data, "checker": args.checker, "seed": args.seed, "chat": args.chat,
+            "target": target.fingerprint, "draft": draft.fingerprint, "judge": judge, "speculate_k": args.speculate_k,
+            "temperature": args.temperature, "top_k": args.top_k, "min_prob": args.min_prob,
+            "max_new_tokens": args.max_new_tokens, "precision": str(target.dtype).removeprefix("torch."),
+            "compile": args.compile, "device": str(args.device), "torch": torch.__version__}  # fmt: skip
 
 
 def report(args: argparse.Namespace) -> None:
     rows = evaluate(args)
     if args.json:
-        print(json.dumps({"task": args.task, "rows": rows}))
+        print(json.dumps({"questions": args.questions, "rows": rows}))
     else:
         print_table(rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--task", choices=TASKS, default="demo")
-    add("--family", choices=["story", "list"], help="only this family of demo problems")
-    add("--seed", type=int, default=2026, help="another seed, other held-out problems (to choose a threshold on, say)")
-    add("--limit", type=int, default=100, help="number of problems")
-    add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules, and hf and hf-assisted (transformers)")
-    add("--threshold", help="rule=number, ...; several for one rule run it several times")
+def add_engine_flags(add: Callable) -> None:
+    """The flags that say which models answer, and how."""
     add("--checkpoint_path", type=Path, default=DEMO / "target")
     add("--draft_checkpoint_path", type=Path, default=DEMO / "draft")
     add("--judge_path", type=Path, default=DEMO / "judge.safetensors")
+    add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
     add("--min_prob", type=float, default=0.0)
-    add("--speculate_k", type=int, default=16)
+    add("--speculate_k", type=read_k, default=16, help="M, or auto")
     add("--max_new_tokens", type=int, default=200)
     add("--temperature", type=float, default=0.0)
     add("--top_k", type=int)
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=DTYPES, default="fp32")
+    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add_question_flags(parser.add_argument)
+    add_engine_flags(parser.add_argument)
+    add = parser.add_argument
+    add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules, and hf and hf-assisted (transformers)")
+    add("--threshold", help="rule=number, ...; several for one rule run it several times")
     add("--out", type=Path, help="results, JSON lines; resumed when it exists")
     add("--json", action="store_true", help="print the summary as one JSON object")
     args = parser.parse_args(argv)

@@ -6,6 +6,7 @@ The sessions run the real script on a pseudo-terminal and wait for what the scre
 
 import errno
 import fcntl
+import io
 import json
 import os
 import pty
@@ -59,11 +60,14 @@ class Terminal:
 
     def __init__(self, *args, rows: int = 24, columns: int = 80, **env: str):
         env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm", "OMP_NUM_THREADS": "1"} | env
+        fresh = pty.openpty()
+        self.before, self.output = termios.tcgetattr(fresh[1]), b""  # how every pseudo-terminal begins
+        for fd in fresh:
+            os.close(fd)
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
             os.execve(sys.executable, [sys.executable, SCRIPT, *map(str, args)], env)
-        self.before, self.output = termios.tcgetattr(self.fd), b""
 
     def read(self) -> bool:
         """Takes in what there is; False at the end."""
@@ -270,6 +274,17 @@ def test_a_full_disk_is_said_and_the_change_does_not_count(tmp_path, monkeypatch
     with pytest.raises(InputError, match="the last change is not kept: No space left"):
         journal.put("a", [], True)
     assert journal.records == {}
+    monkeypatch.undo()
+
+    class NearlyFull(io.FileIO):
+        def write(self, data):
+            return super().write(data[:5])
+
+    journal.put("a", [[0, 1]], True)
+    journal.file = NearlyFull(tmp_path / "j", "ab")
+    with pytest.raises(InputError, match="the last change is not kept: No space left"):
+        journal.put("a", [], True)
+    assert journal.records == Journal(tmp_path / "j").records == {"a": {"errors": [[0, 1]], "done": True}}
 
 
 @pytest.mark.parametrize("spans, length, units", [
@@ -307,12 +322,13 @@ def test_keys_move_and_mark(keys, cursor, errors):
     assert (state.cursor, state.errors) == (cursor, errors)
 
 
-def test_moving_by_line_passes_tokens_longer_than_a_row():
-    state = Marking("ab" + "x" * 25 + "cd", ((0, 1), (1, 2), (2, 27), (27, 28), (28, 29)), (True, False, False, False, False))
+def test_moving_by_line_passes_rows_that_only_go_on_with_the_same_token():
+    state = Marking("ab" + "x" * 19 + "cd", ((0, 1), (1, 2), (2, 21), (21, 22), (22, 23)), (True, False, False, False, False))
     rows = wrap(tuple(state.response[a:b] for a, b in state.units), state.starts, 10)
-    assert ["".join(text for _, text in row) for row in rows] == ["abxxxxxxxx", "xxxxxxxxxx", "xxxxxxxcd"]
-    below = edit(state, "j", rows)
-    assert below.cursor == 2 and edit(below, "k", rows).cursor == 2 and edit(below, "j", rows).cursor == 2
+    assert ["".join(text for _, text in row) for row in rows] == ["abxxxxxxxx", "xxxxxxxxxx", "xcd"]
+    last = edit(replace(state, cursor=2), "j", rows)
+    assert last.cursor == 4 and edit(last, "j", rows).cursor == 4
+    assert edit(last, "k", rows).cursor == 2 and edit(replace(state, cursor=2), "k", rows).cursor == 2
 
 
 @pytest.mark.parametrize("text", [
@@ -336,6 +352,7 @@ def test_rows_break_at_line_ends_and_before_words(tokenizer):
     state = open_answer(tokenizer, {"prompt": "p", "response": "Mia has 85*3=255 apples.\n\n So abcdefghijklmn."}, [])
     rows = ["".join(piece for _, piece in row) for row in wrap(pieces_of(state, True), state.starts, 12)]
     assert rows == ["Mia has", " 85*3=255", " apples.↵", "↵", " So abcdefgh", "ijklmn."]
+    assert len(wrap(("e\u0301",) * 8, (True,) * 8, 8)) == 1  # accents take no column
 
 
 def test_marks_reopen_as_they_were_and_widen_to_whole_tokens(tokenizer):
@@ -348,6 +365,7 @@ def test_marks_reopen_as_they_were_and_widen_to_whole_tokens(tokenizer):
             assert open_answer(tokenizer, item, marked.errors).errors == marked.errors
     assert open_answer(tokenizer, item, [[4, 5], [10, 11]]).errors == [[4, 5], [8, 14]]  # " times" is one token
     assert "".join(pieces_of(open_answer(tokenizer, item, [[3, 5], [10, 11]]), False)) == "So ⟦日本⟧語 é⟦ times⟧ 48."
+    assert pieces_of(letters("e\u0301", {0}), True) == ("e", "◌\u0301")  # else the cursor on it could not be seen
     assert pieces_of(letters("a\n", {0}, marks=frozenset({0, 1})), False) == ("⟦a", "↵⟧\n")
 
 
@@ -364,7 +382,7 @@ def press(session: Session, *keys: str) -> None:
 
 @pytest.mark.parametrize("width, height", [(79, 24), (30, 6), (10, 3), (8, 1)])
 def test_the_cursor_is_always_on_the_screen(tmp_path, tokenizer, width, height):
-    item = {"prompt": "line\n" * 30, "response": "So 日本語 it is.\n" * 20}
+    item = {"prompt": "line\n" * 30, "response": "So 日本語 it is.\n" * 20 + "end"}
     session = make_session(tmp_path, tokenizer, [item])
     for key in ["l"] * len(session.state.units) + ["k"] * 25 + ["j", "page up", "h", "page down", "page down", "l"]:
         press(session, key)
@@ -372,7 +390,9 @@ def test_the_cursor_is_always_on_the_screen(tmp_path, tokenizer, width, height):
         assert len(lines) == height
         if height > 2 and not key.startswith("page"):
             assert sum("\x1b[7m" in line for line in lines) >= 1
-    press(session, *["page up"] * 20)
+    press(session, *["page down"] * 200)
+    assert height < 3 or "end" in session.render(width, height)[-2]  # no further than the end
+    press(session, *["page up"] * 400)
     assert height < 3 or session.render(width, height)[1].endswith("prompt\x1b[0m")
     press(session, "h")
     assert height < 3 or any("\x1b[7m" in line for line in session.render(width, height))
@@ -386,9 +406,11 @@ def test_an_answer_that_is_changed_again_is_open_until_it_is_confirmed(tmp_path,
     assert session.state.errors == [[0, 1]]
     press(session, "l", "h", "v", "n")
     assert read_lines(out) == [TIMES | {"errors": [[0, 1]]}, MARKED] and session.position == 1  # to the one that was skipped
-    press(session, "p", "u")
+    press(session, "p")
+    assert session.state.anchor is None and session.state.errors == [[0, 1]]
+    press(session, "u")
     session.write_out()
-    assert read_lines(out) == [MARKED] and session.state.errors == [] and session.state.anchor is None
+    assert read_lines(out) == [MARKED] and session.state.errors == []
     press(session, "n", "p", "s")
     session.write_out()
     assert read_lines(out) == [MARKED]  # skipped: asked again
@@ -414,15 +436,17 @@ def test_what_is_known_right_is_asked_only_with_all(tmp_path, tokenizer):
 
 
 def test_marks_of_answers_that_are_gone_come_back_with_them(tmp_path, tokenizer):
-    session = make_session(tmp_path, tokenizer, [TIMES, WIDE])
-    press(session, "m", "n", "m", "n")
+    other = TIMES | {"prompt": "Another question?"}  # with the same answer
+    session = make_session(tmp_path, tokenizer, [TIMES, WIDE, other])
+    press(session, "m", "n", "m", "n", "n")
     whole = (tmp_path / "out").read_bytes()
+    assert [line["errors"] for line in read_lines(tmp_path / "out")] == [[[0, 1]], [[0, 1]], []]
     session.journal.file.close()
     session = make_session(tmp_path, tokenizer, [MARKED])
     press(session, "n")
     assert read_lines(tmp_path / "out") == [MARKED]
     session.journal.file.close()
-    make_session(tmp_path, tokenizer, [TIMES, WIDE])
+    make_session(tmp_path, tokenizer, [TIMES, WIDE, other])
     assert (tmp_path / "out").read_bytes() == whole
 
 

@@ -197,7 +197,7 @@ def test_a_machine_that_cannot_run_code_says_so(monkeypatch):
     "\n    \n    return x + 1\n\n\ndef g(x):\n    return $",  # stops
     "    return x + 1\n\nclass A: $", "    return x + 1\nprint(f(1)) $", "    return x + 1\n# $\n$",
     "    return x + 1\nif __name__ == '__main__':\n    $", "    return x + 1\n```\nExample:\n```python\nf(1)\n```",
-    "return helper(x) + 1", "y = x\nfor _ in range(1):\n    y += 1\nreturn y",  # not indented
+    "    print(x, flush=True)\n    return x + 1\n", "return helper(x) + 1", "y = x\nfor _ in range(1):\n    y += 1\nreturn y",  # not indented
     "import os\n\ndef g(x):\n    return x\n\ndef f(x):\n    return g(x) + 1\n\n# done $\n$",
     "Sure:\n```python\nfrom typing import List\n\ndef f(x: int) -> int:\n    return helper(x) + 1\n\nprint(f(3))\n```\nIt adds $.",
     "```\ndef g():\n    return 1\n```\nand\n```py\ndef f(x):\n    return x + h()\n\ndef h():\n    return 1\n```", "```python\n    return x + 1\n```", "```python\nreturn x + 1\n```",
@@ -233,6 +233,7 @@ def test_humanevals_own_solutions_pass():
 ATTACKS = {
     "endless loop": "while True: pass",
     "endless loop deaf to signals": "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "endless loop in a session of its own": "import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass",
     "sleep": "import time; time.sleep(1000)",
     "fork bomb": "import os\nwhile True: os.fork()",
     "fork once": "import os; os.fork()",
@@ -249,6 +250,7 @@ ATTACKS = {
     "read by os.open": "import os; os.read(os.open({outside!r}, os.O_RDONLY), 9)",
     "read by pathlib": "import pathlib; pathlib.Path({outside!r}).read_text()",
     "read up from here": "import os; open(os.path.relpath({outside!r})).read()",
+    "read through here": "import os; open(os.path.join(os.getcwd(), os.path.relpath({outside!r})))",
     "read the parent's memory": "import os; open(f'/proc/{{os.getppid() or 1}}/environ', 'rb').read()",
     "link to a file outside": "import os; os.symlink({outside!r}, 'x')",
     "write a file outside": "open({outside!r}, 'a').write('x')",
@@ -270,7 +272,8 @@ ATTACKS = {
 }  # fmt: skip
 UNGUARDED = {  # these end by an exception of their own
     "10 GB": "y = bytearray(10 << 30)",
-    "10 GB in small pieces": "y = []\nwhile True: y.append(bytearray(1 << 20))",
+    "2 GB": "y = bytearray(2 << 30)",
+    "10 GB in small pieces": "y = []\nwhile True: y.append(bytearray(1 << 26))",
     "a large file": "with open('x', 'wb') as file:\n    for _ in range(1000): file.write(bytes(1 << 20))",
     "many open files": "y = [open('x', 'w') for _ in range(1000)]",
     "exit": "import sys; sys.exit(0)",
@@ -279,6 +282,7 @@ UNGUARDED = {  # these end by an exception of their own
     "interrupt": "raise KeyboardInterrupt",
     "deep recursion": "def g(): g()\ng()",
 }
+CHILD = tasks.CHILD
 NO_NAMESPACES = ("    enter_namespaces()\n", "")
 NO_HOOK = ("    forbid_events(folder)\n", "")
 
@@ -292,7 +296,7 @@ def solution(action: str, guarded: bool = True) -> str:
 
 def without(monkeypatch, *parts: tuple[str, str]) -> None:
     """Takes layers of the protection away, to see the others alone."""
-    child = tasks.CHILD
+    child = CHILD
     for part, instead in parts:
         assert child.count(part) == 1
         child = child.replace(part, instead)
@@ -363,7 +367,9 @@ def test_the_attacks_work_where_nothing_stops_them(name, places, tmp_path, monke
 
 def permits_namespaces(monkeypatch) -> bool:
     without(monkeypatch, NO_HOOK)
-    return verdict(solution("import os\nassert os.getpid() == 1", guarded=False)) == "pass"
+    here = os.readlink("/proc/self/ns/net") if Path("/proc/self/ns/net").is_symlink() else ""
+    look = f"import os\nassert os.getpid() == 1 or os.readlink('/proc/self/ns/net') != {here!r}"
+    return verdict(solution(look, guarded=False)) == "pass"
 
 
 def test_namespaces_alone_hide_network_and_processes(places, tmp_path, monkeypatch):
@@ -377,11 +383,17 @@ def test_namespaces_alone_hide_network_and_processes(places, tmp_path, monkeypat
             assert verdict(solution(action, guarded=False)) == "fail"
         verdict(solution(stray, guarded=False))  # passes for root, whom no limit keeps from a fork
         assert not running_below(tmp_path / "in")
-        monkeypatch.undo()
-        monkeypatch.setattr(tasks.tempfile, "tempdir", str(tmp_path / "in"))
         without(monkeypatch, NO_HOOK, NO_NAMESPACES)
         for action in (connect, see):
             assert verdict(solution(action, guarded=False)) == "pass"
+        verdict(solution(stray.replace("    os.setsid()\n", ""), guarded=False))  # its group is ended all the same
+        assert not running_below(tmp_path / "in")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root is not held by it")
+def test_limits_alone_keep_from_forks(places, tmp_path, monkeypatch):
+    without(monkeypatch, NO_HOOK, NO_NAMESPACES)
+    assert verdict(solution("import os\nif os.fork() == 0: os._exit(0)", guarded=False)) == "fail"
 
 
 def test_only_the_childs_own_word_is_a_pass(places, monkeypatch):
@@ -389,7 +401,6 @@ def test_only_the_childs_own_word_is_a_pass(places, monkeypatch):
     without(monkeypatch, ("    os.write(report, word.encode())", '    os.write(report, b"pass")'))
     tasks.code_is_allowed = True
     assert not tasks.passes("")
-    monkeypatch.undo()
     without(monkeypatch, ("    os.write(report, word.encode())", "    os.write(report, word.encode() * 2)"))
     assert not tasks.passes("")
 

@@ -1,0 +1,208 @@
+"""AutoJudge's mining (arXiv 2504.20039): finds by trial which of the draft's tokens change the final answer.
+
+    python scripts/mine_important_tokens.py --limit 200 --compile --out mined.jsonl
+    python scripts/mine_important_tokens.py --questions gsm8k/train.jsonl --checker number --checkpoint_path BIG \\
+        --draft_checkpoint_path SMALL --out mined.jsonl
+    torchrun --nproc_per_node 8 scripts/mine_important_tokens.py ... --out mined.jsonl     # then once:
+    python scripts/mine_important_tokens.py ... --out mined.jsonl --merge 8
+
+Take the target's own greedy answer. Where the draft would first have said another token, put that token, let the target
+finish greedily, and compare the two final answers (not the reference). The same: the token is unimportant, and the new
+continuation is adopted. Another: it is important, and the target's token stays. Go on at the next such place to the right.
+
+The target finishes with the draft's help (`standard` verification, which gives the same tokens), and nothing that the
+caches hold already is read again. Each process keeps its share in OUT.partRANKofSIZE, a line a question, and resumes from
+there. OUT holds what judge.py train reads: for each important token the text up to it with label 0, and for each question
+the adopted text with label 1 at the unimportant ones.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from generate import DEMO, Engine, Settings, answer_text, encode_prompt, load_pair
+from judge import CHUNK
+from model import DTYPES, InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
+from scripts.evaluate import read_results
+from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
+from tokenizer import Tokenizer, load_tokenizer
+
+GROWTH = 1.5  # a trial that has not ended at so many times the target's own length counts as another answer
+
+
+@torch.inference_mode()
+def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> list[int]:
+    """The draft's most likely token for each position from `start` to the end of `ids`, given what is before it.
+
+    known: so many leading tokens the draft's cache holds already.
+    """
+    device, choices = engine.draft.device, []
+    begin = min(start - 1, known)
+    tokens = torch.zeros(len(ids) + CHUNK, dtype=torch.long, device=device)
+    tokens[: len(ids)] = torch.tensor(ids)
+    for at in range(begin // CHUNK * CHUNK, len(ids) - 1, CHUNK):
+        pos = torch.arange(at, at + CHUNK, device=device)
+        choices.append(engine.draft(tokens[None, at : at + CHUNK], pos, at + CHUNK)[1][0].argmax(-1))
+    flat: Tensor = torch.cat(choices) if choices else torch.zeros(0)
+    first = start - 1 - begin // CHUNK * CHUNK
+    return flat[first : first + len(ids) - start].tolist()
+
+
+def mine(engine: Engine, prompt: list[int], question: Question, tokenizer: Tokenizer, max_new_tokens: int) -> dict:
+    """The adopted tokens of a question, where they are the draft's ("unimportant"), and the draft's tokens that changed the
+    answer ("important": [[place, token], ...]). {"skipped": why} when the target's own answer cannot be compared."""
+
+    def final(ids: list[int]) -> str | None:
+        return CHECKERS[question.checker].final_answer(question, answer_text(tokenizer, ids))
+
+    own = engine.generate(prompt, max_new_tokens)
+    kept, answer = own.tokens, final(own.tokens)
+    if own.stop_reason == "length" or answer is None:
+        return {"skipped": "cut off" if own.stop_reason == "length" else "no final answer"}
+    longest = min(max_new_tokens, int(GROWTH * len(kept)))
+    unimportant, important, at, before = [], [], 0, len(prompt)
+    known = before + len(kept) - 2  # of the last two tokens a model may have read none
+    choices = draft_choices(engine, prompt + kept, before, known)
+    while at < len(kept):
+        token = choices[at]
+        if token == kept[at] or token in tokenizer.stop_ids:  # no rule may let a stop token through: nothing to learn
+            at += 1
+            continue
+        trial = kept[:at] + [token]
+        room = longest - len(trial)
+        rest = engine.generate(prompt + trial, max(1, room), keep=min(known, before + at))
+        known = before + at  # the caches now follow the trial
+        if rest.stop_reason == "stop" and final(trial + rest.tokens) == answer:
+            unimportant.append(at)
+            kept = trial + rest.tokens
+            known = before + len(kept) - 2
+            choices[at + 1 :] = draft_choices(engine, prompt + kept, before + at + 1, before + at)
+        else:
+            important.append([at, token])
+        at += 1
+    return {"tokens": kept, "unimportant": unimportant, "important": important}
+
+
+def training_lines(record: dict) -> list[dict]:
+    """What judge.py train reads, from a mined question."""
+    source = {"source": record["source"], "question": record["question"]}
+    lines = []
+    for at, token in record["important"]:
+        ids = record["tokens"][:at] + [token]  # what was adopted later lies to the right
+        lines.append({"prompt_tokens": record["prompt_tokens"], "tokens": ids, "labels": [-100] * at + [0], **source})
+    if record["unimportant"]:
+        labels = [-100] * len(record["tokens"])
+        for at in record["unimportant"]:
+            labels[at] = 1
+        lines.append({"prompt_tokens": record["prompt_tokens"], "tokens": record["tokens"], "labels": labels, **source})
+    return lines
+
+
+def run(args: argparse.Namespace) -> None:
+    """Mines this process's share of the questions; alone, it also merges."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_writable(args.out, "--out")
+    questions = questions_of(args, held_out=args.held_out)
+    if args.merge:
+        merge(args, questions, args.merge)
+        return
+    if args.device == "cuda" and size > 1:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device, tokenizer = pick_device(args.device), load_tokenizer(args.checkpoint_path)
+    target, draft, _ = load_pair(
+        args.checkpoint_path, args.draft_checkpoint_path, None, device, run_dtype(args.precision, device)
+    )
+    header = {"target": target.fingerprint, "draft": draft.fingerprint, "chat": args.chat,
+              "max_new_tokens": args.max_new_tokens}  # fmt: skip
+    path = part(args.out, rank, size)
+    done = {record["question"] for record in read_results(path, header)}
+    mineable = [question for question in questions[rank::size] if question.id not in done]
+    prompts = {q.id: encode_prompt(args, tokenizer, q.prompt) for q in mineable}
+    if mineable:
+        length = max(map(len, prompts.values())) + args.max_new_tokens
+        settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
+        engine = Engine(target, draft, None, settings, tokenizer.stop_ids, length)
+        print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+        mine_all(args, engine, tokenizer, mineable, prompts, path, header)
+    if size == 1:
+        merge(args, questions, 1)
+
+
+def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, path: Path, header: dict) -> None:
+    """Mines questions one by one; each is one line of `path`, written whole."""
+    progress = Progress("questions", len(questions))
+    with open(path, "a", encoding="utf-8") as out:
+        if not out.tell():
+            print(json.dumps(header), file=out, flush=True)
+        for question in questions:
+            prompt, began = prompts[question.id], time.monotonic()
+            record = mine(engine, prompt, question, tokenizer, args.max_new_tokens)
+            source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
+            record |= {"question": question.id, "group": question.group, "source": source, "prompt_tokens": prompt,
+                       "seconds": time.monotonic() - began}  # fmt: skip
+            print(json.dumps(record), file=out, flush=True)
+            progress.step()
+
+
+def part(out: Path, rank: int, size: int) -> Path:
+    """Where process `rank` of `size` keeps its share."""
+    return out.with_name(f"{out.name}.part{rank}of{size}")
+
+
+def merge(args: argparse.Namespace, questions: list[Question], size: int) -> None:
+    """Writes OUT from the parts of `size` processes, in the order of the questions, and prints what was found.
+
+    Raises InputError naming a part or a question that is missing, or parts of different runs.
+    """
+    records, headers = {}, set()
+    for rank in range(size):
+        path = part(args.out, rank, size)
+        if not path.is_file():
+            raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        headers.add(json.dumps(lines[0]))
+        records |= {record["question"]: record for record in lines[1:]}
+    if len(headers) > 1:
+        raise InputError(f"The parts of {args.out} are of different models or settings; mine them again.")
+    missing = [question for question in questions if question.id not in records]
+    if missing:
+        raise InputError(f"The parts of {args.out} lack {len(missing)} questions, the first is {missing[0].prompt[:60]!r}.")
+    found = [records[question.id] for question in questions]
+    mined = [record for record in found if "skipped" not in record]
+    text = "".join(json.dumps(line) + "\n" for record in mined for line in training_lines(record))
+    write_file(args.out, text.encode())
+    important, others = (sum(len(record[name]) for record in mined) for name in ("important", "unimportant"))
+    share = important / max(1, important + others)
+    print(f"{len(mined)} questions mined, {len(found) - len(mined)} skipped, in {sum(r['seconds'] for r in found):.0f} s: "
+          f"{important + others} mismatches, {important} important ({share:.1%})")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add_question_flags(add)
+    add("--held_out", action="store_true", help="of the demo: take the problems that are kept for evaluation")
+    add("--checkpoint_path", type=Path, default=DEMO / "target")
+    add("--draft_checkpoint_path", type=Path, default=DEMO / "draft")
+    add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
+    add("--speculate_k", type=int, default=16)
+    add("--max_new_tokens", type=int, default=200)
+    add("--compile", action="store_true")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--out", type=Path, required=True, help="training data for judge.py, JSON lines")
+    add("--merge", type=int, help="merge the parts of so many processes into --out, and do nothing else")
+    args = parser.parse_args(argv)
+    run_script("mine_important_tokens.py", lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()
