@@ -45,7 +45,7 @@ from judge import (
     read_answers,
 )
 from model import InputError, Parser, Progress, check_writable, load_model, pick_device, run_dtype, run_script, write_file
-from scripts.evaluate import Bench, add_engine_flags, settings_for
+from scripts.evaluate import Bench, Variant, add_engine_flags, settings_for
 from scripts.tasks import Question, add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
@@ -100,7 +100,7 @@ def by_generating(args: argparse.Namespace, walk: list[float]) -> tuple[dict, Ju
     def harms_at(threshold: float, limit: int) -> int:
         harms, progress = 0, Progress(f"{args.verify}={threshold:g}", len(questions))
         for question in questions:
-            plain, ours = bench.answer(question, ("plain", None)), bench.answer(question, (args.verify, threshold))
+            plain, ours = bench.answer(question, Variant("plain")), bench.answer(question, Variant(args.verify, threshold))
             harms += plain["right"] and not ours["right"]
             if harms > limit:  # fails already
                 break
@@ -112,10 +112,10 @@ def by_generating(args: argparse.Namespace, walk: list[float]) -> tuple[dict, Ju
     passed = fixed_sequence(walk, harms_at, len(questions), args.max_harm, args.confidence)
     result = {"kind": "harm", "max_harm": args.max_harm, **figures(passed, len(questions), args.confidence)}
     result["data"] = hashlib.sha256("".join(question.id for question in questions).encode()).hexdigest()[:16]
-    result["conditions"] = conditions(bench.engine((args.verify, walk[0])), args.chat)
+    result["conditions"] = conditions(bench.engine(Variant(args.verify, walk[0])), args.chat)
     if passed:
-        mine = [bench.answer(question, (args.verify, passed[-1][0])) for question in questions]
-        plain = [bench.answer(question, ("plain", None)) for question in questions]
+        mine = [bench.answer(question, Variant(args.verify, passed[-1][0])) for question in questions]
+        plain = [bench.answer(question, Variant("plain")) for question in questions]
         result |= {
             "live": live_ranges(mine),
             "mean_accepted": sum(r["accepted"] for r in mine) / sum(r["rounds"] for r in mine),
@@ -227,7 +227,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             f"There is no judge file {args.judge_path}; train one with judge.py train or name another --judge_path."
         )
-    check_settings(settings_for(args, (args.verify, None)), True, True)
+    check_settings(settings_for(args, Variant(args.verify)), True, True)
 
 
 def calibrate(args: argparse.Namespace) -> dict:

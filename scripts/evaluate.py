@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +26,7 @@ import torch
 from generate import (
     DEMO,
     Engine,
+    Settings,
     answer_text,
     as_json,
     capacity_for,
@@ -53,8 +55,16 @@ from tokenizer import load_tokenizer
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
 
 
-def parse_rules(names: str, thresholds: str | None) -> list[tuple[str, float | None]]:
-    """Pairs (rule, threshold or None for its default) from "a,b" and "b=1,b=2"; InputError for what is unknown."""
+class Variant(NamedTuple):
+    """A rule with its threshold (None: its default) and its M (None: --speculate_k)."""
+
+    name: str
+    threshold: float | None = None
+    k: int | str | None = None
+
+
+def parse_rules(names: str, thresholds: str | None) -> list[Variant]:
+    """Variants from "a,b,b@8" and "b=1,b=2"; InputError for what is unknown."""
     given: dict[str, list[float]] = {}
     for part in filter(None, (thresholds or "").split(",")):
         name, _, value = part.partition("=")
@@ -62,31 +72,36 @@ def parse_rules(names: str, thresholds: str | None) -> list[tuple[str, float | N
             given.setdefault(name, []).append(float(value))
         except ValueError:
             raise InputError(f"--threshold {part} is not of the form rule=number, as in topk=3.") from None
-    rules = []
-    for name in names.split(","):
+    rules, taken = [], set()
+    for part in names.split(","):
+        name, _, k = part.partition("@")
         if name not in ("plain", *RULES, *PEERS):
             raise InputError(f"--verify {name} is not a rule; known are {', '.join(('plain', *RULES, *PEERS))}.")
-        rules += [(name, value) for value in given.pop(name, [None])]
+        if k and not (k.isdigit() and int(k) >= 1 or k == "auto"):
+            raise InputError(f"--verify {part} must name M after the @, a whole number or auto.")
+        rules += [Variant(name, value, int(k) if k.isdigit() else k or None) for value in given.get(name, [None])]
+        taken.add(name)
+    given = {name: values for name, values in given.items() if name not in taken}
     if given:
-        raise InputError(f"--threshold names {next(iter(given))}, which --verify does not, or twice.")
+        raise InputError(f"--threshold names {next(iter(given))}, which --verify does not.")
     labels = [label(rule) for rule in rules]
     if len(set(labels)) < len(labels):
         raise InputError(f"--verify or --threshold names {max(labels, key=labels.count)} twice.")
     return rules
 
 
-def label(rule: tuple[str, float | None]) -> str:
-    return rule[0] if rule[1] is None else f"{rule[0]}={rule[1]:g}"
+def label(rule: Variant) -> str:
+    return rule.name + ("" if rule.threshold is None else f"={rule.threshold:g}") + (f"@{rule.k}" if rule.k else "")
 
 
 class Bench:
     """The pair, one engine a rule, and a file of answers that is resumed: what answers questions by several rules.
 
-    args: a command line with the flags of `add_engine_flags`; args.out may be None. All thresholds of a rule share one
-    engine, and all engines the weights and caches.
+    args: a command line with the flags of `add_engine_flags`; args.out may be None. largest_k: of the variants to come.
+    All thresholds of a rule share one engine, and all engines the weights and caches.
     """
 
-    def __init__(self, args: argparse.Namespace, questions: list[Question], needs_judge: bool):
+    def __init__(self, args: argparse.Namespace, questions: list[Question], needs_judge: bool, largest_k: int = 0):
         self.args, self.tokenizer, self.engines = args, load_tokenizer(args.checkpoint_path), {}
         self.prompts = {question.index: encode_prompt(args, self.tokenizer, question.prompt) for question in questions}
         self.length = max(map(len, self.prompts.values())) + args.max_new_tokens
@@ -96,7 +111,9 @@ class Bench:
                 f"A prompt and --max_new_tokens {args.max_new_tokens} need {self.length} tokens, but the context is {context}."
             )
         judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
-        capacity = capacity_for(self.length, settings_for(args, ("standard", None)).speculate_k)
+        largest_k = max(largest_k, settings_for(args, Variant("standard")).speculate_k)
+        capacity = capacity_for(self.length, largest_k)
+        self.length = capacity - largest_k - 1  # so that engines of any smaller M have the same capacity
         self.models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity)
         header = make_header(args, *self.models[:2])
         self.records = read_results(args.out, header) if args.out else []
@@ -108,20 +125,20 @@ class Bench:
     def write(self, line: dict) -> None:
         print(json.dumps(line), file=self.file, flush=True)
 
-    def engine(self, rule: tuple[str, float | None]):
+    def engine(self, rule: Variant):
         """The engine for a rule, set to its threshold; made and warmed up at first use."""
-        name, threshold = rule
-        if name not in self.engines and name in PEERS:
-            self.engines[name] = peer(self.args, name, self.tokenizer)
-        elif name not in self.engines:
+        key = rule.name, rule.k
+        if key not in self.engines and rule.name in PEERS:
+            self.engines[key] = peer(self.args, rule.name, self.tokenizer)
+        elif key not in self.engines:
             engine = Engine(*self.models, settings_for(self.args, rule), self.tokenizer.stop_ids, self.length)
-            print(f"{name}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
-            self.engines[name] = engine
-        if name not in PEERS and name != "plain":
-            self.engines[name].set_threshold(threshold)
-        return self.engines[name]
+            print(f"{label(rule)}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+            self.engines[key] = engine
+        if rule.name not in PEERS and rule.name != "plain":
+            self.engines[key].set_threshold(rule.threshold)
+        return self.engines[key]
 
-    def answer(self, question: Question, rule: tuple[str, float | None]) -> dict:
+    def answer(self, question: Question, rule: Variant) -> dict:
         """The record of one question by one rule: from the file, or decoded now and written to it."""
         if (label(rule), question.index) not in self.done:
             record = answer(self.engine(rule), rule, question, self.prompts[question.index], self.args, self.tokenizer)
@@ -129,10 +146,22 @@ class Bench:
             self.write(record)
         return self.done[label(rule), question.index]
 
+    def answer_all(self, questions: list[Question], rules: list[Variant]) -> list[dict]:
+        """The records of all questions by all rules, question by question."""
+        todo = [(q, rule) for q in questions for rule in rules if (label(rule), q.index) not in self.done]
+        for rule in dict.fromkeys(rule for _, rule in todo):
+            self.engine(rule)  # warm-ups first: no answer waits for another rule's
+        progress = Progress("answers", len(todo))
+        for question, rule in todo:
+            self.answer(question, rule)
+            progress.step()
+        return [self.done[label(rule), question.index] for question in questions for rule in rules]
 
-def settings_for(args: argparse.Namespace, rule: tuple[str, float | None]):
+
+def settings_for(args: argparse.Namespace, rule: Variant) -> Settings:
     """The settings of the command line for one of its rules."""
-    return settings_of(argparse.Namespace(**vars(args) | {"verify": rule[0], "threshold": rule[1]}))
+    more = {"verify": rule.name, "threshold": rule.threshold, "speculate_k": rule.k or args.speculate_k}
+    return settings_of(argparse.Namespace(**vars(args) | more))
 
 
 def peer(args: argparse.Namespace, name: str, tokenizer):
@@ -165,9 +194,9 @@ def peer(args: argparse.Namespace, name: str, tokenizer):
     return run
 
 
-def answer(engine, rule: tuple, question: Question, prompt: list[int], args: argparse.Namespace, tokenizer) -> dict:
+def answer(engine, rule: Variant, question: Question, prompt: list[int], args: argparse.Namespace, tokenizer) -> dict:
     """One question by one rule: the engine's JSON record with what the checker says."""
-    if rule[0] in PEERS:
+    if rule.name in PEERS:
         tokens, prefill, seconds = engine(prompt, args.max_new_tokens)
         text = answer_text(tokenizer, tokens)
         record = {"prompt_tokens": len(prompt), "tokens": tokens, "text": text, "seconds_prefill": prefill,
@@ -252,28 +281,23 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     rules = parse_rules(args.verify, args.threshold)
     check_args(args, rules)
     questions = questions_of(args)
-    bench = Bench(args, questions, any(name == "judge" for name, _ in rules))
-    todo = [(q, rule) for q in questions for rule in rules if (label(rule), q.index) not in bench.done]
-    for rule in dict.fromkeys(rule for _, rule in todo):
-        bench.engine(rule)  # warm-ups first: no answer waits for another rule's
-    progress = Progress("answers", len(todo))
-    for question, rule in todo:
-        bench.answer(question, rule)
-        progress.step()
+    largest = max(settings_for(args, rule).speculate_k for rule in rules)
+    bench = Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)
+    records = bench.answer_all(questions, rules)
     labels = [label(rule) for rule in rules]
-    return summarise([bench.done[name, question.index] for question in questions for name in labels], labels)
+    return summarise(records, labels)
 
 
-def check_args(args: argparse.Namespace, rules: list[tuple[str, float | None]]) -> None:
+def check_args(args: argparse.Namespace, rules: list[Variant]) -> None:
     """Raises InputError for what cannot run, before anything is loaded."""
     args.device = pick_device(args.device)
     if args.out:
         check_writable(args.out, "--out")
     for rule in rules:
-        if rule[0] not in PEERS:
+        if rule.name not in PEERS:
             check_settings(settings_for(args, rule), True, True)
         elif args.temperature:
-            raise InputError(f"--verify {rule[0]} is greedy; leave --temperature out.")
+            raise InputError(f"--verify {rule.name} is greedy; leave --temperature out.")
 
 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer) -> dict:
@@ -317,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     add_question_flags(parser.add_argument)
     add_engine_flags(parser.add_argument)
     add = parser.add_argument
-    add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules, and hf and hf-assisted (transformers)")
+    add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules (judge@8: with M = 8), hf, hf-assisted")
     add("--threshold", help="rule=number, ...; several for one rule run it several times")
     add("--out", type=Path, help="results, JSON lines; resumed when it exists")
     add("--json", action="store_true", help="print the summary as one JSON object")

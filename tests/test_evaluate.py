@@ -9,9 +9,11 @@ from scripts.evaluate import interval, main, parse_rules, read_results, summaris
 
 
 def test_rules_and_thresholds_are_parsed():
-    assert parse_rules("plain,topk", "topk=2,topk=5") == [("plain", None), ("topk", 2.0), ("topk", 5.0)]
-    assert parse_rules("judge", None) == [("judge", None)]
-    for names, thresholds, word in (("magic", None, "magic"), ("judge", "kl=1", "kl"), ("judge", "judge", "rule=number")):
+    assert parse_rules("plain,topk", "topk=2,topk=5") == [("plain", None, None), ("topk", 2.0, None), ("topk", 5.0, None)]
+    assert parse_rules("judge", None) == [("judge", None, None)]
+    assert parse_rules("kl@8,kl@auto", "kl=2") == [("kl", 2.0, 8), ("kl", 2.0, "auto")]
+    for names, thresholds, word in (("magic", None, "magic"), ("judge", "kl=1", "kl"), ("judge", "judge", "rule=number"),
+                                    ("judge@0", None, "whole number or auto")):  # fmt: skip
         with pytest.raises(InputError, match=word):
             parse_rules(names, thresholds)
 
