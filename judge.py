@@ -85,13 +85,17 @@ class JudgeHead:
         return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), draft_weight=draft_weight)
 
     def save(self, path: str | Path) -> None:
-        """Writes `judge.safetensors`, beside and renamed."""
-        header = {"threshold": str(self.threshold), "feature": self.feature, "dim": str(len(self.weight)),
-                  "target_fingerprint": self.fingerprint, "info": json.dumps(self.info)}  # fmt: skip
+        """Writes `judge.safetensors`, beside and renamed. One entry in its header, since their order is not kept."""
+        header = {
+            "threshold": self.threshold,
+            "feature": self.feature,
+            "target_fingerprint": self.fingerprint,
+            "info": self.info,
+        }
         tensors = {"weight": self.weight.cpu(), "bias": self.bias.cpu(), "trained_on": self.trained_on}
         if self.draft_weight is not None:
             tensors["draft_weight"] = self.draft_weight.cpu()
-        write_file(Path(path), save(tensors, metadata=header))
+        write_file(Path(path), save(tensors, metadata={"judge": json.dumps(header)}))
 
 
 def load_judge(path: str | Path, target: Transformer, draft: Transformer | None = None) -> JudgeHead:
@@ -103,14 +107,15 @@ def load_judge(path: str | Path, target: Transformer, draft: Transformer | None 
     if not path.is_file():
         raise InputError(f"There is no judge file {path}; train one with judge.py or name another --judge_path.")
     with open_safetensors(path) as handle:
-        header, names = handle.metadata() or {}, set(handle.keys())
+        names = set(handle.keys())
         try:
+            header = json.loads((handle.metadata() or {})["judge"])
             weight, bias = handle.get_tensor("weight").float(), handle.get_tensor("bias").float().reshape(())
-            threshold, info = float(header["threshold"]), json.loads(header["info"])
+            threshold, info = float(header["threshold"]), header["info"]
             found, feature = header["target_fingerprint"], header["feature"]
             draft_weight = handle.get_tensor("draft_weight").float() if feature == "target+draft" else None
             trained_on = handle.get_tensor("trained_on") if "trained_on" in names else no_prompts()
-        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{path} is not a judge file ({names or 'nothing'} in it): {error}.") from None
     if feature not in FEATURES:
         raise InputError(f"{path} reads the feature {feature!r}; this engine gives {' and '.join(FEATURES)}.")
@@ -528,7 +533,7 @@ class RowReader:
         tokens[: len(ids)] = torch.tensor(ids)
         tokens, parts, first = tokens.to(self.model.device), [], 0
         for at, width in blocks:
-            if at + width <= known:
+            if (min(at + width, base) if at < base else at + width) <= known:
                 continue
             pos = torch.arange(at, at + width, device=tokens.device)
             hidden, _ = self.model(tokens[None, at : at + width], pos, window=at + width, n_logits=0)

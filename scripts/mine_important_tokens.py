@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint_path", type=Path, default=DEMO / "target")
     add("--draft_checkpoint_path", type=Path, default=DEMO / "draft")
     add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
-    add("--speculate_k", type=int, default=16)
+    add("--speculate_k", type=int, default=8, help="M; short, since drafts derail after a wrong token")
     add("--max_new_tokens", type=int, default=200)
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,20 +10,26 @@ from safetensors.torch import save
 
 import judge as judge_module
 from judge import (
-    FEATURE,
     LABEL_POLICIES,
     RULES,
+    Encoded,
     JudgeHead,
+    RowReader,
+    Shards,
+    TrainSettings,
+    balanced,
     check_threshold,
-    collect_features,
     encode_answer,
+    encode_items,
+    extract_features,
     fit_head,
-    hidden_states,
     label_tokens,
     load_judge,
     measure_head,
     read_answers,
+    read_features,
     rule_mask,
+    split_prompts,
     train_judge,
 )  # fmt: skip
 from model import InputError, load_model
@@ -40,6 +46,7 @@ THRESHOLDS = {
     "topn_delta": [0.0, 0.1, 0.6],
     "divergence": [0.05, 0.2, 0.4],
     "window": [0.3, 0.6, 0.9],
+    "ensemble": [0.2, 0.5, 0.8],
 }
 NO_STOPS = torch.tensor([], dtype=torch.long)
 
@@ -68,6 +75,9 @@ def slow(
         return token in sorted(range(len(p)), key=lambda i: -p[i])[:10] and p[token] >= max(p) - threshold
     if name == "divergence":
         return sum(a * math.log(2 * a / (a + b)) + b * math.log(2 * b / (a + b)) for a, b in zip(p, q)) / 2 <= threshold
+    if name == "ensemble":
+        mixed = [threshold * a + (1 - threshold) * b for a, b in zip(p, q)]
+        return mixed.index(max(mixed)) == token
     entropy = -sum(a * math.log(a) for a in p)
     if name == "window":
         return entropy / math.log(len(p)) >= threshold and len(following) == 6 and all(following)
@@ -183,20 +193,22 @@ def test_broken_judge_files_are_named(tmp_path, pair):
     target, path = pair[0], tmp_path / "judge.safetensors"
     with pytest.raises(InputError, match="no judge file"):
         load_judge(path, target)
-    header = {"threshold": "0.5", "feature": FEATURE, "dim": "64", "target_fingerprint": target.fingerprint, "info": "{}"}
+    header = {"threshold": 0.5, "feature": "target", "target_fingerprint": target.fingerprint, "info": {}}
     tensors = {"weight": torch.zeros(64), "bias": torch.zeros(())}
-    contents = [b"", b"garbage" * 9, save({"weight": torch.zeros(64)}, metadata=header)]
-    contents += [
-        save(tensors, metadata={k: v for k, v in header.items() if k != missing}) for missing in header if missing != "dim"
-    ]
-    contents += [save(tensors, metadata=header | change) for change in ({"threshold": "abc"}, {"threshold": "nan"}, {"threshold": "7"},
-                 {"info": "{"}, {"feature": "post-norm"})]  # fmt: skip
-    contents.append(save(tensors | {"bias": torch.zeros(2)}, metadata=header))
+
+    def file(tensors: dict, header) -> bytes:
+        return save(tensors, metadata={"judge": json.dumps(header)})
+
+    contents = [b"", b"garbage" * 9, save(tensors), file({"weight": torch.zeros(64)}, header), file(tensors, [1])]
+    contents += [file(tensors, {k: v for k, v in header.items() if k != missing}) for missing in header]
+    contents += [file(tensors, header | change) for change in ({"threshold": "abc"}, {"threshold": "nan"}, {"threshold": 7},
+                 {"threshold": None}, {"feature": "post-norm"}, {"feature": "target+draft"})]  # fmt: skip
+    contents.append(file(tensors | {"bias": torch.zeros(2)}, header))
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(InputError, match=str(path)):
             load_judge(path, target)
-    path.write_bytes(save(tensors, metadata=header))
+    path.write_bytes(file(tensors, header))
     assert load_judge(path, target).threshold == 0.5
 
 
@@ -255,6 +267,12 @@ def test_a_response_that_is_read_on_its_own_keeps_its_characters():
         ('["p"]', "'prompt' must be a str"),
         ('{"prompt": "p", "response": "", "errors": []}', "'response' is empty"),
         ('{"prompt": "p", "response": "abc", "errors": [[false, true]]}', "within 0 and 3"),
+        ('{"prompt": "p", "response": "abc", "errors": null}', "'errors' is null.*annotate"),
+        ('{"prompt_tokens": [1], "tokens": [2, 3], "labels": [1]}', "'labels' must be one of 1, 0, -100 for each of the 2"),
+        ('{"prompt_tokens": [1], "tokens": [2, 3], "labels": [1, 2]}', "'labels' must be one of"),
+        ('{"prompt_tokens": [], "tokens": [2], "labels": [1]}', "'prompt_tokens' must be a list"),
+        ('{"prompt_tokens": [1], "tokens": [-2], "labels": [1]}', "ids of at least 0"),
+        ('{"prompt_tokens": [1], "tokens": ["a"], "labels": [1]}', "'tokens' must be a list of whole numbers"),
     ],
 )
 def test_bad_answer_files_are_named_by_line_and_field(tmp_path, line, word):
@@ -278,16 +296,83 @@ def test_answer_files_may_hold_any_unicode_and_blank_lines(tmp_path):
 
 
 @torch.inference_mode()
-def test_features_are_the_rows_that_verification_reads(pair):
+@pytest.mark.parametrize("rows", [1, 6, 17])
+def test_rows_are_read_at_their_own_positions(pair, rows):
     """Own row: the hidden state after the token was read. The row before predicts it, and is another vector."""
     target, _ = pair
-    target.setup_caches(64)
-    prompt, ids = [1, 5, 9], list(range(10, 40))
-    features = hidden_states(target, prompt, ids, rows=6)
-    whole = target(torch.tensor([prompt + ids]), torch.arange(33), n_logits=0)[0][0]
-    assert features.shape == (30, 64)
-    assert torch.allclose(features, whole[3:33], atol=1e-5)
-    assert not torch.allclose(features, whole[2:32], atol=1e-2)
+    prompt, ids = torch.randint(0, 97, (70,), generator=torch.Generator().manual_seed(2)).tolist(), list(range(10, 40))
+    reader = RowReader(target, rows, 100)
+    found = reader.read(prompt + ids, 69, 70, 100)
+    target.setup_caches(128)
+    whole = target(torch.tensor([prompt + ids]), torch.arange(100), n_logits=0)[0][0]
+    assert found.shape == (30, 64) and torch.allclose(found, whole[70:], atol=1e-5)
+    assert not torch.allclose(found, whole[69:-1], atol=1e-2)
+
+
+@torch.inference_mode()
+def test_what_sequences_share_is_read_once_and_rightly(pair, monkeypatch):
+    """Mined answers repeat a text up to their last token: the reader goes on from where they part."""
+    target, _ = pair
+    prompt, texts = [1, 5, 9, 4], [list(range(10, 30)), [*range(10, 25), 77], [*range(10, 25), 77, 50, 60], list(range(30, 50))]
+    reader, read = RowReader(target, 4, 40), []
+    forward = target.forward
+    monkeypatch.setattr(
+        target, "forward", lambda tokens, *args, **more: read.append(tokens.shape[1]) or forward(tokens, *args, **more)
+    )
+    for ids in texts:
+        both = prompt + ids
+        found = reader.read(both, 3, len(both) - 1, len(both))
+        fresh = forward(torch.tensor([both]), None)[0][0, -1:]
+        assert torch.allclose(found, fresh, atol=1e-4)
+    # the prompt once; the second and third texts one pass of 4 rows each, the fourth from its beginning
+    assert read == [64, *[4] * 6, 4, 4, *[4] * 6]
+
+
+def mined(prompt: list[int], tokens: list[int], labels: list[int]) -> dict:
+    return {"prompt_tokens": prompt, "tokens": tokens, "labels": labels}
+
+
+def test_features_of_mined_answers_are_the_labelled_rows(pair):
+    target, draft = pair
+    answer = Encoded([1, 2, 3], [10, 11, 12, 13, 14], None, mined([1, 2, 3], [10, 11, 12, 13, 14], [-100, 0, -100, 1, -100]))
+    features, places = read_features([RowReader(target, 5, 16), RowReader(draft, 5, 16)], answer)
+    assert places.tolist() == [1, 3] and features.shape == (2, 128)
+    both = torch.tensor([[1, 2, 3, 10, 11, 12, 13, 14]])
+    with torch.inference_mode():
+        own, before = target(both)[0][0, [4, 6]], draft(both)[0][0, [3, 5]]  # the draft's row that proposed the token
+    assert torch.allclose(features, torch.cat([own, before], dim=1), atol=1e-4)
+    assert not torch.allclose(features[:, 64:], draft(both)[0][0, [4, 6]], atol=1e-2)
+
+
+def test_features_on_disk_survive_a_kill_at_any_shard(pair, tmp_path):
+    target, _ = pair
+    answers = [
+        Encoded([1, i], list(range(10, 20 + i)), None, mined([1, i], list(range(10, 20 + i)), [1] * (10 + i))) for i in range(9)
+    ]
+    whole = extract_features([target], answers, 5, tmp_path / "a", shard_bytes=8000)
+    assert len(whole.files) > 3 and len(whole.answer) == sum(len(a.ids) for a in answers)
+    folder = next((tmp_path / "a").iterdir())
+    for kept in range(len(whole.files)):
+        again = tmp_path / f"cut{kept}" / folder.name
+        again.mkdir(parents=True)
+        for file in whole.files[:kept]:
+            (again / file.name).write_bytes(file.read_bytes())
+        (again / "00099.safetensors.tmp").write_bytes(b"half a shard")
+        resumed = extract_features([target], answers, 5, tmp_path / f"cut{kept}", shard_bytes=8000)
+        assert [f.read_bytes() for f in resumed.files] == [f.read_bytes() for f in whole.files]
+    assert torch.equal(torch.cat(list(whole)), torch.cat(list(resumed)))
+
+
+def test_shards_on_disk_train_to_the_same_bits_as_shards_in_memory(pair, tmp_path, monkeypatch):
+    target, _ = pair
+    answers = [Encoded([1, i], list(range(10, 40)), None, mined([1, i], list(range(10, 40)), [1] * 30)) for i in range(9)]
+    held = extract_features([target], answers, 5, tmp_path, shard_bytes=20000)
+    monkeypatch.setattr(Shards, "HOLD", 0)
+    lazy = extract_features([target], answers, 5, tmp_path, shard_bytes=20000)
+    assert held.held is not None and lazy.held is None and len(lazy.files) > 2
+    labels = (torch.arange(270) % 7 > 0).long()
+    one, other = (fit_head(shards, labels, balanced(labels, labels >= 0), [0.1])[0] for shards in (held, lazy))
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def test_a_planted_direction_is_learned():
@@ -296,11 +381,28 @@ def test_a_planted_direction_is_learned():
     labels = (torch.rand(4000, generator=generator) > 0.03).long()
     features = torch.randn(4000, 16, generator=generator) * torch.logspace(-2, 2, 16) + 5
     features[:, 3] += (labels - 0.5) * 4 * 10 ** (-2 + 4 * 3 / 15)
-    weight, bias = fit_head(features, labels)
+    weight, bias = fit_head(list(features.split(900)), labels, balanced(labels, labels >= 0), [1e-3])[0]
     scores = torch.sigmoid(features @ weight + bias)
     figures = measure_head(scores, labels, [0.5])
     assert figures["auc"] > 0.95
     assert figures["at"][0]["recall"] > 0.9 and figures["at"][0]["false_accept"] < 0.1
+
+
+def test_the_fit_is_the_minimum_that_scikit_learn_finds():
+    """The same loss in an independent solver: C = 1 / (2 l2 sum of weights)."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(600, 5, generator=generator) * torch.tensor([1.0, 9, 0.1, 2, 1]) + 3
+    y = (x[:, 1] - 3 + 4 * torch.randn(600, generator=generator) > -6).long()
+    used = torch.rand(600, generator=generator) < 0.8
+    weights = balanced(y, used)
+    weight, bias = fit_head([x[:200], x[200:]], y, weights, [0.01])[0]
+    mean, std = x[used].double().mean(0), x[used].double().std(0, unbiased=False)
+    theirs = linear_model.LogisticRegression(C=1 / (2 * 0.01), tol=1e-10, max_iter=5000)
+    theirs.fit(((x - mean) / std)[used].numpy(), y[used].numpy(), sample_weight=(weights / weights.sum())[used].numpy())
+    expected = torch.tensor(theirs.coef_[0]) / std
+    assert torch.allclose(weight.double(), expected, rtol=5e-3, atol=1e-5)
+    assert bias.item() == pytest.approx(theirs.intercept_[0] - (expected * mean).sum().item(), abs=5e-3)
 
 
 def test_measured_figures_are_exact():
@@ -308,31 +410,107 @@ def test_measured_figures_are_exact():
     figures = measure_head(scores, labels, [0.5])
     assert figures["auc"] == pytest.approx(5 / 6)  # of six pairs, only (0.3, 0.6) is out of order
     assert figures["at"] == [{"threshold": 0.5, "recall": 2 / 3, "precision": 2 / 3, "false_accept": 0.5}]
+    assert [(row["tokens"], row["right"]) for row in figures["reliability"]] == [
+        (1, 0.0),
+        (1, 1.0),
+        (1, 0.0),
+        (1, 1.0),
+        (1, 1.0),
+    ]
+    tied = measure_head(torch.tensor([0.5, 0.5, 0.5]), torch.tensor([1, 0, 1]), [])
+    assert tied["auc"] == 0.5
 
 
-def test_training_splits_by_prompt_and_needs_both_kinds(pair, monkeypatch):
+TEXT = "abcdefghij"
+
+
+def letters() -> ByteTokenizer:
+    return ByteTokenizer(TEXT + "0123456789p")
+
+
+def answers_to(prompts: range) -> list[dict]:
+    """Two answers a prompt, one of them wrong at its eighth character."""
+    return [{"prompt": f"p{i}", "response": TEXT, "errors": [[7, 8]] if kind else []} for i in prompts for kind in (0, 1)]
+
+
+def test_training_splits_by_prompt_and_needs_both_kinds(pair, tmp_path):
     target, _ = pair
-    text = "abcdefghij"
-    tokenizer = ByteTokenizer(text + "0123456789p")
-    answers = [{"prompt": f"p{i}", "response": text, "errors": [[7, 8]] if kind else []} for i in range(10) for kind in (0, 1)]
-    head = train_judge(target, tokenizer, answers, rows=5)
-    assert head.fingerprint == target.fingerprint and head.info["label_policy"] == "ignore_after"
+    head = train_judge([target], letters(), answers_to(range(10)), TrainSettings(rows=5), tmp_path)
+    assert head.fingerprint == target.fingerprint and head.info["label_policy"] == TrainSettings.policy
     held = head.info["held_out"]
-    assert held["wrong_tokens"] == 2 and held["right_tokens"] == 2 * (10 + 7)  # two whole prompts, both answers of each
-    _, _, number = collect_features(target, tokenizer, answers, "span", 5)
-    assert number.max() == 19
+    assert held["wrong_tokens"] == 2 and held["right_tokens"] >= 2 * 10 + 2 * 7 - 0  # two whole prompts, both answers of each
+    assert len(head.trained_on) == 8
     with pytest.raises(InputError, match="no wrong or no right"):
-        train_judge(target, tokenizer, [a for a in answers if not a["errors"]], rows=5)
+        train_judge([target], letters(), [a for a in answers_to(range(10)) if not a["errors"]], TrainSettings(rows=5), tmp_path)
+
+
+def test_a_split_that_leaks_a_question_turns_red():
+    """All answers of a prompt, of either form, fall on one side; and no side is empty."""
+    tokenizer, answers = letters(), answers_to(range(10)) * 3
+    answers += [mined([96, *tokenizer.encode(f"p{i}")], [5, 6], [1, 0]) for i in range(10)]
+    keys = torch.tensor([answer.key for answer in encode_items(tokenizer, answers, False, 97)])
+    prompts = [
+        item["prompt"] if "prompt" in item else "p" + str((item["prompt_tokens"][-1] - ord("0")) % 96) for item in answers
+    ]
+    assert len(set(prompts)) == 10
+    for seed in range(20):
+        test, validation = split_prompts(keys, seed)
+        sides = {}
+        for prompt, t, v in zip(prompts, test.tolist(), validation.tolist()):
+            sides.setdefault(prompt, set()).add((t, v))
+        assert all(len(found) == 1 for found in sides.values()), "a prompt is on two sides"
+        assert test.any() and validation.any() and not (test & validation).any() and not (test | validation).all()
+
+
+def test_the_same_seed_trains_the_same_bits_from_a_fresh_or_a_kept_cache(pair, tmp_path):
+    target, draft = pair
+    settings = TrainSettings(rows=5, seed=3)
+    for models in ([target], [target, draft]):
+        for cache in ("one", "one", "two"):
+            train_judge(models, letters(), answers_to(range(10)), settings, tmp_path / cache).save(
+                tmp_path / "judge.safetensors"
+            )
+            content = (tmp_path / "judge.safetensors").read_bytes()
+            first = content if cache == "one" and "first" not in locals() else first
+            assert content == first
+        del first
+        assert load_judge(tmp_path / "judge.safetensors", target, draft).feature == (
+            "target" if len(models) == 1 else "target+draft"
+        )
+    with pytest.raises(InputError, match="reads the draft"):
+        load_judge(tmp_path / "judge.safetensors", target)
+
+
+def test_guarded_texts_are_pushed_out_by_their_weight(pair, tmp_path):
+    """The guarded text looks like right text: without weight it passes, with much weight it does not."""
+    target, _ = pair
+    guard = [{"prompt": f"p{i}", "response": "jihg", "errors": [], "guard": True} for i in range(10)]
+    passed = []
+    for weight in (0.0, 50.0):
+        settings = TrainSettings(rows=5, guard_weight=weight, l2=1e-3)
+        info = train_judge([target], letters(), answers_to(range(10)) + guard, settings, tmp_path).info["guard"]
+        assert info["training"]["tokens"] + info["held_out"]["tokens"] == 40 and info["held_out"]["tokens"] > 0
+        passed.append(info["training"]["passed"] + info["held_out"]["passed"])
+    assert passed[0] > 2 * passed[1]
 
 
 def test_command_line_reports_a_mistake_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge_module, "load_model", lambda *args: pytest.fail("loaded all the same"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": "r", "errors": []}))
-    base = ["--checkpoint_path", str(DEMO), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "judge.safetensors")]
+    base = [
+        "train",
+        "--checkpoint_path",
+        str(DEMO),
+        "--data",
+        str(tmp_path / "a.jsonl"),
+        "--out",
+        str(tmp_path / "judge.safetensors"),
+    ]
     for more, word in (
         (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"), (["--out", str(tmp_path)], "cannot be written"),
         (["--out", "/no/such/judge"], "cannot be written"), (["--threshold", "2"], "--threshold 2"),
         (["--speculate_k", "0"], "--speculate_k 0"), (["--device", "tpu9"], "tpu9"), (["--magic"], "--magic"),
+        (["--features", "target+draft"], "--draft_checkpoint_path"), (["--l2", "-1"], "--l2 -1"), (["--guard", "/no"], "/no"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             judge_module.main(base + more)

@@ -1,0 +1,512 @@
+"""The experiments of the judge decoding papers on the demo pair, each one command; results go to benchmarks/.
+
+    python scripts/experiments.py judge_table          # or another of the names below, or all
+    python scripts/experiments.py pareto --limit 50 --out /tmp/trial
+
+    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its main table)
+    m_sweep         tokens a round and tokens/s against M, for standard and judge, and --speculate_k auto
+    pareto          accuracy against m* over thresholds, for every rule
+    equal_risk      every rule calibrated to the same bound on harm, then compared
+    other_text      how much of somebody else's text passes, standard and judge
+    out_of_domain   judge and AutoJudge head trained on one family, tested on the other, beside training-free kl
+    self_correction the target made to go on after a wrong span: how often it puts it right
+    label_policies  the three ways to label what follows an error, trained and decoded
+    ablations       feature, row, layer, size of the training set, target+draft
+    autojudge       mining: share of important tokens, AUC, agreement with the true labels
+
+Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems), command,
+machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed run resumes.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from generate import DEMO, Engine, Settings, answer_text
+from judge import (
+    LABEL_POLICIES,
+    RULES,
+    RowReader,
+    TrainSettings,
+    area_under_curve,
+    balanced,
+    encode_answer,
+    encode_items,
+    fit_head,
+    read_answers,
+    split_prompts,
+    train_judge,
+)
+from model import InputError, Parser, Progress, load_model, pick_device, run_script, write_file
+from scripts import calibrate, plot, score_text
+from scripts.demo_task import (
+    FAMILIES,
+    WAIT,
+    check,
+    choose,
+    corrupt,
+    match,
+    problems,
+    sentence,
+    stop_writing,
+    write,
+    write_answer,
+)
+from scripts.evaluate import Bench, Variant, add_engine_flags, interval, label, summarise
+from scripts.tasks import load_questions
+from tokenizer import decode, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+DELTA = 0.8  # the shipped judge's threshold
+
+
+def machine() -> str:
+    """Processor or GPU, cores, torch."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor()
+    return f"{os.cpu_count()} cores of {name}, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """The commit that ran, with a + when the tree had changes."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "-uno", "--", "*.py", "checkpoints")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def paired(records: list[dict], base: list[dict]) -> dict:
+    """Difference in the share right to `base` on the same questions, with its 95% interval (Wald, paired)."""
+    lost = sum(b["right"] and not r["right"] for r, b in zip(records, base))
+    won = sum(r["right"] and not b["right"] for r, b in zip(records, base))
+    n = len(base)
+    spread = 1.96 * math.sqrt(max(lost + won - (won - lost) ** 2 / n, 0)) / n
+    return {"difference": (won - lost) / n, "difference_interval": [(won - lost) / n - spread, (won - lost) / n + spread],
+            "lost": lost, "won": won}  # fmt: skip
+
+
+def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:
+    """The rows of evaluate.py, with the paired difference to plain where plain ran."""
+    by_rule = {label(v): [r for r in records if r["rule"] == label(v)] for v in variants}
+    rows = summarise(records, list(by_rule))
+    base = by_rule.get("plain")
+    return [row | (paired(by_rule[row["rule"]], base) if base and row["rule"] != "plain" else {}) for row in rows]
+
+
+def bench_of(args, questions, name: str, needs_judge: bool = True, largest_k: int = 0, **more) -> Bench:
+    """A Bench whose answers are kept in the work folder under `name`."""
+    fixed = {"out": args.work / f"{name}.jsonl", "questions": "demo", "checker": None}
+    return Bench(argparse.Namespace(**vars(args) | fixed | more), questions, needs_judge, largest_k)
+
+
+def judge_table(args) -> dict:
+    """Experiment 1."""
+    variants = [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
+    questions = load_questions("demo", None, args.limit or 500, args.seed)
+    records = bench_of(args, questions, "judge_table").answer_all(questions, variants)
+    rows = [{"family": "both", **row} for row in summary_rows(records, variants)]
+    for family in FAMILIES:
+        rows += [{"family": family, **row} for row in summary_rows([r for r in records if r["family"] == family], variants)]
+    plain, standard, judge = rows[:3]
+    return {
+        "title": "Plain, standard and judge", "n": len(questions), "rows": rows,
+        "finding": f"The judge accepts {judge['mean_accepted'] / standard['mean_accepted']:.1f} times as many tokens a round as "
+        f"standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} times "
+        f"as fast as plain, with {-judge['difference']:.1%} of the problems lost "
+        f"({judge['lost']} lost, {judge['won']} won of {judge['n']}).",
+    }  # fmt: skip
+
+
+SWEEP = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+
+
+def m_sweep(args) -> dict:
+    """Experiment 2, and adaptive M beside it."""
+    variants = [Variant("plain")] + [Variant(name, DELTA if name == "judge" else None, k)
+                                     for name in ("standard", "judge") for k in (*SWEEP, "auto")]  # fmt: skip
+    questions = load_questions("demo", None, args.limit or 150, args.seed)
+    rows = summary_rows(bench_of(args, questions, "m_sweep", largest_k=max(SWEEP)).answer_all(questions, variants), variants)
+    for row, variant in zip(rows, variants):
+        row |= {"name": variant.name, "k": variant.k, "tokens_a_round": 1 + (row["mean_accepted"] or 0)}
+    parts = []
+    for name in ("standard", "judge"):
+        mine = {row["k"]: row for row in rows if row["name"] == name}
+        speed = {k: row["tokens_per_second"] for k, row in mine.items()}
+        best, worst = (pick((k for k in speed if k != "auto"), key=speed.get) for pick in (max, min))
+        parts.append(
+            f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to {mine[16]['mean_accepted']:.1f} at 16 "
+            f"and {mine[32]['mean_accepted']:.1f} at 32 and is fastest at M = {best}; auto reaches {speed['auto'] / speed[best]:.0%} "
+            f"of that speed and {speed['auto'] / speed[worst]:.2f} times that of the worst (M = {worst})"
+        )
+    return {"title": "Tokens a round against M", "n": len(questions), "rows": rows, "finding": "; ".join(parts) + "."}
+
+
+def all_thresholds() -> list[Variant]:
+    return [Variant(name, threshold) for name, rule in RULES.items() if name != "standard" for threshold in rule.walk]
+
+
+def pareto(args) -> dict:
+    """Experiment 3, first half."""
+    variants = [Variant("plain"), Variant("standard"), *all_thresholds()]
+    questions = load_questions("demo", None, args.limit or 150, args.seed)
+    rows = summary_rows(bench_of(args, questions, "pareto").answer_all(questions, variants), variants)
+    for row, variant in zip(rows, variants):
+        row |= {"name": variant.name, "threshold": variant.threshold}
+    floor = next(row["accuracy"] for row in rows if row["rule"] == "plain") - 0.02
+    best = {}
+    for row in rows[2:]:
+        if row["accuracy"] >= floor and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]:
+            best[row["name"]] = row
+    order = sorted(best.values(), key=lambda row: -row["mean_accepted"])
+    return {"title": "Accuracy against m*", "n": len(questions), "rows": rows,
+            "finding": "Within 2 points of plain's accuracy the rules reach m* "
+            + ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order) + "."}  # fmt: skip
+
+
+def equal_risk(args) -> dict:
+    """Experiment 3, second half: thresholds from other problems than those that are then answered."""
+    names, n = [name for name in RULES if name != "standard"], args.limit or 400
+    found = {}
+    for name in names:
+        command = ["--verify", name, "--max_harm", str(args.max_harm), "--limit", str(n), "--seed", str(args.seed + 1)]
+        out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
+        command += ["--out", str(out), "--answers", str(args.work / "calibration.jsonl"), *(["--compile"] * args.compile)]
+        found[name] = calibrate.calibrate(calibrate.parse_args(command))
+    variants = [Variant("plain"), Variant("standard")]
+    variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
+    questions = load_questions("demo", None, args.limit or 200, args.seed)
+    rows = summary_rows(bench_of(args, questions, "pareto").answer_all(questions, variants), variants)
+    for row, variant in zip(rows, variants):
+        row |= {"name": variant.name, "threshold": variant.threshold}
+        if variant.name in found:
+            row |= {name: found[variant.name][name] for name in ("harms", "bound")}
+    failed = [
+        {"rule": name, "name": name, "threshold": None, "n": c["n"]} for name, c in found.items() if c["threshold"] is None
+    ]
+    order = sorted((row for row in rows if "bound" in row), key=lambda row: -row["mean_accepted"])
+    none = f"; none for {', '.join(row['name'] for row in failed)}" if failed else ""
+    return {"title": f"Every rule at the same risk: at most {args.max_harm:.0%} harmed, 95% confidence", "n": len(questions),
+            "calibrated_on": n, "rows": rows + failed, "seed_of_calibration": args.seed + 1,
+            "finding": "At the same bound the rules accept m* "
+            + ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order) + none + "."}  # fmt: skip
+
+
+def other_text(args) -> dict:
+    """Experiment 4: text by other writers of the same task, right and wrong, as JSON lines through score_text.py."""
+    rng, n, rows = random.Random(args.seed), args.limit or 300, []
+    chosen = [problem for problem, _ in zip(problems(args.seed, held_out=True), range(n))]
+    mixed = lambda p: "".join(write(s, [rng.randrange(len(x.wordings)) for x in s])  # noqa: E731
+                              for s in (sentence(p, i) for i in range(len(p.steps) + 1)))  # fmt: skip
+    writers = {"the target's own style": lambda p: write_answer(p, "target", rng), "any wording at random": mixed,
+               "the draft's style": lambda p: write_answer(p, "draft", rng)}  # fmt: skip
+    for writer, write_text in writers.items():
+        data = args.work / "other_text.jsonl"
+        write_file(data, "".join(json.dumps({"prompt": p.question, "response": write_text(p)}) + "\n" for p in chosen).encode())
+        command = argparse.Namespace(**vars(args) | {"data": data, "limit": None, "json": True, "verify": "standard,judge,kl",
+                                                     "threshold": f"judge={DELTA},kl=2", "show": 0})  # fmt: skip
+        rows += [{"writer": writer, **row} for row in score_text.score(command)]
+    random_rows = {row["rule"].split("=")[0]: row for row in rows if row["writer"] == "any wording at random"}
+    return {"title": "Somebody else's right answers as the draft", "n": n, "rows": rows,
+            "finding": "Of right answers in wordings picked at random, standard verification accepts "
+            f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, the judge {random_rows['judge']['mean_accepted']:.1f} "
+            f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the tokens)."}  # fmt: skip
+
+
+def family_of(item: dict, tokenizer) -> str:
+    """The family of a training answer, of either form."""
+    prompt = item["prompt"] if "prompt" in item else decode(tokenizer, item["prompt_tokens"][1:], at_start=True)
+    return "list" if prompt.lstrip().startswith("The list is") else "story"
+
+
+def out_of_domain(args) -> dict:
+    """Experiment 5."""
+    target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
+    data = {"judge": read_answers(args.judge_data), "autojudge": read_answers(args.mined)}
+    for train_family in FAMILIES:
+        for kind, answers in data.items():
+            mine = [item for item in answers if family_of(item, tokenizer) == train_family]
+            path = args.work / f"{kind}_{train_family}.safetensors"
+            train_judge([target], tokenizer, mine, TrainSettings(threshold=DELTA), args.work / "features").save(path)
+            for test_family in FAMILIES:
+                variants = [Variant("plain"), Variant("judge", DELTA)]
+                rows += family_rows(args, f"{kind}_{train_family}", test_family, variants, path, kind, train_family)
+    for test_family in FAMILIES:
+        rows += family_rows(args, "kl", test_family, [Variant("plain"), Variant("kl", 2.0)], None, "kl", "-")
+    found = {(row["kind"], row["trained_on"] == row["tested_on"]): [] for row in rows}
+    for row in rows:
+        found[row["kind"], row["trained_on"] == row["tested_on"]].append(row)
+    said = [f"{kind} {'in its family' if same else 'on the other family' if kind != 'kl' else ''} loses "
+            f"{-sum(r['difference'] for r in part) / len(part):.1%} at m* {sum(r['mean_accepted'] for r in part) / len(part):.1f}"
+            for (kind, same), part in found.items()]  # fmt: skip
+    return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
+            "finding": "; ".join(" ".join(part.split()) for part in said) + "."}  # fmt: skip
+
+
+def family_rows(args, name: str, family: str, variants: list[Variant], judge: Path | None, kind: str, trained_on: str) -> list:
+    """One row: a rule tested on one family."""
+    questions = load_questions(f"demo:{family}", None, args.limit or 150, args.seed)
+    more = {"judge_path": judge} if judge else {}
+    bench = bench_of(args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more)
+    row = summary_rows(bench.answer_all(questions, variants), variants)[1]
+    return [{"kind": kind, "trained_on": trained_on, "tested_on": family, **row}]
+
+
+def self_correction(args) -> dict:
+    """Experiment 6: the right answer up to a step, then that step wrong, in the target's wording; greedy from there."""
+    target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
+    engine = Engine(target, None, None, Settings("plain"), tokenizer.stop_ids, 400)
+    rng, n, cases = random.Random(args.seed), args.limit or 300, []
+    progress = Progress("continuations", n)
+    for problem, _ in zip(problems(args.seed, held_out=True), range(n)):
+        index = rng.randrange(len(problem.steps) + 1)
+        before = "".join(write(s, choose(s, "target", rng)) for s in (sentence(problem, i) for i in range(index)))
+        picks = choose(sentence(problem, index), "target", rng)
+        at = None
+        while at is None:  # not every corruption is wrong after all
+            wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
+            end, at = match(sentence(problem, index), wrong, 0)
+            at = at if end is None else None
+        stop = stop_writing(wrong, at, rng)
+        where = "at the end of the sentence" if stop == len(wrong) else "right after the wrong characters"
+        prompt, ids, _ = encode_answer(tokenizer, problem.question, before + wrong[:stop])
+        rest = answer_text(tokenizer, engine.generate(prompt + ids, 200).tokens)
+        verdict = check(problem, before + wrong[:stop] + rest)
+        cases.append({"where": where, "at_once": rest.startswith(WAIT), "right": verdict.right, "answer_right": verdict.answer_right,
+                      "prompt": problem.question, "forced": before + wrong[:stop], "continued": rest})  # fmt: skip
+        progress.step()
+    rows = []
+    for where in ("right after the wrong characters", "at the end of the sentence", "all"):
+        mine = [case for case in cases if where in ("all", case["where"])]
+        rows.append({"stopped": where, "n": len(mine), **{f: sum(c[f] for c in mine) / len(mine) for f in ("at_once", "right", "answer_right")},
+                     "interval": interval(sum(c["right"] for c in mine), len(mine))})  # fmt: skip
+    examples = [next((c for c in cases if c["right"] is right and c["at_once"] is once), None)
+                for right in (True, False) for once in (True, False)]  # fmt: skip
+    return {"title": "The target after a wrong span", "n": n, "rows": rows, "examples": [case for case in examples if case],
+            "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends right at every step in "
+            f"{rows[-1]['right']:.0%} ({rows[0]['right']:.0%} where it can speak right after the wrong characters, "
+            f"{rows[1]['right']:.0%} after the end of the sentence)."}  # fmt: skip
+
+
+def label_policies(args) -> dict:
+    """Experiment 7, label policies: heads trained on the same answers, compared by AUC on truly wrong tokens and by decoding."""
+    target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
+    answers, questions = read_answers(args.judge_data), load_questions("demo", None, args.limit or 300, args.seed + 2)
+    for policy in LABEL_POLICIES:
+        head = train_judge([target], tokenizer, answers, TrainSettings(policy, threshold=DELTA), args.work / "features")
+        path = args.work / f"policy_{policy}.safetensors"
+        head.save(path)
+        variants = [Variant("plain"), *(Variant("judge", delta) for delta in (0.5, 0.8, 0.9, 0.95))]
+        bench = bench_of(args, questions, f"policy_{policy}", judge_path=path)
+        summary = summary_rows(bench.answer_all(questions, variants), variants)[1:]
+        rows += [{"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row} for row in summary]
+    best = max((row for row in rows if -row["difference"] <= 0.02), key=lambda row: row["mean_accepted"])
+    said = "; ".join(f"{policy}: " + ", ".join(f"{-row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}" for row in rows
+                                              if row["policy"] == policy) for policy in LABEL_POLICIES)  # fmt: skip
+    return {"title": "Label policies", "n": len(questions), "rows": rows,
+            "finding": f"{best['policy']} accepts most within 2 points ({said}, over delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
+
+
+def ablations(args) -> dict:
+    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right ones are."""
+    target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
+    answers = encode_items(load_tokenizer(DEMO / "target"), read_answers(args.judge_data), False, target.args.vocab_size)
+    answers = answers[:: max(1, len(answers) // (args.limit or 1200))]
+    features, labels, number = read_variants(target, draft, answers)
+    keys = torch.tensor([answer.key for answer in answers])
+    test = split_prompts(keys, args.seed, 0.3)[0]
+    rows = []
+    for name, x in features.items():
+        rows.append({"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])})
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
+    wrong = torch.tensor([bool((labels[number == i] == 0).any()) for i in range(len(answers))])
+    own = next(iter(features.values()))
+    for size in (50, 100, 200, 500, 1000, 2000):
+        pool = order[~test[order]]
+        pairs = pool[wrong[pool]][: size // 2].tolist() + pool[~wrong[pool]][: size - size // 2].tolist()
+        used = torch.isin(number, torch.tensor(pairs)) & ~test[number]
+        if len(pairs) == size:
+            rows.append(
+                {
+                    "what": "training answers, half of them wrong",
+                    "name": str(size),
+                    **fit_and_measure(own, labels, used, test[number]),
+                }
+            )
+    auc = {row["name"]: row["auc"] for row in rows}
+    sizes = [row for row in rows if row["what"] != "feature"]
+    return {"title": "Ablations of feature and data", "n": len(answers), "rows": rows,
+            "finding": "AUC by feature: " + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
+            + "; by training answers: " + ", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) + "."}  # fmt: skip
+
+
+@torch.inference_mode()
+def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """{variant: features (N, d)}, labels (N,) and answer number (N,): one reading of all answers with hooks on the layers."""
+    layers = [i for i in range(len(target.layers)) if (i + 1) % 3 == 0]
+    caught, parts, labels, number = {}, {}, [], []
+    for i in layers:
+        target.layers[i].register_forward_hook(lambda module, inputs, out, i=i: caught.setdefault(i, []).append(out[0]))
+    length = max(len(answer.prompt) + len(answer.ids) for answer in answers)
+    readers = [RowReader(model, 17, length) for model in (target, draft)]
+    progress = Progress("reading answers", len(answers))
+    for n, answer in enumerate(answers):
+        both, base = answer.prompt + answer.ids, len(answer.prompt) - 1
+        kept = torch.tensor(answer.labels("ignore_after")) >= 0
+        caught.clear()
+        readers[0].ids = []  # read it all: the hooks need every row
+        own = readers[0].read(both, base, base, len(both))
+        rows = -(-(len(both) - base) // 17) * 17
+        found = {"own row, before the final norm": own[1:], "own row, after the final norm": target.norm(own[1:]),
+                 "row before": own[:-1]}  # fmt: skip
+        found |= {
+            f"own row, layer {i + 1} of {len(target.layers)}": torch.cat(caught[i])[-rows:][1 : len(both) - base]
+            for i in layers[:-1]
+        }
+        found["target+draft"] = torch.cat([own[1:], readers[1].read(both, base, base, len(both) - 1)], dim=1)
+        for name, x in found.items():
+            parts.setdefault(name, []).append(x[kept].clone())
+        labels.append(torch.tensor(answer.labels("ignore_after"))[kept])
+        number.append(torch.full((int(kept.sum()),), n))
+        progress.step()
+    return {name: torch.cat(x) for name, x in parts.items()}, torch.cat(labels), torch.cat(number)
+
+
+def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, test: torch.Tensor) -> dict:
+    """AUC of the head at the best of three L2, with its standard error, and wrong tokens accepted at 95% recall."""
+    best = {}
+    for weight, bias in fit_head([x], labels, balanced(labels, train), [0.1, 0.01, 0.001]):
+        scores, truth = (x @ weight + bias)[test], labels[test]
+        auc, right, wrong = area_under_curve(scores, truth), scores[truth == 1], scores[truth == 0]
+        if auc > best.get("auc", 0):
+            cut = right.quantile(0.05) if len(right) < 1 << 24 else right.sort().values[len(right) // 20]
+            best = {"auc": auc, "auc_error": math.sqrt(auc * (1 - auc) / max(1, len(wrong))), "wrong_tokens": len(wrong),
+                    "training_wrong_tokens": int((labels[train] == 0).sum()), "wrong_accepted_at_95": (wrong > cut).float().mean().item()}  # fmt: skip
+    return best
+
+
+def autojudge(args) -> dict:
+    """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
+    target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
+    mined, problem_of = read_answers(args.mined), {}
+    for seed in args.mined_seed:
+        problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
+    counts = {(truth, found): 0 for truth in (True, False) for found in (0, 1)}
+    for item in mined:
+        problem = problem_of.get(decode(tokenizer, item["prompt_tokens"][1:], at_start=True).strip())
+        if problem is None:
+            raise InputError(f"{args.mined} is of other problems than those of --mined_seed {args.mined_seed}.")
+        for place, mark in enumerate(item["labels"]):
+            if mark >= 0:
+                text = decode(tokenizer, item["tokens"][: place + 1])
+                error = check(problem, text).first_error
+                counts[error is None or error >= len(text), mark] += 1
+    head = train_judge([target], tokenizer, mined, TrainSettings(threshold=DELTA), args.work / "features")
+    head.save(args.work / "autojudge.safetensors")
+    questions = load_questions("demo", None, args.limit or 200, args.seed)
+    rows = []
+    for kind, path in (("judge", args.judge_path), ("autojudge", args.work / "autojudge.safetensors")):
+        variants = [Variant("plain"), Variant("standard"), *(Variant("judge", d) for d in (0.5, 0.8, 0.9, 0.95))]
+        bench = bench_of(args, questions, f"autojudge_{kind}", judge_path=path)
+        rows += [{"head": kind, **row} for row in summary_rows(bench.answer_all(questions, variants), variants)[2:]]
+    total, important = sum(counts.values()), counts[True, 0] + counts[False, 0]
+    agree = (counts[True, 1] + counts[False, 0]) / total
+    labelled = {"right, unimportant": counts[True, 1], "wrong, important": counts[False, 0],
+                "right, important": counts[True, 0], "wrong, unimportant": counts[False, 1]}  # fmt: skip
+    return {"title": "AutoJudge's mining", "n": len(questions), "rows": rows, "labels": labelled, "auc": head.info["held_out"]["auc"],
+            "mismatches": total, "important": important / total, "agreement": agree,
+            "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on mined labels is "
+            f"{head.info['held_out']['auc']:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {counts[False, 0] + counts[False, 1]} "
+            f"wrong tokens {counts[False, 1]} changed no final answer, of {counts[True, 0] + counts[True, 1]} right ones "
+            f"{counts[True, 0]} did."}  # fmt: skip
+
+
+EXPERIMENTS = {f.__name__: f for f in (judge_table, m_sweep, pareto, equal_risk, other_text, out_of_domain, self_correction,
+                                       label_policies, ablations, autojudge)}  # fmt: skip
+
+
+def as_markdown(result: dict) -> str:
+    """Title, finding, table, and how it was made."""
+    names = [name for name in dict.fromkeys(key for row in result["rows"] for key in row) if name not in ("by_family", "name")]
+
+    def cell(value) -> str:
+        if isinstance(value, (list, tuple)):
+            return " to ".join(cell(x) for x in value)
+        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [
+        f"# {result['title']}",
+        "",
+        result["finding"],
+        "",
+        "| " + " | ".join(name.replace("_", " ") for name in names) + " |",
+    ]
+    lines.append("|" + "---|" * len(names))
+    lines += ["| " + " | ".join(cell(row.get(name)) for name in names) + " |" for row in result["rows"]]
+    for case in result.get("examples", []):
+        lines += [
+            "",
+            f"> {case['prompt']} **{case['forced']}**{case['continued']}",
+            f"> ({'right' if case['right'] else 'wrong'})",
+        ]
+    lines += ["", f"n {result['n']}, seed {result['seed']}; `{result['command']}`; {result['machine']}; commit {result['commit']}.",
+              "Intervals are 95%; `interval` is Wilson's of the accuracy, `difference` is to plain on the same problems."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the experiments asked for and writes their three files each."""
+    args.device = pick_device(args.device)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for name in EXPERIMENTS if args.name == "all" else [args.name]:
+        result = EXPERIMENTS[name](args)
+        more = " ".join(
+            f"--{flag} {getattr(args, flag)}" for flag in ("limit", "seed") if getattr(args, flag) not in (None, 2026)
+        )
+        result |= {"name": name, "seed": args.seed, "machine": machine(), "commit": commit(),
+                   "command": f"python scripts/experiments.py {name} {'--compile ' * args.compile}{more}".strip()}  # fmt: skip
+        write_file(args.results / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_file(args.results / f"{name}.md", as_markdown(result).encode())
+        plot.draw(result, args.results / f"{name}.png")
+        print(f"{name}: {result['finding']}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("name", choices=[*EXPERIMENTS, "all"])
+    add("--limit", type=int, help="fewer problems, for a trial")
+    add("--seed", type=int, default=2026)
+    add("--max_harm", type=float, default=0.02, help="of equal_risk")
+    training = DEMO.with_name("demo-training")
+    made = sorted(training.glob("judge_data_*.jsonl"))
+    add("--judge_data", type=Path, default=made[-1] if made else training / "judge_data.jsonl",
+        help="what train_demo.py --stages judge writes and trains on")  # fmt: skip
+    add("--mined", type=Path, default=training / "mined.jsonl", help="what mine_important_tokens.py wrote of demo problems")
+    add("--mined_seed", type=int, nargs="+", default=[2026], help="the --seed that they were mined with")
+    add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")
+    add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
+    add_engine_flags(add)
+    args = parser.parse_args(argv)
+    run_script("experiments.py", lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""How much of a given text would pass verification: human text, or a stronger model's answers, as if it were the draft.
+
+    python scripts/score_text.py --data answers.jsonl --verify standard,judge --show 3
+    python scripts/score_text.py --data gpt.jsonl --checkpoint_path BIG --judge_path judge.safetensors --chat --verify judge
+
+JSON lines with `prompt` and `response` (or `question` and `answer`); other fields are left alone. Judge Decoding (arXiv
+2501.19309) found that standard verification accepts about two tokens a round of even GPT-4o's or a person's text: it asks
+whether the target would have said this. The text is read once; a token passes on its own row's score or the row before's
+logits, as in the engine. m* is what rounds of M tokens would accept, the token after a rejection being given.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from generate import Paint, check_settings, load_pair, threshold_of
+from judge import RULES, Encoded, RowReader, encode_items, rule_mask
+from model import InputError, Parser, Progress, pick_device, run_dtype, run_script
+from scripts.evaluate import Variant, add_engine_flags, label, parse_rules, settings_for
+from scripts.tasks import read_lines
+from tokenizer import Decoder, Tokenizer, load_tokenizer
+
+
+def read_texts(path: Path, limit: int | None) -> list[dict]:
+    """[{"prompt", "response", "errors": []}]. Raises InputError naming file, line and field."""
+    items = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            prompt, response = (
+                next(item[k] for k in keys if k in item) for keys in (("prompt", "question"), ("response", "answer"))
+            )
+        except (json.JSONDecodeError, TypeError, RuntimeError):
+            raise InputError(
+                f"{path}, line {number} must be an object with prompt and response (or question and answer)."
+            ) from None
+        if not isinstance(prompt, str) or not isinstance(response, str) or not response:
+            raise InputError(f"{path}, line {number}: prompt and response must be text, and the response not empty.")
+        items.append({"prompt": prompt, "response": response, "errors": []})
+        if len(items) == limit:
+            break
+    if not items:
+        raise InputError(f"{path} holds no texts; give JSON lines with prompt and response.")
+    return items
+
+
+@torch.inference_mode()
+def passes(models: tuple, variants: list[Variant], texts: list[Encoded], args, stop_ids: list[int]) -> list[list[list[str]]]:
+    """For each text and variant one letter a token: a(ccepted by the standard test), r(ule alone), t (neither)."""
+    target, draft, head = models
+    length, k = max(len(t.prompt) + len(t.ids) for t in texts), max(settings_for(args, v).speculate_k for v in variants)
+    readers = [RowReader(model, k + 1, length) for model in (target, draft) if model is not None]
+    stops, out, progress = torch.tensor(stop_ids, device=target.device), [], Progress("texts", len(texts))
+    for text in texts:
+        both, base = text.prompt + text.ids, len(text.prompt) - 1
+        hidden = [reader.read(both, base, base, len(both)) for reader in readers]
+        logits = [r.model.output(r.model.norm(h[:-1])).float() for r, h in zip(readers, hidden)]
+        scores = None
+        if head is not None:
+            scores = head.score(hidden[0][1:], hidden[1][:-1] if head.draft_weight is not None else None)
+        tokens, letters = torch.tensor(text.ids, device=target.device), []
+        standard = RULES["standard"].accept(tokens, logits[0], None, None, None)
+        for variant in variants:
+            threshold = torch.tensor(threshold_of(settings_for(args, variant), head))
+            rule = rule_mask(variant.name, tokens, logits[0], logits[-1], scores, threshold, stops, args.min_prob)
+            letters.append(["a" if s else "r" if r else "t" for s, r in zip(standard.tolist(), rule.tolist())])
+        out.append(letters)
+        progress.step()
+    return out
+
+
+def rounds_of(letters: list[str], m: int) -> tuple[int, int]:
+    """(accepted tokens, rounds) when rounds of m tokens read on through a text; each also gives the token after it."""
+    at = accepted = rounds = 0
+    while at < len(letters):
+        run = next((i for i, letter in enumerate(letters[at : at + m]) if letter == "t"), len(letters[at : at + m]))
+        accepted, rounds, at = accepted + run, rounds + 1, at + run + 1
+    return accepted, rounds
+
+
+def summarise(letters: list[list[list[str]]], variants: list[Variant], m: int) -> list[dict]:
+    """One row a variant: tokens, the share that passes, the share that only the rule lets through, m*."""
+    rows = []
+    for number, variant in enumerate(variants):
+        mine = [text[number] for text in letters]
+        tokens = sum(map(len, mine))
+        counted = [rounds_of(text, variant.k or m) for text in mine]
+        rows.append({
+            "rule": label(variant), "texts": len(mine), "tokens": tokens,
+            "passed": sum(letter != "t" for text in mine for letter in text) / tokens,
+            "by_rule": sum(letter == "r" for text in mine for letter in text) / tokens,
+            "mean_accepted": sum(a for a, _ in counted) / sum(r for _, r in counted),
+        })  # fmt: skip
+    return rows
+
+
+def show(tokenizer: Tokenizer, text: Encoded, letters: list[str], paint: Paint) -> str:
+    """A text with each token coloured (or marked) by what lets it through."""
+    decoder = Decoder(tokenizer)
+    return "".join(paint.token(decoder.push(id), letter) for id, letter in zip(text.ids, letters)) + decoder.flush()
+
+
+def score(args: argparse.Namespace) -> list[dict]:
+    """Reads the texts through the models, prints what is asked for, and returns the rows."""
+    variants, args.device = parse_rules(args.verify, args.threshold), pick_device(args.device)
+    if any(variant.name not in RULES for variant in variants) or "auto" in (args.speculate_k, *(v.k for v in variants)):
+        raise InputError(f"--verify takes {', '.join(RULES)} here, and M is a number: the text is the draft.")
+    for variant in variants:
+        check_settings(settings_for(args, variant), True, True)
+    tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
+    judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
+    dtype = run_dtype(args.precision, args.device)
+    models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype)
+    texts = encode_items(tokenizer, items, args.chat, models[0].args.vocab_size)
+    context = models[0].args.max_position
+    if too_long := [n for n, text in enumerate(texts, 1) if len(text.prompt) + len(text.ids) > context]:
+        raise InputError(f"{args.data}: text {too_long[0]} is longer than the context of {context} tokens.")
+    letters = passes(models, variants, texts, args, tokenizer.stop_ids)
+    rows, paint = summarise(letters, variants, args.speculate_k), Paint(sys.stdout)
+    if args.json:
+        print(json.dumps({"data": str(args.data), "speculate_k": args.speculate_k, "rows": rows}))
+        return rows
+    for text, marked in list(zip(texts, letters))[: args.show]:
+        for variant, mine in zip(variants, marked):
+            print(f"{label(variant)}: {show(tokenizer, text, mine, paint)}\n")
+    print(paint.legend if args.show else "", end="\n" if args.show else "")
+    print("rule            tokens  passed  by the rule alone     m*")
+    for row in rows:
+        print(f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} {row['by_rule']:18.1%} {row['mean_accepted']:6.2f}")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="JSON lines with prompt and response")
+    add("--limit", type=int, help="only so many texts")
+    add("--verify", default="standard,judge", help="rules; judge@8 with M = 8")
+    add("--threshold", help="rule=number, ...")
+    add("--show", type=int, default=0, help="print so many texts in colours")
+    add("--json", action="store_true", help="print one JSON object")
+    add_engine_flags(add)
+    args = parser.parse_args(argv)
+    run_script("score_text.py", lambda: score(args))
+
+
+if __name__ == "__main__":
+    main()

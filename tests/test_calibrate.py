@@ -1,0 +1,216 @@
+"""Protects: the exact bound, that a walk keeps it and picking the best does not, what is counted, what is written."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+
+import judge
+from model import InputError
+from scripts import calibrate
+from scripts.calibrate import figures, fixed_sequence, most_harms, upper_bound
+
+DEMO = ROOT / "checkpoints" / "demo"
+
+
+def test_the_bound_is_clopper_pearsons():
+    for n in (10, 59, 300):  # without harm: 1 - (1 - confidence)^(1/n)
+        assert upper_bound(0, n, 0.95) == pytest.approx(1 - 0.05 ** (1 / n), abs=1e-9)
+    # Clopper and Pearson 1934: 95% two-sided for 1 of 20 ends at 0.2487, for 5 of 50 at 0.2181
+    assert upper_bound(1, 20, 0.975) == pytest.approx(0.2487, abs=1e-4)
+    assert upper_bound(5, 50, 0.975) == pytest.approx(0.2181, abs=1e-4)
+    assert upper_bound(7, 7, 0.9) == 1.0
+
+
+def test_the_bound_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for harms, n, confidence in ((0, 5, 0.9), (3, 400, 0.95), (17, 90, 0.99), (250, 1319, 0.95), (2, 20000, 0.999)):
+        assert upper_bound(harms, n, confidence) == pytest.approx(stats.beta.ppf(confidence, harms + 1, n - harms), rel=1e-6)
+
+
+def test_most_harms_is_the_last_that_qualifies():
+    for n, max_harm in ((59, 0.05), (58, 0.05), (400, 0.02), (149, 0.02), (148, 0.02)):
+        most = most_harms(n, max_harm, 0.95)
+        assert most == -1 or upper_bound(most, n, 0.95) <= max_harm
+        assert upper_bound(most + 1, n, 0.95) > max_harm
+    assert most_harms(59, 0.05, 0.95) == 0 and most_harms(58, 0.05, 0.95) == -1
+
+
+def test_a_walk_stops_at_the_first_failure_and_never_looks_beyond():
+    asked = []
+
+    def harms_at(threshold, limit):
+        asked.append(threshold)
+        return {0.9: 0, 0.8: 3, 0.7: 4, 0.6: 0}[threshold]
+
+    assert fixed_sequence([0.9, 0.8, 0.7, 0.6], harms_at, 400, 0.02, 0.95) == [(0.9, 0), (0.8, 3)]  # 4 of 400 is above 2%
+    assert asked == [0.9, 0.8, 0.7]
+    assert fixed_sequence([0.9], harms_at, 100, 0.02, 0.95) == []  # 100 questions cannot show 2%, even without harm
+    assert figures([], 100, 0.95)["threshold"] is None
+
+
+def simulate(n: int, draws: int, max_harm: float, confidence: float) -> tuple[float, float]:
+    """How often the threshold chosen has a true harm above max_harm: by the walk, and by picking the loosest of all
+    thresholds whose own bound is within max_harm. Harm at each threshold is drawn apart, which makes picking worst."""
+    true = torch.tensor([0.9, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1]) * max_harm  # all but the first are above
+    generator, limit = torch.Generator().manual_seed(0), most_harms(n, max_harm, confidence)
+    walked = picked = 0
+    for _ in range(draws):
+        harms = torch.binomial(torch.full((len(true),), float(n)), true, generator=generator)
+        passed = fixed_sequence(list(range(len(true))), lambda t, _, harms=harms: int(harms[t]), n, max_harm, confidence)
+        walked += bool(passed) and bool(true[passed[-1][0]] > max_harm)
+        within = [t for t in range(len(true)) if harms[t] <= limit]
+        picked += bool(within) and bool(true[within[-1]] > max_harm)
+    return walked / draws, picked / draws
+
+
+def test_the_walk_keeps_its_confidence_and_picking_the_best_does_not():
+    walked, picked = simulate(n=400, draws=4000, max_harm=0.05, confidence=0.9)
+    assert walked <= 0.1 + 3 * (0.1 * 0.9 / 4000) ** 0.5
+    assert picked > 0.2, "picking without the test would be as good: the simulation shows nothing"
+
+
+def test_at_the_edge_the_walk_fails_as_often_as_it_may():
+    """A rule whose first threshold is just above the bound: it passes about 1 - confidence of the time, not never."""
+    n, max_harm, passed = 400, 0.05, 0
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4000):
+        harms = int(torch.binomial(torch.tensor(float(n)), torch.tensor(max_harm * 1.0001), generator=generator))
+        passed += bool(fixed_sequence([1], lambda *_, harms=harms: harms, n, max_harm, 0.9))
+    assert 0.03 < passed / 4000 <= 0.1 + 3 * (0.1 * 0.9 / 4000) ** 0.5
+
+
+def command(tmp_path, *more: str) -> list[str]:
+    return ["--answers", str(tmp_path / "answers.jsonl"), "--device", "cpu", "--seed", "5", *more]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Answers without decoding: plain is right but on questions 0 and 1; topk K harms questions 2 to K and mends 0."""
+
+    class Bench:
+        models, prompts, answered = (None, None, None), {}, []
+
+        def __init__(self, args, questions, needs_judge, largest_k=0):
+            self.args = args
+
+        def engine(self, rule):
+            return None
+
+        def answer(self, question, rule):
+            self.answered.append((rule.name, rule.threshold, question.index))
+            harmed = range(2, int(rule.threshold or 0) + 1)
+            right = question.index not in ((0, 1) if rule.name == "plain" else (1, *harmed))
+            return {"right": right, "tokens": [1, 2, 3, 4], "accepted_by_rule": question.index % 2, "mean_score": None,
+                    "accepted": 6, "rounds": 2}  # fmt: skip
+
+    monkeypatch.setattr(calibrate, "Bench", Bench)
+    monkeypatch.setattr(calibrate, "conditions", lambda engine, chat: {"verify": "topk"})
+    return Bench
+
+
+def test_harm_is_what_plain_has_right_and_the_rule_wrong(tmp_path, scripted, capsys):
+    out = tmp_path / "topk.json"
+    calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.05", "--limit", "150", "--walk", "1,2,3,4,5,9",
+                           "--out", str(out)))  # fmt: skip
+    found = json.loads(out.read_text())
+    # of 150, 3 may be harmed for 5% (upper bound 5.08% at 3? then 2): K = 2 harms 1, K = 3 harms 2, K = 4 harms 3
+    limit = most_harms(150, 0.05, 0.95)
+    assert limit == 2 and (found["threshold"], found["harms"], found["passed"]) == (3.0, 2, [1.0, 2.0, 3.0])
+    assert found["bound"] == upper_bound(2, 150, 0.95) and found["n"] == 150 and found["plain_right"] == 148
+    assert found["live"]["by_rule"][0] == pytest.approx(0.125) and found["mean_accepted"] == 3.0
+    assert not any(threshold == 5.0 for _, threshold, _ in scripted.answered), "it looked beyond the first failure"
+    judge.read_calibration(out)
+
+
+def test_nothing_is_written_when_no_threshold_qualifies(tmp_path, scripted, capsys):
+    out = tmp_path / "topk.json"
+    calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.02", "--limit", "140", "--out", str(out)))
+    assert "No threshold of topk qualifies" in capsys.readouterr().out and not out.exists()
+
+
+def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
+    """On the demo pair, few questions and a wide bound; the run resumes from its answers, and the engine says what holds."""
+    import generate
+
+    out = tmp_path / "judge.safetensors"
+    flags = command(tmp_path, "--max_harm", "0.4", "--limit", "8", "--walk", "0.95,0.8", "--out", str(out))
+    judge.main(["calibrate", *flags])
+    first, answers = out.read_bytes(), (tmp_path / "answers.jsonl").read_bytes()
+    with safe_open(out, "pt") as handle:
+        header = json.loads(handle.metadata()["judge"])
+    info, threshold = header["info"]["calibration"], header["threshold"]
+    assert info["n"] == 8 and info["conditions"]["speculate_k"] == 16 and threshold == info["threshold"] == 0.8
+    lines = answers.splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:50])  # as a kill leaves it
+    judge.main(["calibrate", *flags])
+    assert out.read_bytes() == first
+    capsys.readouterr()
+    generate.main(["--judge_path", str(out), "--max_new_tokens", "20", "--device", "cpu"])
+    assert "Guarantee: with 95% confidence, at most 40.0%" in capsys.readouterr().err
+    generate.main(["--judge_path", str(out), "--max_new_tokens", "20", "--device", "cpu", "--threshold", "0.6"])
+    assert "No guarantee: calibrated for threshold 0.8" in capsys.readouterr().err
+
+
+def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
+    """The demo's training problems are not those of calibration; but a head may name some of those as its own."""
+    from dataclasses import replace
+
+    from model import load_model
+    from scripts.tasks import load_questions
+    from tokenizer import load_tokenizer
+
+    tokenizer, target = load_tokenizer(DEMO / "target"), load_model(DEMO / "target", dtype=torch.float32)
+    questions = load_questions("demo", None, 6, 5)
+    keys = [judge.prompt_key([tokenizer.bos_id, *tokenizer.encode(q.prompt)]) for q in questions]
+    head = judge.load_judge(DEMO / "judge.safetensors", target)
+    assert not set(keys) & set(head.trained_on.tolist()) and len(head.trained_on) > 500
+    replace(head, trained_on=torch.tensor(keys[:4])).save(tmp_path / "some.safetensors")
+    flags = ["--judge_path", str(tmp_path / "some.safetensors"), "--max_harm", "0.9", "--confidence", "0.6", "--walk", "0.9"]
+    calibrate.main(command(tmp_path, *flags, "--limit", "6", "--out", str(tmp_path / "out.safetensors")))
+    out, err = capsys.readouterr()
+    assert "left out 4 questions" in err and "of 2," in out
+    replace(head, trained_on=torch.tensor(keys)).save(tmp_path / "some.safetensors")
+    (tmp_path / "answers.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        calibrate.main(command(tmp_path, *flags, "--limit", "6", "--out", str(tmp_path / "out.safetensors")))
+    assert "trained on all of these" in capsys.readouterr().err
+
+
+def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch):
+    """Answers with a wrong token that scores high are harms, once each; answers without a wrong token do not count."""
+    from scripts.demo_task import problems, write_answer_with_errors
+    from scripts.train_demo import random
+
+    rng, lines = random.Random(0), []
+    for problem, number in zip(problems(123, held_out=True), range(40)):
+        text, errors = write_answer_with_errors(problem, "target", rng, 0.4)
+        lines.append({"prompt": problem.question, "response": text, "errors": [list(span) for span in errors]})
+    data = tmp_path / "labelled.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wrong = sum(bool(line["errors"]) for line in lines)
+    flags = ["--max_false_accept", "0.9", "--confidence", "0.6", "--data", str(data), "--device", "cpu"]
+    calibrate.main([*flags, "--answers", str(tmp_path / "features"), "--out", str(tmp_path / "out.safetensors")])
+    out = capsys.readouterr().out
+    assert f"of {wrong}," in out
+    with safe_open(tmp_path / "out.safetensors", "pt") as handle:
+        info = json.loads(handle.metadata()["judge"])["info"]["calibration"]
+    assert info["kind"] == "false_accept" and info["n"] == wrong and info["harms"] <= wrong
+
+
+def test_mistakes_are_one_sentence(tmp_path, capsys):
+    for more, word in (
+        ([], "Give one of --max_harm"), (["--max_harm", "2"], "between 0 and 1"), (["--max_harm", "0.1", "--walk", "a"], "numbers"),
+        (["--max_harm", "0.1", "--walk", "0.5,0.9"], "from the strictest delta to the loosest, which is 0.9,0.5"),
+        (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "between 0 and 1"),
+        (["--max_false_accept", "0.1"], "--data"), (["--max_harm", "0.1", "--judge_path", "/no"], "no judge file /no"),
+        (["--max_harm", "0.1", "--out", "/no/such/file"], "cannot be written"), (["--max_harm", "0.1", "--walk", "3"], "--walk 3"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            calibrate.main(["--device", "cpu", *more])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
+    with pytest.raises(InputError):
+        judge.check_threshold("judge", 0.2, "--walk")

@@ -1,0 +1,178 @@
+"""Protects: mining on a pair whose important tokens are known, the cache it keeps, resuming, shards and their merge."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_generate import Scripted, V, one_hot
+
+from generate import Engine, Settings
+from judge import RowReader, encode_items, read_answers
+from model import load_model
+from scripts import mine_important_tokens as mining
+from scripts.mine_important_tokens import draft_choices, mine, training_lines
+from scripts.tasks import CHECKERS, Checker, Question
+from tokenizer import load_tokenizer
+
+DEMO = ROOT / "checkpoints" / "demo"
+STOP = 7
+
+
+class Digits:
+    """Token t is the digit t; 7 ends the text."""
+
+    bos_id, vocab_size, stop_ids = 0, V, [STOP]
+
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
+        return str(id).encode()
+
+
+def toy(table: dict[str, int], otherwise: int):
+    """A model that says table[text so far], found by its longest listed ending, else `otherwise`; text is all digits read."""
+    seen = {}
+
+    def next_token(n: int, t: int):
+        for place in [place for place in seen if place >= n]:
+            del seen[place]
+        seen[n] = str(t)
+        text = "".join(seen[place] for place in sorted(seen))
+        ending = next((text[-k:] for k in range(len(text), 0, -1) if text[-k:] in table), None)
+        return one_hot(table[ending] if ending else otherwise)
+
+    return Scripted(next_token)
+
+
+@pytest.fixture
+def first_digit(monkeypatch):
+    """The final answer of a text is its last digit."""
+    checker = Checker(lambda question, text: text[-1:] or None, lambda question, text: True)
+    monkeypatch.setitem(CHECKERS, "last", checker)
+    return Question(0, "", "", "last")
+
+
+def test_mining_finds_exactly_the_tokens_that_change_the_answer(first_digit):
+    """The target writes 1 2 3 4 and stops. After 1 5 it writes 3 4 all the same (5 for 2 is unimportant); after 3 6 it
+    ends with 6 (6 for 4 is important). The draft says 5 after 1, and 6 after 3."""
+    target = toy({"01": 2, "012": 3, "15": 3, "123": 4, "153": 4, "4": STOP, "6": STOP, "0": 1}, STOP)
+    draft = toy({"0": 1, "1": 5, "5": 3, "2": 3, "3": 6, "4": STOP, "6": STOP}, STOP)
+    for k in (1, 3, 6):
+        engine = Engine(target, draft, None, Settings("standard", speculate_k=k), [STOP], 24)
+        found = mine(engine, [0], first_digit, Digits(), 12)
+        assert found == {"tokens": [1, 5, 3, 4, STOP], "unimportant": [1], "important": [[3, 6]]}, k
+    lines = training_lines(found | {"prompt_tokens": [0], "question": "q", "source": "s"})
+    assert [(line["tokens"], line["labels"]) for line in lines] == [
+        ([1, 5, 3, 6], [-100, -100, -100, 0]), ([1, 5, 3, 4, STOP], [-100, 1, -100, -100, -100])]  # fmt: skip
+
+
+def test_an_answer_that_cannot_be_compared_is_skipped(first_digit):
+    endless = toy({"0": 1}, 1)
+    engine = Engine(endless, endless, None, Settings("standard", speculate_k=2), [STOP], 24)
+    assert mine(engine, [0], first_digit, Digits(), 6) == {"skipped": "cut off"}
+    silent = toy({}, STOP)
+    engine = Engine(silent, silent, None, Settings("standard", speculate_k=2), [STOP], 24)
+    assert mine(engine, [0], Question(0, "", "", "number"), Digits(), 6) in (
+        {"skipped": "no final answer"},
+        {"skipped": "cut off"},
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("start, known", [(70, 0), (70, 69), (75, 100), (99, 64), (99, 98), (1, 0)])
+def test_draft_choices_are_the_drafts_own(pair, start, known):
+    target, draft = pair
+    ids = torch.randint(0, 97, (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    engine = Engine(target, draft, None, Settings("standard"), [96], 150)
+    engine.prefill(ids)
+    if known < 100:  # what lies beyond `known` in the cache is of another text
+        engine.prefill([*ids[:known], *[3] * (100 - known)], keep=known)
+    expected = draft(torch.tensor([ids]))[1][0].argmax(-1)[start - 1 : 99].tolist()
+    assert draft_choices(engine, ids, start, known) == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("keep", [0, 1, 63, 64, 65, 90])
+def test_a_kept_cache_gives_the_output_of_a_fresh_one(pair, keep):
+    target, draft = pair
+    one = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+    other = one[:keep] + torch.randint(0, 97, (100 - keep,), generator=torch.Generator().manual_seed(2)).tolist()
+    engine = Engine(target, draft, None, Settings("standard", speculate_k=4), [96], 160)
+    fresh = engine.generate(other, 30).tokens
+    engine.generate(one, 30)
+    assert engine.generate(other, 30, keep=keep).tokens == fresh
+
+
+def run(tmp_path, out: str, *more: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "mine_important_tokens.py"),
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+        "--seed",
+        "3",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run([*command, "--out", str(tmp_path / out), *more], env=environment, capture_output=True, text=True)
+
+
+def contents(path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+
+
+def test_a_killed_or_sharded_run_gives_the_same_training_data(tmp_path):
+    """Whole; cut in the middle of a line and resumed; dealt to two processes as torchrun does, and merged."""
+    assert run(tmp_path, "whole").returncode == 0
+    whole = (tmp_path / "whole").read_bytes()
+    part = (tmp_path / "whole.part0of1").read_bytes()
+    lines = part.splitlines(keepends=True)
+    assert len(lines) == 5 and whole
+    (tmp_path / "cut.part0of1").write_bytes(b"".join(lines[:3]) + lines[3][:100])
+    assert run(tmp_path, "cut").returncode == 0
+    assert (tmp_path / "cut").read_bytes() == whole
+    assert contents(tmp_path / "cut.part0of1") == contents(tmp_path / "whole.part0of1")
+    for rank in ("0", "1"):
+        done = run(tmp_path, "two", env={"RANK": rank, "WORLD_SIZE": "2"})
+        assert done.returncode == 0 and not (tmp_path / "two").exists()
+        if rank == "0":
+            early = run(tmp_path, "two", "--merge", "2")
+            assert early.returncode == 2 and "two.part1of2" in early.stderr and not (tmp_path / "two").exists()
+    assert run(tmp_path, "two", "--merge", "2").returncode == 0
+    assert (tmp_path / "two").read_bytes() == whole
+    missing = run(tmp_path, "two", "--merge", "2", "--limit", "5")
+    assert missing.returncode == 2 and "lack 1 questions" in missing.stderr and (tmp_path / "two").read_bytes() == whole
+    other = run(tmp_path, "whole", "--max_new_tokens", "90")
+    assert other.returncode == 2 and "max_new_tokens" in other.stderr and (tmp_path / "whole").read_bytes() == whole
+
+
+def test_mined_labels_are_of_the_drafts_tokens(tmp_path):
+    """On the demo pair: each labelled token is the draft's own choice after the tokens before it, and not the target's;
+    and the file is what judge.py train reads."""
+    assert run(tmp_path, "mined").returncode == 0
+    answers, tokenizer = read_answers(tmp_path / "mined"), load_tokenizer(DEMO / "target")
+    target, draft = (load_model(DEMO / role, dtype=torch.float32) for role in ("target", "draft"))
+    encoded = encode_items(tokenizer, answers, False, target.args.vocab_size)
+    readers, labelled = [RowReader(model, 17, 300) for model in (target, draft)], 0
+    for answer in encoded:
+        both, base = answer.prompt + answer.ids, len(answer.prompt) - 1
+        said = [r.model.output(r.model.norm(r.read(both, base, base, len(both) - 1))).argmax(-1).tolist() for r in readers]
+        for place, mark in enumerate(answer.item["labels"]):
+            if mark >= 0:
+                assert said[1][place] == answer.ids[place] != said[0][place]
+                labelled += 1
+    assert labelled > 20 and {mark for answer in answers for mark in answer["labels"]} == {1, 0, -100}
+
+
+def test_mistakes_are_one_sentence(tmp_path, capsys):
+    for more, word in (
+        (["--out", "/no/such/file"], "cannot be written"), (["--checker", "number"], "demo"),
+        (["--questions", str(tmp_path / "no.jsonl"), "--checker", "number"], "no.jsonl"), (["--device", "tpu"], "tpu"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            mining.main(["--out", str(tmp_path / "out"), "--device", "cpu", *more])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
