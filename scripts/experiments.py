@@ -128,10 +128,10 @@ def judge_table(args) -> dict:
     plain, standard, judge = rows[:3]
     return {
         "title": "Plain, standard and judge", "n": len(questions), "rows": rows,
-        "finding": f"The judge accepts {judge['mean_accepted'] / standard['mean_accepted']:.1f} times as many tokens a round as "
-        f"standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} times "
-        f"as fast as plain, with {-judge['difference']:.1%} of the problems lost "
-        f"({judge['lost']} lost, {judge['won']} won of {judge['n']}).",
+        "finding": f"The judge accepts {judge['mean_accepted'] / standard['mean_accepted']:.1f} times as many tokens a round "
+        f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} "
+        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and wins "
+        f"{judge['won']} that plain has wrong.",
     }  # fmt: skip
 
 
@@ -152,9 +152,10 @@ def m_sweep(args) -> dict:
         speed = {k: row["tokens_per_second"] for k, row in mine.items()}
         best, worst = (pick((k for k in speed if k != "auto"), key=speed.get) for pick in (max, min))
         parts.append(
-            f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to {mine[16]['mean_accepted']:.1f} at 16 "
-            f"and {mine[32]['mean_accepted']:.1f} at 32 and is fastest at M = {best}; auto reaches {speed['auto'] / speed[best]:.0%} "
-            f"of that speed and {speed['auto'] / speed[worst]:.2f} times that of the worst (M = {worst})"
+            f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to {mine[16]['mean_accepted']:.1f} "
+            f"at 16 and {mine[32]['mean_accepted']:.1f} at 32 and is fastest at M = {best}; auto reaches "
+            f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times that of the worst "
+            f"(M = {worst})"
         )
     return {"title": "Tokens a round against M", "n": len(questions), "rows": rows, "finding": "; ".join(parts) + "."}
 
@@ -198,15 +199,18 @@ def equal_risk(args) -> dict:
         row |= {"name": variant.name, "threshold": variant.threshold}
         if variant.name in found:
             row |= {name: found[variant.name][name] for name in ("harms", "bound")}
-    failed = [
-        {"rule": name, "name": name, "threshold": None, "n": c["n"]} for name, c in found.items() if c["threshold"] is None
-    ]
+    none = [name for name, c in found.items() if c["threshold"] is None]
+    failed = [{"rule": name, "name": name, "threshold": None, "n": found[name]["n"]} for name in none]
     order = sorted((row for row in rows if "bound" in row), key=lambda row: -row["mean_accepted"])
-    none = f"; none for {', '.join(row['name'] for row in failed)}" if failed else ""
-    return {"title": f"Every rule at the same risk: at most {args.max_harm:.0%} harmed, 95% confidence", "n": len(questions),
-            "calibrated_on": n, "rows": rows + failed, "seed_of_calibration": args.seed + 1,
-            "finding": "At the same bound the rules accept m* "
-            + ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order) + none + "."}  # fmt: skip
+    found_by = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
+    return {
+        "title": f"Every rule at the same risk: at most {args.max_harm:.0%} harmed, 95% confidence",
+        "n": len(questions),
+        "calibrated_on": n,
+        "rows": rows + failed,
+        "seed_of_calibration": args.seed + 1,
+        "finding": f"At the same bound the rules accept m* {found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
+    }
 
 
 def other_text(args) -> dict:
@@ -226,7 +230,8 @@ def other_text(args) -> dict:
     random_rows = {row["rule"].split("=")[0]: row for row in rows if row["writer"] == "any wording at random"}
     return {"title": "Somebody else's right answers as the draft", "n": n, "rows": rows,
             "finding": "Of right answers in wordings picked at random, standard verification accepts "
-            f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, the judge {random_rows['judge']['mean_accepted']:.1f} "
+            f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, "
+            f"the judge {random_rows['judge']['mean_accepted']:.1f} "
             f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the tokens)."}  # fmt: skip
 
 
@@ -253,11 +258,12 @@ def out_of_domain(args) -> dict:
     found = {(row["kind"], row["trained_on"] == row["tested_on"]): [] for row in rows}
     for row in rows:
         found[row["kind"], row["trained_on"] == row["tested_on"]].append(row)
-    said = [f"{kind} {'in its family' if same else 'on the other family' if kind != 'kl' else ''} loses "
-            f"{-sum(r['difference'] for r in part) / len(part):.1%} at m* {sum(r['mean_accepted'] for r in part) / len(part):.1f}"
-            for (kind, same), part in found.items()]  # fmt: skip
+    where = {(kind, same): "" if kind == "kl" else " in its family" if same else " on the other family" for kind, same in found}
+    mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
+    said = [f"{key[0]}{where[key]} loses {-mean(part, 'difference'):.1%} at m* {mean(part, 'mean_accepted'):.1f}"
+            for key, part in found.items()]  # fmt: skip
     return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
-            "finding": "; ".join(" ".join(part.split()) for part in said) + "."}  # fmt: skip
+            "finding": "; ".join(said) + "."}  # fmt: skip
 
 
 def family_rows(args, name: str, family: str, variants: list[Variant], judge: Path | None, kind: str, trained_on: str) -> list:
@@ -289,24 +295,27 @@ def self_correction(args) -> dict:
         prompt, ids, _ = encode_answer(tokenizer, problem.question, before + wrong[:stop])
         rest = answer_text(tokenizer, engine.generate(prompt + ids, 200).tokens)
         verdict = check(problem, before + wrong[:stop] + rest)
-        cases.append({"where": where, "at_once": rest.startswith(WAIT), "right": verdict.right, "answer_right": verdict.answer_right,
-                      "prompt": problem.question, "forced": before + wrong[:stop], "continued": rest})  # fmt: skip
+        cases.append({"where": where, "at_once": rest.startswith(WAIT), "right": verdict.right,
+                      "answer_right": verdict.answer_right, "prompt": problem.question,
+                      "forced": before + wrong[:stop], "continued": rest})  # fmt: skip
         progress.step()
     rows = []
     for where in ("right after the wrong characters", "at the end of the sentence", "all"):
         mine = [case for case in cases if where in ("all", case["where"])]
-        rows.append({"stopped": where, "n": len(mine), **{f: sum(c[f] for c in mine) / len(mine) for f in ("at_once", "right", "answer_right")},
-                     "interval": interval(sum(c["right"] for c in mine), len(mine))})  # fmt: skip
+        shares = {field: sum(case[field] for case in mine) / len(mine) for field in ("at_once", "right", "answer_right")}
+        rows.append(
+            {"stopped": where, "n": len(mine), **shares, "interval": interval(sum(c["right"] for c in mine), len(mine))}
+        )
     examples = [next((c for c in cases if c["right"] is right and c["at_once"] is once), None)
                 for right in (True, False) for once in (True, False)]  # fmt: skip
     return {"title": "The target after a wrong span", "n": n, "rows": rows, "examples": [case for case in examples if case],
-            "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends right at every step in "
-            f"{rows[-1]['right']:.0%} ({rows[0]['right']:.0%} where it can speak right after the wrong characters, "
+            "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends right at every "
+            f"step in {rows[-1]['right']:.0%} ({rows[0]['right']:.0%} where it can speak right after the wrong characters, "
             f"{rows[1]['right']:.0%} after the end of the sentence)."}  # fmt: skip
 
 
 def label_policies(args) -> dict:
-    """Experiment 7, label policies: heads trained on the same answers, compared by AUC on truly wrong tokens and by decoding."""
+    """Experiment 7, label policies: heads trained on the same answers with each, compared by decoding."""
     target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
     answers, questions = read_answers(args.judge_data), load_questions("demo", None, args.limit or 300, args.seed + 2)
     for policy in LABEL_POLICIES:
@@ -398,7 +407,8 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
         if auc > best.get("auc", 0):
             cut = right.quantile(0.05) if len(right) < 1 << 24 else right.sort().values[len(right) // 20]
             best = {"auc": auc, "auc_error": math.sqrt(auc * (1 - auc) / max(1, len(wrong))), "wrong_tokens": len(wrong),
-                    "training_wrong_tokens": int((labels[train] == 0).sum()), "wrong_accepted_at_95": (wrong > cut).float().mean().item()}  # fmt: skip
+                    "training_wrong_tokens": int((labels[train] == 0).sum()),
+                    "wrong_accepted_at_95": (wrong > cut).float().mean().item()}  # fmt: skip
     return best
 
 
@@ -430,12 +440,12 @@ def autojudge(args) -> dict:
     agree = (counts[True, 1] + counts[False, 0]) / total
     labelled = {"right, unimportant": counts[True, 1], "wrong, important": counts[False, 0],
                 "right, important": counts[True, 0], "wrong, unimportant": counts[False, 1]}  # fmt: skip
-    return {"title": "AutoJudge's mining", "n": len(questions), "rows": rows, "labels": labelled, "auc": head.info["held_out"]["auc"],
+    wrong, auc = counts[False, 0] + counts[False, 1], head.info["held_out"]["auc"]
+    return {"title": "AutoJudge's mining", "n": len(questions), "rows": rows, "labels": labelled, "auc": auc,
             "mismatches": total, "important": important / total, "agreement": agree,
             "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on mined labels is "
-            f"{head.info['held_out']['auc']:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {counts[False, 0] + counts[False, 1]} "
-            f"wrong tokens {counts[False, 1]} changed no final answer, of {counts[True, 0] + counts[True, 1]} right ones "
-            f"{counts[True, 0]} did."}  # fmt: skip
+            f"{auc:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {wrong} wrong tokens {counts[False, 1]} "
+            f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did."}  # fmt: skip
 
 
 EXPERIMENTS = {f.__name__: f for f in (judge_table, m_sweep, pareto, equal_risk, other_text, out_of_domain, self_correction,
@@ -461,13 +471,11 @@ def as_markdown(result: dict) -> str:
     lines.append("|" + "---|" * len(names))
     lines += ["| " + " | ".join(cell(row.get(name)) for name in names) + " |" for row in result["rows"]]
     for case in result.get("examples", []):
-        lines += [
-            "",
-            f"> {case['prompt']} **{case['forced']}**{case['continued']}",
-            f"> ({'right' if case['right'] else 'wrong'})",
-        ]
-    lines += ["", f"n {result['n']}, seed {result['seed']}; `{result['command']}`; {result['machine']}; commit {result['commit']}.",
-              "Intervals are 95%; `interval` is Wilson's of the accuracy, `difference` is to plain on the same problems."]  # fmt: skip
+        lines += ["", f"> {case['prompt']} **{case['forced']}**{case['continued']}"]
+        lines += [f"> ({'right' if case['right'] else 'wrong'})"]
+    made = f"`{result['command']}`; {result['machine']}; commit {result['commit']}"
+    lines += ["", f"n {result['n']}, seed {result['seed']}; {made}. Intervals are 95%: `interval` is Wilson's of the accuracy, "
+              "`difference` is to plain on the same problems."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

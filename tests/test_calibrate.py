@@ -1,6 +1,7 @@
 """Protects: the exact bound, that a walk keeps it and picking the best does not, what is counted, what is written."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -182,10 +183,9 @@ def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
 def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch):
     """Answers with a wrong token that scores high are harms, once each; answers without a wrong token do not count."""
     from scripts.demo_task import problems, write_answer_with_errors
-    from scripts.train_demo import random
 
     rng, lines = random.Random(0), []
-    for problem, number in zip(problems(123, held_out=True), range(40)):
+    for problem, _ in zip(problems(123, held_out=True), range(40)):
         text, errors = write_answer_with_errors(problem, "target", rng, 0.4)
         lines.append({"prompt": problem.question, "response": text, "errors": [list(span) for span in errors]})
     data = tmp_path / "labelled.jsonl"

@@ -465,20 +465,16 @@ def test_a_split_that_leaks_a_question_turns_red():
 def test_the_same_seed_trains_the_same_bits_from_a_fresh_or_a_kept_cache(pair, tmp_path):
     target, draft = pair
     settings = TrainSettings(rows=5, seed=3)
-    for models in ([target], [target, draft]):
+    path = tmp_path / "judge.safetensors"
+    for models, feature in (([target], "target"), ([target, draft], "target+draft")):
+        contents = set()
         for cache in ("one", "one", "two"):
-            train_judge(models, letters(), answers_to(range(10)), settings, tmp_path / cache).save(
-                tmp_path / "judge.safetensors"
-            )
-            content = (tmp_path / "judge.safetensors").read_bytes()
-            first = content if cache == "one" and "first" not in locals() else first
-            assert content == first
-        del first
-        assert load_judge(tmp_path / "judge.safetensors", target, draft).feature == (
-            "target" if len(models) == 1 else "target+draft"
-        )
+            train_judge(models, letters(), answers_to(range(10)), settings, tmp_path / cache).save(path)
+            contents.add(path.read_bytes())
+        assert len(contents) == 1
+        assert load_judge(path, target, draft).feature == feature
     with pytest.raises(InputError, match="reads the draft"):
-        load_judge(tmp_path / "judge.safetensors", target)
+        load_judge(path, target)
 
 
 def test_guarded_texts_are_pushed_out_by_their_weight(pair, tmp_path):
