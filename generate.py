@@ -53,7 +53,7 @@ from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
 WINDOW = 256  # the smallest part of the cache that a step looks at; then its doubles
-SIZES = (4, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
+SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
 TINY = 1e-20
 
 
@@ -337,16 +337,15 @@ class Engine:
                 self.measure(window)
         return time.monotonic() - started
 
-    def measure(self, window: int, repeats: int = 5) -> None:
-        """Tells `pace` the seconds of a round for each size: the least of some, since other work only adds."""
-        for m in self.sizes:
-            seconds = []
-            for _ in range(repeats):
-                self.buffers.pos.fill_(1)
-                began = time.monotonic()
-                self.round(window, m)
-                seconds.append(time.monotonic() - began)
-            self.pace.seconds[window, m] = min(seconds)
+    def measure(self, window: int, repeats: int = 9) -> None:
+        """Tells `pace` the median seconds of a round for each size; the sizes take turns, as other work comes and goes."""
+        seconds = {m: [] for m in self.sizes}
+        for m in self.sizes * repeats:
+            self.buffers.pos.fill_(1)
+            began = time.monotonic()
+            self.round(window, m)
+            seconds[m].append(time.monotonic() - began)
+        self.pace.seconds |= {(window, m): sorted(found)[repeats // 2] for m, found in seconds.items()}
 
     def sync(self) -> None:
         if self.target.device.type == "cuda":
@@ -407,7 +406,6 @@ class Engine:
             window = next(window for window in self.windows if window >= needed)
             got = self.round(window, self.pace.choose(window))
             pos += len(got.tokens)
-            self.pace.learn(got.drafted, got.accepted)
             result.rounds += 1
             result.drafted += got.drafted
             result.score, result.scored = result.score + got.score, result.scored + got.scored
@@ -418,6 +416,7 @@ class Engine:
                 if token in self.stop_ids:
                     fresh, result.stop_reason = fresh[: at + 1], "stop"
                     break
+            self.pace.learn(got.drafted, min(got.accepted, len(fresh)))  # what lies past the end is worth nothing
             result.tokens += [token for token, _ in fresh]
             result.origin += [letter for _, letter in fresh]
             result.seconds_decode = time.monotonic() - began

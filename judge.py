@@ -50,7 +50,7 @@ FEATURES = {  # name -> what the head reads; the name stands in the file's heade
     "target": "the target's pre-norm hidden state at the token's own position",
     "target+draft": "the same, then the draft's pre-norm hidden state in the row that proposed the token",
 }
-LABEL_POLICIES = ("ignore_after", "span", "from_error")
+LABEL_POLICIES = ("span", "ignore_after", "from_error")
 CHUNK = 64  # rows a prefill pass reads, here as in the engine; the last is padded, so that no prompt length is special
 
 
@@ -732,7 +732,7 @@ def split_prompts(keys: Tensor, seed: int, held_out: float = 0.2, validation: fl
 class TrainSettings:
     """How to train a head. l2 None: the best of L2_GRID by AUC on prompts that are set aside for it."""
 
-    policy: str = "ignore_after"
+    policy: str = "span"
     rows: int = 17  # speculate_k + 1
     threshold: float = 0.5
     held_out: float = 0.2

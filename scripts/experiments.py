@@ -77,7 +77,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     name = names[0].split(":")[1].strip() if names else platform.processor()
-    return f"{os.cpu_count()} cores of {name}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores of {name}, torch {torch.__version__}"
 
 
 def commit() -> str:
@@ -260,7 +260,7 @@ def out_of_domain(args) -> dict:
         found[row["kind"], row["trained_on"] == row["tested_on"]].append(row)
     where = {(kind, same): "" if kind == "kl" else " in its family" if same else " on the other family" for kind, same in found}
     mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
-    said = [f"{key[0]}{where[key]} loses {-mean(part, 'difference'):.1%} at m* {mean(part, 'mean_accepted'):.1f}"
+    said = [f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* {mean(part, 'mean_accepted'):.1f}"
             for key, part in found.items()]  # fmt: skip
     return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
             "finding": "; ".join(said) + "."}  # fmt: skip
@@ -326,11 +326,13 @@ def label_policies(args) -> dict:
         bench = bench_of(args, questions, f"policy_{policy}", judge_path=path)
         summary = summary_rows(bench.answer_all(questions, variants), variants)[1:]
         rows += [{"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row} for row in summary]
-    best = max((row for row in rows if -row["difference"] <= 0.02), key=lambda row: row["mean_accepted"])
-    said = "; ".join(f"{policy}: " + ", ".join(f"{-row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}" for row in rows
+    mean = {policy: [sum(row[key] for row in rows if row["policy"] == policy) / 4 for key in ("mean_accepted", "difference")]
+            for policy in LABEL_POLICIES}  # fmt: skip
+    best = max((policy for policy in LABEL_POLICIES if -mean[policy][1] <= 0.02), key=lambda policy: mean[policy][0])
+    said = "; ".join(f"{policy}: " + ", ".join(f"{0 - row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}" for row in rows
                                               if row["policy"] == policy) for policy in LABEL_POLICIES)  # fmt: skip
     return {"title": "Label policies", "n": len(questions), "rows": rows,
-            "finding": f"{best['policy']} accepts most within 2 points ({said}, over delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
+            "finding": f"{best} accepts most over the four thresholds, within 2 points ({said}, at delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
 
 
 def ablations(args) -> dict:
