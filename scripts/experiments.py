@@ -111,10 +111,10 @@ def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:
     return [row | (paired(by_rule[row["rule"]], base) if base and row["rule"] != "plain" else {}) for row in rows]
 
 
-def bench_of(args, questions, name: str, needs_judge: bool = True, largest_k: int = 0, **more) -> Bench:
+def bench_of(args, asked, name: str, needs_judge: bool = True, largest_k: int = 0, **more) -> Bench:
     """A Bench whose answers are kept in the work folder under `name`."""
     fixed = {"out": args.work / f"{name}.jsonl", "questions": "demo", "checker": None}
-    return Bench(argparse.Namespace(**vars(args) | fixed | more), questions, needs_judge, largest_k)
+    return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, needs_judge, largest_k)
 
 
 def judge_table(args) -> dict:
