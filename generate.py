@@ -627,7 +627,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if args.prompt is None and not args.interactive:
             args.prompt = DEMO_PROMPT
             args.compare = True
-    if args.verify is None:
+    if args.verify is None and not args.calibration:
         args.verify = "plain" if not args.draft_checkpoint_path else "judge" if args.judge_path else "standard"
     return args
 
@@ -853,11 +853,13 @@ def stream_answer(
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for a command line that cannot run, before anything is loaded. --calibration gives its threshold."""
+    """Raises InputError for a command line that cannot run, before anything is loaded. A calibration gives the rule."""
     if args.calibration:
         calibration = read_calibration(args.calibration)
-        if calibration["conditions"]["verify"] != args.verify:
-            raise InputError(f"{args.calibration} is of --verify {calibration['conditions']['verify']}, not of {args.verify}.")
+        rule = calibration["conditions"]["verify"]
+        if args.verify not in (None, rule):
+            raise InputError(f"{args.calibration} is of --verify {rule}, not of {args.verify}.")
+        args.verify = rule
         if args.threshold is None:
             args.threshold = calibration["threshold"]
     check_settings(settings_of(args), bool(args.draft_checkpoint_path), bool(args.judge_path))

@@ -601,7 +601,7 @@ def extract_features(
     longest, context = max(len(a.prompt) + len(a.ids) for a in answers), min(m.args.max_position for m in models)
     if longest > context:
         raise InputError(f"An answer has {longest} tokens with its prompt; the context is {context}.")
-    what = [[a.prompt, a.ids, a.item["labels"] if a.spans is None else None] for a in answers]
+    what = [[a.prompt, a.ids, a.item["labels"] if a.spans is None and not a.item.get("guard") else None] for a in answers]
     made_by = [[m.fingerprint, str(m.dtype), m.device.type] for m in models]
     folder = cache / hashlib.sha256(json.dumps([what, made_by, rows, shard_bytes]).encode()).hexdigest()[:16]
     files = sorted(folder.glob("[0-9]*.safetensors"))

@@ -154,6 +154,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     elif (folder / "tokenizer.json").exists():
         path = folder / "tokenizer.json"
         tokenizer = TiktokenTokenizer(ranks_of_json(path), has_dated_chat(folder), str(path))
+        for token in read_json(path).get("added_tokens") or []:  # names of its own, as <think> of reasoning models
+            tokenizer.control_of_id[token["id"]] = token["content"].encode()
     else:
         raise InputError(f"{folder} has no tokenizer.model, original/tokenizer.model or tokenizer.json.")
     for name in ("generation_config.json", "config.json"):

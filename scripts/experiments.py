@@ -13,6 +13,7 @@
     label_policies  the three ways to label what follows an error, trained and decoded
     ablations       feature, row, layer, size of the training set, target+draft
     autojudge       mining: share of important tokens, AUC, agreement with the true labels
+    rule_cost       what each rule adds to the verification's time (needs --compile)
 
 Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems), command,
 machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed run resumes.
@@ -26,6 +27,7 @@ import platform
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -453,8 +455,29 @@ def autojudge(args) -> dict:
             f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did."}  # fmt: skip
 
 
+def rule_cost(args) -> dict:
+    """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position; medians."""
+    questions, times = load_questions("demo", None, 1, args.seed), {name: [] for name in RULES}
+    bench, n = bench_of(args, questions, "rule_cost"), args.limit or 3000
+    engines = {name: bench.engine(Variant(name)) for name in RULES}
+    for _ in range(n):
+        for name, engine in engines.items():
+            verify, buffers = engine.verify_steps[args.speculate_k]
+            buffers.pos.fill_(100)
+            began = time.perf_counter()
+            with torch.inference_mode():
+                verify(engine.target, engine.head, buffers, engine.settings, engine.windows[0], engine.markers).tolist()
+            times[name].append(time.perf_counter() - began)
+    base = torch.tensor(times["standard"]).median()
+    rows = [{"rule": name, "milliseconds": 1e3 * torch.tensor(found).median().item(),
+             "added": (torch.tensor(found).median() / base - 1).item()} for name, found in times.items()]  # fmt: skip
+    return {"title": f"Time of a verification of {args.speculate_k + 1} rows by rule", "n": n, "rows": rows,
+            "finding": f"Beside {1e3 * base:.2f} ms of standard verification the rules add "
+            + ", ".join(f"{row['rule']} {row['added']:+.1%}" for row in rows[1:]) + "."}  # fmt: skip
+
+
 EXPERIMENTS = {f.__name__: f for f in (judge_table, m_sweep, pareto, equal_risk, other_text, out_of_domain, self_correction,
-                                       label_policies, ablations, autojudge)}  # fmt: skip
+                                       label_policies, ablations, autojudge, rule_cost)}  # fmt: skip
 
 
 def as_markdown(result: dict) -> str:

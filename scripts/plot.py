@@ -131,9 +131,18 @@ def ablations(result: dict):
     return figure
 
 
+def rule_cost(result: dict):
+    figure, (axis,) = new_figure()
+    bars(
+        axis, [row["rule"] for row in result["rows"]], [100 * row["added"] for row in result["rows"]], "% added to verification"
+    )
+    return figure
+
+
 FIGURES = {
     "judge_table": judge_table, "m_sweep": m_sweep, "pareto": pareto, "equal_risk": equal_risk, "other_text": other_text,
     "out_of_domain": out_of_domain, "self_correction": self_correction, "ablations": ablations,
+    "rule_cost": rule_cost,
     "label_policies": lambda result: by_delta(result, "policy"), "autojudge": lambda result: by_delta(result, "head"),
 }  # fmt: skip
 

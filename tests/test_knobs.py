@@ -248,6 +248,11 @@ def test_the_command_line_announces_and_refuses_calibrations(tmp_path, capsys):
     assert json.loads(out)["threshold"] == 1.0 and "Guarantee: with 95%" in err
     generate.main([*command, "kl", "--calibration", str(path), "--speculate_k", "3"])
     assert "No guarantee: calibrated with speculate_k 16, but this run has 3." in capsys.readouterr().err
+    generate.main([*command[:-1], "--calibration", str(path), "--json"])  # it names the rule, too
+    assert json.loads(capsys.readouterr().out)["verify"] == "kl"
+    with pytest.raises(SystemExit):
+        generate.main([*command, "topk", "--calibration", str(path)])
+    assert "is of --verify kl, not of topk" in capsys.readouterr().err
     path.write_text("{}")
     for verify, word in (("kl", "lacks 'kind'"), ("topk", "lacks 'kind'")):
         with pytest.raises(SystemExit) as stop:

@@ -70,6 +70,22 @@ def test_llama3_from_tokenizer_json_and_original_folder(tmp_path, llama3_json):
 
 
 @needs_data
+def test_a_folders_own_names_for_control_tokens(llama3_json):
+    """Reasoning models rename reserved tokens: <think> is then one token, which text shows and markers find."""
+    from judge import make_markers
+
+    path = llama3_json / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = [{"id": 128013, "content": "<think>"}, {"id": 128014, "content": "</think>"}]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(llama3_json)
+    inside = [*tokenizer.encode("So "), 128013, *tokenizer.encode("\nhmm")]
+    assert decode(tokenizer, [*inside, 128014]) == "So <think>\nhmm</think>"
+    markers = make_markers(("<think>", "</think>"), tokenizer, tokenizer.vocab_size)
+    assert markers.after(inside) >= markers.inside > markers.after([*inside, 128014])
+
+
+@needs_data
 def test_llama2_ids_are_those_of_transformers(tmp_path):
     from transformers import LlamaTokenizer
 
