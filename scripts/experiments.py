@@ -186,7 +186,7 @@ def pareto(args) -> dict:
 
 def equal_risk(args) -> dict:
     """Experiment 3, second half: thresholds from other problems than those that are then answered."""
-    names, n = [name for name in RULES if name != "standard"], args.limit or 400
+    names, n = [name for name in RULES if name != "standard"], args.limit or 250
     found = {}
     for name in names:
         command = ["--verify", name, "--max_harm", str(args.max_harm), "--limit", str(n), "--seed", str(args.seed + 1)]
@@ -196,7 +196,7 @@ def equal_risk(args) -> dict:
     variants = [Variant("plain"), Variant("standard")]
     variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
     questions = load_questions("demo", None, args.limit or 200, args.seed)
-    rows = summary_rows(bench_of(args, questions, "pareto").answer_all(questions, variants), variants)
+    rows = summary_rows(bench_of(args, questions, "equal_risk").answer_all(questions, variants), variants)
     for row, variant in zip(rows, variants):
         row |= {"name": variant.name, "threshold": variant.threshold}
         if variant.name in found:

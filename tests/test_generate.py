@@ -11,7 +11,7 @@ from conftest import DATA, DEVICES, make_folder
 
 import generate
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual, windows_up_to
-from judge import JudgeHead
+from judge import JudgeHead, Markers
 from model import ModelArgs, load_model
 from tokenizer import load_tokenizer
 
@@ -208,7 +208,9 @@ def test_compiled_is_eager_without_recompiling(pair, device):
         ("topn_delta", 0),
         ("divergence", 0),
         ("window", 0),
+        ("ensemble", 0),
         ("standard", 0.8),
+        ("ensemble", 0.8),
     ]:
         settings = {
             "threshold": knobs.get(verify),
@@ -225,6 +227,32 @@ def test_compiled_is_eager_without_recompiling(pair, device):
                 prompt = torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(length)).tolist()
                 expected, found = eager.generate(prompt, new, seed=7), fast.generate(prompt, new, seed=7)
                 assert found.tokens == expected.tokens and found.origin == expected.origin
+    for model in pair:
+        model.to("cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_markers_adaptive_m_and_draft_features(pair, device, monkeypatch):
+    """As above, with a head that reads the draft, too, a rule that applies between markers, and M that changes."""
+    monkeypatch.setattr(generate, "SIZES", (2, 5))
+    target, draft = (model.to(device) for model in pair)
+    weights = (torch.randn(64, generator=torch.Generator().manual_seed(seed)) * 0.2 for seed in (4, 5))
+    head = JudgeHead(next(weights), torch.tensor(0.0), 0.5, "", {}, next(weights)).to(device)
+    table = torch.zeros(2, 97, dtype=torch.uint8)
+    table[0, ::3], table[1, :], table[1, ::5] = 1, 1, 0
+    settings = {"speculate_k": 5, "adaptive": True}
+    outputs = []
+    for compiled in (False, True):
+        engine = Engine(target, draft, head, Settings("judge", **settings, compile=compiled), [96], 300, Markers(table, 1))
+        engine.warm_up()
+        seen = []
+        engine.pace.choose = lambda window, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            prompts = [torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 70, 240)]
+            results = [engine.generate(prompt, 40) for prompt in prompts]
+        outputs.append([(r.tokens, r.origin, r.drafted) for r in results])
+        assert {letter for r in results for letter in r.origin} == set("artb")
+    assert outputs[0] == outputs[1]
     for model in pair:
         model.to("cpu")
 
@@ -337,15 +365,19 @@ def test_nothing_but_the_report_waits_for_the_gpu(pair):
         ("kl", 0.0),
         ("topk", 0.0),
         ("typical", 0.0),
+        ("ensemble", 0.0),
         ("standard", 1.0),
     ]:
-        engine = Engine(target, draft, head, Settings(verify, speculate_k=4, temperature=temperature), [96], 200)
+        table = torch.ones(2, 97, dtype=torch.uint8)
+        settings = Settings(verify, speculate_k=4, temperature=temperature)
+        engine = Engine(target, draft, head, settings, [96], 200, Markers(table, 1))
         engine.generate([1, 2, 3], 10)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for i in range(4):
                 engine.draft_step(engine.draft, engine.buffers, engine.settings, 256, i == 0)
-            engine.verify_step(engine.target, engine.head, engine.buffers, engine.settings, 256)
+            verify, part = engine.verify_steps[4]
+            verify(engine.target, engine.head, part, engine.settings, 256, engine.markers)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for model in pair:
