@@ -599,7 +599,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--draft_checkpoint_path", type=Path, help="the draft, a folder with the same vocabulary")
     add("--judge_path", type=Path, help="judge.safetensors, made by judge.py for this target")
     add("--verify", choices=["plain", *RULES], help="default: judge if there is one, standard if there is a draft")
-    add("--threshold", type=float, help="delta, tau, K or eps of the rule (default: the judge's own, or the rule's)")
+    add("--threshold", type=float, help="the rule's knob: delta, tau, K, ... (default: the judge's own, or the rule's)")
     add("--min_prob", type=float, default=0.0, help="no rule accepts a token that the target gives less than this")
     add("--relax_between", nargs=2, metavar=("BEGIN", "END"), help="the rule applies only between these two texts")
     add("--calibration", type=Path, help="a file by judge.py calibrate: its rule, its threshold, its guarantee")
@@ -760,9 +760,15 @@ def answer_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return decode(tokenizer, tokens[:-1] if tokens and tokens[-1] in tokenizer.stop_ids else tokens)
 
 
+def name_of(engine: Engine) -> str:
+    """The rule with the threshold in force, as in "kl 0.5"."""
+    s = engine.settings
+    return s.verify if s.verify in ("plain", "standard") else f"{s.verify} {threshold_of(s, engine.head):g}"
+
+
 def summary(name: str, result: Result) -> str:
     """Speed of one sample in one line."""
-    line = f"{name:9} {result.tokens_per_second:7.1f} tokens/s, {len(result.tokens)} tokens in {result.seconds_decode:.3f} s"
+    line = f"{name:15} {result.tokens_per_second:7.1f} tokens/s, {len(result.tokens)} tokens in {result.seconds_decode:.3f} s"
     if result.drafted:
         line += f", {result.rounds} rounds, m* {result.mean_accepted:.2f} ({result.accepted_by_rule} by the rule alone)"
     return f"{line}, prefill {result.seconds_prefill:.3f} s"
@@ -788,7 +794,7 @@ def run_samples(
         print(paint_tokens(tokenizer, result, paint) + "\n")
         if engine.draft is not None and last:
             print(paint.legend)
-        print(summary(args.verify, result))
+        print(summary(name_of(engine), result))
     if plainly and not args.json:
         compare_plainly(args, engine, prompt, result)
 
@@ -814,7 +820,8 @@ def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int],
     plain = plain_engine.generate(prompt, args.max_new_tokens, args.seed)
     print(summary("plain", plain))
     same = "the same text" if plain.tokens == result.tokens else "another text"
-    print(f"{args.verify} is {result.tokens_per_second / plain.tokens_per_second:.2f} times as fast as plain, with {same}.")
+    text = "" if args.temperature else f", with {same}"
+    print(f"{args.verify} is {result.tokens_per_second / plain.tokens_per_second:.2f} times as fast as plain{text}.")
 
 
 def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, drift: Drift) -> None:
@@ -848,7 +855,7 @@ def stream_answer(
     for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room)), result):
         if token not in tokenizer.stop_ids:
             print(paint.token(decoder.push(token), letter), end="", flush=True)
-    print(decoder.flush() + "\n" + summary(args.verify, result))
+    print(decoder.flush() + "\n" + summary(name_of(engine), result))
     return answer_text(tokenizer, result.tokens), result
 
 
@@ -863,6 +870,10 @@ def check_args(args: argparse.Namespace) -> None:
         if args.threshold is None:
             args.threshold = calibration["threshold"]
     check_settings(settings_of(args), bool(args.draft_checkpoint_path), bool(args.judge_path))
+    if args.judge_path and not args.draft_checkpoint_path:
+        raise InputError("--judge_path needs a draft; name one with --draft_checkpoint_path.")
+    if args.min_prob and args.verify in ("plain", "standard"):
+        raise InputError(f"--min_prob is a floor under a rule, but --verify {args.verify} has none; leave it out.")
     for flag in ("max_new_tokens", "num_samples", "cache_length"):
         value = getattr(args, flag)
         if value is not None and value < 1:
@@ -916,7 +927,8 @@ def announce(args: argparse.Namespace, engine: Engine) -> Drift:
         return Drift(None)
     covered, text = describe_guarantee(calibration, conditions(engine, args.chat), threshold_of(engine.settings, engine.head))
     print(text, file=sys.stderr)
-    return Drift(calibration if covered else None)
+    same = covered and threshold_of(engine.settings, engine.head) == calibration["threshold"]  # a stricter one accepts less
+    return Drift(calibration if same else None)
 
 
 def main(argv: list[str] | None = None) -> None:

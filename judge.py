@@ -328,6 +328,10 @@ CALIBRATION = ("kind", "conditions", "threshold", "passed", "max_harm", "confide
 
 def read_calibration(path: Path) -> dict:
     """What `judge.py calibrate` wrote for a rule. Raises InputError when it is missing or of another kind."""
+    if not path.is_file():
+        raise InputError(f"There is no calibration {path}; judge.py calibrate writes one.")
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path} is a judge's file, which holds its calibration itself; name it with --judge_path.")
     calibration = read_json(path)
     if missing := [name for name in CALIBRATION if name not in calibration]:
         raise InputError(f"{path} is no calibration by judge.py calibrate: it lacks {missing[0]!r}.")
@@ -373,8 +377,12 @@ class Drift:
             found = self.sums[name] / self.count
             if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / self.count):
                 self.live = {}
-                return (f"Warning: {name} is {found:.3f} over {self.count} answers, but was {mean:.3f} on the calibration "
-                        "questions: this text is unlike them, and the guarantee may not hold.")  # fmt: skip
+                what = {
+                    "by_rule": "the share of tokens that the rule alone let through",
+                    "mean_score": "the judge's mean score",
+                }
+                return (f"Warning: {what[name]} is {found:.3f} ({self.count} answers so far), but was {mean:.3f} on the "
+                        "calibration questions: this text is unlike them, and the guarantee may not hold.")  # fmt: skip
         return None
 
 
@@ -706,10 +714,9 @@ def measure_head(scores: Tensor, labels: Tensor, thresholds: list[float]) -> dic
     rows = []
     for threshold in thresholds:
         passed, failed = (right > threshold).sum().item(), (wrong > threshold).sum().item()
-        rows.append({
-            "threshold": threshold, "recall": passed / len(right), "precision": passed / max(1, passed + failed),
-            "false_accept": failed / len(wrong),
-        })  # fmt: skip
+        precision = passed / (passed + failed) if passed + failed else None
+        rows.append({"threshold": threshold, "recall": passed / len(right), "precision": precision,
+                     "false_accept": failed / len(wrong)})  # fmt: skip
     bins, curve = (scores * 10).long().clamp(max=9), []
     for number in range(10):
         inside = bins == number
@@ -814,7 +821,8 @@ def print_figures(head: JudgeHead) -> None:
     print("threshold  right tokens accepted  precision  wrong tokens accepted")
     for row in figures["at"]:
         mark = "*" if row["threshold"] == head.threshold else " "
-        print(f"{row['threshold']:8.3f}{mark} {row['recall']:22.4f} {row['precision']:10.4f} {row['false_accept']:22.4f}")
+        precision = "-" if row["precision"] is None else f"{row['precision']:.4f}"
+        print(f"{row['threshold']:8.3f}{mark} {row['recall']:22.4f} {precision:>10} {row['false_accept']:22.4f}")
     print("mean score  share right  tokens   (scores of a loss in which wrong tokens weigh as much as right ones)")
     for row in figures["reliability"]:
         print(f"{row['score']:10.3f} {row['right']:12.4f} {row['tokens']:7}")
@@ -834,7 +842,12 @@ def add_train_flags(add: Callable) -> None:
     add("--cache", type=Path, help="folder that keeps features for the next training (default: OUT.features)")
     add("--features", choices=FEATURES, default="target", help="what the head reads")
     add("--chat", action="store_true", help="put prompts into Llama 3.1's chat format, as generate.py --chat does")
-    add("--label_policy", choices=LABEL_POLICIES, default=TrainSettings.policy, help="tokens after an error")
+    add(
+        "--label_policy",
+        choices=LABEL_POLICIES,
+        default=TrainSettings.policy,
+        help="tokens after an error: right, ignored, or wrong",
+    )
     add("--threshold", type=float, default=0.5, help="delta that the engine uses unless told otherwise")
     add("--l2", type=float, help="strength of the penalty (default: the best of several by AUC on other prompts)")
     add("--speculate_k", type=int, default=16, help="M: features are read M + 1 rows at a time")

@@ -29,11 +29,19 @@ class InputError(ValueError):
     """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it, exit 2."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds each flag's default to its help, where there is one and the help does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or "")
+        return action.help if said else f"{action.help or ''} (default: %(default)s)".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is answered in one sentence."""
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, formatter_class=HelpFormatter)
 
     def error(self, message: str):
         print(f"{self.prog}: {message}; see --help.", file=sys.stderr)

@@ -14,8 +14,9 @@ would void the bound.
 --max_false_accept is the cheap form, without generating: of labelled answers with a mistake, the share in which the judge
 alone would let a wrong token through.
 
-For the judge the result goes into its file, for other rules into --out (JSON), which generate.py --calibration reads.
-If no threshold qualifies, that is said and nothing is written. Answers are kept in --answers, and a killed run resumes.
+For the judge the result goes into its file (or a copy of it, --out), for other rules into --out (JSON), which
+generate.py --calibration reads. If no threshold qualifies, that is said, nothing is written, and the exit code is 1.
+Answers are kept in --answers, and a killed run resumes.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from judge import (
     read_answers,
 )
 from model import InputError, Parser, Progress, check_writable, load_model, pick_device, run_dtype, run_script, write_file
-from scripts.evaluate import Bench, Variant, add_engine_flags, settings_for
+from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, settings_for
 from scripts.tasks import Question, add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
@@ -208,6 +209,7 @@ def walk_of(args: argparse.Namespace) -> list[float]:
 def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for what cannot run, before anything is loaded; fills in where things are kept."""
     args.device = pick_device(args.device)
+    name_models(args)
     if (args.max_harm is None) == (args.max_false_accept is None):
         raise InputError("Give one of --max_harm (on questions) and --max_false_accept (on labelled answers).")
     share = args.max_harm if args.max_false_accept is None else args.max_false_accept
@@ -216,17 +218,19 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"{name} {value} must be between 0 and 1.")
     if args.max_false_accept is not None and (args.verify != "judge" or args.data is None or args.speculate_k == "auto"):
         raise InputError("--max_false_accept is for --verify judge, with --data and a fixed --speculate_k.")
+    if args.verify == "judge" and not (args.judge_path and args.judge_path.is_file()):
+        raise InputError(
+            f"There is no judge file {args.judge_path}; train one with judge.py train or name another --judge_path."
+        )
     if args.out is None and args.verify != "judge":
         raise InputError(f"--verify {args.verify} needs --out, a JSON file for generate.py --calibration.")
     args.out = args.out or args.judge_path
+    if args.verify == "judge" and args.out.suffix != ".safetensors":
+        raise InputError(f"--out {args.out} will be a judge's file with its calibration in it; name it *.safetensors.")
     check_writable(args.out, "--out")
     args.answers = args.answers or args.out.with_name(
         f"{args.out.name}.{'features' if args.max_harm is None else 'answers.jsonl'}"
     )
-    if args.verify == "judge" and not args.judge_path.is_file():
-        raise InputError(
-            f"There is no judge file {args.judge_path}; train one with judge.py train or name another --judge_path."
-        )
     check_settings(settings_for(args, Variant(args.verify)), True, True)
 
 
@@ -235,7 +239,8 @@ def calibrate(args: argparse.Namespace) -> dict:
     check_args(args)
     walk = walk_of(args)
     result, head = by_labels(args, walk) if args.max_harm is None else by_generating(args, walk)
-    what = "at most {:.1%} harmed with {:.0%} confidence".format(result["max_harm"], args.confidence)
+    event = "harmed" if args.max_false_accept is None else "with a wrong token let through"
+    what = f"at most {result['max_harm']:.1%} {event} with {args.confidence:.0%} confidence"
     if result["threshold"] is None:
         least = next(n for n in range(1, 10**6) if upper_bound(0, n, args.confidence) <= result["max_harm"])
         print(f"No threshold of {args.verify} qualifies: {what}, on {result['n']} (without a single harm it takes {least}); "
@@ -261,8 +266,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--confidence", type=float, default=0.95)
     add("--walk", help="thresholds from the strictest to the loosest, with commas between (default: the rule's own)")
     add("--data", type=Path, help="labelled answers for --max_false_accept")
-    add("--label_policy", choices=LABEL_POLICIES, default=TrainSettings.policy, help="which of their tokens are wrong")
-    add("--out", type=Path, help="what to write (default: the judge's own file)")
+    add("--label_policy", choices=LABEL_POLICIES, default=TrainSettings.policy, help="which tokens of --data count as wrong")
+    add("--out", type=Path, help="what to write: a judge (default: --judge_path itself) or, for another rule, JSON")
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
     add_question_flags(add)
     add_engine_flags(add)
@@ -271,7 +276,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    run_script("judge.py calibrate", lambda: calibrate(args))
+    result = {}
+    run_script("judge.py calibrate", lambda: result.update(calibrate(args)))
+    if result["threshold"] is None:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -290,19 +290,22 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
 
 def check_args(args: argparse.Namespace, rules: list[Variant]) -> None:
     """Raises InputError for what cannot run, before anything is loaded."""
+    name_models(args)
     args.device = pick_device(args.device)
     if args.out:
         check_writable(args.out, "--out")
     for rule in rules:
         if rule.name not in PEERS:
-            check_settings(settings_for(args, rule), True, True)
+            check_settings(settings_for(args, rule), True, args.judge_path is not None)
         elif args.temperature:
             raise InputError(f"--verify {rule.name} is greedy; leave --temperature out.")
 
 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer) -> dict:
     """What a results file must agree on for a run to go on with it."""
-    judge = hashlib.sha256(args.judge_path.read_bytes()).hexdigest()[:16] if args.judge_path.is_file() else None
+    judge = (
+        hashlib.sha256(args.judge_path.read_bytes()).hexdigest()[:16] if args.judge_path and args.judge_path.is_file() else None
+    )
     source = Path(args.questions)
     data = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else None
     return {"questions": args.questions, "data": data, "checker": args.checker, "seed": args.seed, "chat": args.chat,
@@ -322,9 +325,9 @@ def report(args: argparse.Namespace) -> None:
 
 def add_engine_flags(add: Callable) -> None:
     """The flags that say which models answer, and how."""
-    add("--checkpoint_path", type=Path, default=DEMO / "target")
-    add("--draft_checkpoint_path", type=Path, default=DEMO / "draft")
-    add("--judge_path", type=Path, default=DEMO / "judge.safetensors")
+    add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft and judge)")
+    add("--draft_checkpoint_path", type=Path, help="the draft")
+    add("--judge_path", type=Path, help="judge.safetensors of this target, for the rule judge")
     add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
     add("--min_prob", type=float, default=0.0)
     add("--speculate_k", type=read_k, default=16, help="M, or auto")
@@ -334,6 +337,16 @@ def add_engine_flags(add: Callable) -> None:
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+
+
+def name_models(args: argparse.Namespace) -> None:
+    """Fills in the demo pair and its judge where no target is named. Raises InputError for a target without a draft."""
+    if args.checkpoint_path is None:
+        args.checkpoint_path = DEMO / "target"
+        args.draft_checkpoint_path = args.draft_checkpoint_path or DEMO / "draft"
+        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+    if args.draft_checkpoint_path is None:
+        raise InputError("--checkpoint_path needs a draft beside it; name one with --draft_checkpoint_path.")
 
 
 def main(argv: list[str] | None = None) -> None:

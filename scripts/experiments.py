@@ -1,7 +1,7 @@
 """The experiments of the judge decoding papers on the demo pair, each one command; results go to benchmarks/.
 
     python scripts/experiments.py judge_table          # or another of the names below, or all
-    python scripts/experiments.py pareto --limit 50 --out /tmp/trial
+    python scripts/experiments.py pareto --limit 50 --results trial
 
     judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its main table)
     m_sweep         tokens a round and tokens/s against M, for standard and judge, and --speculate_k auto
@@ -64,7 +64,7 @@ from scripts.demo_task import (
     write,
     write_answer,
 )
-from scripts.evaluate import Bench, Variant, add_engine_flags, interval, label, summarise
+from scripts.evaluate import Bench, Variant, add_engine_flags, interval, label, name_models, summarise
 from scripts.tasks import load_questions
 from tokenizer import decode, load_tokenizer
 
@@ -237,6 +237,13 @@ def other_text(args) -> dict:
             f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the tokens)."}  # fmt: skip
 
 
+def read_made(path: Path, script: str) -> list[dict]:
+    """Training answers that another script makes. Raises InputError naming that script when they are missing."""
+    if not path.is_file():
+        raise InputError(f"There is no {path}; {script} makes it.")
+    return read_answers(path)
+
+
 def family_of(item: dict, tokenizer) -> str:
     """The family of a training answer, of either form."""
     prompt = item["prompt"] if "prompt" in item else decode(tokenizer, item["prompt_tokens"][1:], at_start=True)
@@ -246,7 +253,8 @@ def family_of(item: dict, tokenizer) -> str:
 def out_of_domain(args) -> dict:
     """Experiment 5."""
     target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
-    data = {"judge": read_answers(args.judge_data), "autojudge": read_answers(args.mined)}
+    data = {"judge": read_made(args.judge_data, "scripts/train_demo.py --stages judge"),
+            "autojudge": read_made(args.mined, "scripts/mine_important_tokens.py")}  # fmt: skip
     for train_family in FAMILIES:
         for kind, answers in data.items():
             mine = [item for item in answers if family_of(item, tokenizer) == train_family]
@@ -319,7 +327,8 @@ def self_correction(args) -> dict:
 def label_policies(args) -> dict:
     """Experiment 7, label policies: heads trained on the same answers with each, compared by decoding."""
     target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
-    answers, questions = read_answers(args.judge_data), load_questions("demo", None, args.limit or 300, args.seed + 2)
+    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
+    questions = load_questions("demo", None, args.limit or 300, args.seed + 2)
     for policy in LABEL_POLICIES:
         head = train_judge([target], tokenizer, answers, TrainSettings(policy, threshold=DELTA), args.work / "features")
         path = args.work / f"policy_{policy}.safetensors"
@@ -343,7 +352,8 @@ def label_policies(args) -> dict:
 def ablations(args) -> dict:
     """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right ones are."""
     target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
-    answers = encode_items(load_tokenizer(DEMO / "target"), read_answers(args.judge_data), False, target.args.vocab_size)
+    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
+    answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
     answers = answers[:: max(1, len(answers) // (args.limit or 1200))]
     features, labels, number = read_variants(target, draft, answers)
     keys = torch.tensor([answer.key for answer in answers])
@@ -422,7 +432,7 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
 def autojudge(args) -> dict:
     """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
     target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
-    mined, problem_of = read_answers(args.mined), {}
+    mined, problem_of = read_made(args.mined, "scripts/mine_important_tokens.py"), {}
     for seed in args.mined_seed:
         problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
     counts = {(truth, found): 0 for truth in (True, False) for found in (0, 1)}
@@ -457,6 +467,8 @@ def autojudge(args) -> dict:
 
 def rule_cost(args) -> dict:
     """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position; medians."""
+    if not args.compile:
+        raise InputError("rule_cost is about compiled graphs; give --compile.")
     questions, times = load_questions("demo", None, 1, args.seed), {name: [] for name in RULES}
     bench, n = bench_of(args, questions, "rule_cost"), args.limit or 3000
     engines = {name: bench.engine(Variant(name)) for name in RULES}
@@ -495,17 +507,19 @@ def as_markdown(result: dict) -> str:
     lines.append("|" + "---|" * len(names))
     lines += ["| " + " | ".join(cell(row.get(name)) for name in names) + " |" for row in result["rows"]]
     for case in result.get("examples", []):
-        lines += ["", f"> {case['prompt']} **{case['forced']}**{case['continued']}"]
+        lines += ["", f"> {case['prompt']} **{case['forced'].strip()}**{case['continued']}"]
         lines += [f"> ({'right' if case['right'] else 'wrong'})"]
-    made = f"`{result['command']}`; {result['machine']}; commit {result['commit']}"
-    lines += ["", f"n {result['n']}, seed {result['seed']}; {made}. Intervals are 95%: `interval` is Wilson's of the accuracy, "
-              "`difference` is to plain on the same problems."]  # fmt: skip
+    made = f"`{result['command']}`; {result['machine']}; commit {result['commit']}."
+    lines += ["", f"n {result['n']}, seed {result['seed']}; {made}"]
+    if "interval" in names:
+        lines[-1] += " Intervals are 95%: `interval` is Wilson's; `difference` is to plain on the same problems."
     return "\n".join(lines) + "\n"
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the experiments asked for and writes their three files each."""
     args.device = pick_device(args.device)
+    name_models(args)
     args.work.mkdir(parents=True, exist_ok=True)
     for name in EXPERIMENTS if args.name == "all" else [args.name]:
         made = {"machine": machine(), "commit": commit()}

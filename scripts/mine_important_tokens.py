@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from generate import DEMO, Engine, Settings, answer_text, encode_prompt, load_pair
+from generate import Engine, Settings, answer_text, encode_prompt, load_pair
 from judge import CHUNK
 from model import DTYPES, InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
-from scripts.evaluate import read_results
+from scripts.evaluate import name_models, read_results
 from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
     """Mines this process's share of the questions; alone, it also merges."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_writable(args.out, "--out")
+    name_models(args)
     questions = questions_of(args, held_out=args.held_out)
     if args.merge:
         merge(args, questions, args.merge)
@@ -134,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
         mine_all(args, engine, tokenizer, mineable, prompts, path, header)
     if size == 1:
         merge(args, questions, 1)
+    elif rank == 0:
+        print(f"When all {size} processes are done: the same command, without torchrun, with --merge {size}", file=sys.stderr)
 
 
 def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, path: Path, header: dict) -> None:
@@ -174,7 +177,10 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
         raise InputError(f"The parts of {args.out} are of different models or settings; mine them again.")
     missing = [question for question in questions if question.id not in records]
     if missing:
-        raise InputError(f"The parts of {args.out} lack {len(missing)} questions, the first is {missing[0].prompt[:60]!r}.")
+        raise InputError(
+            f"The parts of {args.out} lack {len(missing)} questions, the first is "
+            f"{missing[0].prompt[:60]!r}; give --questions, --limit and --seed as for mining."
+        )
     found = [records[question.id] for question in questions]
     mined = [record for record in found if "skipped" not in record]
     text = "".join(json.dumps(line) + "\n" for record in mined for line in training_lines(record))
@@ -190,8 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add_question_flags(add)
     add("--held_out", action="store_true", help="of the demo: take the problems that are kept for evaluation")
-    add("--checkpoint_path", type=Path, default=DEMO / "target")
-    add("--draft_checkpoint_path", type=Path, default=DEMO / "draft")
+    add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft)")
+    add("--draft_checkpoint_path", type=Path, help="the draft")
+    parser.set_defaults(judge_path=None)
     add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
     add("--speculate_k", type=int, default=8, help="M; short, since drafts derail after a wrong token")
     add("--max_new_tokens", type=int, default=200)

@@ -21,7 +21,7 @@ import torch
 from generate import Paint, check_settings, load_pair, threshold_of
 from judge import RULES, Encoded, RowReader, encode_items, rule_mask
 from model import InputError, Parser, Progress, pick_device, run_dtype, run_script
-from scripts.evaluate import Variant, add_engine_flags, label, parse_rules, settings_for
+from scripts.evaluate import Variant, add_engine_flags, label, name_models, parse_rules, settings_for
 from scripts.tasks import read_lines
 from tokenizer import Decoder, Tokenizer, load_tokenizer
 
@@ -110,10 +110,11 @@ def show(tokenizer: Tokenizer, text: Encoded, letters: list[str], paint: Paint) 
 def score(args: argparse.Namespace) -> list[dict]:
     """Reads the texts through the models, prints what is asked for, and returns the rows."""
     variants, args.device = parse_rules(args.verify, args.threshold), pick_device(args.device)
+    name_models(args)
     if any(variant.name not in RULES for variant in variants) or "auto" in (args.speculate_k, *(v.k for v in variants)):
         raise InputError(f"--verify takes {', '.join(RULES)} here, and M is a number: the text is the draft.")
     for variant in variants:
-        check_settings(settings_for(args, variant), True, True)
+        check_settings(settings_for(args, variant), True, args.judge_path is not None)
     tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
     judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
     dtype = run_dtype(args.precision, args.device)

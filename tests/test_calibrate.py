@@ -128,8 +128,9 @@ def test_harm_is_what_plain_has_right_and_the_rule_wrong(tmp_path, scripted, cap
 
 def test_nothing_is_written_when_no_threshold_qualifies(tmp_path, scripted, capsys):
     out = tmp_path / "topk.json"
-    calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.02", "--limit", "140", "--out", str(out)))
-    assert "No threshold of topk qualifies" in capsys.readouterr().out and not out.exists()
+    with pytest.raises(SystemExit) as stop:
+        calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.02", "--limit", "140", "--out", str(out)))
+    assert stop.value.code == 1 and "No threshold of topk qualifies" in capsys.readouterr().out and not out.exists()
 
 
 def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
@@ -206,6 +207,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
         (["--max_harm", "0.1", "--walk", "0.5,0.9"], "from the strictest delta to the loosest, which is 0.9,0.5"),
         (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "between 0 and 1"),
         (["--max_false_accept", "0.1"], "--data"), (["--max_harm", "0.1", "--judge_path", "/no"], "no judge file /no"),
+        (["--max_harm", "0.1", "--out", "judge.json"], "name it *.safetensors"), (["--max_harm", "0.1", "--checkpoint_path", "x"], "draft"),
         (["--max_harm", "0.1", "--out", "/no/such/file"], "cannot be written"), (["--max_harm", "0.1", "--walk", "3"], "--walk 3"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
