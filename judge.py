@@ -528,14 +528,14 @@ class RowReader:
     """
 
     def __init__(self, model: Transformer, rows: int, length: int):
-        self.model, self.rows, self.ids, self.base = model, rows, [], -1
+        self.model, self.rows, self.ids = model, rows, []
         model.setup_caches(length + max(rows, CHUNK))
 
     @torch.inference_mode()
     def read(self, ids: list[int], base: int, begin: int, end: int) -> Tensor:
         """Pre-norm hidden states (end - begin, dim) of positions begin to end; base: the last token of the prompt."""
         same = next((i for i, (a, b) in enumerate(zip(ids, self.ids)) if a != b), min(len(ids), len(self.ids)))
-        known = min(same, begin) if base == self.base else 0
+        known = min(same, begin)
         blocks = [(at, CHUNK) for at in range(0, base, CHUNK)] + [(at, self.rows) for at in range(base, end, self.rows)]
         tokens = torch.zeros(len(ids) + max(self.rows, CHUNK), dtype=torch.long)
         tokens[: len(ids)] = torch.tensor(ids)
@@ -548,7 +548,7 @@ class RowReader:
             if at >= base:
                 first = first if parts else at
                 parts.append(hidden[0])
-        self.ids, self.base = ids, base
+        self.ids = ids
         return torch.cat(parts)[begin - first : end - first]
 
 

@@ -440,6 +440,7 @@ def test_training_splits_by_prompt_and_needs_both_kinds(pair, tmp_path):
     held = head.info["held_out"]
     assert held["wrong_tokens"] == 2 and held["right_tokens"] == 2 * (10 + 9)  # two whole prompts, both answers of each
     assert len(head.trained_on) == 8
+    assert dict(head.info["l2_tried"])[head.info["l2"]] >= max(auc for _, auc in head.info["l2_tried"]) - 1e-5
     with pytest.raises(InputError, match="no wrong or no right"):
         train_judge([target], letters(), [a for a in answers_to(range(10)) if not a["errors"]], TrainSettings(rows=5), tmp_path)
 
@@ -460,6 +461,22 @@ def test_a_split_that_leaks_a_question_turns_red():
             sides.setdefault(prompt, set()).add((t, v))
         assert all(len(found) == 1 for found in sides.values()), "a prompt is on two sides"
         assert test.any() and validation.any() and not (test & validation).any() and not (test | validation).all()
+
+
+def test_held_out_answers_teach_nothing(pair, tmp_path):
+    """Other marks on the held-out answers change the figures, and not one bit of the head; on the others they do."""
+    target, _ = pair
+    settings, answers = TrainSettings(rows=5, seed=3), answers_to(range(10))
+    keys = torch.tensor([answer.key for answer in encode_items(letters(), answers, False, 97)])
+    held_out = split_prompts(keys, settings.seed, settings.held_out)[0].tolist()
+    heads = []
+    for side in (None, True, False):
+        changed = [item | {"errors": [[2, 6]]} if test == side else item for item, test in zip(answers, held_out)]
+        heads.append(train_judge([target], letters(), changed, settings, tmp_path))
+    first, other_test, other_training = heads
+    assert torch.equal(first.weight, other_test.weight) and torch.equal(first.bias, other_test.bias)
+    assert first.info["held_out"] != other_test.info["held_out"]
+    assert not torch.allclose(first.weight, other_training.weight)
 
 
 def test_the_same_seed_trains_the_same_bits_from_a_fresh_or_a_kept_cache(pair, tmp_path):

@@ -135,6 +135,7 @@ def test_a_rule_applies_only_between_the_markers():
     assert decode([0, 3], 2) == ([4, 5], "tt")  # outside: strict
     assert decode([6, 0], 4) == ([2, 4, 6, 7], "rrrb")  # the prompt opened: relaxed, until the target closes
     assert decode([6, 7, 0], 2) == ([1, 2], "tt")  # the prompt opened and closed
+    assert decode([0, 6], 3) == ([0, 2, 4], "rrr")  # the prompt's last token opens
     assert decode([6, 1], 3) == ([3, 5, 6], "rrt")  # the draft's closing token is not let through by the rule alone
 
 
@@ -176,6 +177,16 @@ def test_adaptive_output_is_plain_output(pair):
     engine.pace.learn = lambda drafted, accepted: (seen.append(drafted), learn(drafted, accepted))
     result = engine.generate(prompt, 150)
     assert result.tokens == plain.tokens and set(seen) == set(SIZES) and result.drafted == sum(seen)
+
+
+def test_adaptive_m_follows_the_draft():
+    """A draft that is always right is given the largest M, one that is always wrong the smallest."""
+    for step, size in ((1, max(SIZES)), (3, min(SIZES))):
+        settings = Settings("standard", speculate_k=max(SIZES), adaptive=True)
+        engine = Engine(Scripted(counting()), Scripted(counting(step)), None, settings, [], 900)
+        engine.pace.seconds = {(window, m): 1 + 0.1 * m for window in engine.windows for m in SIZES}
+        engine.generate([0, 1], 700 if step == 1 else 60)
+        assert engine.pace.choose(256) == size
 
 
 def test_auto_on_the_command_line(pair, tmp_path, capsys):
@@ -237,6 +248,9 @@ def test_drift_warns_once_and_only_of_other_text():
     warnings = [other.add({"by_rule": x + 0.08}) for x in like]
     assert sum(w is not None for w in warnings) == 1 and "unlike" in next(w for w in warnings if w)
     assert Drift(None).add({"by_rule": 1.0}) is None
+    slight, far = Drift(CALIBRATED), Drift(CALIBRATED)  # three standard deviations off: within reason once, not ten times
+    found = [slight.add({"by_rule": 0.25}) for _ in range(10)]
+    assert found[0] is None and any(found) and far.add({"by_rule": 0.31}) is not None
 
 
 def test_the_command_line_announces_and_refuses_calibrations(tmp_path, capsys):
