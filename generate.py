@@ -520,8 +520,8 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
     """Raises InputError for settings that cannot run."""
     if settings.verify != "plain" and settings.verify not in RULES:
         raise InputError(f"--verify {settings.verify} is not a rule; known are plain, {', '.join(RULES)}.")
-    if settings.speculate_k < 1:
-        raise InputError(f"--speculate_k {settings.speculate_k} is too small: a round drafts at least 1 token.")
+    if not 1 <= settings.speculate_k <= 1024:
+        raise InputError(f"--speculate_k {settings.speculate_k} must be between 1 and 1024.")
     if not (settings.temperature == 0 or 1e-3 <= settings.temperature <= 1e3):
         raise InputError(f"--temperature {settings.temperature} must be 0 (greedy) or between 0.001 and 1000.")
     if settings.top_k is not None and settings.top_k < 1:
@@ -827,6 +827,7 @@ def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int],
 def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, drift: Drift) -> None:
     """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full."""
     paint, messages = Paint(sys.stdout), []
+    engine.generator.manual_seed(args.seed % 2**63)
     while True:
         try:
             text = input("> ")
@@ -906,13 +907,13 @@ def run(args: argparse.Namespace) -> None:
         run_samples(args, engine, tokenizer, prompt, args.compare and args.verify != "plain", drift)
 
 
-def conditions(engine: Engine, chat: bool) -> dict:
-    """What a calibrated bound holds under: another run must agree in all of it."""
+def conditions(engine: Engine, chat: bool, max_new_tokens: int) -> dict:
+    """What a calibrated bound holds under: another run must agree in all of it (and may put out more tokens)."""
     s, draft = engine.settings, engine.draft
     between = list(s.relax_between) if s.relax_between else None
     return {"verify": s.verify, "target": engine.target.fingerprint, "draft": draft.fingerprint if draft else None,
             "speculate_k": "auto" if s.adaptive else s.speculate_k, "temperature": s.temperature, "top_k": s.top_k,
-            "min_prob": s.min_prob, "relax_between": between, "chat": chat,
+            "min_prob": s.min_prob, "relax_between": between, "chat": chat, "max_new_tokens": max_new_tokens,
             "dtype": str(engine.target.dtype).removeprefix("torch.")}  # fmt: skip
 
 
@@ -925,7 +926,8 @@ def announce(args: argparse.Namespace, engine: Engine) -> Drift:
         calibration = engine.head.info.get("calibration")
     if calibration is None:
         return Drift(None)
-    covered, text = describe_guarantee(calibration, conditions(engine, args.chat), threshold_of(engine.settings, engine.head))
+    run = conditions(engine, args.chat, args.max_new_tokens)
+    covered, text = describe_guarantee(calibration, run, threshold_of(engine.settings, engine.head))
     print(text, file=sys.stderr)
     same = covered and threshold_of(engine.settings, engine.head) == calibration["threshold"]  # a stricter one accepts less
     return Drift(calibration if same else None)

@@ -130,6 +130,8 @@ def load_judge(path: str | Path, target: Transformer, draft: Transformer | None 
             f"{draft.fingerprint if draft else 'not given'}; train a judge for it."
         )
     check_threshold("judge", threshold, f"{path}: threshold")
+    if isinstance(info, dict) and "calibration" in info:
+        check_calibration(info["calibration"], str(path))
     return JudgeHead(weight, bias, threshold, found, info, draft_weight, trained_on).to(target.device)
 
 
@@ -274,7 +276,8 @@ class Markers(NamedTuple):
 
     def walk(self, region: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         """From state `region` (1,) over draft tokens (M,): which of them a rule may accept, bool (M,), and the states
-        (M + 1,) before, between and after them. The token that completes either text is left to the standard test."""
+        (M + 1,) before, between and after them. The token that completes either text is left to the standard test (unless
+        it also begins the next stretch, as one that closes and opens at once)."""
         states = [region]
         for token in drafted.split(1):
             states.append(self.table[states[-1], token].long())
@@ -323,6 +326,7 @@ def byte_automaton(begin: bytes, end: bytes) -> Tensor:
     return torch.tensor(rows, dtype=torch.uint8)
 
 
+WATCHED = {"by_rule": "the share of tokens that the rule alone let through", "mean_score": "the judge's mean score"}
 CALIBRATION = ("kind", "conditions", "threshold", "passed", "max_harm", "confidence", "bound", "harms", "n", "data")
 
 
@@ -333,23 +337,46 @@ def read_calibration(path: Path) -> dict:
     if path.suffix == ".safetensors":
         raise InputError(f"{path} is a judge's file, which holds its calibration itself; name it with --judge_path.")
     calibration = read_json(path)
-    if missing := [name for name in CALIBRATION if name not in calibration]:
-        raise InputError(f"{path} is no calibration by judge.py calibrate: it lacks {missing[0]!r}.")
+    check_calibration(calibration, str(path))
     return calibration
+
+
+def check_calibration(calibration: dict, where: str) -> None:
+    """Raises InputError beginning with `where` for what `judge.py calibrate` did not write."""
+    if missing := [name for name in CALIBRATION if name not in calibration]:
+        raise InputError(f"{where} is no calibration by judge.py calibrate: it lacks {missing[0]!r}.")
+
+    def number(value, low: float, high: float) -> bool:
+        return type(value) in (int, float) and low <= value <= high
+
+    c, live = calibration, calibration.get("live") or {}
+    good = {
+        "kind": c["kind"] in ("harm", "false_accept"),
+        "conditions": isinstance(c["conditions"], dict) and c["conditions"].get("verify") in RULES,
+        "threshold": number(c["threshold"], -INF, INF),
+        "passed": isinstance(c["passed"], list) and c["threshold"] in c["passed"],
+        "max_harm": number(c["max_harm"], 0, 1), "confidence": number(c["confidence"], 0, 1),
+        "n": type(c["n"]) is int and c["n"] > 0,
+        "live": isinstance(live, dict) and all(name in WATCHED and isinstance(pair, list) and len(pair) == 2
+                                               and all(number(x, -INF, INF) for x in pair) for name, pair in live.items()),
+    }  # fmt: skip
+    if bad := [name for name, fine in good.items() if not fine]:
+        raise InputError(f"{where} is no calibration by judge.py calibrate: {bad[0]!r} cannot be {c.get(bad[0])!r}.")
 
 
 def describe_guarantee(calibration: dict, run: dict, threshold: float) -> tuple[bool, str]:
     """Whether a calibrated bound covers a run under these conditions, and one sentence that says it, or why not."""
     c = calibration
     for name, value in c["conditions"].items():
-        if run[name] != value:
-            return False, f"No guarantee: calibrated with {name} {value}, but this run has {run[name]}."
+        if run.get(name) != value and not (name == "max_new_tokens" and run[name] > value):
+            return False, f"No guarantee: calibrated with {name} {value}, but this run has {run.get(name)}."
     if threshold not in c["passed"]:
         return False, f"No guarantee: calibrated for threshold {c['threshold']}, but this run has {threshold}."
     event = "questions like these are answered wrong because of the rule"
     if c["kind"] == "false_accept":
-        event = "answers with a mistake, like these, have a wrong token that the judge alone lets through"
-    return True, (f"Guarantee: with {c['confidence']:.0%} confidence, at most {c['max_harm']:.1%} of {event} "
+        event = "prompts whose answers hold a mistake, like these, have a wrong token that the judge alone lets through"
+    percent = {name: f"{100 * c[name]:.6g}%" for name in ("confidence", "max_harm")}
+    return True, (f"Guarantee: with {percent['confidence']} confidence, at most {percent['max_harm']} of {event} "
                   f"({c['n']} calibrated on, data {c['data']}).")  # fmt: skip
 
 
@@ -377,11 +404,7 @@ class Drift:
             found = self.sums[name] / self.count
             if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / self.count):
                 self.live = {}
-                what = {
-                    "by_rule": "the share of tokens that the rule alone let through",
-                    "mean_score": "the judge's mean score",
-                }
-                return (f"Warning: {what[name]} is {found:.3f} ({self.count} answers so far), but was {mean:.3f} on the "
+                return (f"Warning: {WATCHED[name]} is {found:.3f} ({self.count} answers so far), but was {mean:.3f} on the "
                         "calibration questions: this text is unlike them, and the guarantee may not hold.")  # fmt: skip
         return None
 
@@ -860,10 +883,14 @@ def train(args: argparse.Namespace) -> None:
     """Checks the command line, trains, writes the head and prints its figures."""
     check_threshold("judge", args.threshold)
     check_writable(args.out, "--out")
-    for flag, low in (("speculate_k", 1), ("guard_weight", 0), ("l2", 0)):
+    if args.out.resolve() in {path.resolve() for path in (*args.data, *args.guard)}:
+        raise InputError(f"--out {args.out} is one of the inputs, which would be lost; name another file.")
+    if args.cache and args.cache.exists() and not args.cache.is_dir():
+        raise InputError(f"--cache {args.cache} is a file; name a folder.")
+    for flag, low, high in (("speculate_k", 1, 1024), ("guard_weight", 0, 1e6), ("l2", 0, 1e6)):
         value = getattr(args, flag)
-        if value is not None and not low <= value < INF:
-            raise InputError(f"--{flag} {value} is too small; at least {low}.")
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{flag} {value} must be between {low} and {high:g}.")
     both = args.features == "target+draft"
     if both != bool(args.draft_checkpoint_path):
         raise InputError("--features target+draft and --draft_checkpoint_path go together; give both or neither.")

@@ -96,16 +96,20 @@ def pick_device(name: str) -> torch.device:
 
 def check_writable(path: Path, flag: str) -> None:
     """Raises InputError for a file that could not be written, before any work is done for it."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"{flag} {path} cannot be written: name a file in a folder that exists.")
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{flag} {path} cannot be written: name a file in a folder that exists and may be written to.")
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes beside, then renames: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:

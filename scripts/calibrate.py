@@ -11,8 +11,8 @@ the exact binomial (Clopper-Pearson) bound, and the walk stops at the first that
 correction for the number of thresholds (Learn then Test, arXiv 2110.01052), whereas picking the best one afterwards
 would void the bound.
 
---max_false_accept is the cheap form, without generating: of labelled answers with a mistake, the share in which the judge
-alone would let a wrong token through.
+--max_false_accept is the cheap form, without generating: of the prompts whose labelled answers hold a mistake, the share in
+which the judge alone would let a wrong token through.
 
 For the judge the result goes into its file (or a copy of it, --out), for other rules into --out (JSON), which
 generate.py --calibration reads. If no threshold qualifies, that is said, nothing is written, and the exit code is 1.
@@ -44,6 +44,7 @@ from judge import (
     load_judge,
     prompt_key,
     read_answers,
+    read_calibration,
 )
 from model import InputError, Parser, Progress, check_writable, load_model, pick_device, run_dtype, run_script, write_file
 from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, settings_for
@@ -113,10 +114,13 @@ def by_generating(args: argparse.Namespace, walk: list[float]) -> tuple[dict, Ju
     passed = fixed_sequence(walk, harms_at, len(questions), args.max_harm, args.confidence)
     result = {"kind": "harm", "max_harm": args.max_harm, **figures(passed, len(questions), args.confidence)}
     result["data"] = hashlib.sha256("".join(question.id for question in questions).encode()).hexdigest()[:16]
-    result["conditions"] = conditions(bench.engine(Variant(args.verify, walk[0])), args.chat)
+    result["conditions"] = conditions(bench.engine(Variant(args.verify, walk[0])), args.chat, args.max_new_tokens)
     if passed:
         mine = [bench.answer(question, Variant(args.verify, passed[-1][0])) for question in questions]
         plain = [bench.answer(question, Variant("plain")) for question in questions]
+        if not any(record["right"] for record in plain):
+            raise InputError("Plain decoding has none of these questions right, so that no rule could harm one; "
+                             "look at --checker and --max_new_tokens.")  # fmt: skip
         result |= {
             "live": live_ranges(mine),
             "mean_accepted": sum(r["accepted"] for r in mine) / sum(r["rounds"] for r in mine),
@@ -158,7 +162,7 @@ def live_ranges(records: list[dict]) -> dict[str, list[float]]:
 
 
 def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeHead]:
-    """Calibrates the judge on labelled answers that hold a mistake; the unit is the answer."""
+    """Calibrates the judge on labelled answers that hold a mistake; the unit is the prompt, with all its answers."""
     answers, tokenizer = read_answers(args.data), load_tokenizer(args.checkpoint_path)
     dtype = run_dtype(args.precision, args.device)
     target, draft = (load_model(folder, args.device, dtype) for folder in (args.checkpoint_path, args.draft_checkpoint_path))
@@ -175,15 +179,19 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     labels = [answer.labels(args.label_policy) for answer in encoded]
     wrong = torch.tensor([labels[a][place] == 0 for a, place in zip(shards.answer.tolist(), shards.place.tolist())])
 
+    keys = torch.tensor([answer.key for answer in encoded])
+    n = len(keys.unique())
+
     def harms_at(threshold: float, limit: int) -> int:
-        harms = len(shards.answer[wrong & (scores > threshold)].unique())
-        print(f"delta {threshold:g}: {harms} of {len(encoded)} answers with a wrong token let through", file=sys.stderr)
+        harms = len(keys[shards.answer[wrong & (scores > threshold)]].unique())
+        print(f"delta {threshold:g}: {harms} of {n} prompts with a wrong token let through", file=sys.stderr)
         return harms
 
-    passed = fixed_sequence(walk, harms_at, len(encoded), args.max_false_accept, args.confidence)
-    result = {"kind": "false_accept", "max_harm": args.max_false_accept, **figures(passed, len(encoded), args.confidence)}
+    passed = fixed_sequence(walk, harms_at, n, args.max_false_accept, args.confidence)
+    result = {"kind": "false_accept", "max_harm": args.max_false_accept, **figures(passed, n, args.confidence)}
     result["data"] = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
-    result["conditions"] = {"verify": "judge", "target": target.fingerprint, "chat": args.chat}
+    result["conditions"] = {"verify": "judge", "target": target.fingerprint, "chat": args.chat,
+                            "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
     return result, head
 
 
@@ -222,6 +230,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             f"There is no judge file {args.judge_path}; train one with judge.py train or name another --judge_path."
         )
+    if args.max_harm is not None and args.speculate_k == "auto":
+        raise InputError("A bound needs a fixed --speculate_k: with auto the output depends on the machine's timing.")
+    if args.verify != "judge" and args.out is not None and args.out.exists():
+        read_calibration(args.out)  # nothing else is overwritten
     if args.out is None and args.verify != "judge":
         raise InputError(f"--verify {args.verify} needs --out, a JSON file for generate.py --calibration.")
     args.out = args.out or args.judge_path
@@ -231,6 +243,8 @@ def check_args(args: argparse.Namespace) -> None:
     args.answers = args.answers or args.out.with_name(
         f"{args.out.name}.{'features' if args.max_harm is None else 'answers.jsonl'}"
     )
+    if args.max_harm is not None:
+        check_writable(args.answers, "--answers")
     check_settings(settings_for(args, Variant(args.verify)), True, True)
 
 
@@ -240,9 +254,9 @@ def calibrate(args: argparse.Namespace) -> dict:
     walk = walk_of(args)
     result, head = by_labels(args, walk) if args.max_harm is None else by_generating(args, walk)
     event = "harmed" if args.max_false_accept is None else "with a wrong token let through"
-    what = f"at most {result['max_harm']:.1%} {event} with {args.confidence:.0%} confidence"
+    what = f"at most {100 * result['max_harm']:.6g}% {event} with {100 * args.confidence:.6g}% confidence"
     if result["threshold"] is None:
-        least = next(n for n in range(1, 10**6) if upper_bound(0, n, args.confidence) <= result["max_harm"])
+        least = math.ceil(math.log(1 - args.confidence) / math.log1p(-result["max_harm"]))
         print(f"No threshold of {args.verify} qualifies: {what}, on {result['n']} (without a single harm it takes {least}); "
               "nothing is written.")  # fmt: skip
         return result

@@ -25,6 +25,7 @@ import torch
 
 from generate import (
     DEMO,
+    WINDOW,
     Engine,
     Settings,
     answer_text,
@@ -36,7 +37,7 @@ from generate import (
     read_k,
     settings_of,
 )
-from judge import RULES
+from judge import RULES, JudgeHead
 from model import (
     DTYPES,
     InputError,
@@ -77,9 +78,10 @@ def parse_rules(names: str, thresholds: str | None) -> list[Variant]:
         name, _, k = part.partition("@")
         if name not in ("plain", *RULES, *PEERS):
             raise InputError(f"--verify {name} is not a rule; known are {', '.join(('plain', *RULES, *PEERS))}.")
-        if k and not (k.isdigit() and int(k) >= 1 or k == "auto"):
+        number = int(k) if k.isascii() and k.isdecimal() else None
+        if k and not (number or k == "auto"):
             raise InputError(f"--verify {part} must name M after the @, a whole number or auto.")
-        rules += [Variant(name, value, int(k) if k.isdigit() else k or None) for value in given.get(name, [None])]
+        rules += [Variant(name, value, number or k or None) for value in given.get(name, [None])]
         taken.add(name)
     given = {name: values for name, values in given.items() if name not in taken}
     if given:
@@ -112,12 +114,19 @@ class Bench:
             )
         judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
         largest_k = max(largest_k, settings_for(args, Variant("standard")).speculate_k)
+        if largest_k > WINDOW:
+            raise InputError(f"M of {largest_k} is too large to compare; at most {WINDOW}.")
         capacity = capacity_for(self.length, largest_k)
         self.length = capacity - largest_k - 1  # so that engines of any smaller M have the same capacity
         self.models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity)
-        header = make_header(args, *self.models[:2])
-        self.records = read_results(args.out, header) if args.out else []
-        self.done = {(record["rule"], record["index"]): record for record in self.records}
+        header, head = make_header(args, *self.models), self.models[2]
+        records = read_results(args.out, header) if args.out else []
+        self.done = {(record.get("rule"), record.get("index")): record for record in records}
+        stale = [r["threshold"] for (rule, _), r in self.done.items() if head and str(rule).split("@")[0] == "judge"]
+        if any(threshold != head.threshold for threshold in stale):
+            raise InputError(
+                f"{args.out} holds answers at the judge's threshold {stale[0]}, which is now {head.threshold}; remove it."
+            )
         self.file = open(args.out or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 open as long as there are answers
         if not (args.out and self.file.tell()):
             self.write(header)
@@ -297,15 +306,16 @@ def check_args(args: argparse.Namespace, rules: list[Variant]) -> None:
     for rule in rules:
         if rule.name not in PEERS:
             check_settings(settings_for(args, rule), True, args.judge_path is not None)
+        elif settings_for(args, rule).adaptive:
+            raise InputError(f"--verify {rule.name} needs a number for --speculate_k.")
         elif args.temperature:
             raise InputError(f"--verify {rule.name} is greedy; leave --temperature out.")
 
 
-def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer) -> dict:
+def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer, head: JudgeHead | None) -> dict:
     """What a results file must agree on for a run to go on with it."""
-    judge = (
-        hashlib.sha256(args.judge_path.read_bytes()).hexdigest()[:16] if args.judge_path and args.judge_path.is_file() else None
-    )
+    weights = [] if head is None else [w.tolist() for w in (head.weight, head.bias, head.draft_weight) if w is not None]
+    judge = hashlib.sha256(repr(weights).encode()).hexdigest()[:16] if weights else None
     source = Path(args.questions)
     data = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else None
     return {"questions": args.questions, "data": data, "checker": args.checker, "seed": args.seed, "chat": args.chat,

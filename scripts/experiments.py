@@ -237,11 +237,12 @@ def other_text(args) -> dict:
             f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the tokens)."}  # fmt: skip
 
 
-def read_made(path: Path, script: str) -> list[dict]:
+def read_made(paths: list[Path], script: str) -> list[dict]:
     """Training answers that another script makes. Raises InputError naming that script when they are missing."""
-    if not path.is_file():
-        raise InputError(f"There is no {path}; {script} makes it.")
-    return read_answers(path)
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"There is no {path}; {script} makes it.")
+    return [item for path in paths for item in read_answers(path)]
 
 
 def family_of(item: dict, tokenizer) -> str:
@@ -254,7 +255,7 @@ def out_of_domain(args) -> dict:
     """Experiment 5."""
     target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
     data = {"judge": read_made(args.judge_data, "scripts/train_demo.py --stages judge"),
-            "autojudge": read_made(args.mined, "scripts/mine_important_tokens.py")}  # fmt: skip
+            "autojudge": read_made([args.mined], "scripts/mine_important_tokens.py")}  # fmt: skip
     for train_family in FAMILIES:
         for kind, answers in data.items():
             mine = [item for item in answers if family_of(item, tokenizer) == train_family]
@@ -354,33 +355,28 @@ def ablations(args) -> dict:
     target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
     answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
-    answers = answers[:: max(1, len(answers) // (args.limit or 1200))]
+    answers = answers[: args.limit]
     features, labels, number = read_variants(target, draft, answers)
     keys = torch.tensor([answer.key for answer in answers])
-    test = split_prompts(keys, args.seed, 0.3)[0]
+    test = split_prompts(keys, args.seed, 0.15)[0]
     rows = []
     for name, x in features.items():
         rows.append({"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])})
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
-    wrong = torch.tensor([bool((labels[number == i] == 0).any()) for i in range(len(answers))])
-    own = next(iter(features.values()))
+    wrong = torch.zeros(len(answers), dtype=torch.bool)
+    wrong[number[labels == 0].unique()] = True
+    own, pool = next(iter(features.values())), order[~test[order]]
     for size in (50, 100, 200, 500, 1000, 2000):
-        pool = order[~test[order]]
-        pairs = pool[wrong[pool]][: size // 2].tolist() + pool[~wrong[pool]][: size - size // 2].tolist()
-        used = torch.isin(number, torch.tensor(pairs)) & ~test[number]
-        if len(pairs) == size:
-            rows.append(
-                {
-                    "what": "training answers, half of them wrong",
-                    "name": str(size),
-                    **fit_and_measure(own, labels, used, test[number]),
-                }
-            )
+        chosen = torch.cat([pool[wrong[pool]][:size], pool[~wrong[pool]][:size]])
+        if len(chosen) == 2 * size:
+            used = torch.isin(number, chosen)
+            figures = fit_and_measure(own, labels, used, test[number])
+            rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
     auc = {row["name"]: row["auc"] for row in rows}
     sizes = [row for row in rows if row["what"] != "feature"]
     return {"title": "Ablations of feature and data", "n": len(answers), "rows": rows,
             "finding": "AUC by feature: " + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
-            + "; by training answers: " + ", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) + "."}  # fmt: skip
+            + "; by pairs of answers: " + ", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) + "."}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -432,7 +428,7 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
 def autojudge(args) -> dict:
     """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
     target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
-    mined, problem_of = read_made(args.mined, "scripts/mine_important_tokens.py"), {}
+    mined, problem_of = read_made([args.mined], "scripts/mine_important_tokens.py"), {}
     for seed in args.mined_seed:
         problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
     counts = {(truth, found): 0 for truth in (True, False) for found in (0, 1)}
@@ -545,8 +541,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--max_harm", type=float, default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
-    add("--judge_data", type=Path, default=made[-1] if made else training / "judge_data.jsonl",
-        help="what train_demo.py --stages judge writes and trains on")  # fmt: skip
+    add("--judge_data", type=Path, nargs="+", default=made[-1:] or [training / "judge_data.jsonl"],
+        help="what train_demo.py --stages judge writes and trains on (for ablations also more, from build_judge_data.py)")  # fmt: skip
     add("--mined", type=Path, default=training / "mined.jsonl", help="what mine_important_tokens.py wrote of demo problems")
     add("--mined_seed", type=int, nargs="+", default=[2026], help="the --seed that they were mined with")
     add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")

@@ -77,10 +77,11 @@ def mine(engine: Engine, prompt: list[int], question: Question, tokenizer: Token
             at += 1
             continue
         trial = kept[:at] + [token]
-        room = longest - len(trial)
-        rest = engine.generate(prompt + trial, max(1, room), keep=min(known, before + at))
-        known = before + at  # the caches now follow the trial
-        if rest.stop_reason == "stop" and final(trial + rest.tokens) == answer:
+        rest = None
+        if len(trial) < longest:
+            rest = engine.generate(prompt + trial, longest - len(trial), keep=min(known, before + at))
+            known = before + at  # the caches now follow the trial
+        if rest is not None and rest.stop_reason == "stop" and final(trial + rest.tokens) == answer:
             unimportant.append(at)
             kept = trial + rest.tokens
             known = before + len(kept) - 2
@@ -108,8 +109,15 @@ def training_lines(record: dict) -> list[dict]:
 
 def run(args: argparse.Namespace) -> None:
     """Mines this process's share of the questions; alone, it also merges."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise InputError(f"RANK {rank} and WORLD_SIZE {size} in the environment are not those of a torchrun process.")
+    rank, size = int(rank), int(size)
     check_writable(args.out, "--out")
+    if args.merge is not None and args.merge < 1:
+        raise InputError(f"--merge {args.merge} is too small: the number of processes that mined.")
+    if args.out.exists() and not list(args.out.parent.glob(f"{args.out.name}.part*of*")):
+        raise InputError(f"--out {args.out} is there already, and not from mining; name another file.")
     name_models(args)
     questions = questions_of(args, held_out=args.held_out)
     if args.merge:
@@ -170,9 +178,12 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
         path = part(args.out, rank, size)
         if not path.is_file():
             raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        headers.add(json.dumps(lines[0]))
-        records |= {record["question"]: record for record in lines[1:]}
+        try:
+            header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]  # whole lines
+            records |= {record["question"]: record for record in lines}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is not a part of mining, or its run had not begun.") from None
+        headers.add(json.dumps(header))
     if len(headers) > 1:
         raise InputError(f"The parts of {args.out} are of different models or settings; mine them again.")
     missing = [question for question in questions if question.id not in records]
@@ -184,6 +195,8 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     found = [records[question.id] for question in questions]
     mined = [record for record in found if "skipped" not in record]
     text = "".join(json.dumps(line) + "\n" for record in mined for line in training_lines(record))
+    if not text:
+        raise InputError("Nothing was mined: all questions were skipped, or draft and target never differ.")
     write_file(args.out, text.encode())
     important, others = (sum(len(record[name]) for record in mined) for name in ("important", "unimportant"))
     share = important / max(1, important + others)

@@ -125,7 +125,7 @@ def ablations(result: dict):
     figure, axes = new_figure(2)
     for axis, feature in zip(axes, (True, False)):
         rows = [row for row in result["rows"] if (row["what"] == "feature") == feature]
-        title, errors = "AUC by feature" if feature else "AUC by training answers", [1.96 * row["auc_error"] for row in rows]
+        title, errors = "AUC by feature" if feature else "AUC by pairs of answers", [1.96 * row["auc_error"] for row in rows]
         bars(axis, [row["name"] for row in rows], [row["auc"] for row in rows], title, errors)
         axis.set_xlim(min(row["auc"] for row in result["rows"]) - 0.1, 1.05)
     return figure

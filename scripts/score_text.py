@@ -111,6 +111,10 @@ def score(args: argparse.Namespace) -> list[dict]:
     """Reads the texts through the models, prints what is asked for, and returns the rows."""
     variants, args.device = parse_rules(args.verify, args.threshold), pick_device(args.device)
     name_models(args)
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit} is too small: at least 1 text.")
+    if any(variant.name == "window" for variant in variants):
+        raise InputError("--verify window looks ahead within a round, and a text has no rounds; take another rule.")
     if any(variant.name not in RULES for variant in variants) or "auto" in (args.speculate_k, *(v.k for v in variants)):
         raise InputError(f"--verify takes {', '.join(RULES)} here, and M is a number: the text is the draft.")
     for variant in variants:

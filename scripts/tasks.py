@@ -323,7 +323,7 @@ def load_questions(
         if family and family not in FAMILIES or checker not in (None, "demo"):
             raise InputError(f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo.")
         stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
-        return [Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)]
+        return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
     numbered = ((number, line) for number, line in enumerate(read_lines(Path(source)), 1) if line.strip())
     questions = [
         read_question(line, f"{source}, line {number}", index, checker)
@@ -331,7 +331,17 @@ def load_questions(
     ]
     if not questions:
         raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
-    return questions
+    return distinct(questions)
+
+
+def distinct(questions: list[Question]) -> list[Question]:
+    """Each question once, the first of equals: two of the same are not two observations."""
+    kept: dict[str, Question] = {}
+    for question in questions:
+        kept.setdefault(question.id, question)
+    if len(kept) < len(questions):
+        print(f"left out {len(questions) - len(kept)} questions that come more than once", file=sys.stderr)
+    return list(kept.values())
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -108,7 +108,7 @@ def scripted(monkeypatch):
                     "accepted": 6, "rounds": 2}  # fmt: skip
 
     monkeypatch.setattr(calibrate, "Bench", Bench)
-    monkeypatch.setattr(calibrate, "conditions", lambda engine, chat: {"verify": "topk"})
+    monkeypatch.setattr(calibrate, "conditions", lambda engine, chat, new: {"verify": "topk"})
     return Bench
 
 
@@ -124,6 +124,24 @@ def test_harm_is_what_plain_has_right_and_the_rule_wrong(tmp_path, scripted, cap
     assert found["live"]["by_rule"][0] == pytest.approx(0.125) and found["mean_accepted"] == 3.0
     assert not any(threshold == 5.0 for _, threshold, _ in scripted.answered), "it looked beyond the first failure"
     judge.read_calibration(out)
+
+
+def test_a_run_in_which_nothing_can_be_harmed_earns_nothing(tmp_path, scripted, capsys, monkeypatch):
+    """Answers that are cut off, or a checker that is wrong for them: plain is never right, so no rule ever harms."""
+    monkeypatch.setattr(scripted, "answer", lambda self, question, rule: {"right": False})
+    out = tmp_path / "topk.json"
+    with pytest.raises(SystemExit) as stop:
+        calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.3", "--limit", "50", "--out", str(out)))
+    assert stop.value.code == 2 and "none of these questions right" in capsys.readouterr().err and not out.exists()
+
+
+def test_the_same_question_twice_is_one_observation(tmp_path, capsys):
+    from scripts.tasks import load_questions
+
+    lines = [{"prompt": f"What is {n} and 1?", "reference": str(n + 1)} for n in (1, 2, 1, 1)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    questions = load_questions(str(tmp_path / "q.jsonl"), "number")
+    assert [q.index for q in questions] == [0, 1] and "left out 2 questions" in capsys.readouterr().err
 
 
 def test_nothing_is_written_when_no_threshold_qualifies(tmp_path, scripted, capsys):
@@ -150,10 +168,18 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
     judge.main(["calibrate", *flags])
     assert out.read_bytes() == first
     capsys.readouterr()
-    generate.main(["--judge_path", str(out), "--max_new_tokens", "20", "--device", "cpu"])
-    assert "Guarantee: with 95% confidence, at most 40.0%" in capsys.readouterr().err
-    generate.main(["--judge_path", str(out), "--max_new_tokens", "20", "--device", "cpu", "--threshold", "0.6"])
-    assert "No guarantee: calibrated for threshold 0.8" in capsys.readouterr().err
+    for more, word in (
+        ([], "\nGuarantee: with 95% confidence, at most 40% of"), (["--threshold", "0.6"], "No guarantee: calibrated for threshold 0.8"),
+        (["--threshold", "0.95"], "\nGuarantee"), (["--max_new_tokens", "20"], "No guarantee: calibrated with max_new_tokens 200"),
+        (["--speculate_k", "8"], "No guarantee: calibrated with speculate_k 16"), (["--temperature", "1"], "with temperature 0"),
+    ):  # fmt: skip
+        generate.main(["--judge_path", str(out), "--device", "cpu", *more])
+        assert word in "\n" + capsys.readouterr().err, more
+    # calibrated again in place: the answers are the same judge's, and still serve
+    judge.main(
+        ["calibrate", "--judge_path", str(out), *command(tmp_path, "--max_harm", "0.5", "--limit", "8", "--walk", "0.95,0.8")]
+    )
+    assert len((tmp_path / "answers.jsonl").read_bytes().splitlines()) == len(lines)
 
 
 def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
@@ -192,6 +218,7 @@ def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch)
     data = tmp_path / "labelled.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     wrong = sum(bool(line["errors"]) for line in lines)
+    data.write_text(data.read_text() * 3)  # the same answers again are no further evidence
     flags = ["--max_false_accept", "0.9", "--confidence", "0.6", "--data", str(data), "--device", "cpu"]
     calibrate.main([*flags, "--answers", str(tmp_path / "features"), "--out", str(tmp_path / "out.safetensors")])
     out = capsys.readouterr().out
@@ -208,7 +235,9 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
         (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "between 0 and 1"),
         (["--max_false_accept", "0.1"], "--data"), (["--max_harm", "0.1", "--judge_path", "/no"], "no judge file /no"),
         (["--max_harm", "0.1", "--out", "judge.json"], "name it *.safetensors"), (["--max_harm", "0.1", "--checkpoint_path", "x"], "draft"),
-        (["--max_harm", "0.1", "--out", "/no/such/file"], "cannot be written"), (["--max_harm", "0.1", "--walk", "3"], "--walk 3"),
+        (["--max_harm", "0.1", "--out", "/no/such/file.safetensors"], "cannot be written"),
+        (["--max_harm", "0.1", "--speculate_k", "auto"], "fixed --speculate_k"), (["--max_harm", "0.1", "--answers", "/no/a"], "--answers /no/a"),
+        (["--max_harm", "0.1", "--verify", "topk", "--out", str(DEMO / "judge.safetensors")], "--judge_path"), (["--max_harm", "0.1", "--walk", "3"], "--walk 3"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             calibrate.main(["--device", "cpu", *more])

@@ -523,7 +523,9 @@ def test_command_line_reports_a_mistake_before_any_work(tmp_path, capsys, monkey
         (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"), (["--out", str(tmp_path)], "cannot be written"),
         (["--out", "/no/such/judge"], "cannot be written"), (["--threshold", "2"], "--threshold 2"),
         (["--speculate_k", "0"], "--speculate_k 0"), (["--device", "tpu9"], "tpu9"), (["--magic"], "--magic"),
-        (["--features", "target+draft"], "--draft_checkpoint_path"), (["--l2", "-1"], "--l2 -1"), (["--guard", "/no"], "/no"),
+        (["--features", "target+draft"], "--draft_checkpoint_path"), (["--l2", "-1"], "--l2 -1"),
+        (["--out", str(tmp_path / "a.jsonl")], "one of the inputs"), (["--cache", str(tmp_path / "a.jsonl")], "is a file"),
+        (["--l2", "nan"], "--l2 nan must be between"), (["--speculate_k", "99999"], "between 1 and 1024"), (["--guard", "/no"], "/no"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             judge_module.main(base + more)

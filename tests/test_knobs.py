@@ -233,7 +233,11 @@ CALIBRATED = {"kind": "harm", "conditions": {"verify": "kl", "speculate_k": 16},
 def test_a_guarantee_covers_only_what_was_calibrated():
     same = {"verify": "kl", "speculate_k": 16}
     covered, text = describe_guarantee(CALIBRATED, same, 1.0)
-    assert covered and "95% confidence, at most 2.0%" in text
+    assert covered and "95% confidence, at most 2% of" in text
+    sure = CALIBRATED | {"confidence": 0.999, "max_harm": 0.0002}
+    assert "99.9% confidence, at most 0.02% of" in describe_guarantee(sure, same, 1.0)[1]  # nothing is rounded up
+    limited = CALIBRATED | {"conditions": same | {"max_new_tokens": 200}}
+    assert [describe_guarantee(limited, same | {"max_new_tokens": n}, 1.0)[0] for n in (199, 200, 900)] == [False, True, True]
     assert describe_guarantee(CALIBRATED, same, 0.5)[0]  # a stricter threshold that passed on the way
     for run_, threshold, word in ((same, 2.0, "threshold 1.0"), (same | {"speculate_k": 8}, 1.0, "speculate_k 16")):
         covered, text = describe_guarantee(CALIBRATED, run_, threshold)
@@ -267,10 +271,24 @@ def test_the_command_line_announces_and_refuses_calibrations(tmp_path, capsys):
     with pytest.raises(SystemExit):
         generate.main([*command, "topk", "--calibration", str(path)])
     assert "is of --verify kl, not of topk" in capsys.readouterr().err
-    path.write_text("{}")
-    for verify, word in (("kl", "lacks 'kind'"), ("topk", "lacks 'kind'")):
+    for change, word in (
+        ({"kind": "zzz"}, "'kind' cannot be 'zzz'"), ({"conditions": []}, "'conditions'"), ({"conditions": {}}, "'conditions'"),
+        ({"threshold": "16"}, "'threshold'"), ({"passed": None}, "'passed'"), ({"n": 0}, "'n' cannot be 0"), ({"n": "x"}, "'n'"),
+        ({"live": []}, "Guarantee"), ({"live": {"odd": [1, 2]}}, "'live'"), ({"live": {"by_rule": [1]}}, "'live'"),
+        ({"confidence": "high"}, "'confidence'"), ({"max_harm": None}, "'max_harm'"), ({"passed": [0.1]}, "'passed'"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(CALIBRATED | change))
+        if word == "Guarantee":
+            continue
         with pytest.raises(SystemExit) as stop:
-            generate.main([*command, verify, "--calibration", str(path)])
+            generate.main([*command, "kl", "--calibration", str(path)])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and word in err and err.count("\n") == 1 and not out, (change, err)
+    path.write_text("{}")
+    for name, word in ((path, "lacks 'kind'"), (tmp_path / "no.json", "There is no calibration"),
+                       (DEMO / "judge.safetensors", "name it with --judge_path")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            generate.main([*command, "kl", "--calibration", str(name)])
         assert stop.value.code == 2 and word in capsys.readouterr().err
 
 

@@ -68,6 +68,14 @@ def test_mining_finds_exactly_the_tokens_that_change_the_answer(first_digit):
         ([1, 5, 3, 6], [-100, -100, -100, 0]), ([1, 5, 3, 4, STOP], [-100, 1, -100, -100, -100])]  # fmt: skip
 
 
+def test_a_trial_at_the_last_allowed_token_is_no_trial(first_digit):
+    """The draft differs at the very last token of --max_new_tokens: nothing can follow it, so it counts as important."""
+    target = toy({"0": 1, "01": 2, "012": 3, "0123": STOP}, 4)
+    draft = toy({"0": 1, "1": 2, "2": 3, "3": 5}, 5)
+    engine = Engine(target, draft, None, Settings("standard", speculate_k=2), [STOP], 5)
+    assert mine(engine, [0], first_digit, Digits(), 4) == {"tokens": [1, 2, 3, STOP], "unimportant": [], "important": [[3, 5]]}
+
+
 def test_an_answer_that_cannot_be_compared_is_skipped(first_digit):
     endless = toy({"0": 1}, 1)
     engine = Engine(endless, endless, None, Settings("standard", speculate_k=2), [STOP], 24)
@@ -114,7 +122,7 @@ def run(tmp_path, out: str, *more: str, env: dict | None = None) -> subprocess.C
         "--device",
         "cpu",
         "--seed",
-        "3",
+        "4",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.run([*command, "--out", str(tmp_path / out), *more], env=environment, capture_output=True, text=True)
@@ -171,6 +179,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     for more, word in (
         (["--out", "/no/such/file"], "cannot be written"), (["--checker", "number"], "demo"),
         (["--questions", str(tmp_path / "no.jsonl"), "--checker", "number"], "no.jsonl"), (["--device", "tpu"], "tpu"),
+        (["--merge", "0"], "--merge 0"), (["--merge", "3"], "part0of3"), (["--out", str(ROOT / "LICENSE")], "not from mining"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             mining.main(["--out", str(tmp_path / "out"), "--device", "cpu", *more])
