@@ -137,14 +137,14 @@ def judge_table(args) -> dict:
     }  # fmt: skip
 
 
-SWEEP = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+SWEEP = (1, 2, 4, 8, 12, 16, 24, 32)
 
 
 def m_sweep(args) -> dict:
     """Experiment 2, and adaptive M beside it."""
     variants = [Variant("plain")] + [Variant(name, DELTA if name == "judge" else None, k)
                                      for name in ("standard", "judge") for k in (*SWEEP, "auto")]  # fmt: skip
-    questions = load_questions("demo", None, args.limit or 150, args.seed)
+    questions = load_questions("demo", None, args.limit or 100, args.seed)
     rows = summary_rows(bench_of(args, questions, "m_sweep", largest_k=max(SWEEP)).answer_all(questions, variants), variants)
     for row, variant in zip(rows, variants):
         row |= {"name": variant.name, "k": variant.k, "tokens_a_round": 1 + (row["mean_accepted"] or 0)}
@@ -542,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
     add("--judge_data", type=Path, nargs="+", default=made[-1:] or [training / "judge_data.jsonl"],
-        help="what train_demo.py --stages judge writes and trains on (for ablations also more, from build_judge_data.py)")  # fmt: skip
+        help="what train_demo.py --stages judge writes and trains on; more from build_judge_data.py")  # fmt: skip
     add("--mined", type=Path, default=training / "mined.jsonl", help="what mine_important_tokens.py wrote of demo problems")
     add("--mined_seed", type=int, nargs="+", default=[2026], help="the --seed that they were mined with")
     add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")
