@@ -110,10 +110,12 @@ def load_judge(path: str | Path, target: Transformer, draft: Transformer | None 
         names = set(handle.keys())
         try:
             header = json.loads((handle.metadata() or {})["judge"])
-            weight, bias = handle.get_tensor("weight").float(), handle.get_tensor("bias").float().reshape(())
+            # clones: what safetensors gives is the file itself, which may be copied over while we run
+            weight, bias = (handle.get_tensor(name).float().clone() for name in ("weight", "bias"))
+            bias = bias.reshape(())
             threshold, info = float(header["threshold"]), header["info"]
             found, feature = header["target_fingerprint"], header["feature"]
-            draft_weight = handle.get_tensor("draft_weight").float() if feature == "target+draft" else None
+            draft_weight = handle.get_tensor("draft_weight").float().clone() if feature == "target+draft" else None
             trained_on = handle.get_tensor("trained_on") if "trained_on" in names else no_prompts()
         except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{path} is not a judge file ({names or 'nothing'} in it): {error}.") from None

@@ -384,8 +384,8 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
     """{variant: features (N, d)}, labels (N,) and answer number (N,): one reading of all answers with hooks on the layers."""
     layers = [i for i in range(len(target.layers)) if (i + 1) % 3 == 0]
     caught, parts, labels, number = {}, {}, [], []
-    for i in layers:
-        target.layers[i].register_forward_hook(lambda module, inputs, out, i=i: caught.setdefault(i, []).append(out[0]))
+    hooks = [target.layers[i].register_forward_hook(lambda module, inputs, out, i=i: caught.setdefault(i, []).append(out[0]))
+             for i in layers]  # fmt: skip
     length = max(len(answer.prompt) + len(answer.ids) for answer in answers)
     readers = [RowReader(model, 17, length) for model in (target, draft)]
     progress = Progress("reading answers", len(answers))
@@ -408,6 +408,8 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
         labels.append(torch.tensor(answer.labels("ignore_after"))[kept])
         number.append(torch.full((int(kept.sum()),), n))
         progress.step()
+    for hook in hooks:
+        hook.remove()
     return {name: torch.cat(x) for name, x in parts.items()}, torch.cat(labels), torch.cat(number)
 
 

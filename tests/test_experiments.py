@@ -63,6 +63,7 @@ def test_ablations_read_the_rows_and_layers_that_they_name(pair):
     ids = list(range(10, 40))
     answers = [Encoded([1, n, 3], ids, None, {"labels": [1] * 29 + [0]}) for n in (5, 6)]
     features, labels, number = read_variants(target, draft, answers)
+    assert not any(layer._forward_hooks for layer in target.layers), "a hook stays behind"
     assert len(labels) == 60 and number.tolist() == [0] * 30 + [1] * 30 and labels.sum() == 58
     for n, answer in enumerate(answers):
         both = torch.tensor([answer.prompt + ids])
