@@ -700,6 +700,7 @@ def minimise(w: Tensor, strength: float, batches: Callable[[], Iterator[tuple[Te
     """Minimises, in place over w (dims + 1,) fp64, the weighted logistic loss plus strength |w|^2 (without the bias)."""
 
     def loss_of() -> Tensor:
+        """The loss at w, with its gradient in w.grad."""
         loss, grad = strength * w[:-1].square().sum(), 2 * strength * w
         grad[-1] = 0
         for x, y, weight in batches():

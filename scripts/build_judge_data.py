@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from generate import Engine, Settings, answer_text, check_prompt, check_settings
+from generate import Engine, Settings, answer_text, check_prompt, check_settings, encode_prompt
 from model import (
     DTYPES,
     InputError,
@@ -85,10 +85,7 @@ def encode_prompts(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer,
     """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's context."""
     context, prompts = ModelArgs.from_folder(folder).max_position, {}
     for question in questions:
-        if args.chat:
-            prompt = tokenizer.encode_chat([{"role": "user", "content": question.prompt}])
-        else:
-            prompt = [tokenizer.bos_id, *tokenizer.encode(question.prompt)]
+        prompt = encode_prompt(args, tokenizer, question.prompt)
         try:
             check_prompt(prompt, args.max_new_tokens, context, context)
         except InputError as error:

@@ -94,9 +94,8 @@ def fixed_sequence(
 def by_generating(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeHead | None]:
     """Calibrates on questions; what is to be written, and the judge if there is one."""
     questions = questions_of(args)
-    args.out_file, args.out = args.out, args.answers
-    bench = Bench(args, questions, args.verify == "judge")
-    head, args.out = bench.models[2], args.out_file
+    bench = Bench(argparse.Namespace(**vars(args) | {"out": args.answers}), questions, args.verify == "judge")
+    head = bench.models[2]
     questions = without_trained(questions, bench, head)
 
     def harms_at(threshold: float, limit: int) -> int:
@@ -124,8 +123,9 @@ def by_generating(args: argparse.Namespace, walk: list[float]) -> tuple[dict, Ju
         result |= {
             "live": live_ranges(mine),
             "mean_accepted": sum(r["accepted"] for r in mine) / sum(r["rounds"] for r in mine),
+            "plain_right": sum(r["right"] for r in plain),
+            "right": sum(r["right"] for r in mine),
         }
-        result |= {"plain_right": sum(r["right"] for r in plain), "right": sum(r["right"] for r in mine)}
     return result, head
 
 

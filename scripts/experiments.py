@@ -263,9 +263,11 @@ def out_of_domain(args) -> dict:
             train_judge([target], tokenizer, mine, TrainSettings(threshold=DELTA), args.work / "features").save(path)
             for test_family in FAMILIES:
                 variants = [Variant("plain"), Variant("judge", DELTA)]
-                rows += family_rows(args, f"{kind}_{train_family}", test_family, variants, path, kind, train_family)
+                row = family_row(args, f"{kind}_{train_family}", test_family, variants, path)
+                rows.append({"kind": kind, "trained_on": train_family, "tested_on": test_family, **row})
     for test_family in FAMILIES:
-        rows += family_rows(args, "kl", test_family, [Variant("plain"), Variant("kl", 2.0)], None, "kl", "-")
+        row = family_row(args, "kl", test_family, [Variant("plain"), Variant("kl", 2.0)], None)
+        rows.append({"kind": "kl", "trained_on": "-", "tested_on": test_family, **row})
     found = {(row["kind"], row["trained_on"] == row["tested_on"]): [] for row in rows}
     for row in rows:
         found[row["kind"], row["trained_on"] == row["tested_on"]].append(row)
@@ -277,13 +279,12 @@ def out_of_domain(args) -> dict:
             "finding": "; ".join(said) + "."}  # fmt: skip
 
 
-def family_rows(args, name: str, family: str, variants: list[Variant], judge: Path | None, kind: str, trained_on: str) -> list:
-    """One row: a rule tested on one family."""
+def family_row(args, name: str, family: str, variants: list[Variant], judge: Path | None) -> dict:
+    """A rule (the second variant, beside plain) tested on one family."""
     questions = load_questions(f"demo:{family}", None, args.limit or 150, args.seed)
     more = {"judge_path": judge} if judge else {}
     bench = bench_of(args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more)
-    row = summary_rows(bench.answer_all(questions, variants), variants)[1]
-    return [{"kind": kind, "trained_on": trained_on, "tested_on": family, **row}]
+    return summary_rows(bench.answer_all(questions, variants), variants)[1]
 
 
 def self_correction(args) -> dict:
