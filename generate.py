@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import kernels
 from judge import (
-    CHUNK,
     RULES,
     Drift,
     JudgeHead,
@@ -52,7 +52,8 @@ from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
-WINDOW = 256  # the smallest part of the cache that a step looks at; then its doubles
+WINDOW = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
+PREFILL_ROWS = {"cpu": 256, "cuda": 2048}  # that a pass over the prompt reads, a multiple of WINDOW
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
 TINY = 1e-20
 
@@ -159,9 +160,12 @@ def pick(weights: Tensor, uniform: Tensor) -> Tensor:
     return (total <= (uniform.double() * total[..., -1])[..., None]).sum(-1).clamp(max=weights.shape[-1] - 1)
 
 
-def plain_step(model: Transformer, b: Buffers, s: Settings, window: int) -> Tensor:
-    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns the token, (1,)."""
-    _, logits = model(b.tokens[b.pos][None], b.pos, window)
+def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> Tensor:
+    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns the token, (1,).
+
+    visible: only its length counts, how much of the cache the step may look at; a tensor, so that one graph serves all.
+    """
+    _, logits = model(b.tokens[b.pos][None], b.pos, len(visible))
     token = choose(logits[0], b.uniforms[:1], s)
     b.tokens[b.pos + 1] = token
     b.pos += 1
@@ -175,7 +179,7 @@ def choose(logits: Tensor, uniform: Tensor, s: Settings) -> Tensor:
     return pick(distribution(logits, s.temperature, s.top_k), uniform)
 
 
-def draft_step(model: Transformer, b: Buffers, s: Settings, window: int, first: bool) -> None:
+def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, first: bool) -> None:
     """Writes drafted[step] (and its logits), advances `step`.
 
     The first step of a round reads two rows: when all draft tokens of the round before were accepted, the draft has
@@ -187,7 +191,7 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, window: int, first: 
         ids = b.tokens[pos]
     else:
         pos, ids = b.pos + b.step, b.drafted[b.step - 1]
-    hidden, logits = model(ids[None], pos, window, n_logits=1)
+    hidden, logits = model(ids[None], pos, len(visible), n_logits=1)
     if b.draft_logits.numel() > 1:
         b.draft_logits[b.step] = logits[0]
     if b.draft_hidden.numel() > 1:
@@ -197,7 +201,7 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, window: int, first: 
 
 
 def verify_step(
-    model: Transformer, head: JudgeHead | None, b: Buffers, s: Settings, window: int, markers: Markers | None
+    model: Transformer, head: JudgeHead | None, b: Buffers, s: Settings, visible: Tensor, markers: Markers | None
 ) -> Tensor:
     """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's next token.
 
@@ -207,7 +211,7 @@ def verify_step(
     """
     m = len(b.drafted)
     ids = torch.cat([b.tokens[b.pos], b.drafted])
-    hidden, logits = model(ids[None], b.pos + torch.arange(m + 1, device=ids.device), window)
+    hidden, logits = model(ids[None], b.pos + torch.arange(m + 1, device=ids.device), len(visible))
     logits, allowed, regions = logits[0], None, None
     scores = head.score(hidden[0, 1:], b.draft_hidden) if head is not None else None  # the judge reads the token's own row
     if markers is not None:
@@ -268,6 +272,32 @@ def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
     return torch.where(rest.sum(-1, keepdim=True) > TINY, rest, p[accepted])
 
 
+@dataclass
+class Slot:
+    """Host memory of a round in flight; two take turns, so that a round may be launched before the last one is read."""
+
+    report: Tensor  # pinned on CUDA
+    uniforms: Tensor
+    event: torch.cuda.Event | None  # the report is there
+    m: int = 0
+
+
+@dataclass
+class Graph:
+    """A captured CUDA graph and what it puts out, in place, at each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor | None
+
+
+def capture(action) -> Graph:
+    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to tune."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = action()
+    return Graph(graph, output)
+
+
 class Engine:
     """A target (and a draft, and a judge) with buffers for sequences of up to `length` tokens, prompt included.
 
@@ -281,7 +311,9 @@ class Engine:
         check_settings(settings, draft is not None, head is not None)
         self.target, self.head, self.settings = target, head, settings
         self.draft = None if settings.verify == "plain" else draft
-        self.markers = markers.to(target.device) if markers is not None else None
+        self.device = target.device
+        self.overlap = self.device.type == "cuda"  # launch a round before the last one is read
+        self.markers = markers.to(self.device) if markers is not None else None
         self.sizes = SIZES if settings.adaptive and self.draft is not None else (settings.speculate_k,)
         self.pace = Pace(self.sizes)
         self.stop_ids = stop_ids
@@ -289,20 +321,22 @@ class Engine:
         self.length = length
         self.context = min(model.args.max_position for model in (target, self.draft) if model is not None)
         self.allocate()
-        if settings.compile and target.device.type == "cpu":
+        if settings.compile and self.device.type == "cpu":
             check_compiler()
-        own = compile_step if settings.compile else (lambda step: step)
-        self.plain_step, self.draft_step = own(plain_step), own(draft_step)
-        self.verify_steps = {m: (own(verify_step), self.buffers.first(m)) for m in self.sizes}
+            kernels.use_cpu_kernels()
+        own = compile_step if settings.compile else (lambda step, device: step)
+        self.plain_step, self.draft_step = (own(step, self.device.type) for step in (plain_step, draft_step))
+        self.verify_steps = {m: (own(verify_step, self.device.type), self.buffers.first(m)) for m in self.sizes}
+        self.graphs: dict[int, tuple[Graph, ...]] = {}
 
     def allocate(self) -> None:
-        """Caches and buffers for `length` tokens, and for what a round may write past them."""
-        s, device = self.settings, self.target.device
+        """Caches and buffers for `length` tokens, and for what rounds may write past them."""
+        s, device = self.settings, self.device
         self.capacity = capacity = capacity_for(self.length, s.speculate_k)
-        self.windows = windows_up_to(capacity)
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
+        self.generations = [model.generation for model in (self.target, self.draft) if model is not None]
         keep_logits = self.draft is not None and (s.temperature > 0 or RULES[s.verify].needs_draft_logits)
         shape = (s.speculate_k, self.target.args.vocab_size) if keep_logits else (1, 1)
         keep_hidden = self.draft is not None and self.head is not None and self.head.draft_weight is not None
@@ -316,6 +350,14 @@ class Engine:
             threshold=torch.tensor(threshold_of(s, self.head), device=device),
             stop_ids=torch.tensor(self.stop_ids, **long), region=torch.zeros(1, **long),
         )  # fmt: skip
+        self.ruler = torch.zeros(capacity, device=device)  # its slices say how much of the cache a step may look at
+        cuda = device.type == "cuda"
+        size = 2 * s.speculate_k + 3
+        self.slots = [
+            Slot(torch.zeros(size, dtype=torch.long, pin_memory=cuda), torch.zeros(size - 2, pin_memory=cuda),
+                 torch.cuda.Event() if cuda else None)
+            for _ in range(2)
+        ]  # fmt: skip
 
     def set_threshold(self, threshold: float | None) -> None:
         """Another threshold for the same rule; compiles nothing."""
@@ -323,17 +365,21 @@ class Engine:
         check_settings(self.settings, self.draft is not None, self.head is not None)
         self.buffers.threshold.fill_(threshold_of(self.settings, self.head))
 
+    @torch.inference_mode()
     def warm_up(self) -> float:
-        """Runs every step for every window, which compiles them, and measures what --speculate_k auto chooses by.
+        """Runs every step, which compiles it, captures the CUDA graphs, and measures what --speculate_k auto chooses by.
         Returns the seconds it took."""
         started = time.monotonic()
-        for window in self.windows:
+        for m in self.sizes:
+            for needed in (1, 1, self.capacity):  # again, and elsewhere: no step may depend on where it stands
+                self.buffers.pos.fill_(needed // 2)
+                self.round(needed, m)
+        if self.settings.compile and self.device.type == "cuda":
             for m in self.sizes:
-                for at in (0, 1):  # twice: no step may depend on where it stands
-                    self.buffers.pos.fill_(at)
-                    self.round(window, m)
-                    self.sync()
-            if self.settings.adaptive:
+                self.buffers.pos.fill_(1)
+                self.graphs[m] = tuple(capture(step) for step in self.steps(self.visible(self.capacity), m))
+        if self.settings.adaptive:
+            for window in self.pace.windows(self.capacity):
                 self.measure(window)
         return time.monotonic() - started
 
@@ -341,57 +387,106 @@ class Engine:
         """Tells `pace` the median seconds of a round for each size; the sizes take turns, as other work comes and goes."""
         seconds = {m: [] for m in self.sizes}
         for m in self.sizes * repeats:
-            self.buffers.pos.fill_(1)
+            self.buffers.pos.fill_(max(0, window - m - 2))
             began = time.monotonic()
             self.round(window, m)
             seconds[m].append(time.monotonic() - began)
         self.pace.seconds |= {(window, m): sorted(found)[repeats // 2] for m, found in seconds.items()}
 
     def sync(self) -> None:
-        if self.target.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int], keep: int = 0) -> None:
-        """Reads all of the prompt but its last token into the caches, in chunks of CHUNK padded rows.
+        """Reads all of the prompt but its last token into the caches, in passes of PREFILL_ROWS, the last one padded.
 
         keep: so many of its first tokens are there already, from the sequence before.
         """
-        if self.target.cache_length != self.capacity:
+        if self.generations != [model.generation for model in (self.target, self.draft) if model is not None]:
             raise RuntimeError("Another engine has since changed the length of this model's caches; make a new engine.")
         b, count = self.buffers, len(prompt) - 1
         b.tokens.zero_()
         b.tokens[: len(prompt)] = torch.tensor(prompt)
-        for start in range(min(keep, count) // CHUNK * CHUNK, count, CHUNK):
-            pos = torch.arange(start, start + CHUNK, device=b.tokens.device)
+        start = min(keep, count) // WINDOW * WINDOW
+        while start < count:
+            end = min(start + PREFILL_ROWS[self.device.type], -(-count // WINDOW) * WINDOW)
             for model in (self.target, self.draft):
                 if model is not None:
-                    model(b.tokens[None, start : start + CHUNK], pos, start + CHUNK, n_logits=0)
+                    model(b.tokens[None, start:end], torch.arange(start, end, device=b.tokens.device), end, n_logits=0)
+            start = end
         b.pos.fill_(count)
         if self.markers is not None:
             b.region.fill_(self.markers.after(prompt))
 
-    @torch.inference_mode()
-    def round(self, window: int, m: int = 0) -> Round:
-        """One round: m draft steps (default speculate_k) and a verification, or one plain step. One read by the host."""
+    def visible(self, needed: int) -> Tensor:
+        """A tensor as long as the part of the cache that a step looks at, which must hold `needed` positions.
+
+        On a GPU that is all: the kernel there finds on the device how far to read.
+        """
+        if self.device.type == "cuda":
+            return self.ruler
+        visible = self.ruler[: -(-needed // WINDOW) * WINDOW]
+        if self.settings.compile:
+            torch._dynamo.mark_dynamic(visible, 0)
+        return visible
+
+    def steps(self, visible: Tensor, m: int) -> list:
+        """What a round launches, in order: the draft loop and the verification, or the plain step. The last one reports."""
         b, s = self.buffers, self.settings
-        m = m or s.speculate_k
-        if s.temperature > 0:
-            b.uniforms.copy_(torch.rand(b.uniforms.shape, generator=self.generator), non_blocking=True)
         if self.draft is None:
-            return Round([int(self.plain_step(self.target, b, s, window))], 0, [])
-        for i in range(m):
-            self.draft_step(self.draft, b, s, window, i == 0)
+            return [lambda: self.plain_step(self.target, b, s, visible)]
+
+        def draft() -> None:
+            for i in range(m):
+                self.draft_step(self.draft, b, s, visible, i == 0)
+
         verify, part = self.verify_steps[m]
-        report = verify(self.target, self.head, part, s, window, self.markers).tolist()
+        return [draft, lambda: verify(self.target, self.head, part, s, visible, self.markers)]
+
+    @torch.inference_mode()
+    def launch(self, needed: int, m: int = 0) -> Slot:
+        """Starts a round of m draft tokens (default speculate_k) that may look at positions below `needed`; waits for
+        nothing."""
+        b, m = self.buffers, m or self.settings.speculate_k
+        slot = self.slots[0]
+        self.slots.reverse()
+        slot.m = m if self.draft is not None else 0
+        if self.settings.temperature > 0:
+            slot.uniforms.copy_(torch.rand(slot.uniforms.shape, generator=self.generator))
+            b.uniforms.copy_(slot.uniforms, non_blocking=True)
+        if m in self.graphs:
+            for captured in self.graphs[m]:
+                captured.graph.replay()
+            report = captured.output
+        else:
+            for step in self.steps(self.visible(needed), m):
+                report = step()
+        slot.report[: len(report)].copy_(report, non_blocking=True)
+        if slot.event is not None:
+            slot.event.record()
+        return slot
+
+    def collect(self, slot: Slot) -> Round:
+        """Waits for a launched round; the host's only read of it."""
+        if slot.event is not None:
+            slot.event.synchronize()
+        report, m = slot.report.tolist(), slot.m
+        if m == 0:
+            return Round(report[:1], 0, [])
         accepted, by_rule = report[0], [bool(x) for x in report[m + 2 : m + 2 + report[0]]]
         scored = min(accepted + 1, m) if self.head is not None else 0
-        return Round(report[1 : accepted + 2], accepted, by_rule, m, report[-1] / 1e6, scored)
+        return Round(report[1 : accepted + 2], accepted, by_rule, m, report[2 * m + 2] / 1e6, scored)
+
+    def round(self, needed: int, m: int = 0) -> Round:
+        """One round, launched and read."""
+        return self.collect(self.launch(needed, m))
 
     def stream(self, prompt: list[int], max_new_tokens: int, result: Result, keep: int = 0) -> Iterator[tuple[int, str]]:
         """Decodes after `prompt`, yields (token, origin) as rounds commit them, and fills `result`.
 
         Stops exactly at the first stop token (which is put out) or after max_new_tokens. keep: as in `prefill`.
+        With `overlap` a round is under way before the last one is read; one that lies past the end is thrown away.
         """
         check_prompt(prompt, max_new_tokens, self.length, self.context)
         if self.settings.adaptive and not self.pace.seconds:
@@ -400,27 +495,33 @@ class Engine:
         self.prefill(prompt, keep)
         self.sync()
         result.seconds_prefill, began = time.monotonic() - started, time.monotonic()
-        pos = len(prompt) - 1
+        pos, most, ahead = len(prompt) - 1, self.settings.speculate_k + 1, None
         while len(result.tokens) < max_new_tokens and result.stop_reason == "length":
-            needed = pos + self.settings.speculate_k + 1
-            window = next(window for window in self.windows if window >= needed)
-            got = self.round(window, self.pace.choose(window))
+            current = ahead or self.launch(pos + most, self.pace.choose(pos + most))
+            another = self.overlap and len(result.tokens) + 1 < max_new_tokens  # this round puts out at least one
+            ahead = self.launch(pos + 2 * most, self.pace.choose(pos + 2 * most)) if another else None
+            got = self.collect(current)
             pos += len(got.tokens)
-            result.rounds += 1
-            result.drafted += got.drafted
-            result.score, result.scored = result.score + got.score, result.scored + got.scored
-            letters = ["r" if by_rule else "a" for by_rule in got.by_rule]
-            letters.append("b" if got.drafted == got.accepted > 0 else "t")
-            fresh = list(zip(got.tokens, letters))[: max_new_tokens - len(result.tokens)]
-            for at, (token, _) in enumerate(fresh):
-                if token in self.stop_ids:
-                    fresh, result.stop_reason = fresh[: at + 1], "stop"
-                    break
-            self.pace.learn(got.drafted, min(got.accepted, len(fresh)))  # what lies past the end is worth nothing
-            result.tokens += [token for token, _ in fresh]
-            result.origin += [letter for _, letter in fresh]
             result.seconds_decode = time.monotonic() - began
+            fresh = self.count(got, result, max_new_tokens)
             yield from fresh
+
+    def count(self, got: Round, result: Result, max_new_tokens: int) -> list[tuple[int, str]]:
+        """Adds a round to `result`; returns its tokens up to the end, with their origin."""
+        result.rounds += 1
+        result.drafted += got.drafted
+        result.score, result.scored = result.score + got.score, result.scored + got.scored
+        letters = ["r" if by_rule else "a" for by_rule in got.by_rule]
+        letters.append("b" if got.drafted == got.accepted > 0 else "t")
+        fresh = list(zip(got.tokens, letters))[: max_new_tokens - len(result.tokens)]
+        for at, (token, _) in enumerate(fresh):
+            if token in self.stop_ids:
+                fresh, result.stop_reason = fresh[: at + 1], "stop"
+                break
+        self.pace.learn(got.drafted, min(got.accepted, len(fresh)))  # what lies past the end is worth nothing
+        result.tokens += [token for token, _ in fresh]
+        result.origin += [letter for _, letter in fresh]
+        return fresh
 
     def generate(self, prompt: list[int], max_new_tokens: int, seed: int = 0, keep: int = 0) -> Result:
         """Decodes one sample after `prompt` (ids, begin-of-text included). keep: as in `prefill`."""
@@ -453,10 +554,19 @@ class Pace:
         for counts, upto in ((self.reached, min(accepted + 1, drafted)), (self.passed, accepted)):
             counts[:] = [self.DECAY * count + (place < upto) for place, count in enumerate(counts)]
 
-    def choose(self, window: int) -> int:
-        """The M of the next round."""
+    @staticmethod
+    def windows(capacity: int) -> list[int]:
+        """Where to measure: at 256 positions, its doubles, and all."""
+        windows = [min(256, capacity)]
+        while windows[-1] < capacity:
+            windows.append(min(2 * windows[-1], capacity))
+        return windows
+
+    def choose(self, needed: int) -> int:
+        """The M of the next round, which looks at up to `needed` positions."""
         if len(self.sizes) == 1:
             return self.sizes[0]
+        window = min((window for window, _ in self.seconds if window >= needed), default=max(self.seconds)[0])
         overall = (sum(self.passed) + self.STRENGTH * self.PRIOR) / (sum(self.reached) + self.STRENGTH)
         expected, chance, best = 1.0, 1.0, (0.0, 0)
         for place, (reached, passed) in enumerate(zip(self.reached, self.passed), 1):
@@ -478,33 +588,27 @@ def check_compiler() -> None:
         raise InputError("--compile on a CPU needs a C++ compiler such as g++; install one, or name it in CXX.") from None
 
 
-def compile_step(step):
-    """Compiles a step function for one engine, as one graph.
+def compile_step(step, device: str):
+    """Compiles a step function for one engine, as one graph that serves every length of `visible`.
 
-    A model, its settings and its buffers never change within an engine, so that only `window` and `first` are guarded:
-    checking the rest would cost more than a small draft's step. The copied code object keeps engines apart, since
-    dynamo caches by code object.
+    A model, its settings and its buffers never change within an engine, so that only `first` is guarded: checking the
+    rest would cost more than a small draft's step. The copied code object keeps engines apart, since dynamo caches by
+    code object.
     """
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
 
     def keep(guards: list) -> list[bool]:
-        return [guard.name in ("window", "first", "L['window']", "L['first']") for guard in guards]
+        return [guard.name in ("first", "L['first']") for guard in guards]
 
-    return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": keep})
+    # On a CPU the wrapper around the kernels counts, on a GPU it is captured and gone
+    options = {"cpp_wrapper": True} if device == "cpu" else {"coordinate_descent_tuning": True}
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})
 
 
 def capacity_for(length: int, speculate_k: int) -> int:
-    """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for a round's
-    drafts past the end. A whole number of prefill chunks, too."""
-    return -(-(length + speculate_k + 1) // WINDOW) * WINDOW
-
-
-def windows_up_to(capacity: int) -> list[int]:
-    """The parts of the cache that a step may look at, so that its cost follows the position: WINDOW, its doubles, all."""
-    windows = [WINDOW]
-    while windows[-1] < capacity:
-        windows.append(min(2 * windows[-1], capacity))
-    return windows
+    """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for the drafts
+    of two rounds past the end, since one may be under way when the end is found."""
+    return -(-(length + 2 * (speculate_k + 1)) // WINDOW) * WINDOW
 
 
 def threshold_of(settings: Settings, head: JudgeHead | None) -> float:

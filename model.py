@@ -21,6 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+
+import kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -298,35 +301,69 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
+class Linear(nn.Linear):
+    """A product without bias, by the fastest kernel for its rows."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
+        self.wo = Linear(args.n_head * args.head_dim, args.dim)
         self.k_cache: Tensor | None = None  # (1, n_kv_head, length, head_dim), made by setup_caches
         self.v_cache: Tensor | None = None
 
-    def forward(self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) and mask (T, window) or None -> (B, T, dim)."""
+    def forward(self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, window: int) -> Tensor:
+        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask and window as `see` gives -> (B, T, dim)."""
         a, (batch, rows, _) = self.args, x.shape
         qkv = self.wqkv(x).view(batch, rows, -1, a.head_dim)
         q, k, v = qkv.split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))
-        if pos is not None:
-            self.k_cache[:, :, pos] = k
-            self.v_cache[:, :, pos] = v
-            length = mask.shape[-1]  # how much of the cache this step may see: cost follows it, not the buffer
-            k, v = self.k_cache[:, :, :length], self.v_cache[:, :, :length]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.wo(y.transpose(1, 2).reshape(batch, rows, -1))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if pos is None:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        else:
+            self.k_cache[:, :, pos] = k.transpose(1, 2)
+            self.v_cache[:, :, pos] = v.transpose(1, 2)
+            y = self.attend(q, pos, mask, window)
+        return self.wo(y.reshape(batch, rows, -1))
+
+    def attend(self, q: Tensor, pos: Tensor, mask: Tensor | None, window: int) -> Tensor:
+        """q (1, T, n_head, head_dim) over the caches -> the same shape."""
+        a, rows = self.args, q.shape[1]
+        if use_attend(q):
+            return kernels.attend(heads_as_rows(q, a.n_kv_head)[0], self.k_cache, self.v_cache, pos).view(q.shape)
+        k, v = self.k_cache[:, :, :window], self.v_cache[:, :, :window]
+        if isinstance(mask, CausalBias):
+            return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        # the query heads of one KV head as further rows: its cache is then read once
+        y = F.scaled_dot_product_attention(heads_as_rows(q, a.n_kv_head), k, v, attn_mask=mask)
+        return y.view(1, a.n_kv_head, -1, rows, a.head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def heads_as_rows(q: Tensor, n_kv_head: int) -> Tensor:
+    """(1, T, n_head, D) -> (1, n_kv_head, group * T, D), row r being query head r // T of its group and token r % T."""
+    _, rows, _, d = q.shape
+    return q.view(1, rows, n_kv_head, -1, d).permute(0, 2, 3, 1, 4).reshape(1, n_kv_head, -1, d)
+
+
+def use_attend(q: Tensor) -> bool:
+    """Whether q (1, T, ...) goes to the kernel that finds the length on the device."""
+    return q.device.type == "cuda" and q.shape[1] <= kernels.MOST_ROWS
 
 
 class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)  # gate and up in one product
-        self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
+        self.w13 = Linear(args.dim, 2 * args.intermediate_size)  # gate and up in one product
+        self.w2 = Linear(args.intermediate_size, args.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -341,8 +378,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, pos, mask)
+    def forward(self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, window: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, pos, mask, window)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -355,12 +392,13 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = Linear(args.dim, args.vocab_size)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = 0
+        self.generation = 0  # counts allocations of the caches: graphs captured over older ones must not run
 
     @property
     def device(self) -> torch.device:
@@ -375,7 +413,7 @@ class Transformer(nn.Module):
         cache = self.layers[0].attention.k_cache
         if cache is not None and (cache.shape[2], cache.dtype, cache.device) == (length, self.dtype, self.device):
             return
-        self.cache_length = length
+        self.cache_length, self.generation = length, self.generation + 1
         self.rope = rope_table(self.args, length, self.device)
         shape = (1, self.args.n_kv_head, length, self.args.head_dim)
         for layer in self.layers:
@@ -387,21 +425,35 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Reads tokens, returns (hidden, logits).
 
-        tokens: (B, T) ids. pos: (T,) their positions in the cache (B = 1), or None to read whole sequences without
-        a cache. window: the step sees cache positions below it (static; at least max(pos) + 1; default: all).
+        tokens: (B, T) ids. pos: (T,) their ascending positions in the cache (B = 1), or None to read whole sequences
+        without a cache. window: the step sees cache positions below it (at least max(pos) + 1; default: all). More than
+        kernels.MOST_ROWS rows are a prefill: on a GPU they must be the last of the window.
         hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits, vocab) in fp32,
         for the last n_logits rows (default all; 0 skips the LM head).
         """
+        window = self.cache_length if window is None else window
+        x = self.tok_embeddings(tokens)
         if pos is None:
             rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
         else:
-            rope = self.rope[pos]
-            mask = torch.arange(window or self.cache_length, device=tokens.device) <= pos[:, None]
-        x = self.tok_embeddings(tokens)
+            rope, mask = self.rope[pos], self.see(x, pos, window)
         for layer in self.layers:
-            x = layer(x, rope, pos, mask)
+            x = layer(x, rope, pos, mask, window)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
         return x, self.output(self.norm(rows)).float()
+
+    def see(self, x: Tensor, pos: Tensor, window: int) -> Tensor | None:
+        """What is added to attention scores, 0 or -inf: (group * T, window) for rows as `heads_as_rows` orders them.
+
+        On a GPU nothing of that size is made: the decoding kernel needs none, and a prefill has a diagonal.
+        """
+        if use_attend(x):
+            return None
+        if x.device.type == "cuda":
+            return causal_lower_right(len(pos), window)
+        hidden = torch.arange(window, device=x.device) > pos[:, None]
+        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -float("inf"))
+        return mask.repeat(self.args.n_head // self.args.n_kv_head, 1)
 
 
 def random_model(args: ModelArgs, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Transformer:

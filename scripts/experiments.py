@@ -477,7 +477,7 @@ def rule_cost(args) -> dict:
             buffers.pos.fill_(100)
             began = time.perf_counter()
             with torch.inference_mode():
-                verify(engine.target, engine.head, buffers, engine.settings, engine.windows[0], engine.markers).tolist()
+                verify(engine.target, engine.head, buffers, engine.settings, engine.visible(256), engine.markers).tolist()
             times[name].append(time.perf_counter() - began)
     base = torch.tensor(times["standard"]).median()
     rows = [{"rule": name, "milliseconds": 1e3 * torch.tensor(found).median().item(),

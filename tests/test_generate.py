@@ -10,7 +10,7 @@ import torch
 from conftest import DATA, DEVICES, make_folder
 
 import generate
-from generate import Engine, Result, Settings, capacity_for, main, pick, residual, windows_up_to
+from generate import Engine, Result, Settings, capacity_for, main, pick, residual
 from judge import JudgeHead, Markers
 from model import ModelArgs, load_model
 from tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ class Scripted:
 
     def __init__(self, table, score=lambda n, t: 0.0, device="cpu"):
         self.table, self.score, self.args, self.cache_length = table, score, ARGS, 0
-        self.device, self.read = torch.device(device), []
+        self.device, self.read, self.generation = torch.device(device), [], 0
 
     def setup_caches(self, length):
         self.cache_length = length
@@ -342,9 +342,53 @@ def test_a_floor_stops_a_rule_but_not_the_standard_test(min_prob, passes):
     assert result.tokens == ([2, 5] if passes else [2, 0]) and result.origin[0] == "a"
 
 
-def test_windows():
-    assert windows_up_to(256) == [256] and windows_up_to(768) == [256, 512, 768] and windows_up_to(1024) == [256, 512, 1024]
-    assert capacity_for(239, 16) == 256 and capacity_for(240, 16) == 512 and capacity_for(131072, 16) == 131328
+def test_a_step_looks_at_what_it_needs_and_no_more(pair):
+    assert capacity_for(222, 16) == 256 and capacity_for(223, 16) == 320 and capacity_for(131072, 16) == 131136
+    engine = Engine(*pair, None, Settings("standard"), [96], 400)
+    assert [len(engine.visible(needed)) for needed in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 192]
+    assert len(engine.visible(engine.capacity)) == engine.capacity
+
+
+@pytest.mark.parametrize("verify, temperature", [("plain", 0), ("standard", 0), ("judge", 0), ("standard", 0.8), ("topk", 0.8)])
+def test_a_round_launched_before_the_last_one_is_read_changes_nothing(pair, verify, temperature):
+    """With stops and ends anywhere in the overlapped round; and the answer after it is not touched by a round thrown away."""
+    head = JudgeHead(torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {})
+    draft = None if verify == "plain" else pair[1]
+    settings = Settings(verify, speculate_k=5, temperature=temperature)
+    outputs = []
+    for overlap in (False, True):
+        engine = Engine(pair[0], draft, head, settings, [], 140)
+        engine.overlap = overlap
+        free = engine.generate([5, 17, 40], 40, seed=3).tokens
+        found = []
+        for stop in {free[0], free[7], free[8], free[20], free[39]}:
+            engine.stop_ids = [stop]  # the host's part of stopping
+            found.append(engine.generate([5, 17, 40], 40, seed=3))
+        engine.stop_ids = []
+        found += [engine.generate([9, 3, 60], new, seed=new) for new in (1, 2, 6, 7, 23, 137)]
+        outputs.append([(r.tokens, r.origin, r.rounds, r.stop_reason) for r in found])
+        assert {r.stop_reason for r in found} == {"stop", "length"}
+    assert outputs[0] == outputs[1]
+
+
+def test_overlap_throws_away_one_round_at_most(pair):
+    engine = Engine(*pair, None, Settings("standard", speculate_k=5), [], 200)
+    engine.overlap, launched, launch = True, [], engine.launch
+    engine.launch = lambda *rest: (launched.append(rest), launch(*rest))[1]
+    result = engine.generate([5, 17, 40], 50)
+    assert result.rounds <= len(launched) <= result.rounds + 1
+    launched.clear()
+    engine.stop_ids = [result.tokens[0]]
+    assert engine.generate([5, 17, 40], 50).rounds == 1 and len(launched) == 2
+    launched.clear()
+    assert engine.generate([5, 17, 40], 1).rounds == 1 and len(launched) == 1  # one token is sure: nothing to gain
+
+
+def test_the_cache_may_be_longer_than_the_text(pair):
+    """Bit for bit the same: a step looks at what the text needs, whatever is allocated."""
+    prompt = torch.randint(0, 96, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    answers = [Engine(*pair, None, Settings("standard"), [96], length).generate(prompt, 80) for length in (150, 151, 400)]
+    assert answers[0].tokens == answers[1].tokens == answers[2].tokens and len(answers[0].tokens) == 80
 
 
 def test_an_engine_whose_caches_were_taken_says_so(pair):

@@ -171,7 +171,7 @@ def test_adaptive_output_is_plain_output(pair):
     prompt = [5, 17, 40, 8]
     plain = Engine(target, None, None, Settings("plain"), [96], 200).generate(prompt, 150)
     engine = Engine(target, draft, None, Settings("standard", speculate_k=max(SIZES), adaptive=True), [96], 200)
-    engine.pace.seconds = {(window, m): 1 + 0.01 * m for window in engine.windows for m in SIZES}
+    engine.pace.seconds = {(window, m): 1 + 0.01 * m for window in engine.pace.windows(engine.capacity) for m in SIZES}
     engine.pace.choose = lambda window, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
     seen, learn = [], engine.pace.learn
     engine.pace.learn = lambda drafted, accepted: (seen.append(drafted), learn(drafted, accepted))
@@ -184,7 +184,7 @@ def test_adaptive_m_follows_the_draft():
     for step, size in ((1, max(SIZES)), (3, min(SIZES))):
         settings = Settings("standard", speculate_k=max(SIZES), adaptive=True)
         engine = Engine(Scripted(counting()), Scripted(counting(step)), None, settings, [], 900)
-        engine.pace.seconds = {(window, m): 1 + 0.1 * m for window in engine.windows for m in SIZES}
+        engine.pace.seconds = {(window, m): 1 + 0.1 * m for window in engine.pace.windows(engine.capacity) for m in SIZES}
         engine.generate([0, 1], 700 if step == 1 else 60)
         assert engine.pace.choose(256) == size
 

@@ -1,0 +1,189 @@
+"""The products and the attention of a few rows: where decoding spends its time, and what libraries are slowest at.
+
+`linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use, elsewhere
+and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a Triton kernel that reads
+from the device how far the text goes, so that one captured graph serves every position.
+"""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of PyTorch come without it
+    triton = None
+
+SOURCE = Path(__file__).resolve().with_name("kernels.cpp")
+FLAGS = "-O3 -std=c++20 -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp -shared -fPIC"
+MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
+cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTorch's products
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) times the transpose of weight (N, K), both of one type -> (..., N)."""
+    ours = cpu_kernels is not None and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if ours and 0 < x.numel() // x.shape[-1] <= most_rows(weight.dtype, *weight.shape):
+        return cpu_kernels.linear(x, weight)
+    return F.linear(x, weight)
+
+
+@torch.compiler.assume_constant_result
+def most_rows(dtype: torch.dtype, n: int, k: int) -> int:
+    """The most rows for which kernels.cpp beats PyTorch on a weight of that type and shape."""
+    return cpu_kernels.most_rows(dtype, n, k)
+
+
+def use_cpu_kernels() -> None:
+    """Builds kernels.cpp (seconds, once a machine and PyTorch) and puts it to use in this process.
+
+    Where that fails, one line on stderr says so and products stay with PyTorch.
+    """
+    global cpu_kernels
+    if cpu_kernels is not None:
+        return
+    try:
+        torch.ops.load_library(build(SOURCE))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        print(f"kernels.cpp could not be built, products are PyTorch's: {reason[0] if reason else error}", file=sys.stderr)
+        return
+    torch.library.register_fake("judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
+    cpu_kernels = torch.ops.judge_fast
+
+
+def build(source: Path) -> Path:
+    """The shared library of a C++ file, built for this processor and PyTorch unless that was done before."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    root = Path(torch.__file__).parent
+    command = [get_cpp_compiler(), *FLAGS.split(), native_flag(), f"-I{root / 'include'}", str(source)]
+    command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    key = hashlib.sha256(f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "judge-fast"
+    library = folder / f"{source.stem}-{key}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            fresh = Path(beside) / library.name
+            subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True, text=True)
+            os.replace(fresh, library)
+    return library
+
+
+def native_flag() -> str:
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+
+
+def processor() -> str:
+    """What this processor can do: a library built for another must not be loaded."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+if triton is not None:
+
+    @triton.jit
+    def attend_part(
+        q, k, v, pos, part, peak, total, scale, cache_length,
+        ROWS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Attention of the rows of one KV head over one part of the positions, before normalising."""
+        head, number = tl.program_id(0), tl.program_id(1)
+        rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+        dims = tl.arange(0, BLOCK_D)
+        at = tl.load(pos + rows % T)  # row r stands for query head r // T of the group and token r % T
+        length = tl.load(pos + T - 1) + 1
+        each = tl.maximum(tl.cdiv(length, PARTS), LEAST)
+        begin = number * each
+        end = tl.minimum(begin + each, length)
+        if begin < length:
+            inside = (rows[:, None] < ROWS) & (dims[None, :] < D)
+            query = tl.load(q + (head * ROWS + rows[:, None]) * D + dims[None, :], mask=inside, other=0.0)
+            best = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            sums = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            base = head.to(tl.int64) * cache_length * D
+            for start in range(begin, end, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)
+                seen = (cols[:, None] < end) & (dims[None, :] < D)
+                offsets = base + cols[:, None] * D + dims[None, :]
+                keys = tl.load(k + offsets, mask=seen, other=0.0)
+                score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+                score = tl.where((cols[None, :] <= at[:, None]) & (cols[None, :] < end), score, -float("inf"))
+                higher = tl.maximum(best, tl.max(score, 1))
+                finite = tl.where(higher == -float("inf"), 0.0, higher)  # a row may see nothing of this part
+                weight, shrink = tl.exp(score - finite[:, None]), tl.exp(best - finite)
+                values = tl.load(v + offsets, mask=seen, other=0.0)
+                acc = acc * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+                sums, best = sums * shrink + tl.sum(weight, 1), higher
+            place = (head * PARTS + number) * ROWS + rows
+            tl.store(peak + place, best, mask=rows < ROWS)
+            tl.store(total + place, sums, mask=rows < ROWS)
+            tl.store(part + place[:, None] * D + dims[None, :], acc, mask=inside)
+
+    @triton.jit
+    def attend_join(
+        out, pos, part, peak, total,
+        ROWS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Joins the parts of one row of one KV head."""
+        head, row = tl.program_id(0), tl.program_id(1)
+        numbers, dims = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+        length = tl.load(pos + T - 1) + 1
+        each = tl.maximum(tl.cdiv(length, PARTS), LEAST)
+        used = numbers * each < length
+        place = (head * PARTS + numbers) * ROWS + row
+        best = tl.load(peak + place, mask=used, other=-float("inf"))
+        weight = tl.exp(best - tl.max(best, 0))
+        sums = tl.load(total + place, mask=used, other=0.0)
+        mask = used[:, None] & (dims[None, :] < D)
+        parts = tl.load(part + place[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        y = tl.sum(parts * weight[:, None], 0) / tl.sum(sums * weight, 0)
+        group = ROWS // T
+        where = ((row % T) * (tl.num_programs(0) * group) + head * group + row // T) * D  # out is (T, heads, D)
+        tl.store(out + where + dims, y.to(out.dtype.element_ty), mask=dims < D)
+
+
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
+    """Attention of T rows over the part of a KV cache that they may see; traffic follows pos, not the cache's length.
+
+    q: (n_kv_head, group * T, D), row r being query head r // T of its group and token r % T. k_cache, v_cache:
+    (1, n_kv_head, length, D). pos: (T,) ascending positions; row t sees positions up to pos[t]. -> (1, T, heads * D).
+    The positions are cut into parts that run side by side (flash decoding); softmax and sums are fp32.
+    """
+    n_kv, rows, d = q.shape
+    n_rows = len(pos)
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    blocks, block_d = triton.cdiv(rows, block_m), max(16, triton.next_power_of_2(d))
+    parts = parts_for(q.device, n_kv * blocks)
+    out = q.new_empty(1, n_rows, n_kv * rows // n_rows * d)
+    part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=q.device)
+    peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
+    sizes = {"ROWS": rows, "T": n_rows, "D": d, "PARTS": parts, "LEAST": 128, "BLOCK_D": block_d}
+    attend_part[(n_kv, parts, blocks)](
+        q, k_cache, v_cache, pos, part, peak, total, d**-0.5, k_cache.shape[2], **sizes, BLOCK_M=block_m, BLOCK_N=64
+    )
+    attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, BLOCK_P=triton.next_power_of_2(parts))
+    return out
+
+
+@torch.compiler.assume_constant_result
+def parts_for(device: torch.device, programs: int) -> int:
+    """Parts to cut the positions into: enough for two programs a multiprocessor."""
+    n = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return max(1, min(64, 2 * n // programs))

@@ -1,0 +1,141 @@
+"""Protects: products and attention of a few rows against float64, where they are used, and what a step may look at."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICES
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+
+import kernels
+from model import ModelArgs, Transformer, heads_as_rows, random_model
+
+kernels.use_cpu_kernels()
+ARGS = ModelArgs(48, 2, 6, 2, 64, 101, 16, max_position=4096)
+
+
+@pytest.mark.parametrize("dtype, noise", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("n, k", [(16, 32), (20, 48), (208, 160), (1024, 512), (48, 8192)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 17, 31, 33, 48, 49, 64])
+@torch.inference_mode()
+def test_linear_against_float64(dtype, noise, n, k, rows):
+    generator = torch.Generator().manual_seed(n + k + rows)
+    x, w = (torch.randn(size, k, generator=generator).to(dtype) for size in (rows, n))
+    if rows > kernels.most_rows(dtype, n, k):
+        with pytest.raises(RuntimeError, match=f"{rows} rows of {n} x {k}"):
+            kernels.cpu_kernels.linear(x, w)
+        return
+    y = kernels.cpu_kernels.linear(x[None], w)
+    exact = x.double() @ w.double().T
+    assert y.shape == (1, rows, n) and y.dtype == dtype
+    assert (y[0].double() - exact).abs().max() <= noise * exact.abs().max()
+    assert torch.equal(kernels.linear(x, w), y[0])  # what the model calls, and it gives the same each time
+
+
+@torch.inference_mode()
+def test_linear_takes_what_is_faster_and_leaves_the_rest():
+    most = kernels.most_rows
+    assert most(torch.float32, 8192, 2048) == 32 and most(torch.float32, 320, 192) == 2
+    assert most(torch.bfloat16, 2048, 8192) in (4, 64)  # without and with AMX
+    assert most(torch.float16, 320, 192) == 0 and most(torch.float32, 321, 192) == 0 and most(torch.float32, 320, 7) == 0
+    x, w = torch.randn(3, 192), torch.randn(320, 192)
+    assert torch.equal(kernels.linear(x, w), F.linear(x, w)) and kernels.linear(x[:0], w).shape == (0, 320)
+    with torch.inference_mode(False), torch.enable_grad():
+        w = torch.randn(320, 192, requires_grad=True)
+        assert kernels.linear(torch.randn(1, 192), w).requires_grad  # training goes through PyTorch
+
+
+def exact_attention(q, k, v, pos):
+    """float64: q (T, H, D), k and v (KV, length, D), pos (T,) -> (T, H, D)."""
+    group = q.shape[1] // k.shape[0]
+    k, v = (x.double().repeat_interleave(group, 0) for x in (k, v))
+    scores = torch.einsum("thd,hnd->htn", q.double(), k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(torch.arange(k.shape[1]) > pos[:, None], -float("inf"))
+    return torch.einsum("htn,hnd->thd", scores.softmax(-1), v)
+
+
+def filled_cache(generator, n_kv, length, d, end, dtype):
+    """K and V caches with what no step may see, positions from `end` on, made unmistakable."""
+    k, v = (torch.randn(1, n_kv, length, d, generator=generator).to(dtype) for _ in range(2))
+    k[:, :, end:] = 1e4
+    v[:, :, end:] = 1e4
+    return k, v
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_kv, group, d, length", [(2, 3, 20, 700), (1, 1, 32, 400), (2, 4, 64, 900)])
+@pytest.mark.parametrize("rows", [1, 2, 17, 33])
+def test_attend_against_float64(device, n_kv, group, d, length, rows):
+    """The Triton kernel, in Triton's interpreter where there is no GPU; at the borders of its blocks and parts."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(rows)
+    for dtype, noise in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
+        for last in (rows - 1, 64, 127, 128, length - 1) if dtype == torch.float32 else (129,):
+            pos = torch.arange(last - rows + 1, last + 1)
+            k, v = filled_cache(generator, n_kv, length, d, last + 1, dtype)
+            q = torch.randn(1, rows, n_kv * group, d, generator=generator).to(dtype)
+            moved = (x.to(device) for x in (heads_as_rows(q, n_kv)[0], k, v, pos))
+            y = kernels.attend(*moved).cpu().view(rows, n_kv * group, d)
+            exact = exact_attention(q[0], k[0], v[0], pos)
+            assert (y.double() - exact).abs().max() < noise, (dtype, last)
+
+
+def test_attend_of_the_first_draft_step_at_position_0():
+    """Both rows are position 0 then: one visible position."""
+    pytest.importorskip("triton")
+    k, v = filled_cache(torch.Generator().manual_seed(0), 1, 64, 16, 1, torch.float32)
+    y = kernels.attend(torch.randn(1, 2, 16), k, v, torch.zeros(2, dtype=torch.long))
+    assert torch.allclose(y.view(2, 16), v[0, 0, :1].expand(2, 16))
+
+
+@pytest.mark.parametrize("rows", [1, 17, 33])
+@torch.inference_mode()
+def test_attention_over_a_window_against_float64(rows):
+    """What a CPU does, at odd positions and around the borders of the window that is looked at."""
+    model = random_model(ARGS, "cpu", torch.float32)
+    model.setup_caches(512)
+    layer, generator = model.layers[0].attention, torch.Generator().manual_seed(rows)
+    for last, window in ((63, 64), (64, 128), (101, 128), (101, 512), (127, 128), (511, 512)):
+        pos = torch.arange(last - rows + 1, last + 1)
+        layer.k_cache, layer.v_cache = filled_cache(generator, 2, 512, 16, last + 1, torch.float32)
+        q = torch.randn(1, rows, 6, 16, generator=generator)
+        y = layer.attend(q, pos, model.see(q, pos, window), window)
+        exact = exact_attention(q[0], layer.k_cache[0], layer.v_cache[0], pos)
+        assert (y[0].double() - exact).abs().max() < 1e-5, (last, window)
+
+
+@torch.inference_mode()
+def test_a_prefill_longer_than_a_step_reads_the_same():
+    """Chunks of any size give what one pass gives, and no step needs a square mask."""
+    model = random_model(ARGS, "cpu", torch.float32)
+    model.setup_caches(512)
+    ids = torch.randint(0, 101, (1, 300), generator=torch.Generator().manual_seed(1))
+    whole, _ = model(ids)
+    for size in (1, 64, 100, 300):
+        parts = [
+            model(ids[:, at : at + size], torch.arange(at, min(at + size, 300)), min(at + size, 300))[0]
+            for at in range(0, 300, size)
+        ]
+        assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+
+
+def test_on_a_gpu_nothing_of_the_size_of_rows_times_window_is_made():
+    """Decoding there needs no mask, a prefill only a diagonal."""
+    model = Transformer.__new__(Transformer)
+    x = type("OnGpu", (), {"device": torch.device("cuda"), "shape": (1, 17, 6, 16)})()
+    assert Transformer.see(model, x, torch.arange(17), 32768) is None
+    x.shape = (1, 2048, 6, 16)
+    diagonal = Transformer.see(model, x, torch.arange(2048), 32768)
+    assert isinstance(diagonal, CausalBias) and (diagonal.seq_len_q, diagonal.seq_len_kv) == (2048, 32768)
+
+
+@torch.inference_mode()
+def test_the_diagonal_of_a_prefill_is_its_mask(monkeypatch):
+    """What a GPU's prefill passes to PyTorch means the same as the mask that a CPU's adds."""
+    model = random_model(ARGS, "cpu", torch.float32)
+    model.setup_caches(512)
+    ids = torch.randint(0, 101, (1, 300), generator=torch.Generator().manual_seed(1))
+    model(ids[:, :170], torch.arange(170), 170)
+    added, _ = model(ids[:, 170:], torch.arange(170, 300), 300)
+    monkeypatch.setattr(Transformer, "see", lambda self, x, pos, window: causal_lower_right(len(pos), window))
+    diagonal, _ = model(ids[:, 170:], torch.arange(170, 300), 300)
+    assert (added - diagonal).abs().max() < 1e-4
