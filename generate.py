@@ -71,6 +71,7 @@ class Settings:
     min_prob: float = 0.0  # no rule accepts a token that the target gives less
     adaptive: bool = False  # choose each round's M from SIZES; speculate_k is then the largest
     relax_between: tuple[str, str] | None = None  # the rule applies only between these texts, `standard` elsewhere
+    impose: int | None = None  # for benchmarks: accept so many draft tokens a round, whatever they are
 
 
 @dataclass
@@ -225,6 +226,8 @@ def verify_step(
         relaxed = rule_mask(s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob)
         relaxed = relaxed if allowed is None else relaxed & allowed
     accepted = (standard | relaxed).long().cumprod(0).sum(0, keepdim=True)  # (1,)
+    if s.impose is not None:
+        accepted = accepted.clamp(min(s.impose, m), min(s.impose, m))
     own = p[accepted].argmax(-1) if s.temperature == 0 else pick(residual(p, q, accepted), b.uniforms[2 * m :])
     index = torch.arange(m + 1, device=ids.device)
     committed = torch.where(index < accepted, torch.cat([b.drafted, own]), own)
@@ -301,7 +304,7 @@ def capture(action) -> Graph:
 class Engine:
     """A target (and a draft, and a judge) with buffers for sequences of up to `length` tokens, prompt included.
 
-    Engines over the same models may take turns when their capacity (cache length) is the same.
+    Engines over the same models share their caches and may take turns, the longest first.
     """
 
     def __init__(
@@ -314,8 +317,6 @@ class Engine:
         self.device = target.device
         self.overlap = self.device.type == "cuda"  # launch a round before the last one is read
         self.markers = markers.to(self.device) if markers is not None else None
-        self.sizes = SIZES if settings.adaptive and self.draft is not None else (settings.speculate_k,)
-        self.pace = Pace(self.sizes)
         self.stop_ids = stop_ids
         self.generator = torch.Generator().manual_seed(0)
         self.length = length
@@ -326,7 +327,13 @@ class Engine:
             kernels.use_cpu_kernels()
         own = compile_step if settings.compile else (lambda step, device: step)
         self.plain_step, self.draft_step = (own(step, self.device.type) for step in (plain_step, draft_step))
-        self.verify_steps = {m: (own(verify_step, self.device.type), self.buffers.first(m)) for m in self.sizes}
+        self.use_sizes(SIZES if settings.adaptive and self.draft is not None else (settings.speculate_k,))
+
+    def use_sizes(self, sizes: tuple[int, ...]) -> None:
+        """Prepares verification for these M, none above speculate_k."""
+        own = compile_step if self.settings.compile else (lambda step, device: step)
+        self.sizes, self.pace = sizes, Pace(sizes)
+        self.verify_steps = {m: (own(verify_step, self.device.type), self.buffers.first(m)) for m in sizes}
         self.graphs: dict[int, tuple[Graph, ...]] = {}
 
     def allocate(self) -> None:
@@ -404,7 +411,7 @@ class Engine:
         keep: so many of its first tokens are there already, from the sequence before.
         """
         if self.generations != [model.generation for model in (self.target, self.draft) if model is not None]:
-            raise RuntimeError("Another engine has since changed the length of this model's caches; make a new engine.")
+            raise RuntimeError("Another engine has since made this model's caches longer; make a new engine.")
         b, count = self.buffers, len(prompt) - 1
         b.tokens.zero_()
         b.tokens[: len(prompt)] = torch.tensor(prompt)

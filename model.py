@@ -182,6 +182,12 @@ class ModelArgs:
         """Bytes of a KV cache for `length` positions."""
         return 2 * self.n_layer * self.n_kv_head * self.head_dim * length * dtype.itemsize
 
+    def step_bytes(self, length: int, dtype: torch.dtype, rows: int = 1) -> int:
+        """Bytes that a step of `rows` rows must read at position `length`: every weight once (of an embedding that is
+        not the LM head, too, only the rows' own), and the cache so far."""
+        embedding = 0 if self.tie_embeddings else self.vocab_size * self.dim
+        return (self.n_params - embedding + rows * self.dim) * dtype.itemsize + self.cache_bytes(length, dtype)
+
 
 LLAMA31_ROPE = (8.0, 1.0, 4.0, 8192)
 LLAMA32_ROPE = (32.0, 1.0, 4.0, 8192)
@@ -409,9 +415,9 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.dtype
 
     def setup_caches(self, length: int) -> None:
-        """Allocates KV caches and the RoPE table for `length` positions; keeps those that already fit the weights."""
+        """Allocates KV caches and the RoPE table for `length` positions; keeps longer ones that fit the weights."""
         cache = self.layers[0].attention.k_cache
-        if cache is not None and (cache.shape[2], cache.dtype, cache.device) == (length, self.dtype, self.device):
+        if cache is not None and cache.shape[2] >= length and (cache.dtype, cache.device) == (self.dtype, self.device):
             return
         self.cache_length, self.generation = length, self.generation + 1
         self.rope = rope_table(self.args, length, self.device)

@@ -25,7 +25,6 @@ import torch
 
 from generate import (
     DEMO,
-    WINDOW,
     Engine,
     Settings,
     answer_text,
@@ -113,12 +112,11 @@ class Bench:
                 f"A prompt and --max_new_tokens {args.max_new_tokens} need {self.length} tokens, but the context is {context}."
             )
         judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
-        largest_k = max(largest_k, settings_for(args, Variant("standard")).speculate_k)
-        if largest_k > WINDOW:
-            raise InputError(f"M of {largest_k} is too large to compare; at most {WINDOW}.")
-        capacity = capacity_for(self.length, largest_k)
-        self.length = capacity - largest_k - 1  # so that engines of any smaller M have the same capacity
+        capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k))
         self.models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity)
+        for model in self.models[:2]:
+            if model is not None:
+                model.setup_caches(capacity)  # at once for the largest M: engines come one by one, and share them
         header, head = make_header(args, *self.models), self.models[2]
         records = read_results(args.out, header) if args.out else []
         self.done = {(record.get("rule"), record.get("index")): record for record in records}

@@ -394,8 +394,10 @@ def test_the_cache_may_be_longer_than_the_text(pair):
 def test_an_engine_whose_caches_were_taken_says_so(pair):
     first = Engine(*pair, None, Settings("standard"), [96], 60)
     Engine(*pair, None, Settings("standard"), [96], 600)
-    with pytest.raises(RuntimeError, match="changed the length"):
+    with pytest.raises(RuntimeError, match="made this model's caches longer"):
         first.generate([1, 2], 5)
+    fresh = Engine(*pair, None, Settings("standard"), [96], 60)  # shares the longer ones
+    assert fresh.generate([1, 2], 5).tokens == Engine(*pair, None, Settings("standard"), [96], 600).generate([1, 2], 5).tokens
 
 
 @pytest.mark.gpu
@@ -419,9 +421,9 @@ def test_nothing_but_the_report_waits_for_the_gpu(pair):
         torch.cuda.set_sync_debug_mode("error")
         try:
             for i in range(4):
-                engine.draft_step(engine.draft, engine.buffers, engine.settings, 256, i == 0)
+                engine.draft_step(engine.draft, engine.buffers, engine.settings, engine.ruler, i == 0)
             verify, part = engine.verify_steps[4]
-            verify(engine.target, engine.head, part, engine.settings, 256, engine.markers)
+            verify(engine.target, engine.head, part, engine.settings, engine.ruler, engine.markers)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for model in pair:

@@ -1,0 +1,468 @@
+"""Speed, and how far it is from the physical limit: the bytes that a step must read over the measured bandwidth.
+
+    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside transformers
+    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --speculate_k 20 --compile
+    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out benchmarks/mine.json
+
+Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see the machine in
+the same state. `--accept N` imposes how many draft tokens every round accepts, so that the speed at a known m* can be
+measured without the weights that reach it; such figures are marked "imposed". A table for people; the last line is JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generate import DEMO, Engine, Settings, capacity_for, check_memory, check_pair
+from judge import RULES, JudgeHead, load_judge
+from kernels import attend
+from model import (
+    DTYPES,
+    InputError,
+    ModelArgs,
+    Parser,
+    Progress,
+    Transformer,
+    check_writable,
+    heads_as_rows,
+    load_model,
+    pick_device,
+    preset,
+    random_model,
+    run_dtype,
+    run_script,
+    write_file,
+)
+from scripts.experiments import commit, machine
+from scripts.peers import Peers, timed
+
+
+@dataclass
+class Part:
+    """Something that is timed. limit: the bytes that it must read, or for a prefill its floating-point operations."""
+
+    name: str
+    action: Callable[[], float | None]  # returns seconds, or None: it is timed from outside
+    bytes: float = 0.0
+    flops: float = 0.0
+    tokens: int = 0
+    seconds: list[float] = field(default_factory=list)
+    note: str = ""
+
+
+def shape_of(name: str) -> ModelArgs:
+    """A preset's arguments; DIMxLAYERS: heads of 64, a quarter as many KV heads, 4 DIM in between, 32,000 tokens."""
+    dim, x, layers = name.partition("x")
+    if not (x and dim.isdecimal() and layers.isdecimal()):
+        return preset(name)
+    if int(dim) < 64 or int(dim) % 64 or not int(layers):
+        raise InputError(f"--preset {name}: DIM must be a multiple of 64, and there must be layers.")
+    heads = int(dim) // 64
+    kv = heads // 4 if heads % 4 == 0 else heads
+    return ModelArgs(int(dim), int(layers), heads, kv, 4 * int(dim), 32000, 64)
+
+
+def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]:
+    """Bytes a second of (reading, copying) 1 GiB (4 GiB on a GPU), best of 5; a copy counts reads and writes."""
+    size = (2**32 if device.type == "cuda" else 2**30) // dtype_bytes
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
+    read, copy = (
+        min(timed(action, device) for _ in range(5)) for action in (lambda: source.sum(), lambda: target.copy_(source))
+    )
+    return size * dtype_bytes / read, 2 * size * dtype_bytes / copy
+
+
+def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
+    """An action that runs several times back to back and returns the seconds of one."""
+
+    def run() -> float:
+        return timed(lambda: [action() for _ in range(times)], device) / times
+
+    return run
+
+
+class Workbench:
+    """The models and engines of one benchmark, and its parts."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device, self.dtype = args, args.device, run_dtype(args.precision, args.device)
+        self.startup: dict = {}
+        self.length = max(args.positions + args.prefill) + args.max_new_tokens + 64
+        self.length = max(self.length, args.cache_length or 0)
+        self.target = self.model(args.checkpoint_path, args.preset)
+        has_draft = args.draft_checkpoint_path or args.draft_preset
+        self.draft = self.model(args.draft_checkpoint_path, args.draft_preset) if has_draft else None
+        capacity = capacity_for(self.length, args.speculate_k)
+        for model in (self.target, self.draft):
+            if model is not None:
+                model.setup_caches(capacity)
+        self.head = self.judge()
+        self.plain = self.engine(Settings("plain", speculate_k=args.speculate_k, compile=args.compile), "plain")
+        settings = Settings(args.verify, None, args.speculate_k, compile=args.compile, impose=args.accept)
+        self.fast = self.engine(settings, args.verify) if self.draft is not None else None
+
+    def model(self, folder: Path | None, name: str | None) -> Transformer:
+        """Loads a folder, or makes a preset with random weights; notes how long it took."""
+        if folder is None:
+            args = shape_of(name)
+            check_memory([args], self.length, [self.dtype], self.device)
+            return random_model(args, self.device, self.dtype)
+        files = sorted(folder.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        cat = timed(lambda: subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=False), self.device)
+        loaded: list[Transformer] = []
+        seconds = timed(lambda: loaded.append(load_model(folder, self.device, self.dtype)), self.device)
+        self.startup[folder.name] = {"bytes": size, "load_seconds": seconds, "cat_seconds": cat}
+        return loaded[0]
+
+    def judge(self) -> JudgeHead | None:
+        """The judge of the command line, or, for random weights, a head of the right size that is computed all the same."""
+        if self.args.verify != "judge":
+            return None
+        if self.args.judge_path is not None:
+            return load_judge(self.args.judge_path, self.target, self.draft)
+        zeros = torch.zeros(self.target.args.dim)
+        return JudgeHead(zeros, torch.tensor(0.0), 0.5, "", {}).to(self.device)
+
+    def engine(self, settings: Settings, what: str) -> Engine:
+        """An engine without stop tokens, warmed up."""
+        engine = Engine(self.target, self.draft, self.head, settings, [], self.length)
+        if engine.draft is not None:
+            engine.use_sizes(tuple(sorted({*(rows - 1 for rows in self.args.rows if rows > 1), settings.speculate_k})))
+        seconds = engine.warm_up()
+        self.startup[f"warm-up {what}"] = {"seconds": seconds}
+        print(f"{what}: {'compiled and ' if settings.compile else ''}warmed up in {seconds:.1f} s", file=sys.stderr)
+        return engine
+
+    def step(self, engine: Engine, m: int, which: int, position: int) -> Callable[[], None]:
+        """One launch of an engine's round: its plain step, draft loop (0) or verification (1), at `position`."""
+        visible = engine.visible(min(position + m + 1, engine.capacity))
+
+        @torch.inference_mode()
+        def run() -> None:
+            engine.buffers.pos.fill_(position)
+            if m in engine.graphs:
+                engine.graphs[m][which].graph.replay()
+            else:
+                engine.steps(visible, m)[which]()
+
+        return run
+
+    def parts(self) -> list[Part]:
+        """What is measured, for every position: plain step, one draft step, draft loop, verification for every M, round."""
+        a, parts, k = self.args, [], self.args.speculate_k
+        target, inner = self.target.args, 20 if self.device.type == "cuda" else 1
+        for position in a.positions:
+            at, read = f" at {position}", target.step_bytes(position, self.dtype)
+            parts.append(Part("plain step" + at, self.times(self.step(self.plain, k, 0, position), inner), read, tokens=1))
+            if self.fast is None:
+                continue
+            small = self.draft.args.step_bytes(position, self.dtype)
+            loop = self.times(self.step(self.fast, k, 0, position), inner)
+            parts.append(Part(f"draft loop, M = {k}" + at, loop, small * k))
+            for m in self.fast.sizes:
+                rows = target.step_bytes(position, self.dtype, m + 1)
+                parts.append(Part(f"verify {m + 1} rows" + at, self.times(self.step(self.fast, m, 1, position), inner), rows))
+            both = read + small * k
+            parts.append(Part(f"round, M = {k}" + at, self.times(lambda p=position: self.whole_round(p), inner), both))
+        for length in a.prefill:
+            parts.append(self.prefill_part(length))
+        return parts + self.generations()
+
+    def times(self, action: Callable, inner: int) -> Callable[[], float]:
+        return repeated(action, inner, self.device)
+
+    @torch.inference_mode()
+    def whole_round(self, position: int) -> None:
+        self.fast.buffers.pos.fill_(position)
+        self.fast.round(position + self.args.speculate_k + 1, self.args.speculate_k)
+
+    def prefill_part(self, length: int) -> Part:
+        """The target reads a prompt of `length` tokens; its operations: two a weight and token, and attention's."""
+        a = self.target.args
+        prompt = synthetic(length + 1, a.vocab_size)
+        matrices = a.n_params - a.vocab_size * a.dim * (1 if a.tie_embeddings else 2)
+        flops = 2 * matrices * length + 2 * a.n_layer * a.n_head * a.head_dim * length**2
+        run = self.times(lambda: self.plain.prefill(prompt), 1)
+        return Part(f"prefill of {length} tokens", run, flops=flops, tokens=length)
+
+    def generations(self) -> list[Part]:
+        """Whole generations from a short prompt, ours and, with --peers, transformers'."""
+        a = self.args
+        prompt = synthetic(a.prompt_tokens, self.target.args.vocab_size)
+        parts = [Part("generate, plain", lambda: self.plain.generate(prompt, a.max_new_tokens).seconds_decode)]
+        if self.fast is not None:
+            self.overheads: list[float] = []
+            parts.append(Part(f"generate, {a.verify}", lambda: self.generate_fast(prompt), note=imposed(a)))
+        if a.peers:
+            peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, a.speculate_k, a.accept)
+            parts.append(Part("transformers generate", peers.plain))
+            if a.compile:
+                parts.append(Part("transformers generate, static cache, compiled", peers.static))
+            if self.draft is not None:
+                parts.append(Part("transformers generate, assisted", peers.assisted, note=imposed(a)))
+        for part in parts:
+            part.tokens = a.max_new_tokens
+        return parts
+
+    def generate_fast(self, prompt: list[int]) -> float:
+        """One speculative generation; on a CPU also the share of its time that no step accounts for."""
+        inside, engine, steps = 0.0, self.fast, self.fast.steps
+
+        def clocked(step: Callable) -> Callable:
+            def run():
+                nonlocal inside
+                began = time.perf_counter()
+                out = step()
+                inside += time.perf_counter() - began
+                return out
+
+            return run
+
+        engine.steps = lambda visible, m: [clocked(step) for step in steps(visible, m)]
+        try:
+            result = engine.generate(prompt, self.args.max_new_tokens)
+        finally:
+            engine.steps = steps
+        self.result = result
+        if self.device.type == "cpu":
+            self.overheads.append(1 - inside / result.seconds_decode)
+        return result.seconds_decode
+
+    def round_figures(self, rows: list[dict]) -> dict:
+        """Of the speculative generations: tokens a round, and the share of a round's time that no step accounts for."""
+        if self.fast is None:
+            return {}
+        a, result = self.args, self.result
+        if self.device.type == "cpu":
+            overhead = sorted(self.overheads)[len(self.overheads) // 2]
+        else:
+            ms = {row["part"]: row["ms"] for row in rows}
+            at, k = f" at {a.positions[0]}", a.speculate_k
+            steps = ms[f"draft loop, M = {k}{at}"] + ms[f"verify {k + 1} rows{at}"]
+            overhead = 1 - steps / (ms[f"generate, {a.verify}"] / result.rounds)
+        return {"host_overhead": overhead, "tokens_a_round": len(result.tokens) / result.rounds}
+
+    def trace(self, path: Path) -> None:
+        """Writes a Chrome trace of one round, or of a plain step where there is no draft."""
+        engine = self.fast or self.plain
+        engine.buffers.pos.fill_(self.args.positions[0])
+        with torch.profiler.profile() as trace:
+            engine.round(self.args.positions[0] + self.args.speculate_k + 1, self.args.speculate_k)
+        trace.export_chrome_trace(str(path))
+
+
+def imposed(args: argparse.Namespace) -> str:
+    return "" if args.accept is None else f"imposed acceptance of {args.accept}"
+
+
+def synthetic(n: int, vocab_size: int) -> list[int]:
+    """A prompt of n random ids."""
+    return torch.randint(3, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
+    """Ways to attend over one layer's cache, for 1, 17 and 33 rows at 512, 4k and 32k positions."""
+    parts, device, inner = [], args.device, 20 if args.device.type == "cuda" else 1
+    shape = (1, model.n_kv_head, 32768, model.head_dim)
+    caches = [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
+    for length in (512, 4096, 32768):
+        for rows in (1, 17, 33):
+            q = torch.randn(1, rows, model.n_head, model.head_dim, device=device).to(dtype)
+            pos = torch.arange(length - rows, length, device=device)
+            hidden = torch.arange(length, device=device) > pos[:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -float("inf"))
+            for name, way in attention_ways(q, caches, pos, mask, length).items():
+                label = f"attention by {name}, {rows} rows at {length}"
+                parts.append(Part(label, repeated(way, inner, device), caches[0][:, :, :length].nbytes * 2))
+    return parts
+
+
+def attention_ways(q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int) -> dict[str, Callable]:
+    """The candidates by name, each a call without arguments."""
+    n_kv = caches[0].shape[1]
+    k, v = (cache[:, :, :length] for cache in caches)
+    by_head, by_row = q.transpose(1, 2), heads_as_rows(q, n_kv)
+    masks = mask, mask.repeat(q.shape[2] // n_kv, 1)
+    ways = {
+        "SDPA": lambda: F.scaled_dot_product_attention(by_head, k, v, attn_mask=masks[0], enable_gqa=True),
+        "SDPA, heads as rows": lambda: F.scaled_dot_product_attention(by_row, k, v, attn_mask=masks[1]),
+    }
+    if q.device.type == "cuda":
+        ways["attend"] = lambda: attend(by_row[0], *caches, pos)
+    return ways
+
+
+def measure(parts: list[Part], repeats: int, device: torch.device) -> None:
+    """Times all parts in turn, `repeats` times after one round that does not count."""
+    progress = Progress("measuring", len(parts) * (repeats + 1))
+    for turn in range(repeats + 1):
+        for part in parts:
+            seconds = part.action()
+            if turn:
+                part.seconds.append(seconds)
+            progress.step()
+
+
+def summarise(part: Part, limit: float) -> dict:
+    """A part as figures; limit: bytes a second that the machine reaches."""
+    low, median, high = torch.tensor(part.seconds).double().quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+    row = {"part": part.name, "ms": 1e3 * median, "ms_p10": 1e3 * low, "ms_p90": 1e3 * high, "n": len(part.seconds)}
+    if part.bytes:
+        row |= {"bytes": part.bytes, "gb_per_s": part.bytes / median / 1e9, "share_of_limit": part.bytes / median / limit}
+    if part.flops:
+        row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
+    if part.tokens:
+        row["tokens_per_second"] = part.tokens / median
+    return row | ({"note": part.note} if part.note else {})
+
+
+def as_table(rows: list[dict]) -> str:
+    """A Markdown table."""
+    lines = ["| part | ms (median) | 10% to 90% | GB | GB/s | share of limit | tokens/s | |", "|" + "---|" * 8]
+    for row in rows:
+        cells = [row["part"], f"{row['ms']:.3f}", f"{row['ms_p10']:.3f} to {row['ms_p90']:.3f}"]
+        cells += (
+            [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
+            if "bytes" in row
+            else [""] * 3
+        )
+        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
+        cells += [row.get("note", "") + (f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Without a target it names the demo pair and its judge."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")
+    add("--draft_checkpoint_path", type=Path, help="the draft, likewise")
+    add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
+    add("--draft_preset", help="a draft, likewise")
+    add("--judge_path", type=Path, help="a judge (random weights get one of zeros)")
+    add("--verify", default="judge", choices=list(RULES), help="the rule of the rounds")
+    add("--speculate_k", type=int, default=16, help="M, draft tokens a round")
+    add("--rows", type=int, nargs="*", default=[1, 17, 33], help="verify so many rows, too, up to M + 1")
+    add("--accept", type=int, help="impose how many draft tokens each round accepts")
+    add("--positions", type=int, nargs="+", default=[500], help="where to measure steps and rounds")
+    add("--cache_length", type=int, help="positions that the cache holds (default: what the run needs)")
+    add("--prefill", type=int, nargs="*", default=[512], help="prompt lengths to read")
+    add("--prompt_tokens", type=int, default=64, help="prompt of the whole generations")
+    add("--max_new_tokens", type=int, default=200, help="tokens of the whole generations")
+    add("--repeats", type=int, default=9, help="times to measure each part")
+    add("--attention", action="store_true", help="measure ways to attend, at 512, 4k and 32k positions, and nothing else")
+    add("--peers", action="store_true", help="run transformers on the same weights, taking turns")
+    add("--compile", action="store_true", help="torch.compile the step functions")
+    add("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, help="write the figures to this .json file, and the table beside it as .md")
+    add("--profile", type=Path, help="write a Chrome trace of one round")
+    args = parser.parse_args(argv)
+    if args.checkpoint_path is None and args.preset is None:
+        args.checkpoint_path, args.draft_checkpoint_path = DEMO / "target", DEMO / "draft"
+        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for a command line that cannot run."""
+    for ours, theirs in (("checkpoint_path", "preset"), ("draft_checkpoint_path", "draft_preset")):
+        if getattr(args, ours) and getattr(args, theirs):
+            raise InputError(f"--{ours} and --{theirs} both name a model; give one of them.")
+    for flag in ("speculate_k", "max_new_tokens", "repeats", "prompt_tokens"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)} is too small: at least 1.")
+    if args.accept is not None and not 0 <= args.accept <= args.speculate_k:
+        raise InputError(f"--accept {args.accept} must be between 0 and --speculate_k {args.speculate_k}.")
+    if min([*args.positions, *args.prefill]) < 1:
+        raise InputError("--positions and --prefill count tokens: at least 1.")
+    args.rows = [rows for rows in args.rows if rows <= args.speculate_k + 1]
+    if args.checkpoint_path and args.draft_checkpoint_path:
+        folders = args.checkpoint_path, args.draft_checkpoint_path
+        check_pair(*(ModelArgs.from_folder(folder) for folder in folders), folders)
+    elif args.preset and args.draft_preset:
+        target, draft = shape_of(args.preset), shape_of(args.draft_preset)
+        if target.vocab_size != draft.vocab_size:
+            raise InputError(f"--preset {args.preset} and --draft_preset {args.draft_preset} have different vocabularies.")
+    for path, flag in ((args.out, "--out"), (args.profile, "--profile")):
+        if path is not None:
+            check_writable(path, flag)
+    if args.out is not None and args.out.suffix != ".json":
+        raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """From a parsed command line to the report."""
+    args.device = pick_device(args.device)
+    check_args(args)
+    before = bandwidth(args.device)
+    if args.attention:
+        shape = ModelArgs.from_folder(args.checkpoint_path) if args.checkpoint_path else shape_of(args.preset)
+        bench, parts = None, attention_parts(args, shape, run_dtype(args.precision, args.device))
+    else:
+        bench = Workbench(args)
+        parts = bench.parts()
+    measure(parts, args.repeats, args.device)
+    after = bandwidth(args.device)
+    read, copy = (max(pair) for pair in zip(before, after))
+    limit = copy if args.device.type == "cuda" else read
+    report = {
+        "command": " ".join(["python scripts/benchmark.py", *argv]), "machine": machine(), "commit": commit(),
+        "dtype": str(run_dtype(args.precision, args.device)).removeprefix("torch."), "imposed_acceptance": args.accept,
+        "read_gb_per_s": read / 1e9, "copy_gb_per_s": copy / 1e9, "limit": "copy" if limit is copy else "read",
+        "rows": [summarise(part, limit) for part in parts],
+    }  # fmt: skip
+    if bench is not None:
+        report |= {"startup": bench.startup} | bench.round_figures(report["rows"])
+    text = as_text(report)
+    print(text)
+    if args.out is not None:
+        write_file(args.out.with_suffix(".md"), (text + "\n").encode())
+        write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
+    if args.profile is not None and bench is not None:
+        bench.trace(args.profile)
+    print(json.dumps(report))
+
+
+def as_text(report: dict) -> str:
+    """The report as Markdown."""
+    lines = [f"`{report['command']}`; {report['machine']}; commit {report['commit']}; {report['dtype']}.", ""]
+    lines.append(
+        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} GB/s (reads and "
+        f"writes); the limit is {report['limit']}."
+    )
+    lines += ["", as_table(report["rows"]), ""]
+    for name, found in report.get("startup", {}).items():
+        if "seconds" in found:
+            lines.append(f"- {name}: {found['seconds']:.1f} s")
+        else:
+            speed, cat = (found["bytes"] / found[key] / 1e9 for key in ("load_seconds", "cat_seconds"))
+            lines.append(f"- loading {name}: {found['bytes'] / 1e9:.3f} GB at {speed:.2f} GB/s (`cat` {cat:.2f} GB/s)")
+    for name in ("host_overhead", "tokens_a_round"):
+        if report.get(name) is not None:
+            value = f"{report[name]:.2%}" if name == "host_overhead" else f"{report[name]:.2f}"
+            lines.append(f"- {name.replace('_', ' ')}: {value}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    run_script("benchmark.py", lambda: run(args, sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Hugging Face transformers on our weights, to compare speeds and results with: plain, compiled, assisted by a draft."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from model import InputError, Transformer, weight_plan
+
+
+def timed(action: Callable, device: torch.device) -> float:
+    """Seconds of one call; on a GPU until it has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+class Peers:
+    """Decodes n tokens after a prompt; each way returns the seconds of decoding alone, without prefill.
+
+    k: draft tokens a round, always as many. accept: as many of them are made right, the others wrong; None: as they come.
+    """
+
+    def __init__(
+        self, target: Transformer, draft: Transformer | None, prompt: list[int], n: int, k: int, accept: int | None
+    ):  # fmt: skip
+        self.device, self.prompt, self.n, self.k, self.accept = target.device, prompt, n, k, accept
+        self.target, self.compiled = twin(target), twin(target)
+        self.compiled.forward = torch.compile(self.compiled.forward)
+        self.draft = twin(draft) if draft is not None else None
+        if self.draft is not None:
+            config = self.draft.generation_config
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = k, "constant"
+            config.assistant_confidence_threshold = 0.0
+
+    def plain(self) -> float:
+        """`generate` as it is, with its dynamic cache."""
+        return self.decode(self.target)
+
+    def static(self) -> float:
+        """With a static cache and its forward compiled; the first call compiles."""
+        return self.decode(self.compiled, cache_implementation="static")
+
+    def assisted(self) -> float:
+        """With the draft as assistant_model."""
+        with self.impose() if self.accept is not None else contextlib.nullcontext():
+            return self.decode(self.target, assistant_model=self.draft)
+
+    def decode(self, model, **more) -> float:
+        """The time of n tokens less that of the first one."""
+        first, all_ = (timed(lambda n=n: self.generate(model, n, **more), self.device) for n in (1, self.n))
+        return all_ - first
+
+    @torch.inference_mode()
+    def generate(self, model, n: int, **more) -> Tensor:
+        """Prompt and n tokens, greedy, (1, prompt + n)."""
+        ids = torch.tensor([self.prompt], device=self.device)
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, **more)
+
+    @contextlib.contextmanager
+    def impose(self):
+        """Replaces what the draft has proposed by `accept` tokens that the target will say, then wrong ones."""
+        from transformers.generation.candidate_generator import AssistedCandidateGenerator
+
+        truth = self.generate(self.target, self.n + self.k + 1)[0]
+        original = AssistedCandidateGenerator.get_candidates
+
+        def get_candidates(generator, input_ids, *rest, **named):
+            ids, logits = original(generator, input_ids, *rest, **named)
+            known, end = input_ids.shape[1], ids.shape[1]
+            ids[0, known:] = truth[known:end]
+            ids[0, known + self.accept :] = (ids[0, known + self.accept :] + 1) % self.target.config.vocab_size
+            return ids, logits
+
+        AssistedCandidateGenerator.get_candidates = get_candidates
+        try:
+            yield
+        finally:
+            AssistedCandidateGenerator.get_candidates = original
+
+
+def twin(model: Transformer):
+    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further memory."""
+    try:
+        from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise InputError("--peers needs the package transformers; pip install -r requirements-dev.txt.") from None
+
+    a = model.args
+    rope = {"rope_type": "default", "rope_theta": a.rope_theta}
+    if a.rope_scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3"} | dict(zip(names, a.rope_scaling))
+    config = LlamaConfig(
+        vocab_size=a.vocab_size, hidden_size=a.dim, intermediate_size=a.intermediate_size, num_hidden_layers=a.n_layer,
+        num_attention_heads=a.n_head, num_key_value_heads=a.n_kv_head, head_dim=a.head_dim, rms_norm_eps=a.norm_eps,
+        max_position_embeddings=a.max_position, rope_parameters=rope, tie_word_embeddings=a.tie_embeddings,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(config)
+    for name, (ours, row, shape) in weight_plan(a).items():
+        owner, _, leaf = name.rpartition(".")
+        view = model.get_parameter(ours)[row : row + shape[0]].detach()
+        setattr(theirs.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
+    if a.tie_embeddings:
+        theirs.lm_head.weight = theirs.model.embed_tokens.weight
+    with torch.device(model.device):
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its table is no weight
+    theirs.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    return theirs.eval()
