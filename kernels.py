@@ -159,6 +159,7 @@ if triton is not None:
         tl.store(out + where + dims, y.to(out.dtype.element_ty), mask=dims < D)
 
 
+@torch.library.custom_op("judge_fast::attend", mutates_args=())
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
     """Attention of T rows over the part of a KV cache that they may see; traffic follows pos, not the cache's length.
 
@@ -167,22 +168,31 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
     The positions are cut into parts that run side by side (flash decoding); softmax and sums are fp32.
     """
     n_kv, rows, d = q.shape
-    n_rows = len(pos)
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    blocks, block_d = triton.cdiv(rows, block_m), max(16, triton.next_power_of_2(d))
+    block_m, block_d = min(64, power_of_2(rows)), power_of_2(d)
+    blocks = -(-rows // block_m)
     parts = parts_for(q.device, n_kv * blocks)
-    out = q.new_empty(1, n_rows, n_kv * rows // n_rows * d)
+    out = attend_shape(q, k_cache, v_cache, pos)
     part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=q.device)
     peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
-    sizes = {"ROWS": rows, "T": n_rows, "D": d, "PARTS": parts, "LEAST": 128, "BLOCK_D": block_d}
+    sizes = {"ROWS": rows, "T": len(pos), "D": d, "PARTS": parts, "LEAST": 128, "BLOCK_D": block_d}
     attend_part[(n_kv, parts, blocks)](
         q, k_cache, v_cache, pos, part, peak, total, d**-0.5, k_cache.shape[2], **sizes, BLOCK_M=block_m, BLOCK_N=64
     )
-    attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, BLOCK_P=triton.next_power_of_2(parts))
+    attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, BLOCK_P=power_of_2(parts))
     return out
 
 
-@torch.compiler.assume_constant_result
+@attend.register_fake
+def attend_shape(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
+    """What `attend` returns, uninitialised."""
+    return q.new_empty(1, len(pos), q.numel() // len(pos))
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n, and 16, the least size of a block."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
 def parts_for(device: torch.device, programs: int) -> int:
     """Parts to cut the positions into: enough for two programs a multiprocessor."""
     n = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generate import DEMO, Engine, Settings, capacity_for, check_memory, check_pair
+from generate import DEMO, Engine, Pace, Settings, capacity_for, check_memory, check_pair
 from judge import RULES, JudgeHead, load_judge
 from kernels import attend
 from model import (
@@ -104,7 +104,7 @@ class Workbench:
         self.target = self.model(args.checkpoint_path, args.preset)
         has_draft = args.draft_checkpoint_path or args.draft_preset
         self.draft = self.model(args.draft_checkpoint_path, args.draft_preset) if has_draft else None
-        capacity = capacity_for(self.length, args.speculate_k)
+        capacity = capacity_for(self.length, max([args.speculate_k, *args.rows]))
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
@@ -138,10 +138,12 @@ class Workbench:
 
     def engine(self, settings: Settings, what: str) -> Engine:
         """An engine without stop tokens, warmed up."""
-        engine = Engine(self.target, self.draft, self.head, settings, [], self.length)
+        largest = max([settings.speculate_k, *(rows - 1 for rows in self.args.rows)])
+        engine = Engine(self.target, self.draft, self.head, replace(settings, speculate_k=largest), [], self.length)
         if engine.draft is not None:
-            engine.use_sizes(tuple(sorted({*(rows - 1 for rows in self.args.rows if rows > 1), settings.speculate_k})))
+            engine.use_sizes(tuple(sorted({*(rows - 1 for rows in self.args.rows), settings.speculate_k})))
         seconds = engine.warm_up()
+        engine.pace = Pace((settings.speculate_k,))  # rounds of that M alone
         self.startup[f"warm-up {what}"] = {"seconds": seconds}
         print(f"{what}: {'compiled and ' if settings.compile else ''}warmed up in {seconds:.1f} s", file=sys.stderr)
         return engine
@@ -356,7 +358,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--judge_path", type=Path, help="a judge (random weights get one of zeros)")
     add("--verify", default="judge", choices=list(RULES), help="the rule of the rounds")
     add("--speculate_k", type=int, default=16, help="M, draft tokens a round")
-    add("--rows", type=int, nargs="*", default=[1, 17, 33], help="verify so many rows, too, up to M + 1")
+    add("--rows", type=int, nargs="*", default=[], help="verify so many rows, too, beside M + 1")
     add("--accept", type=int, help="impose how many draft tokens each round accepts")
     add("--positions", type=int, nargs="+", default=[500], help="where to measure steps and rounds")
     add("--cache_length", type=int, help="positions that the cache holds (default: what the run needs)")
@@ -390,7 +392,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--accept {args.accept} must be between 0 and --speculate_k {args.speculate_k}.")
     if min([*args.positions, *args.prefill]) < 1:
         raise InputError("--positions and --prefill count tokens: at least 1.")
-    args.rows = [rows for rows in args.rows if rows <= args.speculate_k + 1]
+    if min([2, *args.rows]) < 2:
+        raise InputError("--rows counts the rows of a verification: at least 2, one of them a draft token's.")
     if args.checkpoint_path and args.draft_checkpoint_path:
         folders = args.checkpoint_path, args.draft_checkpoint_path
         check_pair(*(ModelArgs.from_folder(folder) for folder in folders), folders)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from model import InputError, Transformer, weight_plan
 
+SAID = 7  # any token
+
 
 def timed(action: Callable, device: torch.device) -> float:
     """Seconds of one call; on a GPU until it has finished."""
@@ -70,24 +72,32 @@ class Peers:
 
     @contextlib.contextmanager
     def impose(self):
-        """Replaces what the draft has proposed by `accept` tokens that the target will say, then wrong ones."""
+        """Makes the target say SAID at every place, and each proposal of the draft `accept` times that, then another token.
+
+        Both compute all that they would; only their outputs are overwritten. (Real outputs will not do: with random
+        weights a pass of several rows soon rounds to another token than passes of one.)
+        """
         from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-        truth = self.generate(self.target, self.n + self.k + 1)[0]
-        original = AssistedCandidateGenerator.get_candidates
+        original, forward = AssistedCandidateGenerator.get_candidates, self.target.forward
 
         def get_candidates(generator, input_ids, *rest, **named):
             ids, logits = original(generator, input_ids, *rest, **named)
-            known, end = input_ids.shape[1], ids.shape[1]
-            ids[0, known:] = truth[known:end]
-            ids[0, known + self.accept :] = (ids[0, known + self.accept :] + 1) % self.target.config.vocab_size
+            known = input_ids.shape[1]
+            ids[0, known:] = SAID
+            ids[0, known + self.accept :] = SAID + 1
             return ids, logits
 
-        AssistedCandidateGenerator.get_candidates = get_candidates
+        def say(*rest, **named):
+            out = forward(*rest, **named)
+            out.logits[..., SAID] = 1e4
+            return out
+
+        AssistedCandidateGenerator.get_candidates, self.target.forward = get_candidates, say
         try:
             yield
         finally:
-            AssistedCandidateGenerator.get_candidates = original
+            AssistedCandidateGenerator.get_candidates, self.target.forward = original, forward
 
 
 def twin(model: Transformer):

@@ -371,6 +371,15 @@ def test_a_round_launched_before_the_last_one_is_read_changes_nothing(pair, veri
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize("impose", [0, 1, 4, 9])
+def test_imposed_acceptance(pair, impose):
+    """For benchmarks: every round accepts so many tokens, whatever they are."""
+    engine = Engine(*pair, None, Settings("standard", speculate_k=4, impose=impose), [], 200)
+    result = engine.generate([5, 17, 40], 60)
+    accepted = min(impose, 4)
+    assert result.rounds == -(-60 // (accepted + 1)) and result.accepted == 60 - 60 // (accepted + 1)
+
+
 def test_overlap_throws_away_one_round_at_most(pair):
     engine = Engine(*pair, None, Settings("standard", speculate_k=5), [], 200)
     engine.overlap, launched, launch = True, [], engine.launch
@@ -420,24 +429,25 @@ def test_nothing_but_the_report_waits_for_the_gpu(pair):
         engine.generate([1, 2, 3], 10)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for i in range(4):
-                engine.draft_step(engine.draft, engine.buffers, engine.settings, engine.ruler, i == 0)
-            verify, part = engine.verify_steps[4]
-            verify(engine.target, engine.head, part, engine.settings, engine.ruler, engine.markers)
+            slot = engine.launch(20)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert 1 <= len(engine.collect(slot).tokens) <= 5
     for model in pair:
         model.to("cpu")
 
 
 @pytest.mark.gpu
-def test_memory_does_not_grow_on_the_gpu(pair):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_does_not_grow_on_the_gpu(pair, compiled):
+    """Over 1,000 rounds, each of which accepts one draft token."""
     target, draft = (model.to("cuda") for model in pair)
-    engine = Engine(target, draft, None, Settings("standard"), [96], 250)
+    engine = Engine(target, draft, None, Settings("standard", speculate_k=4, impose=1, compile=compiled), [], 250)
+    engine.warm_up()
     engine.generate([1, 2, 3], 200)
-    before = torch.cuda.memory_allocated()
-    for seed in range(3):
-        engine.generate([1, 2, seed], 200)
+    before, rounds = torch.cuda.memory_allocated(), 0
+    while rounds < 1000:
+        rounds += engine.generate([1, 2, rounds % 90], 200).rounds
     assert torch.cuda.memory_allocated() <= before
     for model in pair:
         model.to("cpu")

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run of less than 9 minutes: the tests marked gpu, then speed on random weights of
+# published shapes. Results go to $OUT (default benchmarks/) as gpu_check.json and gpu_check.md, which are written anew
+# after every step, so that a run that is stopped leaves what it has.
+#
+#     OUT=/tmp/results scripts/gpu_check.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=$(realpath "${OUT:-benchmarks}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$OUT"
+began=$SECONDS
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || { echo "gpu_check.sh: PyTorch sees no GPU here; run it on a machine with CUDA." >&2; exit 2; }
+python -c 'import transformers' 2> /dev/null && peers=--peers || peers=
+
+step() { # step NAME SECONDS COMMAND...: runs it under a time limit, keeps its output, and writes the report anew
+    local name=$1 limit=$2
+    shift 2
+    echo "[$((SECONDS - began)) s] $name: $*"
+    timeout "$limit" "$@" > "$work/$name.log" 2>&1
+    echo "$?" > "$work/$name.rc"
+    tail -n 3 "$work/$name.log" | cut -c 1-300
+    python - "$work" "$OUT" << 'PY'
+import json, os, pathlib, sys
+
+work, out = map(pathlib.Path, sys.argv[1:])
+report, text = {}, ["# What scripts/gpu_check.sh found", ""]
+for rc in sorted(work.glob("*.rc"), key=lambda file: file.stat().st_mtime):
+    name, figures, table = rc.stem, work / f"{rc.stem}.json", work / f"{rc.stem}.md"
+    tail = (work / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
+    report[name] = {"exit_code": int(rc.read_text())}
+    if figures.exists():
+        report[name] |= json.loads(figures.read_text())
+        text += [f"## {name}", "", table.read_text()]
+    else:
+        report[name]["tail"] = tail
+        text += [f"## {name}: exit code {rc.read_text().strip()}", "", "```", *tail, "```", ""]
+for file, content in (("gpu_check.json", json.dumps(report, indent=1) + "\n"), ("gpu_check.md", "\n".join(text))):
+    (out / (file + ".tmp")).write_text(content)
+    os.replace(out / (file + ".tmp"), out / file)
+PY
+}
+
+bench() { # bench NAME SECONDS FLAGS...
+    local name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" python scripts/benchmark.py "$@" --out "$work/$name.json"
+}
+
+bench attention_8b 60 --attention --preset Llama-3.1-8B
+# M of 20 and 17 accepted a round are what Judge Decoding reports for 8B/70B; 17 and 33 rows are the usual verifications
+bench pair_8b_1b 240 --compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --verify judge --speculate_k 20 --accept 17 \
+    --rows 17 33 --positions 500 --prefill 2048 8192 --repeats 5 $peers
+bench demo 60 --compile $peers
+step tests 150 python -m pytest -q -m gpu -x
+echo "[$((SECONDS - began)) s] done: $OUT/gpu_check.md"

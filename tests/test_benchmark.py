@@ -1,0 +1,120 @@
+"""Protects: byte counts, the peers' equality and their imposed acceptance, the report of benchmark.py."""
+
+import json
+
+import pytest
+import torch
+
+from model import ModelArgs, preset, random_model
+from scripts.benchmark import attention_ways, main, shape_of
+from scripts.peers import SAID, Peers, twin
+
+SMALL = ["--preset", "64x2", "--draft_preset", "64x1", "--verify", "standard", "--speculate_k", "4", "--positions", "20",
+         "--prefill", "70", "--max_new_tokens", "24", "--repeats", "2", "--device", "cpu"]  # fmt: skip
+
+
+def test_bytes_of_a_step_by_hand():
+    """Llama-3.2-1B: 1,235,814,400 weights with the tied LM head counted once, 32,768 numbers of cache a position... in bf16."""
+    one_layer = 2048 * 2048 + 2 * 512 * 2048 + 2048 * 2048 + 3 * 8192 * 2048 + 2 * 2048
+    weights = 16 * one_layer + 128256 * 2048 + 2048
+    assert weights == 1_235_814_400
+    cache = 500 * 16 * 8 * 64 * 2 * 2  # positions, layers, KV heads, their size, keys and values, bytes
+    assert preset("Llama-3.2-1B").step_bytes(500, torch.bfloat16) == (weights + 2048) * 2 + cache
+    assert preset("Llama-3.2-1B").step_bytes(500, torch.bfloat16, 17) == (weights + 17 * 2048) * 2 + cache
+    untied = preset("Llama-3.1-8B")  # 8,030,261,248 weights; of the embedding only the row's own is read
+    assert untied.step_bytes(0, torch.bfloat16) == (8_030_261_248 - 128256 * 4096 + 4096) * 2
+    model = random_model(ModelArgs(48, 2, 6, 2, 64, 101, 8), "cpu", torch.float32)
+    read = sum(w.nbytes for name, w in model.named_parameters() if name != "tok_embeddings.weight") + 48 * 4
+    assert model.args.step_bytes(10, torch.float32) == read + 10 * 2 * 2 * 8 * 2 * 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.inference_mode()
+def test_the_twin_says_what_the_model_says(tied):
+    args = ModelArgs(48, 2, 6, 2, 64, 101, 8, rope_scaling=(8.0, 1.0, 4.0, 64), tie_embeddings=tied)
+    model = random_model(args, "cpu", torch.float32)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.mul_(10)
+    ids = torch.randint(0, 101, (1, 150), generator=torch.Generator().manual_seed(0))
+    theirs = twin(model)
+    assert (model(ids)[1] - theirs(ids).logits).abs().max() < 1e-3
+    assert theirs.model.layers[1].mlp.up_proj.weight.data_ptr() == model.layers[1].feed_forward.w13.weight[64:].data_ptr()
+
+
+@pytest.mark.parametrize("accept", [0, 2, 5])
+def test_imposed_acceptance_of_the_peer(accept):
+    """It takes as many rounds as the acceptance says, and is over when the figures are taken."""
+    target, draft = (random_model(ModelArgs(48, n, 6, 2, 64, 101, 8), "cpu", torch.float32, seed=n) for n in (2, 1))
+    peers = Peers(target, draft, [5, 6, 7], 36, 5, accept)
+    plain, rounds, forward = peers.generate(peers.target, 36), [], peers.target.forward
+    peers.target.forward = lambda *rest, **named: (rounds.append(1), forward(*rest, **named))[1]
+    with peers.impose():
+        assisted = peers.generate(peers.target, 36, assistant_model=peers.draft)
+    assert (assisted[0, 3:] == SAID).all() and assisted.shape == plain.shape
+    assert abs(len(rounds) - 36 / (accept + 1)) <= 1
+    peers.target.forward = forward
+    assert torch.equal(peers.generate(peers.target, 36, assistant_model=peers.draft), plain)
+
+
+def test_shapes():
+    assert shape_of("Llama-3.1-8B") == preset("Llama-3.1-8B")
+    wide = shape_of("2048x16")
+    assert (wide.n_head, wide.n_kv_head, wide.intermediate_size, wide.vocab_size, wide.n_layer) == (32, 8, 8192, 32000, 16)
+
+
+def test_the_report(tmp_path, capsys):
+    files = ["--out", str(tmp_path / "b.json"), "--profile", str(tmp_path / "trace.json")]
+    main([*SMALL, "--rows", "9", "--accept", "3", "--peers", *files])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "b.json").read_text())
+    names = [row["part"] for row in report["rows"]]
+    assert names == ["plain step at 20", "draft loop, M = 4 at 20", "verify 5 rows at 20", "verify 9 rows at 20", "round, M = 4 at 20",
+                     "prefill of 70 tokens", "generate, plain", "generate, standard", "transformers generate",
+                     "transformers generate, assisted"]  # fmt: skip
+    plain = report["rows"][0]
+    assert plain["bytes"] == shape_of("64x2").step_bytes(20, torch.float32) and plain["n"] == 2
+    assert plain["gb_per_s"] == pytest.approx(plain["bytes"] / plain["ms"] / 1e6)
+    assert plain["share_of_limit"] == pytest.approx(plain["gb_per_s"] / report["read_gb_per_s"])
+    assert report["rows"][1]["bytes"] == 4 * shape_of("64x1").step_bytes(20, torch.float32)
+    assert report["tokens_a_round"] == 4 and 0 <= report["host_overhead"] < 1
+    noted = {row["part"] for row in report["rows"] if row.get("note") == "imposed acceptance of 3"}
+    assert noted == {"generate, standard", "transformers generate, assisted"}
+    table = (tmp_path / "b.md").read_text()
+    assert table.count("\n| ") == len(names) + 1 and "imposed acceptance of 3" in table
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_loaded_folder_is_held_against_cat(capsys):
+    main(["--speculate_k", "2", "--positions", "9", "--prefill", "--max_new_tokens", "8", "--repeats", "1", "--device", "cpu"])
+    startup = json.loads(capsys.readouterr().out.splitlines()[-1])["startup"]
+    assert startup["target"]["bytes"] > 9e6 and startup["target"]["load_seconds"] > 0 and startup["target"]["cat_seconds"] > 0
+
+
+def test_attention_ways_agree():
+    model = ModelArgs(96, 1, 6, 2, 64, 101, 16)
+    caches = [torch.randn(1, 2, 64, 16) for _ in range(2)]
+    q, pos = torch.randn(1, 5, 6, 16), torch.arange(40, 45)
+    hidden = torch.arange(45) > pos[:, None]
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -float("inf"))
+    ways = attention_ways(q, caches, pos, mask, 45)
+    by_head = ways["SDPA"]()
+    by_row = ways["SDPA, heads as rows"]().view(1, 2, 3, 5, 16).flatten(1, 2)
+    assert model.n_head == by_head.shape[1] and torch.allclose(by_head, by_row, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--preset", "Llama-4"], "There is no preset"),
+    (["--preset", "65x2"], "must be a multiple of 64"),
+    (["--preset", "64x2", "--checkpoint_path", "x"], "both name a model"),
+    (["--accept", "17"], "--accept 17 must be between 0 and --speculate_k 16"),
+    (["--rows", "1"], "--rows counts"),
+    (["--positions", "0"], "at least 1"),
+    (["--out", "x.txt"], "must end in .json"),
+    (["--preset", "64x2", "--draft_preset", "Llama-3.2-1B"], "different vocabularies"),
+])  # fmt: skip
+def test_mistakes(flags, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([*flags, "--device", "cpu"])
+    assert end.value.code == 2 and sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
