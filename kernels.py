@@ -175,8 +175,9 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
     part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=q.device)
     peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
     sizes = {"ROWS": rows, "T": len(pos), "D": d, "PARTS": parts, "LEAST": 128, "BLOCK_D": block_d}
+    block_n = 64 if q.itemsize == 2 else 32  # a few blocks in flight fill the shared memory
     attend_part[(n_kv, parts, blocks)](
-        q, k_cache, v_cache, pos, part, peak, total, d**-0.5, k_cache.shape[2], **sizes, BLOCK_M=block_m, BLOCK_N=64
+        q, k_cache, v_cache, pos, part, peak, total, d**-0.5, k_cache.shape[2], **sizes, BLOCK_M=block_m, BLOCK_N=block_n
     )
     attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, BLOCK_P=power_of_2(parts))
     return out

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.attention.bias import causal_lower_right
 
 import kernels
 
@@ -347,9 +347,8 @@ class Attention(nn.Module):
         if use_attend(q):
             return kernels.attend(heads_as_rows(q, a.n_kv_head)[0], self.k_cache, self.v_cache, pos).view(q.shape)
         k, v = self.k_cache[:, :, :window], self.v_cache[:, :, :window]
-        if isinstance(mask, CausalBias):
+        if not use_heads_as_rows(q):
             return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-        # the query heads of one KV head as further rows: its cache is then read once
         y = F.scaled_dot_product_attention(heads_as_rows(q, a.n_kv_head), k, v, attn_mask=mask)
         return y.view(1, a.n_kv_head, -1, rows, a.head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -358,6 +357,15 @@ def heads_as_rows(q: Tensor, n_kv_head: int) -> Tensor:
     """(1, T, n_head, D) -> (1, n_kv_head, group * T, D), row r being query head r // T of its group and token r % T."""
     _, rows, _, d = q.shape
     return q.view(1, rows, n_kv_head, -1, d).permute(0, 2, 3, 1, 4).reshape(1, n_kv_head, -1, d)
+
+
+def use_heads_as_rows(q: Tensor) -> bool:
+    """Whether the query heads of one KV head become further rows of q (1, T, ...), so that its cache is read once.
+
+    Measured with PyTorch's attention on a CPU (benchmarks/attention.md): it pays for single rows, and in fp32 for all.
+    """
+    rows = q.shape[1]
+    return q.device.type == "cpu" and rows <= (kernels.MOST_ROWS if q.dtype == torch.float32 else 4)
 
 
 def use_attend(q: Tensor) -> bool:
@@ -449,7 +457,7 @@ class Transformer(nn.Module):
         return x, self.output(self.norm(rows)).float()
 
     def see(self, x: Tensor, pos: Tensor, window: int) -> Tensor | None:
-        """What is added to attention scores, 0 or -inf: (group * T, window) for rows as `heads_as_rows` orders them.
+        """What is added to attention scores, 0 or -inf: (T, window), or (group * T, window) for rows by `heads_as_rows`.
 
         On a GPU nothing of that size is made: the decoding kernel needs none, and a prefill has a diagonal.
         """
@@ -459,7 +467,7 @@ class Transformer(nn.Module):
             return causal_lower_right(len(pos), window)
         hidden = torch.arange(window, device=x.device) > pos[:, None]
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -float("inf"))
-        return mask.repeat(self.args.n_head // self.args.n_kv_head, 1)
+        return mask.repeat(self.args.n_head // self.args.n_kv_head, 1) if use_heads_as_rows(x) else mask
 
 
 def random_model(args: ModelArgs, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Transformer:
