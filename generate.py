@@ -43,11 +43,11 @@ from model import (
     Parser,
     Transformer,
     check_writable,
-    load_model,
     pick_device,
     run_dtype,
     run_script,
 )
+from quantize import Scheme, add_mode_flags, load_model, memory_line, read_scheme, scheme_of, weight_bytes
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -689,16 +689,17 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def check_memory(models: list[ModelArgs], capacity: int, dtypes: list[torch.dtype], device: torch.device) -> None:
-    """Raises InputError when weights and caches will not fit into what is free on `device`."""
-    pairs = list(zip(models, dtypes))
-    weights = sum(args.n_params * dtype.itemsize for args, dtype in pairs)
-    caches = sum(args.cache_bytes(capacity, dtype) for args, dtype in pairs)
+def check_memory(
+    models: list[ModelArgs], capacity: int, dtype: torch.dtype, device: torch.device, schemes: list[Scheme | None]
+) -> None:
+    """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on `device`."""
+    weights = sum(weight_bytes(args, dtype, scheme) for args, scheme in zip(models, schemes))
+    caches = sum(args.cache_bytes(capacity, dtype) for args in models)
     free = free_memory(device)
     if free is not None and weights + caches > free:
         raise InputError(
             f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights and {caches / 1e9:.1f} GB of caches, "
-            f"but {free / 1e9:.1f} GB are free; use a smaller --precision or a shorter --cache_length."
+            f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter --cache_length."
         )
 
 
@@ -727,6 +728,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the step functions with torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add_mode_flags(parser)
     add("--profile", type=Path, help="write a Chrome trace of the last sample to this file")
     add("--json", action="store_true", help="print one JSON object a sample, and nothing else, on standard output")
     parser.set_defaults(compare=False)  # the demo decodes its prompt once more plainly
@@ -744,15 +746,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_pair(
-    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0
-) -> tuple[Transformer, Transformer | None, JudgeHead | None]:
-    """Loads what is named, after checking that draft and target fit together and into memory (`capacity`: of the caches)."""
+    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0,
+    schemes: tuple[Scheme | None, Scheme | None] = (None, None),
+) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
+    """Loads what is named, after checking that draft and target fit together and into memory.
+
+    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded.
+    """
     folders = [folder for folder in (target, draft) if folder is not None]
     shapes = [ModelArgs.from_folder(folder) for folder in folders]
     if draft is not None:
         check_pair(*shapes, tuple(folders))
-    check_memory(shapes, capacity, [dtype] * len(shapes), device)
-    models = [load_model(folder, device, dtype) for folder in folders]
+    written = [(read_scheme(folder) or (scheme,))[0] for folder, scheme in zip(folders, schemes)]
+    check_memory(shapes, capacity, dtype, device, written)
+    models = [load_model(folder, device, dtype, scheme) for folder, scheme in zip(folders, schemes)]
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
 
@@ -770,9 +777,14 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
         length = min(shape.max_position, 8192)
     draft = None if args.verify == "plain" else args.draft_checkpoint_path
     judge = args.judge_path if args.verify == "judge" else None
-    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity_for(length, settings.speculate_k))
+    capacity, schemes = capacity_for(length, settings.speculate_k), (scheme_of(args), scheme_of(args, "draft_"))
+    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity, schemes)
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
-    return Engine(*models, settings, tokenizer.stop_ids, length, markers)
+    engine = Engine(*models, settings, tokenizer.stop_ids, length, markers)
+    for name, model in (("target", engine.target), ("draft", engine.draft)):
+        if model is not None:
+            print(memory_line(name, model), file=sys.stderr)
+    return engine
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -831,7 +843,7 @@ def as_json(engine: Engine, result: Result, text: str) -> str:
         "threshold": threshold_of(s, engine.head) if n and n.knob != "none" else None,
         "min_prob": s.min_prob, "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
         "mean_score": result.mean_score,
-        "device": str(engine.target.device), "dtype": str(engine.target.dtype).removeprefix("torch."),
+        "device": str(engine.target.device), "dtype": kind_of(engine.target),
     })  # fmt: skip
 
 
@@ -1025,7 +1037,12 @@ def conditions(engine: Engine, chat: bool, max_new_tokens: int) -> dict:
     return {"verify": s.verify, "target": engine.target.fingerprint, "draft": draft.fingerprint if draft else None,
             "speculate_k": "auto" if s.adaptive else s.speculate_k, "temperature": s.temperature, "top_k": s.top_k,
             "min_prob": s.min_prob, "relax_between": between, "chat": chat, "max_new_tokens": max_new_tokens,
-            "dtype": str(engine.target.dtype).removeprefix("torch.")}  # fmt: skip
+            "dtype": kind_of(engine.target)}  # fmt: skip
+
+
+def kind_of(model: Transformer) -> str:
+    """The type that a model runs in, and how its weights are quantised."""
+    return " ".join(filter(None, (str(model.dtype).removeprefix("torch."), model.quantization)))
 
 
 def announce(args: argparse.Namespace, engine: Engine) -> Drift:

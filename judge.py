@@ -36,7 +36,6 @@ from model import (
     Progress,
     Transformer,
     check_writable,
-    load_model,
     open_safetensors,
     pick_device,
     read_json,
@@ -44,6 +43,7 @@ from model import (
     run_script,
     write_file,
 )
+from quantize import load_model
 from tokenizer import Tokenizer, load_tokenizer
 
 FEATURES = {  # name -> what the head reads; the name stands in the file's header

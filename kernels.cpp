@@ -1,12 +1,15 @@
 // y = x W^T for a few rows of x on a CPU: every weight is read once, at the speed of memory.
 //
 // A library's product of few rows leaves a third of the bandwidth unused: the processor's prefetcher does not follow it.
-// Here a thread walks over blocks of weight rows and asks for the next block while it works on this one. Fused
-// multiply-add in fp32 serves fp32, and bf16 while the product is bound by memory (up to 4 rows); beyond that bf16 needs
-// the matrix unit of newer Intel processors (AMX). kernels.py builds this file for the processor it runs on.
+// Here a thread walks over blocks of weight rows and asks for the next block while it works on this one. Weights of any
+// format become fp32 in registers. Fused multiply-add in fp32 serves few rows, which are bound by memory; for more rows
+// of bf16 the matrix unit of newer Intel processors (AMX) is needed. kernels.py builds this file for the processor it
+// runs on, and says what is in a quantised weight.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,8 +17,10 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define HAS_AMX 1
@@ -35,27 +40,49 @@ constexpr int LANES = 4;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t wide_vec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half_vec __attribute__((vector_size(2 * LANES)));
+typedef int8_t byte_vec __attribute__((vector_size(LANES)));
+typedef uint8_t ubyte_vec __attribute__((vector_size(LANES)));
 
 constexpr int FMA_ROWS_BF16 = 4;       // more rows of bf16 are bound by arithmetic
 constexpr int FMA_ROWS_FP32 = 32;      // up to here faster than the library's product,
 constexpr int FMA_ROWS_IN_CACHE = 2;   // or to here, where the weights fit a core's own cache:
 constexpr int64_t IN_CACHE = 1 << 18;  // weights
+constexpr int AMX_ROWS = 64;
 constexpr int BLOCK = 4;               // weight rows at a time: as many streams as memory needs
 constexpr int64_t WORK = 1 << 16;      // multiply-adds that are worth waking a thread for
+constexpr int64_t LINE = 64;           // bytes that memory gives at once
 
-inline vec load(const float* p) {
-    vec v;
+template <typename To, typename From>
+inline To bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <typename V>
+inline V load(const void* p) {
+    V v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-inline vec load(const at::BFloat16* p) {  // bf16 is the upper half of fp32
-    half_vec half;
-    std::memcpy(&half, p, sizeof half);
-    wide_vec wide = __builtin_convertvector(half, wide_vec) << 16;
-    vec v;
-    std::memcpy(&v, &wide, sizeof v);
-    return v;
+// LANES bytes as 32-bit numbers
+inline wide_vec widen(const uint8_t* p) {
+#if defined(__AVX512F__)  // which compilers do not find by themselves
+    return (wide_vec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+    return __builtin_convertvector(load<ubyte_vec>(p), wide_vec);
+#endif
+}
+
+// LANES signed bytes as fp32
+inline vec widen(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    return __builtin_convertvector(load<byte_vec>(p), vec);
+#endif
 }
 
 inline float sum(vec v) {
@@ -64,46 +91,113 @@ inline float sum(vec v) {
     return total;
 }
 
-// y[g, n] for BLOCK weight rows n and G rows of x; fetches the weights `ahead` elements on.
-template <int G, typename W>
-inline void fma_block(const W* w, const float* x, W* y, int64_t N, int64_t K, int64_t ahead) {
+// ---- What weights may be made of. load: LANES weights of row n from k on, in fp32; scale: of the whole row.
+
+struct Fp32 {
+    const float* w;
+    int64_t K;
+    static constexpr int PER_LINE = LINE / 4;
+    const void* at(int64_t n, int64_t k) const { return w + n * K + k; }
+    vec load(int64_t n, int64_t k) const { return ::load<vec>(at(n, k)); }
+    float scale(int64_t) const { return 1; }
+};
+
+struct Bf16 {
+    const at::BFloat16* w;
+    int64_t K;
+    static constexpr int PER_LINE = LINE / 2;
+    const void* at(int64_t n, int64_t k) const { return w + n * K + k; }
+    vec load(int64_t n, int64_t k) const {  // the upper half of fp32
+        return bits<vec>(__builtin_convertvector(::load<half_vec>(at(n, k)), wide_vec) << 16);
+    }
+    float scale(int64_t) const { return 1; }
+};
+
+struct Int8 {
+    const int8_t* w;
+    const float* scales;
+    int64_t K;
+    static constexpr int PER_LINE = LINE;
+    const int8_t* at(int64_t n, int64_t k) const { return w + n * K + k; }
+    vec load(int64_t n, int64_t k) const { return widen(at(n, k)); }
+    float scale(int64_t n) const { return scales[n]; }
+};
+
+struct Fp8 {  // e4m3: moved to the places of fp32 its exponent is 120 too small
+    const uint8_t* w;
+    const float* scales;
+    int64_t K;
+    static constexpr int PER_LINE = LINE;
+    const uint8_t* at(int64_t n, int64_t k) const { return w + n * K + k; }
+    vec load(int64_t n, int64_t k) const {
+        wide_vec b = widen(at(n, k));
+        return bits<vec>((b & 0x80) << 24 | (b & 0x7f) << 20) * 0x1p120f;
+    }
+    float scale(int64_t n) const { return scales[n]; }
+};
+
+struct Int4 {  // of each 32 weights the first 16 lie in the lower, the others in the upper halves of 16 bytes
+    const uint8_t* w;
+    const at::BFloat16 *scales, *offsets;  // (N, K / group); a weight is q * scale + offset
+    int64_t K, group;
+    static constexpr int PER_LINE = 2 * LINE;
+    const uint8_t* at(int64_t n, int64_t k) const { return w + n * K / 2 + k / 32 * 16 + k % 16; }
+    vec load(int64_t n, int64_t k) const {
+        wide_vec q = widen(at(n, k)) >> (k % 32 < 16 ? 0 : 4);
+        const int64_t g = n * (K / group) + k / group;
+        const float scale = scales[g], offset = offsets ? float(offsets[g]) : -8 * scale;
+#if defined(__AVX512F__) && !defined(__clang__)  // the 16 values as a table
+        const vec levels = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        return __builtin_shuffle(levels * scale + offset, q);  // which looks at the lowest 4 bits of q alone
+#else
+        return __builtin_convertvector(q & 15, vec) * scale + offset;
+#endif
+    }
+    float scale(int64_t) const { return 1; }
+};
+
+// ---- Fused multiply-add in fp32
+
+// y[g, n + r] for BLOCK weight rows and G rows of x; `first`: they come from memory, so that the next ones are fetched.
+template <int G, typename Format, typename Out>
+inline void fma_block(const Format& w, int64_t n, const float* x, Out* y, int64_t stride, bool first) {
     vec acc[BLOCK][G] = {};
-    for (int64_t k = 0; k < K; k += LANES) {
+    for (int64_t k = 0; k < w.K; k += LANES) {
         vec xs[G];
-        for (int g = 0; g < G; g++) xs[g] = load(x + g * K + k);
+        for (int g = 0; g < G; g++) xs[g] = load<vec>(x + g * w.K + k);
         for (int r = 0; r < BLOCK; r++) {
-            if (ahead) __builtin_prefetch(w + r * K + k + ahead);
-            vec row = load(w + r * K + k);
+            if (first && k % Format::PER_LINE == 0) __builtin_prefetch(w.at(n + BLOCK + r, k));
+            vec row = w.load(n + r, k);
             for (int g = 0; g < G; g++) acc[r][g] += row * xs[g];
         }
     }
     for (int g = 0; g < G; g++)
-        for (int r = 0; r < BLOCK; r++) y[g * N + r] = sum(acc[r][g]);
+        for (int r = 0; r < BLOCK; r++) y[g * stride + n + r] = sum(acc[r][g]) * w.scale(n + r);
 }
 
-template <typename W>
-void fma_linear(const W* w, const float* x, W* y, int64_t T, int64_t N, int64_t K) {
-    at::parallel_for(0, N / BLOCK, std::max<int64_t>(1, WORK / (BLOCK * K * T)), [&](int64_t begin, int64_t end) {
+template <typename Format, typename Out>
+void fma_linear(const Format& w, const float* x, Out* y, int64_t T, int64_t N) {
+    at::parallel_for(0, N / BLOCK, std::max<int64_t>(1, WORK / (BLOCK * w.K * T)), [&](int64_t begin, int64_t end) {
         for (int64_t n = begin * BLOCK; n < end * BLOCK; n += BLOCK) {
-            int64_t t = 0, ahead = BLOCK * K;  // only the first pass over the block comes from memory
-            for (; t + 4 <= T; t += 4, ahead = 0) fma_block<4>(w + n * K, x + t * K, y + t * N + n, N, K, ahead);
-            if (T - t == 3) fma_block<3>(w + n * K, x + t * K, y + t * N + n, N, K, ahead);
-            if (T - t == 2) fma_block<2>(w + n * K, x + t * K, y + t * N + n, N, K, ahead);
-            if (T - t == 1) fma_block<1>(w + n * K, x + t * K, y + t * N + n, N, K, ahead);
+            int64_t t = 0;
+            for (; t + 4 <= T; t += 4) fma_block<4>(w, n, x + t * w.K, y + t * N, N, t == 0);
+            if (T - t == 3) fma_block<3>(w, n, x + t * w.K, y + t * N, N, t == 0);
+            if (T - t == 2) fma_block<2>(w, n, x + t * w.K, y + t * N, N, t == 0);
+            if (T - t == 1) fma_block<1>(w, n, x + t * w.K, y + t * N, N, t == 0);
         }
     });
 }
 
 #if HAS_AMX
-// A tile is 16 rows of 64 bytes. A: 16 weight rows x 32, as they lie in memory; B: 32 x 16 rows of x, in pairs of k;
-// C: 16 weight rows x 16 rows of x in fp32.
+// ---- AMX. A tile is 16 rows of 64 bytes. A: 16 weight rows x 32; B: 32 x 16 rows of x, in pairs of k; C: 16 weight
+// rows x 16 rows of x in fp32. bf16 weights are tiles as they lie in memory, others become bf16 on the way.
 struct TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-bool may_use_amx() {  // the kernel grants the tile registers on request
+bool may_use_amx() {  // the operating system grants the tile registers on request
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
     return granted;
@@ -124,22 +218,43 @@ std::vector<at::BFloat16> pack_rows(const at::BFloat16* x, int64_t T, int64_t K)
     return packed;
 }
 
-// c[tile][16 weight rows][16 rows of x] for 16 weight rows.
-template <int TILES>
-inline void amx_block(const at::BFloat16* w, const at::BFloat16* x, float* c, int64_t K) {
+// Weight rows n to n + 15 from k to k + 31 into tile 4.
+inline void load_weight_tile(const Bf16& w, int64_t n, int64_t k) { _tile_loadd(4, w.at(n, k), w.K * 2); }
+
+template <typename Format>
+inline void load_weight_tile(const Format& w, int64_t n, int64_t k) {
+    alignas(64) __m512i tile[16];
+    for (int r = 0; r < 16; r++)
+        tile[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)w.load(n + r, k + 16), (__m512)w.load(n + r, k));
+    asm volatile("" ::: "memory");  // the compiler does not know that the next line reads `tile`
+    _tile_loadd(4, tile, 64);
+}
+
+// c[tile][16 weight rows][16 rows of x] for 16 weight rows. (Tile numbers must be literals.)
+template <int TILES, typename Format>
+inline void amx_block(const Format& w, int64_t n, const at::BFloat16* x, float* c) {
     _tile_zero(0);
     if constexpr (TILES > 1) _tile_zero(1);
     if constexpr (TILES > 2) _tile_zero(2);
     if constexpr (TILES > 3) _tile_zero(3);
-    for (int64_t k = 0; k < K; k += 32, x += 512 * TILES) {
-        for (int r = 0; r < 16; r++) _mm_prefetch((const char*)(w + (16 + r) * K + k), _MM_HINT_T1);
-        _tile_loadd(4, w + k, K * 2);
+    for (int64_t k = 0; k < w.K; k += 32, x += 512 * TILES) {
+        if (k % Format::PER_LINE == 0)
+            for (int r = 16; r < 32; r++) _mm_prefetch((const char*)w.at(n + r, k), _MM_HINT_T1);
+        load_weight_tile(w, n, k);
         _tile_loadd(5, x, 64);
         _tile_dpbf16ps(0, 4, 5);
-        // (tile numbers must be literals)
-        if constexpr (TILES > 1) { _tile_loadd(6, x + 512, 64); _tile_dpbf16ps(1, 4, 6); }
-        if constexpr (TILES > 2) { _tile_loadd(5, x + 1024, 64); _tile_dpbf16ps(2, 4, 5); }
-        if constexpr (TILES > 3) { _tile_loadd(6, x + 1536, 64); _tile_dpbf16ps(3, 4, 6); }
+        if constexpr (TILES > 1) {
+            _tile_loadd(6, x + 512, 64);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if constexpr (TILES > 2) {
+            _tile_loadd(5, x + 1024, 64);
+            _tile_dpbf16ps(2, 4, 5);
+        }
+        if constexpr (TILES > 3) {
+            _tile_loadd(6, x + 1536, 64);
+            _tile_dpbf16ps(3, 4, 6);
+        }
     }
     _tile_stored(0, c, 64);
     if constexpr (TILES > 1) _tile_stored(1, c + 256, 64);
@@ -147,28 +262,56 @@ inline void amx_block(const at::BFloat16* w, const at::BFloat16* x, float* c, in
     if constexpr (TILES > 3) _tile_stored(3, c + 768, 64);
 }
 
-template <int TILES>
-void amx_linear(const at::BFloat16* w, const at::BFloat16* x, at::BFloat16* y, int64_t T, int64_t N, int64_t K) {
-    auto packed = pack_rows<TILES>(x, T, K);
-    at::parallel_for(0, N / 16, std::max<int64_t>(1, WORK / (16 * K)), [&](int64_t begin, int64_t end) {
+template <int TILES, typename Format>
+void amx_tiles(const Format& w, const at::BFloat16* x, at::BFloat16* y, int64_t T, int64_t N) {
+    auto packed = pack_rows<TILES>(x, T, w.K);
+    at::parallel_for(0, N / 16, std::max<int64_t>(1, WORK / (16 * w.K)), [&](int64_t begin, int64_t end) {
         TileConfig config;
         _tile_loadconfig(&config);
         alignas(64) float c[TILES * 256];
         for (int64_t n = begin * 16; n < end * 16; n += 16) {
-            amx_block<TILES>(w + n * K, packed.data(), c, K);
-            for (int64_t t = 0; t < T; t++)
-                for (int r = 0; r < 16; r++) y[t * N + n + r] = c[t / 16 * 256 + r * 16 + t % 16];
+            amx_block<TILES>(w, n, packed.data(), c);
+            for (int r = 0; r < 16; r++) {
+                const float scale = w.scale(n + r);
+                for (int64_t t = 0; t < T; t++) y[t * N + n + r] = c[t / 16 * 256 + r * 16 + t % 16] * scale;
+            }
         }
         _tile_release();
     });
 }
+
+template <typename Format>
+void amx_linear(const Format& w, const at::BFloat16* x, at::BFloat16* y, int64_t T, int64_t N) {
+    if (T <= 16) amx_tiles<1>(w, x, y, T, N);
+    else if (T <= 32) amx_tiles<2>(w, x, y, T, N);
+    else if (T <= 48) amx_tiles<3>(w, x, y, T, N);
+    else amx_tiles<4>(w, x, y, T, N);
+}
 #else
 bool may_use_amx() { return false; }
+
+template <typename Format>
+void amx_linear(const Format&, const at::BFloat16*, at::BFloat16*, int64_t, int64_t) {}
 #endif
+
+// ---- Operators
+
+// x (T, K) times weights of any format into y (T, N); T is one that suits (most_rows).
+template <typename Format>
+void few_rows(const Format& w, const at::Tensor& x, at::Tensor& y, int64_t T, int64_t N) {
+    if (x.scalar_type() == at::kFloat) {
+        fma_linear(w, x.const_data_ptr<float>(), y.data_ptr<float>(), T, N);
+    } else if (T <= FMA_ROWS_BF16) {
+        at::Tensor wide = x.to(at::kFloat);
+        fma_linear(w, wide.const_data_ptr<float>(), y.data_ptr<at::BFloat16>(), T, N);
+    } else {
+        amx_linear(w, x.const_data_ptr<at::BFloat16>(), y.data_ptr<at::BFloat16>(), T, N);
+    }
+}
 
 // The most rows of x that `linear` takes of a product with N x K weights of this type; 0: leave it to the library.
 int64_t most_rows(at::ScalarType dtype, int64_t N, int64_t K) {
-    if (dtype == at::kBFloat16 && N % 16 == 0 && K % 32 == 0 && may_use_amx()) return 64;
+    if (dtype == at::kBFloat16 && N % 16 == 0 && K % 32 == 0 && may_use_amx()) return AMX_ROWS;
     if (N % BLOCK || K % LANES) return 0;
     if (dtype == at::kFloat) return N * K > IN_CACHE ? FMA_ROWS_FP32 : FMA_ROWS_IN_CACHE;
     return dtype == at::kBFloat16 ? FMA_ROWS_BF16 : 0;
@@ -182,33 +325,90 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
     auto shape = x.sizes().vec();
     shape.back() = N;
     at::Tensor y = at::empty(shape, x.options()), rows = x.contiguous();
-    if (weight.scalar_type() == at::kFloat) {
-        fma_linear(weight.const_data_ptr<float>(), rows.const_data_ptr<float>(), y.data_ptr<float>(), T, N, K);
-        return y;
-    }
-    auto w = weight.const_data_ptr<at::BFloat16>();
-    auto out = y.data_ptr<at::BFloat16>();
-    if (T <= FMA_ROWS_BF16 && K % LANES == 0) {
-        at::Tensor wide = rows.to(at::kFloat);
-        fma_linear(w, wide.const_data_ptr<float>(), out, T, N, K);
-        return y;
-    }
-#if HAS_AMX
-    auto in = rows.const_data_ptr<at::BFloat16>();
-    if (T <= 16) amx_linear<1>(w, in, out, T, N, K);
-    else if (T <= 32) amx_linear<2>(w, in, out, T, N, K);
-    else if (T <= 48) amx_linear<3>(w, in, out, T, N, K);
-    else amx_linear<4>(w, in, out, T, N, K);
-#endif
+    if (weight.scalar_type() == at::kFloat) few_rows(Fp32{weight.const_data_ptr<float>(), K}, rows, y, T, N);
+    else few_rows(Bf16{weight.const_data_ptr<at::BFloat16>(), K}, rows, y, T, N);
     return y;
+}
+
+// Weight rows [begin, begin + out.size(0)) as they are meant, in out's type.
+template <typename Format>
+void dequantize(const Format& w, int64_t begin, at::Tensor& out) {
+    const bool wide = out.scalar_type() == at::kFloat;
+    float* floats = wide ? out.data_ptr<float>() : nullptr;
+    at::BFloat16* halves = wide ? nullptr : out.data_ptr<at::BFloat16>();
+    at::parallel_for(0, out.size(0), std::max<int64_t>(1, WORK / w.K), [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; r++)
+            for (int64_t k = 0; k < w.K; k += LANES) {
+                vec v = w.load(begin + r, k) * w.scale(begin + r);
+                for (int i = 0; i < LANES; i++)
+                    if (wide) floats[r * w.K + k + i] = v[i];
+                    else halves[r * w.K + k + i] = v[i];
+            }
+    });
+}
+
+// Many rows of x: parts of the weight, small enough for the cache, are dequantised and given to the library.
+template <typename Format>
+void many_rows(const Format& w, const at::Tensor& x, at::Tensor& y, int64_t N) {
+    const int64_t step = std::min(N, std::max<int64_t>(64, (1 << 20) / w.K / 16 * 16));
+    at::Tensor part = at::empty({step, w.K}, x.options());
+    for (int64_t n = 0; n < N; n += step) {
+        at::Tensor some = part.narrow(0, 0, std::min(step, N - n));
+        dequantize(w, n, some);
+        y.narrow(1, n, some.size(0)).copy_(at::linear(x, some));
+    }
+}
+
+// calls `action` with the format of a quantised weight of K columns
+template <typename Action>
+void with_format(const at::Tensor& weight, const at::Tensor& scales, const std::optional<at::Tensor>& offsets, int64_t K,
+                 Action action) {
+    if (weight.scalar_type() == at::kChar) {
+        action(Int8{weight.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(), K});
+    } else if (weight.scalar_type() == at::kFloat8_e4m3fn) {
+        action(Fp8{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), K});
+    } else {
+        auto offset = offsets ? offsets->const_data_ptr<at::BFloat16>() : nullptr;
+        action(Int4{weight.const_data_ptr<uint8_t>(), scales.const_data_ptr<at::BFloat16>(), offset, K, K / scales.size(1)});
+    }
+}
+
+// x (..., k) times a quantised weight (N, K) -> (..., n): its columns from k on and its rows from n on are padding.
+at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
+                            const std::optional<at::Tensor>& offsets, int64_t n) {
+    const bool int4 = weight.scalar_type() == at::kByte;
+    const int64_t N = weight.size(0), K = weight.size(1) * (int4 ? 2 : 1), k = x.size(-1), T = x.numel() / k;
+    TORCH_CHECK(k <= K && n <= N && N % 16 == 0 && K % 32 == 0 && scales.size(0) == N, "linear_quantized: a weight of ", N, " x ",
+                K, " does not fit ", n, " x ", k, ", or is not padded to multiples of 16 x 32");
+    TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "linear_quantized: x must be fp32 or bf16");
+    at::Tensor rows = x.reshape({T, k}).contiguous();
+    if (k < K) {
+        at::Tensor padded = at::zeros({T, K}, x.options());
+        padded.narrow(1, 0, k).copy_(rows);
+        rows = padded;
+    }
+    at::Tensor y = at::empty({T, N}, x.options());
+    const int64_t few = x.scalar_type() == at::kFloat ? FMA_ROWS_FP32 : may_use_amx() ? AMX_ROWS : FMA_ROWS_BF16;
+    with_format(weight, scales, offsets, K, [&](auto format) {
+        if (T <= few) few_rows(format, rows, y, T, N);
+        else many_rows(format, rows, y, N);
+    });
+    auto shape = x.sizes().vec();
+    shape.back() = n;
+    return (n < N ? y.narrow(1, 0, n).contiguous() : y).view(shape);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(judge_fast, library) {
     library.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
+    library.def("linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? offsets, int n) -> Tensor",
+                {at::Tag::pt2_compliant_tag});
     library.def("most_rows(ScalarType dtype, int N, int K) -> int");
     library.impl("most_rows", &most_rows);
 }
 
-TORCH_LIBRARY_IMPL(judge_fast, CPU, library) { library.impl("linear", &linear); }
+TORCH_LIBRARY_IMPL(judge_fast, CPU, library) {
+    library.impl("linear", &linear);
+    library.impl("linear_quantized", &linear_quantized);
+}

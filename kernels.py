@@ -58,6 +58,7 @@ def use_cpu_kernels() -> None:
         print(f"kernels.cpp could not be built, products are PyTorch's: {reason[0] if reason else error}", file=sys.stderr)
         return
     torch.library.register_fake("judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
+    torch.library.register_fake("judge_fast::linear_quantized", lambda x, w, scales, offsets, n: x.new_empty(*x.shape[:-1], n))
     cpu_kernels = torch.ops.judge_fast
 
 

@@ -410,6 +410,7 @@ class Transformer(nn.Module):
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
+        self.quantization = ""  # how they are quantised, set by quantize.py
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = 0
         self.generation = 0  # counts allocations of the caches: graphs captured over older ones must not run
@@ -470,18 +471,24 @@ class Transformer(nn.Module):
         return mask.repeat(self.args.n_head // self.args.n_kv_head, 1) if use_heads_as_rows(x) else mask
 
 
-def random_model(args: ModelArgs, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Transformer:
-    """A model with random weights, made on `device` layer by layer, so that memory never holds more than the model."""
+def random_model(
+    args: ModelArgs, device: str | torch.device, dtype: torch.dtype, seed: int = 0,
+    complete: Callable[["Transformer", str], None] | None = None,
+) -> Transformer:  # fmt: skip
+    """A model with random weights, made on `device` layer by layer, so that memory never holds more than the model.
+
+    complete: as in `load_model`.
+    """
     model = empty_model(args)
     generator = torch.Generator(device=device).manual_seed(seed)
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            fresh = torch.empty(weight.shape, dtype=dtype, device=device)
-            if weight.dim() > 1:
-                fresh.normal_(0, 0.02, generator=generator)
-            else:
-                fresh.fill_(1.0)
-            module.register_parameter(name, nn.Parameter(fresh, requires_grad=False))
+    for name in [name for name, _ in model.named_parameters()]:
+        fresh = materialise(model, name, dtype, device)
+        if fresh.dim() > 1:
+            fresh.normal_(0, 0.02, generator=generator)
+        else:
+            fresh.fill_(1.0)
+        if complete is not None:
+            complete(model, name)
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model.eval()
@@ -547,10 +554,14 @@ def weight_plan(args: ModelArgs) -> dict[str, tuple[str, int, tuple[int, ...]]]:
     return plan
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    complete: Callable[[Transformer, str], None] | None = None,
+) -> Transformer:  # fmt: skip
     """Loads a published snapshot folder (any float type on disk) straight into fused weights.
 
-    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). Peak memory is the model
+    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called with the model
+    and each of its parameters' names as soon as that is filled, and may replace it. Peak memory is the model
     plus its largest tensor. Raises InputError naming tensor and file for whatever is missing, unexpected, misshapen or
     truncated.
     """
@@ -559,8 +570,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     plan = weight_plan(args)
     check_names(plan, files, folder, args.tie_embeddings)
     model, handles, progress = empty_model(args), {}, Progress(f"loading {folder}", len(plan))
-    digest = hashlib.sha256(repr((args.rope_theta, args.rope_scaling, args.norm_eps)).encode())
-    for name, (ours, row, shape) in plan.items():
+    digest, following = new_digest(args), [*(ours for ours, _, _ in list(plan.values())[1:]), None]
+    for (name, (ours, row, shape)), after in zip(plan.items(), following):
         file = files[name]
         if file not in handles:
             handles[file] = open_safetensors(file)
@@ -568,11 +579,29 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
         dtype = dtype or tensor.dtype
         digest.update(sample_of(tensor))
         materialise(model, ours, dtype, device)[row : row + shape[0]].copy_(tensor)
+        if complete is not None and after != ours:
+            complete(model, ours)
         progress.step()
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     model.fingerprint = digest.hexdigest()[:16]
     return model.eval()
+
+
+def new_digest(args: ModelArgs):
+    """What a fingerprint begins with: the settings that no weight shows."""
+    return hashlib.sha256(repr((args.rope_theta, args.rope_scaling, args.norm_eps)).encode())
+
+
+def fingerprint_of(folder: str | Path) -> str:
+    """The fingerprint that `load_model` gives, without loading."""
+    args, files, handles = ModelArgs.from_folder(folder), checkpoint_files(folder), {}
+    digest = new_digest(args)
+    for name, (_, _, shape) in weight_plan(args).items():
+        handle = handles.setdefault(files[name], None) or open_safetensors(files[name])
+        handles[files[name]] = handle
+        digest.update(sample_of(read_tensor(handle, name, shape, files[name])))
+    return digest.hexdigest()[:16]
 
 
 def sample_of(tensor: Tensor) -> bytes:
@@ -592,8 +621,8 @@ def check_names(plan: dict, files: dict[str, Path], folder: Path, tied: bool) ->
             raise InputError(f"{file} has an unexpected tensor {name}, which its config.json does not call for.")
 
 
-def read_tensor(handle, name: str, shape: tuple[int, ...], file: Path) -> Tensor:
-    """One tensor of a safetensors file, checked against its expected shape."""
+def read_tensor(handle, name: str, shape: tuple[int, ...], file: Path, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor of a safetensors file, checked against its expected shape, and type (None: any of DTYPES)."""
     try:
         found = tuple(handle.get_slice(name).get_shape())
         if found == shape:
@@ -602,7 +631,9 @@ def read_tensor(handle, name: str, shape: tuple[int, ...], file: Path) -> Tensor
         raise InputError(f"{file} has no readable tensor {name}: {error}.") from None
     if found != shape:
         raise InputError(f"{file}: tensor {name} has shape {found}, but config.json calls for {shape}.")
-    if tensor.dtype not in DTYPES.values():
+    if dtype is not None and tensor.dtype != dtype:
+        raise InputError(f"{file}: tensor {name} is {tensor.dtype}, but its config.json calls for {dtype}.")
+    if dtype is None and tensor.dtype not in DTYPES.values():
         raise InputError(f"{file}: tensor {name} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
     return tensor
 

@@ -10,6 +10,7 @@ measured without the weights that reach it; such figures are marked "imposed". A
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -36,7 +37,6 @@ from model import (
     Transformer,
     check_writable,
     heads_as_rows,
-    load_model,
     pick_device,
     preset,
     random_model,
@@ -44,6 +44,7 @@ from model import (
     run_script,
     write_file,
 )
+from quantize import Scheme, add_mode_flags, completer, load_model, scheme_of
 from scripts.experiments import commit, machine
 from scripts.peers import Peers, timed
 
@@ -100,10 +101,10 @@ class Workbench:
         self.args, self.device, self.dtype = args, args.device, run_dtype(args.precision, args.device)
         self.startup: dict = {}
         self.length = max(args.positions + args.prefill) + args.max_new_tokens + 64
-        self.length = max(self.length, args.cache_length or 0)
-        self.target = self.model(args.checkpoint_path, args.preset)
+        self.length = max([self.length, *(args.cache_length or [])[:1]])
+        self.target = self.model(args.checkpoint_path, args.preset, scheme_of(args))
         has_draft = args.draft_checkpoint_path or args.draft_preset
-        self.draft = self.model(args.draft_checkpoint_path, args.draft_preset) if has_draft else None
+        self.draft = self.model(args.draft_checkpoint_path, args.draft_preset, scheme_of(args, "draft_")) if has_draft else None
         capacity = capacity_for(self.length, max([args.speculate_k, *args.rows]))
         for model in (self.target, self.draft):
             if model is not None:
@@ -112,20 +113,32 @@ class Workbench:
         self.plain = self.engine(Settings("plain", speculate_k=args.speculate_k, compile=args.compile), "plain")
         settings = Settings(args.verify, None, args.speculate_k, compile=args.compile, impose=args.accept)
         self.fast = self.engine(settings, args.verify) if self.draft is not None else None
+        self.others = {length: self.plain_with(length) for length in (args.cache_length or [])[1:]}
 
-    def model(self, folder: Path | None, name: str | None) -> Transformer:
+    def model(self, folder: Path | None, name: str | None, scheme: Scheme | None) -> Transformer:
         """Loads a folder, or makes a preset with random weights; notes how long it took."""
         if folder is None:
             args = shape_of(name)
-            check_memory([args], self.length, [self.dtype], self.device)
-            return random_model(args, self.device, self.dtype)
+            check_memory([args], self.length, self.dtype, self.device, [scheme])
+            complete = completer(scheme) if scheme is not None else None
+            return random_model(args, self.device, self.dtype, complete=complete)
         files = sorted(folder.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         cat = timed(lambda: subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=False), self.device)
         loaded: list[Transformer] = []
-        seconds = timed(lambda: loaded.append(load_model(folder, self.device, self.dtype)), self.device)
+        seconds = timed(lambda: loaded.append(load_model(folder, self.device, self.dtype, scheme)), self.device)
         self.startup[folder.name] = {"bytes": size, "load_seconds": seconds, "cat_seconds": cat}
         return loaded[0]
+
+    def plain_with(self, length: int) -> Engine:
+        """A plain engine on the target's very weights with a cache of another length."""
+        shared = [*self.target.parameters(), *self.target.buffers()]
+        caches = [cache for layer in self.target.layers for cache in (layer.attention.k_cache, layer.attention.v_cache)]
+        target = copy.deepcopy(self.target, {id(x): x for x in shared} | {id(cache): None for cache in caches})
+        settings = Settings("plain", speculate_k=self.args.speculate_k, compile=self.args.compile)
+        engine = Engine(target, None, None, settings, [], length)
+        engine.warm_up()
+        return engine
 
     def judge(self) -> JudgeHead | None:
         """The judge of the command line, or, for random weights, a head of the right size that is computed all the same."""
@@ -169,6 +182,9 @@ class Workbench:
         for position in a.positions:
             at, read = f" at {position}", target.step_bytes(position, self.dtype)
             parts.append(Part("plain step" + at, self.times(self.step(self.plain, k, 0, position), inner), read, tokens=1))
+            for length, engine in self.others.items():
+                name = f"plain step{at}, with a cache of {length}"
+                parts.append(Part(name, self.times(self.step(engine, k, 0, position), inner), read, tokens=1))
             if self.fast is None:
                 continue
             small = self.draft.args.step_bytes(position, self.dtype)
@@ -361,7 +377,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rows", type=int, nargs="*", default=[], help="verify so many rows, too, beside M + 1")
     add("--accept", type=int, help="impose how many draft tokens each round accepts")
     add("--positions", type=int, nargs="+", default=[500], help="where to measure steps and rounds")
-    add("--cache_length", type=int, help="positions that the cache holds (default: what the run needs)")
+    add("--cache_length", type=int, nargs="+", help="positions that the cache holds (default: what the run needs); with"
+        " several, the plain step is measured with each")  # fmt: skip
+    add_mode_flags(parser)
     add("--prefill", type=int, nargs="*", default=[512], help="prompt lengths to read")
     add("--prompt_tokens", type=int, default=64, help="prompt of the whole generations")
     add("--max_new_tokens", type=int, default=200, help="tokens of the whole generations")

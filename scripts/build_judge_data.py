@@ -37,12 +37,12 @@ from model import (
     Parser,
     Progress,
     check_writable,
-    load_model,
     pick_device,
     run_dtype,
     run_script,
     write_file,
 )
+from quantize import load_model
 from scripts.evaluate import read_results
 from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
 from scripts.train_demo import annotated

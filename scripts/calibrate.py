@@ -46,7 +46,8 @@ from judge import (
     read_answers,
     read_calibration,
 )
-from model import InputError, Parser, Progress, check_writable, load_model, pick_device, run_dtype, run_script, write_file
+from model import InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
+from quantize import load_model
 from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, settings_for
 from scripts.tasks import Question, add_question_flags, questions_of
 from tokenizer import load_tokenizer

@@ -1,0 +1,459 @@
+"""Weight-only quantisation: int8, int4 and fp8 weights that are read in a quarter to a half of the time.
+
+    python quantize.py --checkpoint_path DIR --mode int8 --out DIR2       # DIR2 is a folder that generate.py loads
+    python generate.py --checkpoint_path DIR --mode int4                  # or quantised while it is loaded
+
+Every row of a weight matrix (an output channel) is quantised by itself, so that fusing and sharding by rows change
+nothing. int8 and fp8 (e4m3) have one scale a row; int4 a scale, and unless --symmetric an offset, a group of 32, 64 or 128
+columns. Activations stay as they are; kernels.py says how the products are done. Embedding, norms and, unless
+--quantize_lm_head, the LM head are not quantised; nor is the judge.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from torch import Tensor
+
+import kernels
+import model as plain
+from model import InputError, ModelArgs, Parser, Progress, Transformer, run_script
+
+MODES = ("int8", "int4", "fp8")
+PACKING = 1  # how the numbers lie in the files; a reader refuses any other
+ROWS, COLUMNS = 16, 32  # packed weights are padded to multiples of these
+CLIPS = torch.linspace(1.0, 0.6, 9)  # what the search tries: shares of a group's range
+TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How to quantise. group_size and symmetric concern int4 alone."""
+
+    mode: str
+    group_size: int = 32
+    symmetric: bool = False
+    lm_head: bool = False
+
+    def __str__(self) -> str:
+        int4 = f"/{self.group_size}{' symmetric' if self.symmetric else ''}" if self.mode == "int4" else ""
+        return self.mode + int4 + (" with LM head" if self.lm_head else "")
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """Raises InputError for what is not built."""
+    if scheme.mode not in MODES:
+        raise InputError(f"--mode {scheme.mode} is not known; known are {', '.join(MODES)}.")
+    if scheme.group_size not in (32, 64, 128):
+        raise InputError(f"--group_size {scheme.group_size} must be 32, 64 or 128.")
+    if scheme.mode != "int4" and (scheme.symmetric or scheme.group_size != 32):
+        raise InputError(f"--group_size and --symmetric concern --mode int4, not {scheme.mode}.")
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight (N, K), any float type -> packed weight, scales, offsets, K padded with zeros to what the packing needs.
+
+    int8, fp8: weight (N, K'), scales (N,) fp32. int4: weight (N, K' / 2) uint8, scales and offsets (N, K' / group) bf16,
+    offsets None when symmetric. A weight is q * scale, for int4 q * scale + offset (symmetric: (q - 8) * scale).
+    """
+    unit = scheme.group_size if scheme.mode == "int4" else COLUMNS
+    wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % unit))
+    if scheme.mode == "int4":
+        some = max(1, (1 << 18) // wide.shape[1])  # rows whose search stays in the cache
+        found = [quantize_groups(rows.unflatten(1, (-1, unit)), scheme.symmetric) for rows in wide.split(some)]
+        q, scales, offsets = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found))
+        return pack_int4(q.flatten(1)), scales, offsets
+    largest = 127.0 if scheme.mode == "int8" else 448.0
+    scales = (wide.abs().amax(1) / largest).clamp(min=1e-30)
+    q = wide / scales[:, None]
+    return (q.round() if scheme.mode == "int8" else q).to(TYPES[scheme.mode]), scales, None
+
+
+def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Groups (N, groups, size) -> q in 0..15, scales and offsets (N, groups) in bf16.
+
+    For each of CLIPS the range is shrunk, and scale and offset fitted to the q that it gives by least squares; the best
+    by the error weighted with the weight's own square (large weights matter more) is kept.
+    """
+    importance = w.square() + 1e-12
+    low, high = w.amin(-1), w.amax(-1)
+    best = torch.full_like(low, float("inf"))
+    q_best, scale_best, offset_best = torch.zeros_like(w, dtype=torch.uint8), torch.zeros_like(low), torch.zeros_like(low)
+    for clip in CLIPS.tolist():
+        if symmetric:
+            scale = clip * torch.maximum(-low / 8, high / 7)
+            offset = -8 * scale
+        else:
+            middle, scale = (low + high) / 2, clip * (high - low) / 15
+            offset = middle - 7.5 * scale
+        for _ in range(2):
+            q = to_levels(w, scale, offset)
+            scale, offset = fit(w, q, importance, scale, offset, symmetric)
+        scale = scale.bfloat16().float()
+        offset = -8 * scale if symmetric else offset.bfloat16().float()
+        q = to_levels(w, scale, offset)
+        error = (importance * (q * scale[..., None] + offset[..., None] - w).square()).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        q_best = torch.where(better[..., None], q.to(torch.uint8), q_best)
+        scale_best, offset_best = torch.where(better, scale, scale_best), torch.where(better, offset, offset_best)
+    return q_best, scale_best.bfloat16(), None if symmetric else offset_best.bfloat16()
+
+
+def to_levels(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """The nearest of the 16 levels, as floats."""
+    return ((w - offset[..., None]) / scale[..., None].clamp(min=1e-30)).round().clamp(0, 15)
+
+
+def fit(w: Tensor, q: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and offset (N, groups) that minimise the weighted error of given levels; kept where that is undetermined."""
+    if symmetric:
+        levels = q - 8
+        below = (importance * levels.square()).sum(-1)
+        fitted = torch.where(below > 0, (importance * levels * w).sum(-1) / below.clamp(min=1e-30), scale)
+        return fitted, -8 * fitted
+    total = importance.sum(-1)
+    q_mean, w_mean = (importance * q).sum(-1) / total, (importance * w).sum(-1) / total
+    spread = (importance * (q - q_mean[..., None]).square()).sum(-1)
+    along = (importance * (q - q_mean[..., None]) * (w - w_mean[..., None])).sum(-1)
+    determined = spread > 1e-6 * total
+    fitted = torch.where(determined, along / spread.clamp(min=1e-30), scale)
+    return fitted, torch.where(determined, w_mean - fitted * q_mean, offset)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """q (N, K) of 0..15 -> (N, K / 2): of each 32 columns the first 16 in the lower halves of 16 bytes, the rest above."""
+    low, high = q.to(torch.uint8).unflatten(1, (-1, 2, 16)).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`."""
+    parts = packed.unflatten(1, (-1, 16))
+    return torch.stack([parts & 15, parts >> 4], 2).flatten(1)
+
+
+def dequantize(weight: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    """What packed weights (as `quantize` gives) stand for, fp32 (N, K')."""
+    if weight.dtype != torch.uint8:
+        return weight.float() * scales[:, None]
+    q = unpack_int4(weight).float().unflatten(1, (scales.shape[1], -1))
+    wide = scales.float()[..., None]
+    return (q * wide + (-8 * wide if offsets is None else offsets.float()[..., None])).flatten(1)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer of packed weights; n_out and n_in are the sizes that the packing has padded."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, offsets: Tensor | None, n_out: int, n_in: int):
+        super().__init__()
+        self.n_out, self.n_in = n_out, n_in
+        self.register_buffer("weight", pad_rows(weight))
+        self.register_buffer("scales", pad_rows(scales))
+        self.register_buffer("offsets", None if offsets is None else pad_rows(offsets))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n_in), fp32 or bf16 -> (..., n_out). On a CPU kernels.cpp takes any number of rows."""
+        if x.device.type == "cpu":
+            return kernels.cpu_kernels.linear_quantized(x, self.weight, self.scales, self.offsets, self.n_out)
+        if x.numel() // self.n_in <= kernels.MOST_ROWS:
+            return kernels.few_rows(x, self.weight, self.scales, self.offsets, self.n_out)
+        whole = dequantize(self.weight, self.scales, self.offsets)[: self.n_out, : self.n_in]
+        return nn.functional.linear(x, whole.to(x.dtype))
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """x with rows of zeros up to a multiple of ROWS, contiguous."""
+    missing = -x.shape[0] % ROWS
+    return torch.cat([x, torch.zeros(missing, *x.shape[1:], dtype=x.dtype, device=x.device)]) if missing else x.contiguous()
+
+
+def is_quantized(parameter: str, scheme: Scheme) -> bool:
+    """Whether a parameter of ours, by name, is to be quantised."""
+    name = parameter.split(".")[-2]
+    return name in ("wqkv", "wo", "w13", "w2") or (name == "output" and scheme.lm_head)
+
+
+def quantize_module(model: Transformer, parameter: str, scheme: Scheme) -> None:
+    """Replaces one linear layer by its quantised form and lets its weight go."""
+    owner, _, name = parameter.removesuffix(".weight").rpartition(".")
+    parent = model.get_submodule(owner)
+    weight = getattr(parent, name).weight
+    setattr(parent, name, QuantLinear(*quantize(weight, scheme), *weight.shape))
+
+
+def quantize_model(model: Transformer, scheme: Scheme) -> Transformer:
+    """Quantises a loaded model in place, layer by layer, and returns it."""
+    check_scheme(scheme)
+    check_lm_head(model.args, scheme)
+    prepare(model.device)
+    for name in grouped_plan(model.args):
+        completer(scheme)(model, name)
+    return model
+
+
+def prepare(device: torch.device) -> None:
+    """Builds what products of packed weights need; raises InputError where that cannot be had."""
+    if device.type == "cpu":
+        kernels.use_cpu_kernels()
+        if kernels.cpu_kernels is None:
+            raise InputError("Quantised weights on a CPU need kernels.cpp, which could not be built; install a C++ compiler.")
+    elif kernels.triton is None:
+        raise InputError("Quantised weights on a GPU need the package triton; pip install triton.")
+
+
+def load(
+    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None, scheme: Scheme | None = None
+) -> Transformer:
+    """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
+
+    dtype: of activations, caches and what is not quantised. Raises InputError as `model.load_model` does, and when folder
+    and scheme do not fit.
+    """
+    folder, device = Path(folder), torch.device(device)
+    written = read_scheme(folder)
+    if written is not None:
+        if scheme not in (None, written[0]):
+            raise InputError(f"{folder} holds {written[0]} weights already; leave --mode out.")
+        prepare(device)
+        return load_quantized(folder, device, dtype, *written)
+    if scheme is None:
+        return plain.load_model(folder, device, dtype)
+    check_scheme(scheme)
+    check_lm_head(ModelArgs.from_folder(folder), scheme)
+    prepare(device)
+
+    return plain.load_model(folder, device, dtype, completer(scheme))
+
+
+def completer(scheme: Scheme) -> Callable[[Transformer, str], None]:
+    """What quantises a model's layers one by one, as soon as each is filled (`complete` of model.load_model)."""
+
+    def complete(model: Transformer, parameter: str) -> None:
+        model.quantization = str(scheme)
+        if is_quantized(parameter, scheme):
+            quantize_module(model, parameter, scheme)
+
+    return complete
+
+
+def check_lm_head(args: ModelArgs, scheme: Scheme) -> None:
+    if scheme.lm_head and args.tie_embeddings:
+        raise InputError("--quantize_lm_head: this LM head is the embedding, which stays as it is; leave the flag out.")
+
+
+def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
+    """Scheme and the unquantised model's fingerprint of a folder that `convert` wrote; None for any other."""
+    path = folder / "config.json"
+    found = plain.read_json(path).get("judge_fast")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.get("packing") != PACKING:
+        packing = found.get("packing") if isinstance(found, dict) else found
+        raise InputError(f"{path}: weights packed as {packing!r} cannot be read, only as {PACKING}; quantise them again.")
+    try:
+        scheme = Scheme(**found["scheme"])
+        check_scheme(scheme)
+        return scheme, str(found["fingerprint"])
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{path}: the entry judge_fast is not one that quantize.py writes ({error}).") from None
+
+
+def grouped_plan(args: ModelArgs) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Our parameters -> the published tensors that they are made of, from top to bottom, with their shapes."""
+    groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, (ours, _, shape) in plain.weight_plan(args).items():
+        groups.setdefault(ours, []).append((name, shape))
+    return groups
+
+
+def packed_shapes(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of what stands for a weight (N, K) in a quantised file, by the suffix of its name."""
+    n, k = shape
+    unit = scheme.group_size if scheme.mode == "int4" else COLUMNS
+    padded = -(-k // unit) * unit
+    if scheme.mode != "int4":
+        return {"": (TYPES[scheme.mode], (n, padded)), "_scale": (torch.float32, (n,))}
+    groups = {"": (torch.uint8, (n, padded // 2)), "_scale": (torch.bfloat16, (n, padded // unit))}
+    return groups if scheme.symmetric else groups | {"_offset": (torch.bfloat16, (n, padded // unit))}
+
+
+def load_quantized(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, scheme: Scheme, fingerprint: str
+) -> Transformer:
+    """Loads a folder that `convert` wrote."""
+    args, files = ModelArgs.from_folder(folder), plain.checkpoint_files(folder)
+    check_lm_head(args, scheme)
+    model, groups, handles = plain.empty_model(args), grouped_plan(args), {}
+    progress = Progress(f"loading {folder}", len(groups))
+
+    def read(name: str, expected: tuple[torch.dtype, tuple[int, ...]] | None, shape: tuple[int, ...]) -> Tensor:
+        file = files.get(name)
+        if file is None:
+            raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")
+        if file not in handles:
+            handles[file] = plain.open_safetensors(file)
+        return plain.read_tensor(handles[file], name, shape, file, expected and expected[0])
+
+    for ours, tensors in groups.items():
+        if is_quantized(ours, scheme):
+            found: dict[str, list[Tensor]] = {}
+            for name, shape in tensors:
+                for suffix, expected in packed_shapes(shape, scheme).items():
+                    found.setdefault(suffix, []).append(read(name + suffix, expected, expected[1]))
+            weight, scales, *offsets = (torch.cat(parts).to(device) for parts in found.values())
+            owner, _, leaf = ours.removesuffix(".weight").rpartition(".")
+            n, k = sum(shape[0] for _, shape in tensors), tensors[0][1][1]
+            setattr(model.get_submodule(owner), leaf, QuantLinear(weight, scales, offsets[0] if offsets else None, n, k))
+        else:
+            row = 0
+            for name, shape in tensors:
+                tensor = read(name, None, shape)
+                dtype = dtype or tensor.dtype
+                plain.materialise(model, ours, dtype, device)[row : row + shape[0]].copy_(tensor)
+                row += shape[0]
+        progress.step()
+    if args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.fingerprint, model.quantization = fingerprint, str(scheme)
+    return model.eval()
+
+
+def convert(source: Path, out: Path, scheme: Scheme) -> None:
+    """Writes a quantised copy of a folder, one layer a file; a killed run goes on where it stopped.
+
+    All is written to `out`.partial, which is renamed at the end. Memory: the largest layer.
+    """
+    check_scheme(scheme)
+    args, files = ModelArgs.from_folder(source), plain.checkpoint_files(source)
+    check_lm_head(args, scheme)
+    if read_scheme(source) is not None:
+        raise InputError(f"{source} is quantised already; name the published folder.")
+    plain.check_names(plain.weight_plan(args), files, source, args.tie_embeddings)
+    if out.exists():
+        raise InputError(f"--out {out} exists already; name a new folder.")
+    entry = {"scheme": asdict(scheme), "packing": PACKING, "fingerprint": plain.fingerprint_of(source)}
+    work = start_or_resume(out.with_name(out.name + ".partial"), entry)
+    shards: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
+    for name, (ours, _, shape) in plain.weight_plan(args).items():
+        layer = ours.split(".")[1] if ours.startswith("layers.") else "other"
+        shards.setdefault(layer, []).append((ours, name, shape))
+    progress, index = Progress(f"quantising {source}", len(shards)), {}
+    for number, tensors in enumerate(shards.values(), 1):
+        file = work / f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if not file.exists():
+            write_shard(file, tensors, files, scheme)
+        with plain.open_safetensors(file) as handle:
+            index |= dict.fromkeys(handle.keys(), file.name)
+        progress.step()
+    finish(source, work, index, entry)
+    os.replace(work, out)
+
+
+def start_or_resume(work: Path, entry: dict) -> Path:
+    """The folder of an unfinished run with the same settings, or a new one."""
+    settings = work / "settings.json"
+    try:
+        if work.exists() and (not settings.exists() or plain.read_json(settings) != entry):
+            raise InputError(f"{work} is left of a run with other settings or another model; remove it.")
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{work} cannot be written: {error.strerror}.") from None
+    plain.write_file(settings, json.dumps(entry).encode())
+    return work
+
+
+def write_shard(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], files: dict[str, Path], scheme: Scheme) -> None:
+    """One file of quantised and unquantised tensors, written beside and renamed."""
+    content = {}
+    for ours, name, shape in tensors:
+        tensor = plain.read_tensor(plain.open_safetensors(files[name]), name, shape, files[name])
+        if is_quantized(ours, scheme):
+            parts = quantize(tensor, scheme)
+            content |= {name + suffix: part for suffix, part in zip(("", "_scale", "_offset"), parts) if part is not None}
+        else:
+            content[name] = tensor
+    beside = file.with_suffix(".tmp")
+    try:
+        save_file(content, beside, metadata={"format": "pt"})
+        os.replace(beside, file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}.") from None
+
+
+def finish(source: Path, work: Path, index: dict[str, str], entry: dict) -> None:
+    """Index, configuration, and what else the published folder has beside its weights."""
+    for file in source.iterdir():
+        weights = file.name.startswith("model.safetensors") or file.suffix in (".safetensors", ".bin", ".pth")
+        if file.is_file() and not weights and file.name != "config.json":
+            shutil.copyfile(file, work / file.name)
+    plain.write_file(work / "model.safetensors.index.json", json.dumps({"weight_map": index}, indent=1).encode())
+    config = plain.read_json(source / "config.json") | {"judge_fast": entry}
+    plain.write_file(work / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    (work / "settings.json").unlink()
+
+
+def memory_line(name: str, model: Transformer) -> str:
+    """Bytes of a model's weights by kind and of its caches, in words."""
+    kinds: dict[str, int] = {}
+    for _, tensor in {tensor.data_ptr(): (key, tensor) for key, tensor in model.state_dict().items()}.values():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
+    weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in sorted(kinds.items(), key=lambda item: -item[1]))
+    return f"{name}: weights {weights}; caches {model.args.cache_bytes(model.cache_length, model.dtype) / 1e6:,.1f} MB"
+
+
+def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> int:
+    """Bytes of a model's weights, those that are not quantised in `dtype`."""
+    total = 0
+    for ours, tensors in grouped_plan(args).items():
+        for _, shape in tensors:
+            if scheme is not None and is_quantized(ours, scheme):
+                total += sum(kind.itemsize * math.prod(size) for kind, size in packed_shapes(shape, scheme).values())
+            else:
+                total += math.prod(shape) * dtype.itemsize
+    return total
+
+
+def add_mode_flags(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """The flags that name a scheme."""
+    add = parser.add_argument
+    add("--mode", choices=MODES, required=required, help="quantise the weights so")
+    if not required:
+        add("--draft_mode", choices=MODES, help="quantise the draft's weights so")
+    add("--group_size", type=int, default=32, help="int4: columns that share a scale: 32, 64 or 128")
+    add("--symmetric", action="store_true", help="int4: scales without offsets")
+    add("--quantize_lm_head", action="store_true", help="the LM head, too")
+
+
+def scheme_of(args: argparse.Namespace, whose: str = "") -> Scheme | None:
+    """The scheme of a command line with `add_mode_flags`, None without --mode (whose: "draft_", without --draft_mode)."""
+    mode = getattr(args, whose + "mode", None)
+    if not mode:
+        return None
+    int4 = {"group_size": args.group_size, "symmetric": args.symmetric}
+    only_other = mode != "int4" and "int4" in (args.mode, getattr(args, "draft_mode", None))  # the flags are the other's
+    scheme = Scheme(mode, **({} if only_other else int4), lm_head=args.quantize_lm_head)
+    check_scheme(scheme)
+    return scheme
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="a published folder")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    add_mode_flags(parser, required=True)
+    args = parser.parse_args(argv)
+    run_script("quantize.py", lambda: convert(args.checkpoint_path, args.out, scheme_of(args)))
+
+
+if __name__ == "__main__":
+    main()
