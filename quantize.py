@@ -210,7 +210,7 @@ def prepare(device: torch.device) -> None:
         raise InputError("Quantised weights on a GPU need the package triton; pip install triton.")
 
 
-def load(
+def load_model(
     folder: str | Path, device: torch.device, dtype: torch.dtype | None = None, scheme: Scheme | None = None
 ) -> Transformer:
     """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
