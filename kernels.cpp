@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -91,25 +92,34 @@ inline float sum(vec v) {
     return total;
 }
 
-// ---- What weights may be made of. load: LANES weights of row n from k on, in fp32; scale: of the whole row.
+// ---- What weights may be made of. span: SPAN weights of row n from k on, given LANES at a time in fp32, at a place that
+// is a multiple of LANES; scale: of the whole row; at: where a weight lies, PER_LINE of them in a line of memory.
 
 struct Fp32 {
     const float* w;
     int64_t K;
-    static constexpr int PER_LINE = LINE / 4;
-    const void* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    vec load(int64_t n, int64_t k) const { return ::load<vec>(at(n, k)); }
+    static constexpr int SPAN = LANES, PER_LINE = LINE / 4;
+    struct Span {
+        const float* p;
+        vec get(int i) const { return load<vec>(p + i); }
+    };
+    const float* at(int64_t n, int64_t k) const { return w + n * K + k; }
+    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
     float scale(int64_t) const { return 1; }
 };
 
 struct Bf16 {
     const at::BFloat16* w;
     int64_t K;
-    static constexpr int PER_LINE = LINE / 2;
-    const void* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    vec load(int64_t n, int64_t k) const {  // the upper half of fp32
-        return bits<vec>(__builtin_convertvector(::load<half_vec>(at(n, k)), wide_vec) << 16);
-    }
+    static constexpr int SPAN = LANES, PER_LINE = LINE / 2;
+    struct Span {
+        const at::BFloat16* p;
+        vec get(int i) const {  // the upper half of fp32
+            return bits<vec>(__builtin_convertvector(load<half_vec>(p + i), wide_vec) << 16);
+        }
+    };
+    const at::BFloat16* at(int64_t n, int64_t k) const { return w + n * K + k; }
+    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
     float scale(int64_t) const { return 1; }
 };
 
@@ -117,41 +127,66 @@ struct Int8 {
     const int8_t* w;
     const float* scales;
     int64_t K;
-    static constexpr int PER_LINE = LINE;
+    static constexpr int SPAN = 32, PER_LINE = LINE;
+    struct Span {
+        const int8_t* p;
+        vec get(int i) const { return widen(p + i); }
+    };
     const int8_t* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    vec load(int64_t n, int64_t k) const { return widen(at(n, k)); }
+    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
     float scale(int64_t n) const { return scales[n]; }
 };
 
-struct Fp8 {  // e4m3: moved to the places of fp32 its exponent is 120 too small
+struct Fp8 {  // e4m3
     const uint8_t* w;
     const float* scales;
     int64_t K;
-    static constexpr int PER_LINE = LINE;
+    static constexpr int SPAN = 32, PER_LINE = LINE;
+    struct Span {
+        const uint8_t* p;
+        vec get(int i) const {
+#if defined(__AVX512F__)  // moved to the places of fp16 its exponent is 8 too small, which `scale` makes up for
+            __m256i b = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + i))), 8);
+            return (vec)_mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(b, 1), _mm256_set1_epi16(short(0xbfff))));
+#else  // moved to those of fp32, 120
+            wide_vec b = widen(p + i);
+            return bits<vec>((b & 0x80) << 24 | (b & 0x7f) << 20) * 0x1p112f;
+#endif
+        }
+    };
     const uint8_t* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    vec load(int64_t n, int64_t k) const {
-        wide_vec b = widen(at(n, k));
-        return bits<vec>((b & 0x80) << 24 | (b & 0x7f) << 20) * 0x1p120f;
-    }
-    float scale(int64_t n) const { return scales[n]; }
+    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
+    float scale(int64_t n) const { return scales[n] * 0x1p8f; }
 };
 
 struct Int4 {  // of each 32 weights the first 16 lie in the lower, the others in the upper halves of 16 bytes
     const uint8_t* w;
-    const at::BFloat16 *scales, *offsets;  // (N, K / group); a weight is q * scale + offset
-    int64_t K, group;
-    static constexpr int PER_LINE = 2 * LINE;
-    const uint8_t* at(int64_t n, int64_t k) const { return w + n * K / 2 + k / 32 * 16 + k % 16; }
-    vec load(int64_t n, int64_t k) const {
-        wide_vec q = widen(at(n, k)) >> (k % 32 < 16 ? 0 : 4);
-        const int64_t g = n * (K / group) + k / group;
-        const float scale = scales[g], offset = offsets ? float(offsets[g]) : -8 * scale;
-#if defined(__AVX512F__) && !defined(__clang__)  // the 16 values as a table
-        const vec levels = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        return __builtin_shuffle(levels * scale + offset, q);  // which looks at the lowest 4 bits of q alone
+    const uint32_t* pairs;  // (N, K >> shift), shift: log2 of the group: bf16 scale (lower half) and offset
+    int64_t K, shift;       // a weight is q * scale + offset
+    static constexpr int SPAN = 32, PER_LINE = 2 * LINE;
+#if defined(__AVX512F__)
+    struct Span {
+        wide_vec q;
+        vec table;  // the 16 values; a look-up heeds the lowest 4 bits of q alone
+        vec get(int i) const { return (vec)_mm512_permutexvar_ps((__m512i)(q >> (i ? 4 : 0)), (__m512)table); }
+    };
+    static Span make(const uint8_t* p, vec scale, vec offset) {
+        return {widen(p), vec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * scale + offset};
+    }
 #else
-        return __builtin_convertvector(q & 15, vec) * scale + offset;
+    struct Span {
+        const uint8_t* p;
+        vec scale, offset;
+        vec get(int i) const {
+            return __builtin_convertvector((widen(p + i % 16) >> (i < 16 ? 0 : 4)) & 15, vec) * scale + offset;
+        }
+    };
+    static Span make(const uint8_t* p, vec scale, vec offset) { return {p, scale, offset}; }
 #endif
+    const uint8_t* at(int64_t n, int64_t k) const { return w + (n * K + k) / 2; }
+    Span span(int64_t n, int64_t k) const {
+        const wide_vec pair = wide_vec{} + pairs[n * (K >> shift) + (k >> shift)];
+        return make(at(n, k), bits<vec>(pair << 16), bits<vec>(pair & 0xffff0000u));
     }
     float scale(int64_t) const { return 1; }
 };
@@ -162,14 +197,18 @@ struct Int4 {  // of each 32 weights the first 16 lie in the lower, the others i
 template <int G, typename Format, typename Out>
 inline void fma_block(const Format& w, int64_t n, const float* x, Out* y, int64_t stride, bool first) {
     vec acc[BLOCK][G] = {};
-    for (int64_t k = 0; k < w.K; k += LANES) {
-        vec xs[G];
-        for (int g = 0; g < G; g++) xs[g] = load<vec>(x + g * w.K + k);
+    for (int64_t k = 0; k < w.K; k += Format::SPAN) {
+        typename Format::Span rows[BLOCK];
         for (int r = 0; r < BLOCK; r++) {
             if (first && k % Format::PER_LINE == 0) __builtin_prefetch(w.at(n + BLOCK + r, k));
-            vec row = w.load(n + r, k);
-            for (int g = 0; g < G; g++) acc[r][g] += row * xs[g];
+            rows[r] = w.span(n + r, k);
         }
+#pragma GCC unroll 8
+        for (int i = 0; i < Format::SPAN; i += LANES)
+            for (int g = 0; g < G; g++) {
+                vec xs = load<vec>(x + g * w.K + k + i);
+                for (int r = 0; r < BLOCK; r++) acc[r][g] += rows[r].get(i) * xs;
+            }
     }
     for (int g = 0; g < G; g++)
         for (int r = 0; r < BLOCK; r++) y[g * stride + n + r] = sum(acc[r][g]) * w.scale(n + r);
@@ -224,8 +263,10 @@ inline void load_weight_tile(const Bf16& w, int64_t n, int64_t k) { _tile_loadd(
 template <typename Format>
 inline void load_weight_tile(const Format& w, int64_t n, int64_t k) {
     alignas(64) __m512i tile[16];
-    for (int r = 0; r < 16; r++)
-        tile[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)w.load(n + r, k + 16), (__m512)w.load(n + r, k));
+    for (int r = 0; r < 16; r++) {
+        auto row = w.span(n + r, k);
+        tile[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)row.get(16), (__m512)row.get(0));
+    }
     asm volatile("" ::: "memory");  // the compiler does not know that the next line reads `tile`
     _tile_loadd(4, tile, 64);
 }
@@ -338,11 +379,14 @@ void dequantize(const Format& w, int64_t begin, at::Tensor& out) {
     at::BFloat16* halves = wide ? nullptr : out.data_ptr<at::BFloat16>();
     at::parallel_for(0, out.size(0), std::max<int64_t>(1, WORK / w.K), [&](int64_t from, int64_t to) {
         for (int64_t r = from; r < to; r++)
-            for (int64_t k = 0; k < w.K; k += LANES) {
-                vec v = w.load(begin + r, k) * w.scale(begin + r);
-                for (int i = 0; i < LANES; i++)
-                    if (wide) floats[r * w.K + k + i] = v[i];
-                    else halves[r * w.K + k + i] = v[i];
+            for (int64_t k = 0; k < w.K; k += Format::SPAN) {
+                auto row = w.span(begin + r, k);
+                for (int i = 0; i < Format::SPAN; i += LANES) {
+                    vec v = row.get(i) * w.scale(begin + r);
+                    for (int lane = 0; lane < LANES; lane++)
+                        if (wide) floats[r * w.K + k + i + lane] = v[lane];
+                        else halves[r * w.K + k + i + lane] = v[lane];
+                }
             }
     });
 }
@@ -359,23 +403,21 @@ void many_rows(const Format& w, const at::Tensor& x, at::Tensor& y, int64_t N) {
     }
 }
 
-// calls `action` with the format of a quantised weight of K columns
+// Calls `action` with the format of a quantised weight of K columns.
 template <typename Action>
-void with_format(const at::Tensor& weight, const at::Tensor& scales, const std::optional<at::Tensor>& offsets, int64_t K,
-                 Action action) {
+void with_format(const at::Tensor& weight, const at::Tensor& scales, int64_t K, Action action) {
     if (weight.scalar_type() == at::kChar) {
         action(Int8{weight.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(), K});
     } else if (weight.scalar_type() == at::kFloat8_e4m3fn) {
         action(Fp8{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), K});
     } else {
-        auto offset = offsets ? offsets->const_data_ptr<at::BFloat16>() : nullptr;
-        action(Int4{weight.const_data_ptr<uint8_t>(), scales.const_data_ptr<at::BFloat16>(), offset, K, K / scales.size(1)});
+        auto pairs = reinterpret_cast<const uint32_t*>(scales.const_data_ptr<at::BFloat16>());
+        action(Int4{weight.const_data_ptr<uint8_t>(), pairs, K, std::bit_width(uint64_t(K / scales.size(1))) - 1});
     }
 }
 
 // x (..., k) times a quantised weight (N, K) -> (..., n): its columns from k on and its rows from n on are padding.
-at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
-                            const std::optional<at::Tensor>& offsets, int64_t n) {
+at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales, int64_t n) {
     const bool int4 = weight.scalar_type() == at::kByte;
     const int64_t N = weight.size(0), K = weight.size(1) * (int4 ? 2 : 1), k = x.size(-1), T = x.numel() / k;
     TORCH_CHECK(k <= K && n <= N && N % 16 == 0 && K % 32 == 0 && scales.size(0) == N, "linear_quantized: a weight of ", N, " x ",
@@ -389,7 +431,7 @@ at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const
     }
     at::Tensor y = at::empty({T, N}, x.options());
     const int64_t few = x.scalar_type() == at::kFloat ? FMA_ROWS_FP32 : may_use_amx() ? AMX_ROWS : FMA_ROWS_BF16;
-    with_format(weight, scales, offsets, K, [&](auto format) {
+    with_format(weight, scales, K, [&](auto format) {
         if (T <= few) few_rows(format, rows, y, T, N);
         else many_rows(format, rows, y, N);
     });
@@ -402,7 +444,7 @@ at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const
 
 TORCH_LIBRARY(judge_fast, library) {
     library.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
-    library.def("linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? offsets, int n) -> Tensor",
+    library.def("linear_quantized(Tensor x, Tensor weight, Tensor scales, int n) -> Tensor",
                 {at::Tag::pt2_compliant_tag});
     library.def("most_rows(ScalarType dtype, int N, int K) -> int");
     library.impl("most_rows", &most_rows);

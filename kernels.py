@@ -58,7 +58,7 @@ def use_cpu_kernels() -> None:
         print(f"kernels.cpp could not be built, products are PyTorch's: {reason[0] if reason else error}", file=sys.stderr)
         return
     torch.library.register_fake("judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
-    torch.library.register_fake("judge_fast::linear_quantized", lambda x, w, scales, offsets, n: x.new_empty(*x.shape[:-1], n))
+    torch.library.register_fake("judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n))
     cpu_kernels = torch.ops.judge_fast
 
 
@@ -158,6 +158,69 @@ if triton is not None:
         group = ROWS // T
         where = ((row % T) * (tl.num_programs(0) * group) + head * group + row // T) * D  # out is (T, heads, D)
         tl.store(out + where + dims, y.to(out.dtype.element_ty), mask=dims < D)
+
+    @triton.jit
+    def product_part(
+        x, w, scales, part, N, K, T, each,
+        INT4: tl.constexpr, GROUP: tl.constexpr, X_K: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """x (T, X_K) times BLOCK_N quantised weight rows, over one part of the columns, each `each` wide: fp32 (T, N)."""
+        rows, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        number = tl.program_id(1)
+        begin, end = number * each, tl.minimum(number * each + each, K)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        line = n.to(tl.int64)[:, None]
+        for start in range(begin, end, BLOCK_K):
+            if INT4:  # a byte holds columns 32 b + i and 32 b + 16 + i
+                byte = tl.arange(0, BLOCK_K // 2)
+                low = start + byte // 16 * 32 + byte % 16
+                packed = tl.load(w + line * (K // 2) + start // 2 + byte[None, :], mask=low[None, :] < end, other=0)
+                pair = scales + (line * (K // GROUP) + low[None, :] // GROUP) * 2
+                scale = tl.load(pair, mask=low[None, :] < end, other=0.0).to(tl.float32)
+                offset = tl.load(pair + 1, mask=low[None, :] < end, other=0.0).to(tl.float32)
+                for half in tl.static_range(2):
+                    cols = low + 16 * half
+                    seen = (rows[:, None] < T) & (cols[None, :] < X_K) & (cols[None, :] < end)
+                    xs = tl.load(x + rows[:, None] * X_K + cols[None, :], mask=seen, other=0.0)
+                    ws = ((packed >> (4 * half)) & 15).to(tl.float32) * scale + offset
+                    acc += tl.dot(xs, tl.trans(ws.to(xs.dtype)), input_precision="ieee")
+            else:
+                cols = start + tl.arange(0, BLOCK_K)
+                seen = (rows[:, None] < T) & (cols[None, :] < X_K) & (cols[None, :] < end)
+                xs = tl.load(x + rows[:, None] * X_K + cols[None, :], mask=seen, other=0.0)
+                ws = tl.load(w + line * K + cols[None, :], mask=cols[None, :] < end, other=0.0)
+                acc += tl.dot(xs, tl.trans(ws.to(tl.float32).to(xs.dtype)), input_precision="ieee")
+        if not INT4:
+            acc *= tl.load(scales + n)[None, :]
+        tl.store(part + (number * T + rows[:, None]) * N + n[None, :], acc, mask=rows[:, None] < T)
+
+
+@torch.library.custom_op("judge_fast::few_rows", mutates_args=())
+def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
+    """x (..., k) of up to MOST_ROWS rows times a quantised weight, packed as quantize.py says -> (..., n), on a GPU.
+
+    Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into parts that run
+    side by side where the weight has too few rows to fill the GPU; the parts are summed in fp32.
+    """
+    int4, rows = weight.dtype == torch.uint8, x.numel() // x.shape[-1]
+    n_padded, k = weight.shape[0], weight.shape[1] * (2 if int4 else 1)
+    block_n, block_k = (16 if n_padded % 64 else 64), 128
+    n_parts = parts_for(x.device, n_padded // block_n)
+    each = -(-k // n_parts // block_k) * block_k if n_parts > 1 else k
+    n_parts = -(-k // each)
+    part = torch.empty(n_parts, rows, n_padded, dtype=torch.float32, device=x.device)
+    product_part[(n_padded // block_n, n_parts)](
+        x.contiguous(), weight, scales, part, n_padded, k, rows, each, INT4=int4, GROUP=k // scales.shape[1] if int4 else 1,
+        X_K=x.shape[-1], BLOCK_M=power_of_2(rows), BLOCK_N=block_n, BLOCK_K=block_k,
+    )  # fmt: skip
+    return part.sum(0)[:, :n].to(x.dtype).view(*x.shape[:-1], n)
+
+
+@few_rows.register_fake
+def few_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
+    """What `few_rows` returns, uninitialised."""
+    return x.new_empty(*x.shape[:-1], n)
 
 
 @torch.library.custom_op("judge_fast::attend", mutates_args=())

@@ -58,27 +58,28 @@ def check_scheme(scheme: Scheme) -> None:
         raise InputError(f"--group_size and --symmetric concern --mode int4, not {scheme.mode}.")
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
-    """weight (N, K), any float type -> packed weight, scales, offsets, K padded with zeros to what the packing needs.
+def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing needs.
 
-    int8, fp8: weight (N, K'), scales (N,) fp32. int4: weight (N, K' / 2) uint8, scales and offsets (N, K' / group) bf16,
-    offsets None when symmetric. A weight is q * scale, for int4 q * scale + offset (symmetric: (q - 8) * scale).
+    int8, fp8: weight (N, K'), scales (N,) fp32, and a weight is q * scale. int4: weight (N, K' / 2) uint8, scales
+    (N, K' / group, 2) bf16, and a weight is q * scales[..., 0] + scales[..., 1]; when symmetric the latter is -8 times
+    the former.
     """
     unit = scheme.group_size if scheme.mode == "int4" else COLUMNS
     wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % unit))
     if scheme.mode == "int4":
         some = max(1, (1 << 18) // wide.shape[1])  # rows whose search stays in the cache
         found = [quantize_groups(rows.unflatten(1, (-1, unit)), scheme.symmetric) for rows in wide.split(some)]
-        q, scales, offsets = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found))
-        return pack_int4(q.flatten(1)), scales, offsets
+        q, scales = (torch.cat(parts) for parts in zip(*found))
+        return pack_int4(q.flatten(1)), scales
     largest = 127.0 if scheme.mode == "int8" else 448.0
     scales = (wide.abs().amax(1) / largest).clamp(min=1e-30)
     q = wide / scales[:, None]
-    return (q.round() if scheme.mode == "int8" else q).to(TYPES[scheme.mode]), scales, None
+    return (q.round() if scheme.mode == "int8" else q).to(TYPES[scheme.mode]), scales
 
 
-def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Groups (N, groups, size) -> q in 0..15, scales and offsets (N, groups) in bf16.
+def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Groups (N, groups, size) -> q in 0..15, and scales (N, groups, 2) in bf16: scale and offset.
 
     For each of CLIPS the range is shrunk, and scale and offset fitted to the q that it gives by least squares; the best
     by the error weighted with the weight's own square (large weights matter more) is kept.
@@ -105,7 +106,7 @@ def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor 
         best = torch.where(better, error, best)
         q_best = torch.where(better[..., None], q.to(torch.uint8), q_best)
         scale_best, offset_best = torch.where(better, scale, scale_best), torch.where(better, offset, offset_best)
-    return q_best, scale_best.bfloat16(), None if symmetric else offset_best.bfloat16()
+    return q_best, torch.stack([scale_best, offset_best], -1).bfloat16()
 
 
 def to_levels(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -141,32 +142,30 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack([parts & 15, parts >> 4], 2).flatten(1)
 
 
-def dequantize(weight: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
+def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
     """What packed weights (as `quantize` gives) stand for, fp32 (N, K')."""
     if weight.dtype != torch.uint8:
         return weight.float() * scales[:, None]
     q = unpack_int4(weight).float().unflatten(1, (scales.shape[1], -1))
-    wide = scales.float()[..., None]
-    return (q * wide + (-8 * wide if offsets is None else offsets.float()[..., None])).flatten(1)
+    return (q * scales[..., :1].float() + scales[..., 1:].float()).flatten(1)
 
 
 class QuantLinear(nn.Module):
     """A linear layer of packed weights; n_out and n_in are the sizes that the packing has padded."""
 
-    def __init__(self, weight: Tensor, scales: Tensor, offsets: Tensor | None, n_out: int, n_in: int):
+    def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int):
         super().__init__()
         self.n_out, self.n_in = n_out, n_in
         self.register_buffer("weight", pad_rows(weight))
         self.register_buffer("scales", pad_rows(scales))
-        self.register_buffer("offsets", None if offsets is None else pad_rows(offsets))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n_in), fp32 or bf16 -> (..., n_out). On a CPU kernels.cpp takes any number of rows."""
         if x.device.type == "cpu":
-            return kernels.cpu_kernels.linear_quantized(x, self.weight, self.scales, self.offsets, self.n_out)
+            return kernels.cpu_kernels.linear_quantized(x, self.weight, self.scales, self.n_out)
         if x.numel() // self.n_in <= kernels.MOST_ROWS:
-            return kernels.few_rows(x, self.weight, self.scales, self.offsets, self.n_out)
-        whole = dequantize(self.weight, self.scales, self.offsets)[: self.n_out, : self.n_in]
+            return kernels.few_rows(x, self.weight, self.scales, self.n_out)
+        whole = dequantize(self.weight, self.scales)[: self.n_out, : self.n_in]
         return nn.functional.linear(x, whole.to(x.dtype))
 
 
@@ -282,8 +281,7 @@ def packed_shapes(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[tor
     padded = -(-k // unit) * unit
     if scheme.mode != "int4":
         return {"": (TYPES[scheme.mode], (n, padded)), "_scale": (torch.float32, (n,))}
-    groups = {"": (torch.uint8, (n, padded // 2)), "_scale": (torch.bfloat16, (n, padded // unit))}
-    return groups if scheme.symmetric else groups | {"_offset": (torch.bfloat16, (n, padded // unit))}
+    return {"": (torch.uint8, (n, padded // 2)), "_scale": (torch.bfloat16, (n, padded // unit, 2))}
 
 
 def load_quantized(
@@ -309,10 +307,10 @@ def load_quantized(
             for name, shape in tensors:
                 for suffix, expected in packed_shapes(shape, scheme).items():
                     found.setdefault(suffix, []).append(read(name + suffix, expected, expected[1]))
-            weight, scales, *offsets = (torch.cat(parts).to(device) for parts in found.values())
+            weight, scales = (torch.cat(parts).to(device) for parts in found.values())
             owner, _, leaf = ours.removesuffix(".weight").rpartition(".")
             n, k = sum(shape[0] for _, shape in tensors), tensors[0][1][1]
-            setattr(model.get_submodule(owner), leaf, QuantLinear(weight, scales, offsets[0] if offsets else None, n, k))
+            setattr(model.get_submodule(owner), leaf, QuantLinear(weight, scales, n, k))
         else:
             row = 0
             for name, shape in tensors:
@@ -377,8 +375,7 @@ def write_shard(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], fil
     for ours, name, shape in tensors:
         tensor = plain.read_tensor(plain.open_safetensors(files[name]), name, shape, files[name])
         if is_quantized(ours, scheme):
-            parts = quantize(tensor, scheme)
-            content |= {name + suffix: part for suffix, part in zip(("", "_scale", "_offset"), parts) if part is not None}
+            content |= dict(zip((name, name + "_scale"), quantize(tensor, scheme)))
         else:
             content[name] = tensor
     beside = file.with_suffix(".tmp")

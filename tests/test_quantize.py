@@ -1,0 +1,279 @@
+"""Protects: the error of each mode, packing, products against float64, folders, resuming, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import DEVICES, make_folder
+
+import kernels
+import model as plain
+import quantize
+from generate import DEMO, Engine, Settings, check_memory
+from model import InputError, ModelArgs, random_model
+from quantize import (
+    QuantLinear,
+    Scheme,
+    convert,
+    dequantize,
+    load_model,
+    main,
+    pack_int4,
+    quantize_model,
+    read_scheme,
+    unpack_int4,
+    weight_bytes,
+)
+
+kernels.use_cpu_kernels()
+SCHEMES = [Scheme("int8"), Scheme("fp8"), Scheme("int4"), Scheme("int4", 64), Scheme("int4", 128, symmetric=True)]
+TEXT = [str(scheme) for scheme in SCHEMES]
+
+
+def weights(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Weights with rows of very different sizes, a row of zeros, and an outlier."""
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 1, n)[:, None]
+    w[n // 2] = 0
+    w[0, 0] = 50 * w[0].abs().max()
+    return w
+
+
+@pytest.mark.parametrize("n, k", [(16, 32), (7, 33), (48, 80), (33, 208), (64, 256)])
+def test_error_within_the_bound(n, k):
+    """Half a step: of int8 absmax / 127, of e4m3 a sixteenth of the value or half its smallest; int4: see below."""
+    w = weights(n, k)
+    largest = w.abs().amax(1, keepdim=True)
+    error = (dequantize(*quantize.quantize(w, Scheme("int8")))[:, :k] - w).abs()
+    assert (error <= largest / 127 / 2 * 1.001 + 1e-30).all()
+    error = (dequantize(*quantize.quantize(w, Scheme("fp8")))[:, :k] - w).abs()
+    assert (error <= torch.maximum(w.abs() / 16, largest / 448 * 2**-10) * 1.001 + 1e-30).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[2:], ids=TEXT[2:])
+@pytest.mark.parametrize("n, k", [(16, 32), (7, 33), (48, 80), (64, 256)])
+def test_int4_is_no_worse_than_rounding_and_better_when_searched(scheme, n, k):
+    """The search begins at the full range, whose error is half a step; by its own weighted measure it ends below (a group alone may
+    lose a little to the rounding of its offset)."""
+    w = weights(n, k)
+    packed, scales = quantize.quantize(w, scheme)
+    padded = torch.nn.functional.pad(w, (0, -k % scheme.group_size))
+    assert packed.shape == (n, padded.shape[1] // 2) and scales.shape == (n, padded.shape[1] // scheme.group_size, 2)
+    groups = padded.unflatten(1, (-1, scheme.group_size))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if scheme.symmetric:
+        step = torch.maximum(-low / 8, high / 7).clamp(min=1e-30).bfloat16().float()
+        naive = ((groups / step).round().clamp(-8, 7)) * step
+    else:
+        step = ((high - low) / 15).clamp(min=1e-30).bfloat16().float()
+        offset = low.bfloat16().float()
+        naive = ((groups - offset) / step).round().clamp(0, 15) * step + offset
+    weight = groups.square() + 1e-12
+    found = dequantize(packed, scales).unflatten(1, (-1, scheme.group_size))
+    error, bound = ((weight * (x - groups).square()).sum(-1) for x in (found, naive))
+    assert (error <= bound * 1.25 + 1e-12).all() and error.sum() < 0.95 * bound.sum()
+    if scheme.symmetric:
+        assert torch.equal(scales[..., 1], -8 * scales[..., 0])
+
+
+def test_packing_of_int4_by_hand():
+    q = torch.arange(64).view(2, 32) % 16
+    q[1] = 15 - q[1]
+    packed = pack_int4(q)
+    assert packed.shape == (2, 16) and packed[0].tolist() == [i | i << 4 for i in range(16)]
+    assert packed[1, 3].item() == (12 | 12 << 4) and torch.equal(unpack_int4(packed), q.to(torch.uint8))
+    q = torch.randint(0, 16, (5, 160), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack_int4(pack_int4(q)), q.to(torch.uint8))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=TEXT)
+@pytest.mark.parametrize("n, k", [(16, 32), (97, 48), (80, 208), (33, 1100)])
+@torch.inference_mode()
+def test_products_on_a_cpu_against_float64(scheme, n, k):
+    """Odd sizes, groups that do not divide, one to 64 rows, and a prefill's many."""
+    layer = QuantLinear(*quantize.quantize(weights(n, k), scheme), n, k)
+    exact_w = dequantize(layer.weight, layer.scales)[:n, :k].double()
+    for dtype, noise in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        for rows in (1, 2, 3, 4, 5, 16, 17, 31, 33, 49, 64, 65, 130):
+            x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
+            y, exact = layer(x), x.double() @ exact_w.T
+            assert y.shape == (1, rows, n) and y.dtype == dtype
+            size = (x.double().abs() @ exact_w.abs().T).clamp(min=1e-30)  # what rounding is measured by, for each number
+            assert ((y.double() - exact).abs() / size).max() < noise, rows
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=TEXT)
+@pytest.mark.parametrize("n, k", [(97, 48), (128, 208), (33, 1100)])
+def test_products_on_a_gpu_against_float64(scheme, n, k, device):
+    """The Triton kernel, in Triton's interpreter where there is no GPU (fp16 there: its bf16 products are wrong)."""
+    pytest.importorskip("triton")
+    layer = QuantLinear(*quantize.quantize(weights(n, k), scheme), n, k)
+    exact_w = dequantize(layer.weight, layer.scales)[:n, :k].double()
+    for rows, dtype, noise in (
+        (1, torch.float32, 1e-6),
+        (17, torch.float32, 1e-6),
+        (33, torch.float16, 4e-3),
+        (64, torch.float32, 1e-6),
+    ):
+        x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        y = kernels.few_rows(*(part.to(device) for part in (x, layer.weight, layer.scales)), n).cpu()
+        size = (x.double().abs() @ exact_w.abs().T).clamp(min=1e-30)
+        assert y.shape == (1, rows, n) and ((y.double() - x.double() @ exact_w.T).abs() / size).max() < noise, rows
+
+
+def test_fp8_takes_every_value_there_is():
+    """All 254 finite bytes of e4m3, the tiny ones below its normal range, too."""
+    every = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    finite = every[every.float().isfinite()]
+    w = torch.zeros(16, 256).to(torch.float8_e4m3fn)
+    w[:, : len(finite)] = finite
+    y = kernels.cpu_kernels.linear_quantized(torch.eye(256), w, torch.ones(16), 16)
+    assert torch.equal(y[: len(finite), 3], finite.float())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model with odd sizes in published form: groups that do not divide, a vocabulary of 97."""
+    path = tmp_path_factory.mktemp("quantize") / "model"
+    make_folder(path, seed=3, hidden_size=80, intermediate_size=112, num_attention_heads=4, head_dim=20, scale=2.0)
+    return path
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme("int8", lm_head=True)], ids=[*TEXT, "int8 with LM head"])
+@torch.inference_mode()
+def test_a_written_folder_is_what_quantising_while_loading_gives(folder, tmp_path, scheme):
+    convert(folder, tmp_path / "out", scheme)
+    assert read_scheme(tmp_path / "out")[0] == scheme and not (tmp_path / "out.partial").exists()
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(0))
+    models = [load_model(tmp_path / "out", "cpu"), load_model(folder, "cpu", None, scheme)]
+    models.append(quantize_model(plain.load_model(folder), scheme))
+    outputs = [model(ids)[1] for model in models]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    unquantised = plain.load_model(folder)
+    assert {model.quantization for model in models} == {str(scheme)} and models[0].fingerprint == unquantised.fingerprint
+    reference = unquantised(ids)[1]
+    assert 0 < (outputs[0] - reference).norm() / reference.norm() < (0.4 if scheme.mode == "int4" else 0.1)
+    stored = {id(x): x.nbytes for x in models[0].state_dict().values()}
+    assert sum(stored.values()) >= weight_bytes(models[0].args, torch.float32, scheme)
+
+
+def test_what_is_quantised(folder):
+    model = load_model(folder, "cpu", None, Scheme("int4"))
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["layers.2.attention.wqkv"] == kinds["layers.0.feed_forward.w2"] == "QuantLinear"
+    assert kinds["output"] == "Linear" and kinds["tok_embeddings"] == "Embedding"
+    assert not any(isinstance(weight, torch.nn.Parameter) and weight.shape[0] == 224 for weight in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "fp8"])
+def test_decoding_with_quantised_weights(folder, mode):
+    """Standard is plain, compiled is eager, through the whole engine."""
+    model = load_model(folder, "cpu", torch.float32, Scheme(mode))
+    prompt = torch.randint(0, 96, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    plainly = Engine(model, None, None, Settings("plain"), [], 150).generate(prompt, 40).tokens
+    for compiled in (False, True):
+        engine = Engine(model, model, None, Settings("standard", speculate_k=5, compile=compiled), [], 150)
+        result = engine.generate(prompt, 40)
+        assert result.tokens == plainly and result.mean_accepted > 4
+
+
+def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
+    """Finished files are kept, and the folder appears under its name only when it is whole."""
+    written, write = [], quantize.write_shard
+
+    def dies(file, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        write(file, *rest)
+
+    monkeypatch.setattr(quantize, "write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", Scheme("int8"))
+    assert not (tmp_path / "out").exists() and len(written) == 2
+    with pytest.raises(InputError, match="left of a run with other settings"):
+        convert(folder, tmp_path / "out", Scheme("fp8"))
+    again = []
+    monkeypatch.setattr(quantize, "write_shard", lambda file, *rest: (again.append(file.name), write(file, *rest)))
+    convert(folder, tmp_path / "out", Scheme("int8"))
+    assert len(again) == 2 and not set(again) & set(written)  # 3 layers and the rest
+    convert(folder, tmp_path / "whole", Scheme("int8"))
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+def test_what_is_refused(folder, tmp_path, capsys):
+    convert(folder, tmp_path / "int8", Scheme("int8"))
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+
+    def refused(match: str, action) -> None:
+        with pytest.raises(InputError, match=match):
+            action()
+
+    refused("exists already", lambda: convert(folder, tmp_path / "int8", Scheme("int8")))
+    refused("quantised already", lambda: convert(tmp_path / "int8", tmp_path / "b", Scheme("int8")))
+    refused("holds int8 weights already", lambda: load_model(tmp_path / "int8", "cpu", None, Scheme("fp8")))
+    load_model(tmp_path / "int8", "cpu", None, Scheme("int8"))
+    for entry, match in (({"packing": "marlin"}, "packed as 'marlin' cannot be read"), ({"scheme": {"mode": "int3"}}, "not one that"),
+                         ({"scheme": 3}, "not one that")):  # fmt: skip
+        broken = shutil.copytree(tmp_path / "int8", tmp_path / "broken", dirs_exist_ok=True)
+        (broken / "config.json").write_text(json.dumps(config | {"judge_fast": config["judge_fast"] | entry}))
+        refused(match, lambda: load_model(tmp_path / "broken", "cpu"))
+    (broken / "config.json").write_text(json.dumps(config | {"judge_fast": config["judge_fast"] | {"scheme": {"mode": "fp8"}}}))
+    refused("is torch.int8, but its config.json calls for torch.float8_e4m3fn", lambda: load_model(tmp_path / "broken", "cpu"))
+    make_folder(tmp_path / "tied", tie_word_embeddings=True)
+    refused("this LM head is the embedding", lambda: convert(tmp_path / "tied", tmp_path / "c", Scheme("int8", lm_head=True)))
+    refused("--group_size 48", lambda: convert(folder, tmp_path / "c", Scheme("int4", 48)))
+    refused("concern --mode int4", lambda: convert(folder, tmp_path / "c", Scheme("int8", symmetric=True)))
+    with pytest.raises(SystemExit) as end:
+        main(["--checkpoint_path", str(tmp_path / "nowhere"), "--mode", "int8", "--out", str(tmp_path / "c")])
+    assert end.value.code == 2 and "nowhere" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_bytes_by_hand():
+    """Llama-3.1-8B in int4 with groups of 32: 4 bits and 4 bytes a group; embedding and LM head in bf16."""
+    args = plain.preset("Llama-3.1-8B")
+    linear = 32 * (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096)
+    other = 2 * (2 * 128256 * 4096 + 65 * 4096)
+    assert weight_bytes(args, torch.bfloat16, Scheme("int4")) == linear // 2 + linear // 32 * 4 + other
+    rows = 32 * (6144 + 4096 + 2 * 14336 + 4096)
+    assert weight_bytes(args, torch.bfloat16, Scheme("int8")) == linear + 4 * rows + other
+    assert weight_bytes(args, torch.bfloat16, None) == 2 * args.n_params
+    free = weight_bytes(args, torch.bfloat16, Scheme("int8"))
+    with pytest.raises(InputError, match="Not enough memory"):
+        check_memory([args] * 9, 0, torch.bfloat16, torch.device("cpu"), [Scheme("int8")] * 9)
+    assert free < 10e9
+
+
+def test_the_demo_in_int8_says_what_it_says_unquantised():
+    """Greedy, in fp32, up to near-ties: where the texts part, the unquantised target's two best are close."""
+    unquantised, int8 = (load_model(DEMO / "target", "cpu", torch.float32, scheme) for scheme in (None, Scheme("int8")))
+    from tokenizer import load_tokenizer
+
+    tokenizer, same = load_tokenizer(DEMO / "target"), 0
+    for i in range(8):
+        text = (
+            f"Mia has {41 + i} apples. She buys {30 + 3 * i}. She multiplies it by 3. She sells {50 + i}. How many apples now?"
+        )
+        prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
+        one, other = (
+            Engine(model, None, None, Settings("plain"), tokenizer.stop_ids, 200).generate(prompt, 120).tokens
+            for model in (unquantised, int8)
+        )
+        if one == other:
+            same += 1
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+        with torch.inference_mode():
+            best = unquantised(torch.tensor([prompt + one[:at]]))[1][0, -1].topk(2).values
+        assert best[0] - best[1] < 0.5, f"token {at} differs, and is no near-tie: {best.tolist()}"
+    assert same >= 4
+
+
+def test_random_models_are_quantised_layer_by_layer():
+    args = ModelArgs(64, 2, 4, 2, 96, 101, 16)
+    scheme = Scheme("int4")
+    at_once = random_model(args, "cpu", torch.float32, complete=quantize.completer(scheme))
+    after = quantize_model(random_model(args, "cpu", torch.float32), scheme)
+    assert all(torch.equal(a, b) for a, b in zip(at_once.state_dict().values(), after.state_dict().values()))
