@@ -9,12 +9,13 @@ one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -293,10 +294,14 @@ class Graph:
     output: Tensor | None
 
 
-def capture(action) -> Graph:
-    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to tune."""
+def capture(action, pool) -> Graph:
+    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to tune.
+
+    pool: memory that graphs share which never run at the same time (torch.cuda.graph_pool_handle()).
+    """
+    gc.collect()  # an old engine's graphs must not be let go in the midst of a capture
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = action()
     return Graph(graph, output)
 
@@ -325,16 +330,17 @@ class Engine:
         if settings.compile and self.device.type == "cpu":
             check_compiler()
             kernels.use_cpu_kernels()
-        own = compile_step if settings.compile else (lambda step, device: step)
-        self.plain_step, self.draft_step = (own(step, self.device.type) for step in (plain_step, draft_step))
+        self.plain_step, self.draft_step = self.compiled(plain_step), self.compiled(draft_step)
         self.use_sizes(SIZES if settings.adaptive and self.draft is not None else (settings.speculate_k,))
 
     def use_sizes(self, sizes: tuple[int, ...]) -> None:
         """Prepares verification for these M, none above speculate_k."""
-        own = compile_step if self.settings.compile else (lambda step, device: step)
         self.sizes, self.pace = sizes, Pace(sizes)
-        self.verify_steps = {m: (own(verify_step, self.device.type), self.buffers.first(m)) for m in sizes}
-        self.graphs: dict[int, tuple[Graph, ...]] = {}
+        self.verify_steps = {m: (self.compiled(verify_step), self.buffers.first(m)) for m in sizes}
+        self.graphs: dict[int, tuple[Graph, ...]] = {}  # by M; empty, or one for each of `sizes`
+
+    def compiled(self, step: Callable) -> Callable:
+        return compile_step(step, self.device.type) if self.settings.compile else step
 
     def allocate(self) -> None:
         """Caches and buffers for `length` tokens, and for what rounds may write past them."""
@@ -382,9 +388,10 @@ class Engine:
                 self.buffers.pos.fill_(needed // 2)
                 self.round(needed, m)
         if self.settings.compile and self.device.type == "cuda":
+            pool = torch.cuda.graph_pool_handle()
             for m in self.sizes:
                 self.buffers.pos.fill_(1)
-                self.graphs[m] = tuple(capture(step) for step in self.steps(self.visible(self.capacity), m))
+                self.graphs[m] = tuple(capture(step, pool) for step in self.steps(self.visible(self.capacity), m))
         if self.settings.adaptive:
             for window in self.pace.windows(self.capacity):
                 self.measure(window)
@@ -420,7 +427,8 @@ class Engine:
             end = min(start + PREFILL_ROWS[self.device.type], -(-count // WINDOW) * WINDOW)
             for model in (self.target, self.draft):
                 if model is not None:
-                    model(b.tokens[None, start:end], torch.arange(start, end, device=b.tokens.device), end, n_logits=0)
+                    pos = torch.arange(start, end, device=b.tokens.device)
+                    model(b.tokens[None, start:end], pos, end, n_logits=0, prefill=True)
             start = end
         b.pos.fill_(count)
         if self.markers is not None:
@@ -462,7 +470,7 @@ class Engine:
         if self.settings.temperature > 0:
             slot.uniforms.copy_(torch.rand(slot.uniforms.shape, generator=self.generator))
             b.uniforms.copy_(slot.uniforms, non_blocking=True)
-        if m in self.graphs:
+        if self.graphs:
             for captured in self.graphs[m]:
                 captured.graph.replay()
             report = captured.output
@@ -591,7 +599,7 @@ def check_compiler() -> None:
 
     try:
         get_cpp_compiler()
-    except InvalidCxxCompiler:
+    except (InvalidCxxCompiler, OSError):
         raise InputError("--compile on a CPU needs a C++ compiler such as g++; install one, or name it in CXX.") from None
 
 

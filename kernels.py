@@ -32,6 +32,7 @@ cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTo
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) times the transpose of weight (N, K), both of one type -> (..., N)."""
     ours = cpu_kernels is not None and x.device.type == "cpu" and not torch.is_grad_enabled()
+    ours = ours and x.dtype == weight.dtype and weight.is_contiguous()
     if ours and 0 < x.numel() // x.shape[-1] <= most_rows(weight.dtype, *weight.shape):
         return cpu_kernels.linear(x, weight)
     return F.linear(x, weight)
@@ -53,9 +54,12 @@ def use_cpu_kernels() -> None:
         return
     try:
         torch.ops.load_library(build(SOURCE))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        print(f"kernels.cpp could not be built, products are PyTorch's: {reason[0] if reason else error}", file=sys.stderr)
+        torch.ops.judge_fast.linear_quantized  # noqa: B018 is it the right library?
+    except (OSError, RuntimeError, AttributeError, subprocess.CalledProcessError) as error:
+        failed = isinstance(error, subprocess.CalledProcessError)
+        reason = (error.stderr.strip() or "the compiler failed without a word") if failed else str(error)
+        line = f"kernels.cpp could not be built or loaded, products are PyTorch's: {reason.splitlines()[0]}"
+        print(line, file=sys.stderr)
         return
     torch.library.register_fake("judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
     torch.library.register_fake("judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n))
@@ -67,8 +71,8 @@ def build(source: Path) -> Path:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     root = Path(torch.__file__).parent
-    command = [get_cpp_compiler(), *FLAGS.split(), native_flag(), f"-I{root / 'include'}", str(source)]
-    command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command = [get_cpp_compiler(), *FLAGS.split(), native_flag(), f"-I{root / 'include'}"]
+    links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     key = hashlib.sha256(f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "judge-fast"
     library = folder / f"{source.stem}-{key}.so"
@@ -76,7 +80,9 @@ def build(source: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             fresh = Path(beside) / library.name
-            subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True, text=True)
+            subprocess.run([*command, str(source), *links, "-o", str(fresh)], check=True, capture_output=True, text=True)
+            if not fresh.exists():
+                raise OSError(f"{command[0]} wrote no library")
             os.replace(fresh, library)
     return library
 
@@ -232,16 +238,28 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
     The positions are cut into parts that run side by side (flash decoding); softmax and sums are fp32.
     """
     n_kv, rows, d = q.shape
-    block_m, block_d = min(64, power_of_2(rows)), power_of_2(d)
-    blocks = -(-rows // block_m)
+    blocks = -(-rows // 128)
+    block_m, block_d = power_of_2(-(-rows // blocks)), power_of_2(d)
     parts = parts_for(q.device, n_kv * blocks)
     out = attend_shape(q, k_cache, v_cache, pos)
     part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=q.device)
     peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
-    sizes = {"ROWS": rows, "T": len(pos), "D": d, "PARTS": parts, "LEAST": 128, "BLOCK_D": block_d}
+    sizes = {"ROWS": rows, "T": len(pos), "D": d, "PARTS": parts, "LEAST": 64, "BLOCK_D": block_d}
     block_n = 64 if q.itemsize == 2 else 32  # a few blocks in flight fill the shared memory
     attend_part[(n_kv, parts, blocks)](
-        q, k_cache, v_cache, pos, part, peak, total, d**-0.5, k_cache.shape[2], **sizes, BLOCK_M=block_m, BLOCK_N=block_n
+        q,
+        k_cache,
+        v_cache,
+        pos,
+        part,
+        peak,
+        total,
+        d**-0.5,
+        k_cache.shape[2],
+        **sizes,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=8 if block_m == 128 else 4,
     )
     attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, BLOCK_P=power_of_2(parts))
     return out

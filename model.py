@@ -91,6 +91,8 @@ def pick_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are built")
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # graphs, events and Triton's kernels go to the current one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"--device {name} is not usable here ({reason}); cpu always is.") from None
@@ -344,7 +346,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, pos: Tensor, mask: Tensor | None, window: int) -> Tensor:
         """q (1, T, n_head, head_dim) over the caches -> the same shape."""
         a, rows = self.args, q.shape[1]
-        if use_attend(q):
+        if mask is None:
             return kernels.attend(heads_as_rows(q, a.n_kv_head)[0], self.k_cache, self.v_cache, pos).view(q.shape)
         k, v = self.k_cache[:, :, :window], self.v_cache[:, :, :window]
         if not use_heads_as_rows(q):
@@ -362,15 +364,11 @@ def heads_as_rows(q: Tensor, n_kv_head: int) -> Tensor:
 def use_heads_as_rows(q: Tensor) -> bool:
     """Whether the query heads of one KV head become further rows of q (1, T, ...), so that its cache is read once.
 
-    Measured with PyTorch's attention on a CPU (benchmarks/attention.md): it pays for single rows, and in fp32 for all.
+    Measured with PyTorch's attention on a CPU (benchmarks/attention_bf16.md, attention_fp32.md): it pays for single rows,
+    and in fp32 for those of a verification.
     """
     rows = q.shape[1]
-    return q.device.type == "cpu" and rows <= (kernels.MOST_ROWS if q.dtype == torch.float32 else 4)
-
-
-def use_attend(q: Tensor) -> bool:
-    """Whether q (1, T, ...) goes to the kernel that finds the length on the device."""
-    return q.device.type == "cuda" and q.shape[1] <= kernels.MOST_ROWS
+    return q.device.type == "cpu" and rows <= (kernels.MOST_ROWS if q.dtype == torch.float32 else 2)
 
 
 class FeedForward(nn.Module):
@@ -436,13 +434,14 @@ class Transformer(nn.Module):
             layer.attention.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def forward(
-        self, tokens: Tensor, pos: Tensor | None = None, window: int | None = None, n_logits: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tensor, pos: Tensor | None = None, window: int | None = None, n_logits: int | None = None,
+        prefill: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Reads tokens, returns (hidden, logits).
 
         tokens: (B, T) ids. pos: (T,) their ascending positions in the cache (B = 1), or None to read whole sequences
-        without a cache. window: the step sees cache positions below it (at least max(pos) + 1; default: all). More than
-        kernels.MOST_ROWS rows are a prefill: on a GPU they must be the last of the window.
+        without a cache. window: the step sees cache positions below it (at least max(pos) + 1; default: all).
+        prefill: the rows are many, and the last of the window (on a GPU other kernels serve them).
         hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits, vocab) in fp32,
         for the last n_logits rows (default all; 0 skips the LM head).
         """
@@ -451,21 +450,19 @@ class Transformer(nn.Module):
         if pos is None:
             rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
         else:
-            rope, mask = self.rope[pos], self.see(x, pos, window)
+            rope, mask = self.rope[pos], self.see(x, pos, window, prefill)
         for layer in self.layers:
             x = layer(x, rope, pos, mask, window)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
         return x, self.output(self.norm(rows)).float()
 
-    def see(self, x: Tensor, pos: Tensor, window: int) -> Tensor | None:
+    def see(self, x: Tensor, pos: Tensor, window: int, prefill: bool = False) -> Tensor | None:
         """What is added to attention scores, 0 or -inf: (T, window), or (group * T, window) for rows by `heads_as_rows`.
 
-        On a GPU nothing of that size is made: the decoding kernel needs none, and a prefill has a diagonal.
+        On a GPU nothing of that size is made: the decoding kernel needs none (None), and a prefill has a diagonal.
         """
-        if use_attend(x):
-            return None
         if x.device.type == "cuda":
-            return causal_lower_right(len(pos), window)
+            return causal_lower_right(len(pos), window) if prefill else None
         hidden = torch.arange(window, device=x.device) > pos[:, None]
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -float("inf"))
         return mask.repeat(self.args.n_head // self.args.n_kv_head, 1) if use_heads_as_rows(x) else mask

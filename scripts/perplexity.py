@@ -1,0 +1,123 @@
+"""Perplexity of a checkpoint on a text, unquantised and with each kind of quantised weights, in one run.
+
+    python scripts/perplexity.py --text book.txt --mode none int8 int4 fp8 --checkpoint_path Llama-3.1-8B
+    python scripts/perplexity.py                                     # the demo target on demo problems, all modes
+
+A window of --window tokens slides over the text by --stride; only the tokens that are new in it count, each with at least
+window - stride tokens before it (but for the first window). Every window begins with begin-of-text. One JSON object on
+the last line.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+from generate import DEMO
+from model import DTYPES, InputError, ModelArgs, Parser, Progress, Transformer, pick_device, run_dtype, run_script
+from quantize import MODES, Scheme, check_scheme, load_model
+from scripts.demo_task import problems, write_answer
+from tokenizer import load_tokenizer
+
+
+def read_texts(name: str, seed: int, limit: int) -> list[tuple[str, str]]:
+    """Pairs of what is only read and what counts: a file; or `limit` demo problems, never trained on, and right answers."""
+    if name != "demo":
+        try:
+            return [("", Path(name).read_text(encoding="utf-8"))]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--text {name} cannot be read as UTF-8 text ({error}).") from None
+    rng = random.Random(seed)
+    found = islice(problems(seed, held_out=True), limit)
+    return [(problem.question, write_answer(problem, "target", rng)) for problem in found]
+
+
+def windows(n: int, window: int, stride: int, counted: int = 0) -> list[tuple[int, int, int]]:
+    """(begin, end, first that counts) over n tokens: every token after the first `counted` counts once."""
+    found = []
+    for begin in range(0, n, stride):
+        end = min(begin + window, n)
+        if end > counted:
+            found.append((begin, end, counted))
+            counted = end
+        if end == n:
+            break
+    return found
+
+
+@torch.inference_mode()
+def log_likelihood(model: Transformer, bos: int, given: int, ids: list[int], window: int, stride: int) -> float:
+    """Sum of the natural logarithms of the probabilities of all tokens after the first `given`."""
+    total = 0.0
+    for begin, end, first in windows(len(ids), window, stride, given):
+        text = torch.tensor([bos, *ids[begin:end]], device=model.device)
+        _, logits = model(text[None, :-1])
+        chances = F.log_softmax(logits[0], -1).gather(-1, text[1:, None])[:, 0]
+        total += chances[first - begin :].double().sum().item()
+    return total
+
+
+def scheme_named(name: str) -> Scheme | None:
+    """None for "none"; a scheme for a mode, or for int4/GROUP."""
+    if name == "none":
+        return None
+    mode, _, group = name.partition("/")
+    if group and not group.isdecimal():
+        raise InputError(f"--mode {name} is not of the form int4/GROUP.")
+    scheme = Scheme(mode, int(group or 32))
+    check_scheme(scheme)
+    return scheme
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures mode after mode."""
+    device, schemes = pick_device(args.device), [scheme_named(name) for name in args.mode]
+    context = ModelArgs.from_folder(args.checkpoint_path).max_position
+    window = min(args.window, context)
+    if not 1 <= args.stride <= window:
+        raise InputError(f"--stride {args.stride} must be between 1 and the window of {window} tokens.")
+    tokenizer = load_tokenizer(args.checkpoint_path)
+    texts = [[tokenizer.encode(part) for part in pair] for pair in read_texts(args.text, args.seed, args.limit)]
+    n = sum(len(text) for _, text in texts)
+    if n == 0:
+        raise InputError(f"--text {args.text} holds no text.")
+    rows = []
+    for name, scheme in zip(args.mode, schemes):
+        model = load_model(args.checkpoint_path, device, run_dtype(args.precision, device), scheme)
+        total, progress = 0.0, Progress(name, len(texts))
+        for given, text in texts:
+            total += log_likelihood(model, tokenizer.bos_id, len(given), given + text, window, args.stride)
+            progress.step()
+        rows.append({"mode": name, "perplexity": math.exp(-total / n), "bits_per_token": -total / n / math.log(2)})
+        row = rows[-1]
+        row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1
+        print(f"{name:10} perplexity {row['perplexity']:.4f} ({row['change']:+.2%}), {row['bits_per_token']:.4f} bits a token")
+    print(json.dumps({"text": args.text, "tokens": n, "window": window, "stride": args.stride, "rows": rows}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, default=DEMO / "target", help="a Hugging Face snapshot folder")
+    add("--text", default="demo", help="a UTF-8 file, or demo: problems with right answers")
+    add("--mode", nargs="+", default=["none", *MODES], help="none, int8, int4, int4/64, int4/128, fp8; compared with the first")
+    add("--window", type=int, default=2048, help="tokens that are read at once, at most the model's context")
+    add("--stride", type=int, default=512, help="tokens by which the window moves on")
+    add("--limit", type=int, default=300, help="demo: how many problems")
+    add("--seed", type=int, default=0, help="demo: which problems")
+    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    run_script("perplexity.py", lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()
