@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generate import DEMO, Engine, Pace, Settings, capacity_for, check_memory, check_pair
+import kernels
+from generate import DEMO, Engine, Pace, Settings, capacity_for, capture, check_memory, check_pair
 from judge import RULES, JudgeHead, load_judge
-from kernels import attend
 from model import (
     DTYPES,
     InputError,
@@ -36,17 +36,22 @@ from model import (
     Progress,
     Transformer,
     check_writable,
+    checkpoint_files,
     heads_as_rows,
     pick_device,
     preset,
     random_model,
     run_dtype,
     run_script,
+    weight_plan,
     write_file,
 )
-from quantize import Scheme, add_mode_flags, completer, load_model, scheme_of
+from quantize import QuantLinear, Scheme, add_mode_flags, completer, load_model, prepare, quantize, scheme_of, weight_bytes
 from scripts.experiments import commit, machine
 from scripts.peers import Peers, timed
+
+BACK_TO_BACK = 10  # calls that are timed as one on a GPU
+COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
 
 
 @dataclass
@@ -82,6 +87,9 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
     read, copy = (
         min(timed(action, device) for _ in range(5)) for action in (lambda: source.sum(), lambda: target.copy_(source))
     )
+    if device.type == "cuda":
+        del source, target
+        torch.cuda.empty_cache()
     return size * dtype_bytes / read, 2 * size * dtype_bytes / copy
 
 
@@ -100,12 +108,13 @@ class Workbench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.device, self.dtype = args, args.device, run_dtype(args.precision, args.device)
         self.startup: dict = {}
-        self.length = max(args.positions + args.prefill) + args.max_new_tokens + 64
-        self.length = max([self.length, *(args.cache_length or [])[:1]])
-        self.target = self.model(args.checkpoint_path, args.preset, scheme_of(args))
-        has_draft = args.draft_checkpoint_path or args.draft_preset
-        self.draft = self.model(args.draft_checkpoint_path, args.draft_preset, scheme_of(args, "draft_")) if has_draft else None
+        self.length = max([needed_length(args), *(args.cache_length or [])[:1]])
+        self.schemes = (scheme_of(args), scheme_of(args, "draft_"))
         capacity = capacity_for(self.length, max([args.speculate_k, *args.rows]))
+        shapes = [shape for shape in shapes_of(args) if shape is not None]
+        check_memory(shapes, capacity, self.dtype, self.device, list(self.schemes))
+        self.target = self.model(args.checkpoint_path, args.preset, self.schemes[0])
+        self.draft = self.model(args.draft_checkpoint_path, args.draft_preset, self.schemes[1]) if has_draft(args) else None
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
@@ -118,13 +127,14 @@ class Workbench:
     def model(self, folder: Path | None, name: str | None, scheme: Scheme | None) -> Transformer:
         """Loads a folder, or makes a preset with random weights; notes how long it took."""
         if folder is None:
-            args = shape_of(name)
-            check_memory([args], self.length, self.dtype, self.device, [scheme])
+            if scheme is not None:
+                prepare(self.device)
             complete = completer(scheme) if scheme is not None else None
-            return random_model(args, self.device, self.dtype, complete=complete)
-        files = sorted(folder.glob("*.safetensors"))
+            return random_model(shape_of(name), self.device, self.dtype, complete=complete)
+        files = sorted(set(checkpoint_files(folder).values()))
         size = sum(file.stat().st_size for file in files)
-        cat = timed(lambda: subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=False), self.device)
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": False}
+        cat = timed(lambda: subprocess.run(["cat", *files], **quiet), self.device)
         loaded: list[Transformer] = []
         seconds = timed(lambda: loaded.append(load_model(folder, self.device, self.dtype, scheme)), self.device)
         self.startup[folder.name] = {"bytes": size, "load_seconds": seconds, "cat_seconds": cat}
@@ -151,10 +161,12 @@ class Workbench:
 
     def engine(self, settings: Settings, what: str) -> Engine:
         """An engine without stop tokens, warmed up."""
-        largest = max([settings.speculate_k, *(rows - 1 for rows in self.args.rows)])
-        engine = Engine(self.target, self.draft, self.head, replace(settings, speculate_k=largest), [], self.length)
-        if engine.draft is not None:
-            engine.use_sizes(tuple(sorted({*(rows - 1 for rows in self.args.rows), settings.speculate_k})))
+        sizes = {settings.speculate_k}
+        if settings.verify != "plain":
+            sizes |= {rows - 1 for rows in self.args.rows}
+        engine = Engine(self.target, self.draft, self.head, replace(settings, speculate_k=max(sizes)), [], self.length)
+        if len(sizes) > 1:
+            engine.use_sizes(tuple(sorted(sizes)))
         seconds = engine.warm_up()
         engine.pace = Pace((settings.speculate_k,))  # rounds of that M alone
         self.startup[f"warm-up {what}"] = {"seconds": seconds}
@@ -178,26 +190,31 @@ class Workbench:
     def parts(self) -> list[Part]:
         """What is measured, for every position: plain step, one draft step, draft loop, verification for every M, round."""
         a, parts, k = self.args, [], self.args.speculate_k
-        target, inner = self.target.args, 20 if self.device.type == "cuda" else 1
+        target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
         for position in a.positions:
-            at, read = f" at {position}", target.step_bytes(position, self.dtype)
+            at, read = f" at {position}", self.read_bytes(target, 0, position)
             parts.append(Part("plain step" + at, self.times(self.step(self.plain, k, 0, position), inner), read, tokens=1))
             for length, engine in self.others.items():
                 name = f"plain step{at}, with a cache of {length}"
                 parts.append(Part(name, self.times(self.step(engine, k, 0, position), inner), read, tokens=1))
             if self.fast is None:
                 continue
-            small = self.draft.args.step_bytes(position, self.dtype)
+            small = self.read_bytes(self.draft.args, 1, position)
             loop = self.times(self.step(self.fast, k, 0, position), inner)
             parts.append(Part(f"draft loop, M = {k}" + at, loop, small * k))
             for m in self.fast.sizes:
-                rows = target.step_bytes(position, self.dtype, m + 1)
+                rows = self.read_bytes(target, 0, position, m + 1)
                 parts.append(Part(f"verify {m + 1} rows" + at, self.times(self.step(self.fast, m, 1, position), inner), rows))
             both = read + small * k
             parts.append(Part(f"round, M = {k}" + at, self.times(lambda p=position: self.whole_round(p), inner), both))
         for length in a.prefill:
             parts.append(self.prefill_part(length))
         return parts + self.generations()
+
+    def read_bytes(self, shape: ModelArgs, which: int, position: int, rows: int = 1) -> int:
+        """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are quantised."""
+        saved = weight_bytes(shape, self.dtype, None) - weight_bytes(shape, self.dtype, self.schemes[which])
+        return shape.step_bytes(position, self.dtype, rows) - saved
 
     def times(self, action: Callable, inner: int) -> Callable[[], float]:
         return repeated(action, inner, self.device)
@@ -253,7 +270,7 @@ class Workbench:
         try:
             result = engine.generate(prompt, self.args.max_new_tokens)
         finally:
-            engine.steps = steps
+            del engine.steps
         self.result = result
         if self.device.type == "cpu":
             self.overheads.append(1 - inside / result.seconds_decode)
@@ -292,19 +309,21 @@ def synthetic(n: int, vocab_size: int) -> list[int]:
 
 
 def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """Ways to attend over one layer's cache, for 1, 17 and 33 rows at 512, 4k and 32k positions."""
-    parts, device, inner = [], args.device, 20 if args.device.type == "cuda" else 1
+    """Ways to attend over one layer's cache, for rows of decoding and verification, at 512, 4k and 32k positions."""
+    parts, device = [], args.device
     shape = (1, model.n_kv_head, 32768, model.head_dim)
-    caches = [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
+    caches = [[torch.randn(shape, device=device).to(dtype) for _ in range(2)] for _ in range(COPIES)]
     for length in (512, 4096, 32768):
-        for rows in (1, 17, 33):
+        for rows in (1, 2, 17, 33):
             q = torch.randn(1, rows, model.n_head, model.head_dim, device=device).to(dtype)
             pos = torch.arange(length - rows, length, device=device)
             hidden = torch.arange(length, device=device) > pos[:, None]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -float("inf"))
-            for name, way in attention_ways(q, caches, pos, mask, length).items():
-                label = f"attention by {name}, {rows} rows at {length}"
-                parts.append(Part(label, repeated(way, inner, device), caches[0][:, :, :length].nbytes * 2))
+            ways = [attention_ways(q, cache, pos, mask, length) for cache in caches]
+            for name in ways[0]:
+                action = in_turn([way[name] for way in ways], device)
+                size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
+                parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
     return parts
 
 
@@ -319,12 +338,62 @@ def attention_ways(q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, l
         "SDPA, heads as rows": lambda: F.scaled_dot_product_attention(by_row, k, v, attn_mask=masks[1]),
     }
     if q.device.type == "cuda":
-        ways["attend"] = lambda: attend(by_row[0], *caches, pos)
+        ways["attend"] = lambda: kernels.attend(by_row[0], *caches, pos)
     return ways
 
 
-def measure(parts: list[Part], repeats: int, device: torch.device) -> None:
-    """Times all parts in turn, `repeats` times after one round that does not count."""
+def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
+    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the weights alone)."""
+    parts, device = [], args.device
+    kernels.use_cpu_kernels()
+    schemes = [Scheme("int8"), Scheme("fp8"), Scheme("int4"), Scheme("int4", 128)]
+    for name in ("wqkv", "wo", "w13", "w2"):
+        shape = linear_shape(model, name)
+        weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
+        packed = {}
+        for scheme in schemes:
+            first = QuantLinear(*quantize(weights[0], scheme), *shape)
+            packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
+        for rows in (1, 2, 17, 33):
+            x = torch.randn(1, rows, shape[1], device=device).to(dtype)
+            what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
+            library = in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
+            ours = in_turn([lambda w=w, x=x: kernels.linear(x, w) for w in weights], device)
+            parts.append(Part(f"{what}: PyTorch", library, weights[0].nbytes))
+            if device.type == "cpu":
+                parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
+            for mode, layers in packed.items():
+                action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
+                parts.append(Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes))
+    return parts
+
+
+def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
+    """(N, K) of a layer's product by our name."""
+    ends = f".{name}.weight"
+    found = [shape for ours, _, shape in weight_plan(model).values() if ours.startswith("layers.0.") and ours.endswith(ends)]
+    return sum(shape[0] for shape in found), found[0][1]
+
+
+def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
+    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU as a graph."""
+
+    @torch.inference_mode()
+    def all_of_them() -> None:
+        for action in actions:
+            action()
+
+    if device.type == "cuda":
+        all_of_them()  # compiles
+        torch.cuda.synchronize()
+        with torch.inference_mode():
+            captured = capture(all_of_them, torch.cuda.graph_pool_handle())
+        return lambda: timed(lambda: [captured.graph.replay() for _ in range(5)], device) / 5 / len(actions)
+    return lambda: timed(all_of_them, device) / len(actions)
+
+
+def measure(parts: list[Part], repeats: int) -> Iterator[None]:
+    """Times all parts in turn, `repeats` times after one round that does not count; yields after each that does."""
     progress = Progress("measuring", len(parts) * (repeats + 1))
     for turn in range(repeats + 1):
         for part in parts:
@@ -332,6 +401,8 @@ def measure(parts: list[Part], repeats: int, device: torch.device) -> None:
             if turn:
                 part.seconds.append(seconds)
             progress.step()
+        if turn:
+            yield
 
 
 def summarise(part: Part, limit: float) -> dict:
@@ -372,7 +443,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
     add("--draft_preset", help="a draft, likewise")
     add("--judge_path", type=Path, help="a judge (random weights get one of zeros)")
-    add("--verify", default="judge", choices=list(RULES), help="the rule of the rounds")
+    add("--verify", choices=list(RULES), help="the rule of the rounds (default: judge; standard for folders without one)")
     add("--speculate_k", type=int, default=16, help="M, draft tokens a round")
     add("--rows", type=int, nargs="*", default=[], help="verify so many rows, too, beside M + 1")
     add("--accept", type=int, help="impose how many draft tokens each round accepts")
@@ -385,6 +456,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=200, help="tokens of the whole generations")
     add("--repeats", type=int, default=9, help="times to measure each part")
     add("--attention", action="store_true", help="measure ways to attend, at 512, 4k and 32k positions, and nothing else")
+    add("--products", action="store_true", help="measure a layer's products, unquantised and quantised, and nothing else")
     add("--peers", action="store_true", help="run transformers on the same weights, taking turns")
     add("--compile", action="store_true", help="torch.compile the step functions")
     add("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
@@ -393,8 +465,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--profile", type=Path, help="write a Chrome trace of one round")
     args = parser.parse_args(argv)
     if args.checkpoint_path is None and args.preset is None:
-        args.checkpoint_path, args.draft_checkpoint_path = DEMO / "target", DEMO / "draft"
+        args.checkpoint_path = DEMO / "target"
+        if not args.draft_checkpoint_path and not args.draft_preset:
+            args.draft_checkpoint_path = DEMO / "draft"
         args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+    if args.verify is None:
+        args.verify = "judge" if args.judge_path or args.preset else "standard"
     return args
 
 
@@ -406,19 +482,23 @@ def check_args(args: argparse.Namespace) -> None:
     for flag in ("speculate_k", "max_new_tokens", "repeats", "prompt_tokens"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)} is too small: at least 1.")
+    if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
+        raise InputError("--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset.")
     if args.accept is not None and not 0 <= args.accept <= args.speculate_k:
         raise InputError(f"--accept {args.accept} must be between 0 and --speculate_k {args.speculate_k}.")
-    if min([*args.positions, *args.prefill]) < 1:
-        raise InputError("--positions and --prefill count tokens: at least 1.")
-    if min([2, *args.rows]) < 2:
-        raise InputError("--rows counts the rows of a verification: at least 2, one of them a draft token's.")
-    if args.checkpoint_path and args.draft_checkpoint_path:
-        folders = args.checkpoint_path, args.draft_checkpoint_path
-        check_pair(*(ModelArgs.from_folder(folder) for folder in folders), folders)
-    elif args.preset and args.draft_preset:
-        target, draft = shape_of(args.preset), shape_of(args.draft_preset)
-        if target.vocab_size != draft.vocab_size:
-            raise InputError(f"--preset {args.preset} and --draft_preset {args.draft_preset} have different vocabularies.")
+    if not all(2 <= rows <= 1025 for rows in args.rows):
+        raise InputError("--rows counts the rows of a verification: 2 to 1025, one of them a draft token's.")
+    if args.judge_path and args.preset:
+        raise InputError("--judge_path: random weights have no judge; leave it out, and one of zeros is computed.")
+    if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
+        raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
+    if args.peers and (args.max_new_tokens < 2 or args.mode or args.draft_mode):
+        raise InputError(
+            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --max_new_tokens."
+        )
+    if (args.attention or args.products) and (args.profile or args.peers):
+        raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
+    check_lengths(args)
     for path, flag in ((args.out, "--out"), (args.profile, "--profile")):
         if path is not None:
             check_writable(path, flag)
@@ -426,37 +506,75 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
 
 
+def check_lengths(args: argparse.Namespace) -> None:
+    """Raises InputError where positions, prompts or caches do not fit the models, or the models one another."""
+    target, draft = shapes_of(args)
+    if min([*args.positions, *args.prefill]) < 1:
+        raise InputError("--positions and --prefill count tokens: at least 1.")
+    context = min(shape.max_position for shape in (target, draft) if shape is not None)
+    longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
+    if longest > context:
+        raise InputError(f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}.")
+    for length in args.cache_length or []:
+        if length < needed_length(args):
+            raise InputError(f"--cache_length {length} is too short for this run, which needs {needed_length(args)}.")
+    if draft is not None and target.vocab_size != draft.vocab_size:
+        raise InputError(f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} tokens.")
+    if args.checkpoint_path and args.draft_checkpoint_path:
+        check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
+
+
+def has_draft(args: argparse.Namespace) -> bool:
+    return bool(args.draft_checkpoint_path or args.draft_preset)
+
+
+def shapes_of(args: argparse.Namespace) -> tuple[ModelArgs, ModelArgs | None]:
+    """Target and draft, from folders or presets."""
+    target = ModelArgs.from_folder(args.checkpoint_path) if args.checkpoint_path else shape_of(args.preset)
+    if not has_draft(args):
+        return target, None
+    folder = args.draft_checkpoint_path
+    return target, ModelArgs.from_folder(folder) if folder else shape_of(args.draft_preset)
+
+
+def needed_length(args: argparse.Namespace) -> int:
+    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their position."""
+    ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
+    return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
+
+
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     """From a parsed command line to the report."""
     args.device = pick_device(args.device)
     check_args(args)
-    before = bandwidth(args.device)
-    if args.attention:
-        shape = ModelArgs.from_folder(args.checkpoint_path) if args.checkpoint_path else shape_of(args.preset)
-        bench, parts = None, attention_parts(args, shape, run_dtype(args.precision, args.device))
+    read, copy = bandwidth(args.device)
+    bench, dtype = None, run_dtype(args.precision, args.device)
+    if args.attention or args.products:
+        parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
     else:
         bench = Workbench(args)
         parts = bench.parts()
-    measure(parts, args.repeats, args.device)
-    after = bandwidth(args.device)
-    read, copy = (max(pair) for pair in zip(before, after))
-    limit = copy if args.device.type == "cuda" else read
+    for _ in measure(parts, args.repeats):
+        report = make_report(args, argv, parts, bench, read, copy)
+        if args.out is not None:  # after every turn: a run that is stopped leaves what it has
+            write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
+            write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
+    if args.profile is not None:
+        bench.trace(args.profile)
+    print(as_text(report))
+    print(json.dumps(report))
+
+
+def make_report(args, argv: list[str], parts: list[Part], bench: Workbench | None, read: float, copy: float) -> dict:
+    """All that was measured so far. read, copy: bytes a second."""
+    limit, dtype = copy if args.device.type == "cuda" else read, run_dtype(args.precision, args.device)
     report = {
         "command": " ".join(["python scripts/benchmark.py", *argv]), "machine": machine(), "commit": commit(),
-        "dtype": str(run_dtype(args.precision, args.device)).removeprefix("torch."), "imposed_acceptance": args.accept,
-        "read_gb_per_s": read / 1e9, "copy_gb_per_s": copy / 1e9, "limit": "copy" if limit is copy else "read",
+        "dtype": str(dtype).removeprefix("torch."), "imposed_acceptance": args.accept,
+        "read_gb_per_s": read / 1e9, "copy_gb_per_s": copy / 1e9, "limit": "copy" if args.device.type == "cuda" else "read",
         "rows": [summarise(part, limit) for part in parts],
     }  # fmt: skip
-    if bench is not None:
-        report |= {"startup": bench.startup} | bench.round_figures(report["rows"])
-    text = as_text(report)
-    print(text)
-    if args.out is not None:
-        write_file(args.out.with_suffix(".md"), (text + "\n").encode())
-        write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
-    if args.profile is not None and bench is not None:
-        bench.trace(args.profile)
-    print(json.dumps(report))
+    return report if bench is None else report | {"startup": bench.startup} | bench.round_figures(report["rows"])
 
 
 def as_text(report: dict) -> str:

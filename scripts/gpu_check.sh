@@ -5,8 +5,8 @@
 #
 #     OUT=/tmp/results scripts/gpu_check.sh
 set -uo pipefail
+OUT=$(realpath -m "${OUT:-$(dirname "$0")/../benchmarks}")
 cd "$(dirname "$0")/.."
-OUT=$(realpath "${OUT:-benchmarks}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUT"
@@ -48,10 +48,12 @@ bench() { # bench NAME SECONDS FLAGS...
     step "$name" "$limit" python scripts/benchmark.py "$@" --out "$work/$name.json"
 }
 
-bench attention_8b 60 --attention --preset Llama-3.1-8B
 # M of 20 and 17 accepted a round are what Judge Decoding reports for 8B/70B; 17 and 33 rows are the usual verifications
-bench pair_8b_1b 240 --compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --verify judge --speculate_k 20 --accept 17 \
-    --rows 17 33 --positions 500 --prefill 2048 8192 --repeats 5 $peers
-bench demo 60 --compile $peers
-step tests 150 python -m pytest -q -m gpu -x
+step tests 120 python -m pytest -q -m gpu
+bench pair_8b_1b 150 --compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 20 --accept 17 \
+    --prefill 2048 8192 --repeats 5
+bench rows_8b 130 --compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 16 --rows 33 --prefill 8192 --repeats 5
+bench attention_8b 30 --attention --preset Llama-3.1-8B --repeats 3
+bench products_8b 50 --products --preset Llama-3.1-8B --repeats 3
+bench demo 50 --compile $peers
 echo "[$((SECONDS - began)) s] done: $OUT/gpu_check.md"

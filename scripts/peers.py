@@ -13,6 +13,11 @@ from torch import Tensor
 
 from model import InputError, Transformer, weight_plan
 
+try:
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+except ImportError:
+    LlamaForCausalLM = None
+
 SAID = 7  # any token
 
 
@@ -38,7 +43,8 @@ class Peers:
     ):  # fmt: skip
         self.device, self.prompt, self.n, self.k, self.accept = target.device, prompt, n, k, accept
         self.target, self.compiled = twin(target), twin(target)
-        self.compiled.forward = torch.compile(self.compiled.forward)
+        if self.device.type == "cpu":  # on a GPU transformers compiles a static cache's forward by itself
+            self.compiled.forward = torch.compile(self.compiled.forward)
         self.draft = twin(draft) if draft is not None else None
         if self.draft is not None:
             config = self.draft.generation_config
@@ -68,7 +74,9 @@ class Peers:
         """Prompt and n tokens, greedy, (1, prompt + n)."""
         ids = torch.tensor([self.prompt], device=self.device)
         mask = torch.ones_like(ids)
-        return model.generate(ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, **more)
+        assistant = {"assistant_model": more.pop("assistant_model")} if "assistant_model" in more else {}
+        config = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(**config, **more), **assistant)
 
     @contextlib.contextmanager
     def impose(self):
@@ -102,10 +110,8 @@ class Peers:
 
 def twin(model: Transformer):
     """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further memory."""
-    try:
-        from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise InputError("--peers needs the package transformers; pip install -r requirements-dev.txt.") from None
+    if LlamaForCausalLM is None:
+        raise InputError("--peers needs the package transformers; pip install -r requirements-dev.txt.")
 
     a = model.args
     rope = {"rope_type": "default", "rope_theta": a.rope_theta}
