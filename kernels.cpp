@@ -87,13 +87,24 @@ inline vec widen(const int8_t* p) {
 }
 
 inline float sum(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
     return total;
+#endif
 }
 
-// ---- What weights may be made of. span: SPAN weights of row n from k on, given LANES at a time in fp32, at a place that
-// is a multiple of LANES; scale: of the whole row; at: where a weight lies, PER_LINE of them in a line of memory.
+// ---- What weights may be made of. row(n).span(k): SPAN weights of row n from k on, given LANES at a time in fp32; row(n).at(k):
+// where a weight lies, PER_LINE of them in a line of memory; scale(n): of the whole row.
+
+template <typename T, typename Span>
+struct PlainRow {
+    const T* p;
+    const T* at(int64_t k) const { return p + k; }
+    Span span(int64_t k) const { return {p + k}; }
+};
 
 struct Fp32 {
     const float* w;
@@ -103,8 +114,8 @@ struct Fp32 {
         const float* p;
         vec get(int i) const { return load<vec>(p + i); }
     };
-    const float* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
+    using Row = PlainRow<float, Span>;
+    Row row(int64_t n) const { return {w + n * K}; }
     float scale(int64_t) const { return 1; }
 };
 
@@ -118,8 +129,8 @@ struct Bf16 {
             return bits<vec>(__builtin_convertvector(load<half_vec>(p + i), wide_vec) << 16);
         }
     };
-    const at::BFloat16* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
+    using Row = PlainRow<at::BFloat16, Span>;
+    Row row(int64_t n) const { return {w + n * K}; }
     float scale(int64_t) const { return 1; }
 };
 
@@ -132,8 +143,8 @@ struct Int8 {
         const int8_t* p;
         vec get(int i) const { return widen(p + i); }
     };
-    const int8_t* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
+    using Row = PlainRow<int8_t, Span>;
+    Row row(int64_t n) const { return {w + n * K}; }
     float scale(int64_t n) const { return scales[n]; }
 };
 
@@ -154,8 +165,8 @@ struct Fp8 {  // e4m3
 #endif
         }
     };
-    const uint8_t* at(int64_t n, int64_t k) const { return w + n * K + k; }
-    Span span(int64_t n, int64_t k) const { return {at(n, k)}; }
+    using Row = PlainRow<uint8_t, Span>;
+    Row row(int64_t n) const { return {w + n * K}; }
     float scale(int64_t n) const { return scales[n] * 0x1p8f; }
 };
 
@@ -183,31 +194,61 @@ struct Int4 {  // of each 32 weights the first 16 lie in the lower, the others i
     };
     static Span make(const uint8_t* p, vec scale, vec offset) { return {p, scale, offset}; }
 #endif
-    const uint8_t* at(int64_t n, int64_t k) const { return w + (n * K + k) / 2; }
-    Span span(int64_t n, int64_t k) const {
-        const wide_vec pair = wide_vec{} + pairs[n * (K >> shift) + (k >> shift)];
-        return make(at(n, k), bits<vec>(pair << 16), bits<vec>(pair & 0xffff0000u));
-    }
+    struct Row {
+        const uint8_t* p;
+        const uint32_t* pairs;
+        int64_t shift;
+        const uint8_t* at(int64_t k) const { return p + (k >> 1); }
+        Span span(int64_t k) const {
+#if defined(__AVX512F__)  // the broadcast in memory's port, not in the one that looks up
+            const __m512i pair = _mm512_set1_epi32(int(pairs[k >> shift]));
+            return make(at(k), (vec)_mm512_slli_epi32(pair, 16), (vec)_mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000)));
+#else
+            const wide_vec pair = wide_vec{} + pairs[k >> shift];
+            return make(at(k), bits<vec>(pair << 16), bits<vec>(pair & 0xffff0000u));
+#endif
+        }
+    };
+    Row row(int64_t n) const { return {w + n * (K >> 1), pairs + n * (K >> shift), shift}; }
     float scale(int64_t) const { return 1; }
 };
 
 // ---- Fused multiply-add in fp32
 
+// Weight rows between those that are worked on, `block` of them at a time, and those that are fetched: for narrow weights
+// more, so that the bytes on their way are as many.
+template <typename Format>
+constexpr int64_t ahead(int block) {
+    return block * std::max(1, Format::PER_LINE / 32);
+}
+
+template <typename Row>
+inline void fetch(const Row& row, int64_t k) {
+    __builtin_prefetch(row.at(k));
+}
+
+inline void fetch(const Int4::Row& row, int64_t k) {  // its scales lie elsewhere
+    __builtin_prefetch(row.at(k));
+    if ((k >> row.shift) % (LINE / 4) == 0) __builtin_prefetch(row.pairs + (k >> row.shift));
+}
+
 // y[g, n + r] for BLOCK weight rows and G rows of x; `first`: they come from memory, so that the next ones are fetched.
 template <int G, typename Format, typename Out>
 inline void fma_block(const Format& w, int64_t n, const float* x, Out* y, int64_t stride, bool first) {
     vec acc[BLOCK][G] = {};
+    typename Format::Row rows[BLOCK], next[BLOCK];
+    for (int r = 0; r < BLOCK; r++) rows[r] = w.row(n + r), next[r] = w.row(n + ahead<Format>(BLOCK) + r);
     for (int64_t k = 0; k < w.K; k += Format::SPAN) {
-        typename Format::Span rows[BLOCK];
+        typename Format::Span spans[BLOCK];
         for (int r = 0; r < BLOCK; r++) {
-            if (first && k % Format::PER_LINE == 0) __builtin_prefetch(w.at(n + BLOCK + r, k));
-            rows[r] = w.span(n + r, k);
+            if (first && k % Format::PER_LINE == 0) fetch(next[r], k);
+            spans[r] = rows[r].span(k);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < Format::SPAN; i += LANES)
             for (int g = 0; g < G; g++) {
                 vec xs = load<vec>(x + g * w.K + k + i);
-                for (int r = 0; r < BLOCK; r++) acc[r][g] += rows[r].get(i) * xs;
+                for (int r = 0; r < BLOCK; r++) acc[r][g] += spans[r].get(i) * xs;
             }
     }
     for (int g = 0; g < G; g++)
@@ -257,15 +298,16 @@ std::vector<at::BFloat16> pack_rows(const at::BFloat16* x, int64_t T, int64_t K)
     return packed;
 }
 
-// Weight rows n to n + 15 from k to k + 31 into tile 4.
-inline void load_weight_tile(const Bf16& w, int64_t n, int64_t k) { _tile_loadd(4, w.at(n, k), w.K * 2); }
+// 16 weight rows from k to k + 31 into tile 4.
+inline void load_weight_tile(const Bf16& w, const Bf16::Row* rows, int64_t k) { _tile_loadd(4, rows[0].at(k), w.K * 2); }
 
 template <typename Format>
-inline void load_weight_tile(const Format& w, int64_t n, int64_t k) {
+inline void load_weight_tile(const Format&, const typename Format::Row* rows, int64_t k) {
     alignas(64) __m512i tile[16];
+#pragma GCC unroll 16
     for (int r = 0; r < 16; r++) {
-        auto row = w.span(n + r, k);
-        tile[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)row.get(16), (__m512)row.get(0));
+        auto span = rows[r].span(k);
+        tile[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)span.get(16), (__m512)span.get(0));
     }
     asm volatile("" ::: "memory");  // the compiler does not know that the next line reads `tile`
     _tile_loadd(4, tile, 64);
@@ -278,10 +320,12 @@ inline void amx_block(const Format& w, int64_t n, const at::BFloat16* x, float* 
     if constexpr (TILES > 1) _tile_zero(1);
     if constexpr (TILES > 2) _tile_zero(2);
     if constexpr (TILES > 3) _tile_zero(3);
+    typename Format::Row rows[16], next[16];
+    for (int r = 0; r < 16; r++) rows[r] = w.row(n + r), next[r] = w.row(n + ahead<Format>(16) + r);
     for (int64_t k = 0; k < w.K; k += 32, x += 512 * TILES) {
         if (k % Format::PER_LINE == 0)
-            for (int r = 16; r < 32; r++) _mm_prefetch((const char*)w.at(n + r, k), _MM_HINT_T1);
-        load_weight_tile(w, n, k);
+            for (int r = 0; r < 16; r++) fetch(next[r], k);
+        load_weight_tile(w, rows, k);
         _tile_loadd(5, x, 64);
         _tile_dpbf16ps(0, 4, 5);
         if constexpr (TILES > 1) {
@@ -303,6 +347,18 @@ inline void amx_block(const Format& w, int64_t n, const at::BFloat16* x, float* 
     if constexpr (TILES > 3) _tile_stored(3, c + 768, 64);
 }
 
+// c as `amx_block` leaves it -> y[t, n to n + 15].
+template <typename Format>
+inline void store_transposed(const Format& w, int64_t n, const float* c, at::BFloat16* y, int64_t T, int64_t N) {
+    const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
+    vec scales;
+    for (int r = 0; r < 16; r++) scales[r] = w.scale(n + r);
+    for (int64_t t = 0; t < T; t++) {
+        vec values = (vec)_mm512_i32gather_ps(column, c + t / 16 * 256 + t % 16, 4) * scales;
+        _mm256_storeu_si256((__m256i*)(y + t * N + n), (__m256i)_mm512_cvtneps_pbh((__m512)values));
+    }
+}
+
 template <int TILES, typename Format>
 void amx_tiles(const Format& w, const at::BFloat16* x, at::BFloat16* y, int64_t T, int64_t N) {
     auto packed = pack_rows<TILES>(x, T, w.K);
@@ -312,10 +368,7 @@ void amx_tiles(const Format& w, const at::BFloat16* x, at::BFloat16* y, int64_t 
         alignas(64) float c[TILES * 256];
         for (int64_t n = begin * 16; n < end * 16; n += 16) {
             amx_block<TILES>(w, n, packed.data(), c);
-            for (int r = 0; r < 16; r++) {
-                const float scale = w.scale(n + r);
-                for (int64_t t = 0; t < T; t++) y[t * N + n + r] = c[t / 16 * 256 + r * 16 + t % 16] * scale;
-            }
+            store_transposed(w, n, c, y, T, N);
         }
         _tile_release();
     });
@@ -380,9 +433,9 @@ void dequantize(const Format& w, int64_t begin, at::Tensor& out) {
     at::parallel_for(0, out.size(0), std::max<int64_t>(1, WORK / w.K), [&](int64_t from, int64_t to) {
         for (int64_t r = from; r < to; r++)
             for (int64_t k = 0; k < w.K; k += Format::SPAN) {
-                auto row = w.span(begin + r, k);
+                auto span = w.row(begin + r).span(k);
                 for (int i = 0; i < Format::SPAN; i += LANES) {
-                    vec v = row.get(i) * w.scale(begin + r);
+                    vec v = span.get(i) * w.scale(begin + r);
                     for (int lane = 0; lane < LANES; lane++)
                         if (wide) floats[r * w.K + k + i + lane] = v[lane];
                         else halves[r * w.K + k + i + lane] = v[lane];
