@@ -24,7 +24,10 @@ except ImportError:  # CPU builds of PyTorch come without it
     triton = None
 
 SOURCE = Path(__file__).resolve().with_name("kernels.cpp")
-FLAGS = "-O3 -std=c++20 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp -shared -fPIC"
+FLAGS = (
+    "-O3 -std=c++20 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp "
+    "-shared -fPIC"
+)
 MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
 cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTorch's products
 
