@@ -398,7 +398,7 @@ def test_overlap_throws_away_one_round_at_most(pair):
 
 
 def test_the_cache_may_be_longer_than_the_text(pair):
-    """Bit for bit the same: a step looks at what the text needs, whatever is allocated."""
+    """The same tokens: a step looks at what the text needs, whatever is allocated."""
     prompt = torch.randint(0, 96, (70,), generator=torch.Generator().manual_seed(1)).tolist()
     answers = [Engine(*pair, None, Settings("standard"), [96], length).generate(prompt, 80) for length in (150, 151, 400)]
     assert answers[0].tokens == answers[1].tokens == answers[2].tokens and len(answers[0].tokens) == 80
