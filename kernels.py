@@ -2,7 +2,8 @@
 
 `linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use, elsewhere
 and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a Triton kernel that reads
-from the device how far the text goes, so that one captured graph serves every position.
+from the device how far the text goes, so that one captured graph serves every position. `few_rows` multiplies up to 64
+rows with quantised weights there; on a CPU kernels.cpp does.
 """
 
 import hashlib

@@ -56,10 +56,10 @@ COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
 
 @dataclass
 class Part:
-    """Something that is timed. limit: the bytes that it must read, or for a prefill its floating-point operations."""
+    """Something that is timed: the bytes that it must read, for a prefill its floating-point operations instead."""
 
     name: str
-    action: Callable[[], float | None]  # returns seconds, or None: it is timed from outside
+    action: Callable[[], float]  # runs it once and returns the seconds
     bytes: float = 0.0
     flops: float = 0.0
     tokens: int = 0
@@ -180,7 +180,7 @@ class Workbench:
         @torch.inference_mode()
         def run() -> None:
             engine.buffers.pos.fill_(position)
-            if m in engine.graphs:
+            if engine.graphs:
                 engine.graphs[m][which].graph.replay()
             else:
                 engine.steps(visible, m)[which]()
@@ -193,20 +193,26 @@ class Workbench:
         target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
         for position in a.positions:
             at, read = f" at {position}", self.read_bytes(target, 0, position)
-            parts.append(Part("plain step" + at, self.times(self.step(self.plain, k, 0, position), inner), read, tokens=1))
+            parts.append(
+                Part("plain step" + at, repeated(self.step(self.plain, k, 0, position), inner, self.device), read, tokens=1)
+            )
             for length, engine in self.others.items():
                 name = f"plain step{at}, with a cache of {length}"
-                parts.append(Part(name, self.times(self.step(engine, k, 0, position), inner), read, tokens=1))
+                parts.append(Part(name, repeated(self.step(engine, k, 0, position), inner, self.device), read, tokens=1))
             if self.fast is None:
                 continue
             small = self.read_bytes(self.draft.args, 1, position)
-            loop = self.times(self.step(self.fast, k, 0, position), inner)
+            loop = repeated(self.step(self.fast, k, 0, position), inner, self.device)
             parts.append(Part(f"draft loop, M = {k}" + at, loop, small * k))
             for m in self.fast.sizes:
                 rows = self.read_bytes(target, 0, position, m + 1)
-                parts.append(Part(f"verify {m + 1} rows" + at, self.times(self.step(self.fast, m, 1, position), inner), rows))
+                parts.append(
+                    Part(f"verify {m + 1} rows" + at, repeated(self.step(self.fast, m, 1, position), inner, self.device), rows)
+                )
             both = read + small * k
-            parts.append(Part(f"round, M = {k}" + at, self.times(lambda p=position: self.whole_round(p), inner), both))
+            parts.append(
+                Part(f"round, M = {k}" + at, repeated(lambda p=position: self.whole_round(p), inner, self.device), both)
+            )
         for length in a.prefill:
             parts.append(self.prefill_part(length))
         return parts + self.generations()
@@ -215,9 +221,6 @@ class Workbench:
         """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are quantised."""
         saved = weight_bytes(shape, self.dtype, None) - weight_bytes(shape, self.dtype, self.schemes[which])
         return shape.step_bytes(position, self.dtype, rows) - saved
-
-    def times(self, action: Callable, inner: int) -> Callable[[], float]:
-        return repeated(action, inner, self.device)
 
     @torch.inference_mode()
     def whole_round(self, position: int) -> None:
@@ -230,7 +233,7 @@ class Workbench:
         prompt = synthetic(length + 1, a.vocab_size)
         matrices = a.n_params - a.vocab_size * a.dim * (1 if a.tie_embeddings else 2)
         flops = 2 * matrices * length + 2 * a.n_layer * a.n_head * a.head_dim * length**2
-        run = self.times(lambda: self.plain.prefill(prompt), 1)
+        run = repeated(lambda: self.plain.prefill(prompt), 1, self.device)
         return Part(f"prefill of {length} tokens", run, flops=flops, tokens=length)
 
     def generations(self) -> list[Part]:
