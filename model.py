@@ -355,6 +355,12 @@ class Attention(nn.Module):
         return y.view(1, a.n_kv_head, -1, rows, a.head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+def causal_mask(pos: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+    """(T, window): 0 where row t, at position pos[t], may look, -inf elsewhere."""
+    hidden = torch.arange(window, device=pos.device) > pos[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=pos.device).masked_fill(hidden, -float("inf"))
+
+
 def heads_as_rows(q: Tensor, n_kv_head: int) -> Tensor:
     """(1, T, n_head, D) -> (1, n_kv_head, group * T, D), row r being query head r // T of its group and token r % T."""
     _, rows, _, d = q.shape
@@ -463,8 +469,7 @@ class Transformer(nn.Module):
         """
         if x.device.type == "cuda":
             return causal_lower_right(len(pos), window) if prefill else None
-        hidden = torch.arange(window, device=x.device) > pos[:, None]
-        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -float("inf"))
+        mask = causal_mask(pos, window, x.dtype)
         return mask.repeat(self.args.n_head // self.args.n_kv_head, 1) if use_heads_as_rows(x) else mask
 
 

@@ -35,6 +35,7 @@ from model import (
     Parser,
     Progress,
     Transformer,
+    causal_mask,
     check_writable,
     checkpoint_files,
     heads_as_rows,
@@ -320,8 +321,7 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
         for rows in (1, 2, 17, 33):
             q = torch.randn(1, rows, model.n_head, model.head_dim, device=device).to(dtype)
             pos = torch.arange(length - rows, length, device=device)
-            hidden = torch.arange(length, device=device) > pos[:, None]
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -float("inf"))
+            mask = causal_mask(pos, length, dtype)
             ways = [attention_ways(q, cache, pos, mask, length) for cache in caches]
             for name in ways[0]:
                 action = in_turn([way[name] for way in ways], device)
