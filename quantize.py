@@ -150,14 +150,35 @@ def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
     return (q * scales[..., :1].float() + scales[..., 1:].float()).flatten(1)
 
 
+def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed weights, rows padded, as kernels.cpp reads them: of 16 rows at a time all columns, in lines of 64 bytes.
+
+    int8, fp8: a line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a byte is a sign
+    and 7 bits of magnitude. int4: a line holds 8 columns, of each row 32 bits, columns 2p and 2p + 1 in bits 4p and 4p + 16;
+    scales and offsets lie by blocks of 16 rows, too.
+    """
+    if weight.dtype == torch.uint8:
+        q = unpack_int4(weight).view(len(weight) // 16, 16, -1, 4, 2).transpose(1, 2)  # block, line, row, p, half
+        low, high = q[..., 0:4:2, :] | q[..., 1:4:2, :] << 4, scales.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+        return low.transpose(-1, -2).reshape(weight.shape), high.view(scales.shape)
+    byte = weight.view(torch.uint8)
+    if weight.dtype == torch.int8:
+        byte = torch.where(weight < 0, 128 - weight.to(torch.int16), weight).to(torch.uint8)
+    lines = byte.view(len(weight) // 16, 4, 4, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return lines.reshape(weight.shape).view(weight.dtype), scales
+
+
 class QuantLinear(nn.Module):
-    """A linear layer of packed weights; n_out and n_in are the sizes that the packing has padded."""
+    """A linear layer of packed weights; n_out and n_in are the sizes that the packing has padded. On a CPU they lie in tiles."""
 
     def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int):
         super().__init__()
         self.n_out, self.n_in = n_out, n_in
-        self.register_buffer("weight", pad_rows(weight))
-        self.register_buffer("scales", pad_rows(scales))
+        weight, scales = pad_rows(weight), pad_rows(scales)
+        if weight.device.type == "cpu":
+            weight, scales = to_tiles(weight, scales)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n_in), fp32 or bf16 -> (..., n_out). On a CPU kernels.cpp takes any number of rows."""

@@ -91,14 +91,17 @@ def test_packing_of_int4_by_hand():
 @torch.inference_mode()
 def test_products_on_a_cpu_against_float64(scheme, n, k):
     """Odd sizes, groups that do not divide, one to 64 rows, and a prefill's many."""
-    layer = QuantLinear(*quantize.quantize(weights(n, k), scheme), n, k)
-    exact_w = dequantize(layer.weight, layer.scales)[:n, :k].double()
-    for dtype, noise in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        for rows in (1, 2, 3, 4, 5, 16, 17, 31, 33, 49, 64, 65, 130):
+    packed = quantize.quantize(weights(n, k), scheme)
+    layer, exact_w = QuantLinear(*packed, n, k), dequantize(*packed)[:n, :k].double()
+    terms = exact_w.abs()  # what rounding is measured by: q * scale and offset, which are summed apart, may be larger than their sum
+    if scheme.mode == "int4":
+        terms = dequantize(packed[0], packed[1].abs())[:n, :k].double()
+    for dtype, noise in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        for rows in (1, 2, 3, 4, 5, 6, 7, 16, 17, 20, 21, 31, 33, 49, 64, 65, 130):
             x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
             y, exact = layer(x), x.double() @ exact_w.T
             assert y.shape == (1, rows, n) and y.dtype == dtype
-            size = (x.double().abs() @ exact_w.abs().T).clamp(min=1e-30)  # what rounding is measured by, for each number
+            size = (x.double().abs() @ terms.T).clamp(min=1e-30)
             assert ((y.double() - exact).abs() / size).max() < noise, rows
 
 
@@ -108,8 +111,8 @@ def test_products_on_a_cpu_against_float64(scheme, n, k):
 def test_products_on_a_gpu_against_float64(scheme, n, k, device):
     """The Triton kernel, in Triton's interpreter where there is no GPU (fp16 there: its bf16 products are wrong)."""
     pytest.importorskip("triton")
-    layer = QuantLinear(*quantize.quantize(weights(n, k), scheme), n, k)
-    exact_w = dequantize(layer.weight, layer.scales)[:n, :k].double()
+    packed = [quantize.pad_rows(part) for part in quantize.quantize(weights(n, k), scheme)]
+    exact_w = dequantize(*packed)[:n, :k].double()
     for rows, dtype, noise in (
         (1, torch.float32, 1e-6),
         (17, torch.float32, 1e-6),
@@ -117,7 +120,7 @@ def test_products_on_a_gpu_against_float64(scheme, n, k, device):
         (64, torch.float32, 1e-6),
     ):
         x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
-        y = kernels.few_rows(*(part.to(device) for part in (x, layer.weight, layer.scales)), n).cpu()
+        y = kernels.few_rows(*(part.to(device) for part in (x, *packed)), n).cpu()
         size = (x.double().abs() @ exact_w.abs().T).clamp(min=1e-30)
         assert y.shape == (1, rows, n) and ((y.double() - x.double() @ exact_w.T).abs() / size).max() < noise, rows
 
@@ -128,8 +131,29 @@ def test_fp8_takes_every_value_there_is():
     finite = every[every.float().isfinite()]
     w = torch.zeros(16, 256).to(torch.float8_e4m3fn)
     w[:, : len(finite)] = finite
-    y = kernels.cpu_kernels.linear_quantized(torch.eye(256), w, torch.ones(16), 16)
-    assert torch.equal(y[: len(finite), 3], finite.float())
+    for rows in (16, 256):  # by the kernel of few rows, and by that of a prefill
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.eye(256, dtype=dtype)
+            y = torch.cat([kernels.cpu_kernels.linear_quantized(part, *quantize.to_tiles(w, torch.ones(16)), 16) for part in x.split(rows)])
+            assert torch.equal(y[: len(finite), 3].float(), finite.float())
+
+
+def test_tiles_by_hand():
+    """Where single weights of 32 rows and 32 (int4: 64) columns come to lie."""
+    q = torch.zeros(32, 32, dtype=torch.int8)
+    q[21, 6], q[21, 7], q[3, 1] = -5, 127, 9  # row 21: block 1, row 5 of it, second of the second four; columns 6, 7: line 1, second half
+    tiles, scales = quantize.to_tiles(q, torch.ones(32))
+    flat = tiles.view(torch.uint8).flatten().tolist()
+    assert {i: value for i, value in enumerate(flat) if value} == {
+        512 + 64 + 16 + 8 + 2: 128 + 5, 512 + 64 + 16 + 8 + 3: 127, 6 + 1: 9}  # fmt: skip
+    q = torch.zeros(32, 64, dtype=torch.uint8)
+    q[21, 10], q[21, 15], q[3, 0] = 5, 15, 9  # columns 10 and 15: line 1, p = 1 in the lower, p = 3 in the upper half of 32 bits
+    pairs = torch.arange(128).view(32, 2, 2).bfloat16()
+    tiles, scales = quantize.to_tiles(pack_int4(q), pairs)
+    words = tiles.view(torch.int32).flatten()
+    assert {i: value & 0xFFFFFFFF for i, value in enumerate(words.tolist()) if value} == {
+        8 * 16 + 16 + 5: 5 << 4 | 15 << 28, 3: 9}  # fmt: skip
+    assert torch.equal(scales.view(2, 2, 16, 2)[1, 1, 5], pairs[21, 1])
 
 
 @pytest.fixture(scope="module")
