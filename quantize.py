@@ -58,6 +58,18 @@ def check_scheme(scheme: Scheme) -> None:
         raise InputError(f"--group_size and --symmetric concern --mode int4, not {scheme.mode}.")
 
 
+def scheme_named(name: str) -> Scheme | None:
+    """None for "none"; a scheme for a mode, or for int4/GROUP."""
+    if name == "none":
+        return None
+    mode, _, group = name.partition("/")
+    if group and not group.isdecimal():
+        raise InputError(f"--mode {name} is not of the form int4/GROUP.")
+    scheme = Scheme(mode, int(group or 32))
+    check_scheme(scheme)
+    return scheme
+
+
 def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing needs.
 
@@ -169,7 +181,7 @@ def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer of packed weights; n_out and n_in are the sizes that the packing has padded. On a CPU they lie in tiles."""
+    """A linear layer of packed weights, on a CPU in tiles; n_out and n_in are the sizes that the packing has padded."""
 
     def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int):
         super().__init__()

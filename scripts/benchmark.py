@@ -47,7 +47,18 @@ from model import (
     weight_plan,
     write_file,
 )
-from quantize import QuantLinear, Scheme, add_mode_flags, completer, load_model, prepare, quantize, scheme_of, weight_bytes
+from quantize import (
+    QuantLinear,
+    Scheme,
+    add_mode_flags,
+    completer,
+    load_model,
+    prepare,
+    quantize,
+    scheme_named,
+    scheme_of,
+    weight_bytes,
+)
 from scripts.experiments import commit, machine
 from scripts.peers import Peers, timed
 
@@ -81,13 +92,20 @@ def shape_of(name: str) -> ModelArgs:
 
 
 def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]:
-    """Bytes a second of (reading, copying) 1 GiB (4 GiB on a GPU), best of 5; a copy counts reads and writes."""
+    """Bytes a second of (reading, copying) 1 GiB (4 GiB on a GPU), best of 5; a copy counts reads and writes.
+
+    On a CPU a read is a sum or, where that is faster, a product with one row: what PyTorch's sum reaches is not the limit.
+    """
     size = (2**32 if device.type == "cuda" else 2**30) // dtype_bytes
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)
-    read, copy = (
-        min(timed(action, device) for _ in range(5)) for action in (lambda: source.sum(), lambda: target.copy_(source))
-    )
+    reads = [lambda: source.sum()]
+    if device.type == "cpu":
+        kernels.use_cpu_kernels()
+        row, weight = torch.ones(1, 2**12), source.view(-1, 2**12)
+        reads.append(torch.inference_mode()(lambda: kernels.linear(row, weight)))
+    read = min(timed(action, device) for _ in range(5) for action in reads)
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(5))
     if device.type == "cuda":
         del source, target
         torch.cuda.empty_cache()
@@ -106,11 +124,11 @@ def repeated(action: Callable, times: int, device: torch.device) -> Callable[[],
 class Workbench:
     """The models and engines of one benchmark, and its parts."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, schemes: tuple[Scheme | None, Scheme | None]):
         self.args, self.device, self.dtype = args, args.device, run_dtype(args.precision, args.device)
         self.startup: dict = {}
         self.length = max([needed_length(args), *(args.cache_length or [])[:1]])
-        self.schemes = (scheme_of(args), scheme_of(args, "draft_"))
+        self.schemes = schemes
         capacity = capacity_for(self.length, max([args.speculate_k, *args.rows]))
         shapes = [shape for shape in shapes_of(args) if shape is not None]
         check_memory(shapes, capacity, self.dtype, self.device, list(self.schemes))
@@ -303,6 +321,23 @@ class Workbench:
         trace.export_chrome_trace(str(path))
 
 
+def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
+    """The first workbench and all parts: of the command line's own modes, or for each of --modes the target so."""
+    draft = scheme_of(args, "draft_")
+    if not args.modes:
+        bench = Workbench(args, (scheme_of(args), draft))
+        return bench, bench.parts()
+    benches = []
+    for name in args.modes:
+        scheme = scheme_named(name)
+        benches.append(Workbench(args, (replace(scheme, lm_head=args.quantize_lm_head) if scheme else None, draft)))
+    parts = [bench.parts() for bench in benches]
+    for name, some in zip(args.modes, parts):
+        for part in some:
+            part.name = f"{name}: {part.name}"
+    return benches[0], [part for some in zip(*parts) for part in some]
+
+
 def imposed(args: argparse.Namespace) -> str:
     return "" if args.accept is None else f"imposed acceptance of {args.accept}"
 
@@ -454,6 +489,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--cache_length", type=int, nargs="+", help="positions that the cache holds (default: what the run needs); with"
         " several, the plain step is measured with each")  # fmt: skip
     add_mode_flags(parser)
+    add("--modes", nargs="+", help="measure the target in each of these, taking turns: none, int8, fp8, int4, int4/128")
     add("--prefill", type=int, nargs="*", default=[512], help="prompt lengths to read")
     add("--prompt_tokens", type=int, default=64, help="prompt of the whole generations")
     add("--max_new_tokens", type=int, default=200, help="tokens of the whole generations")
@@ -495,9 +531,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--judge_path: random weights have no judge; leave it out, and one of zeros is computed.")
     if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
         raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
-    if args.peers and (args.max_new_tokens < 2 or args.mode or args.draft_mode):
+    if args.modes and (args.mode or args.attention or args.products):
+        raise InputError("--modes names how the target is quantised; leave --mode, --attention and --products out.")
+    if args.peers and (args.max_new_tokens < 2 or args.mode or args.draft_mode or args.modes):
         raise InputError(
-            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --max_new_tokens."
+            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, --max_new_tokens."
         )
     if (args.attention or args.products) and (args.profile or args.peers):
         raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
@@ -555,8 +593,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.attention or args.products:
         parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
     else:
-        bench = Workbench(args)
-        parts = bench.parts()
+        bench, parts = workbenches(args)
     for _ in measure(parts, args.repeats):
         report = make_report(args, argv, parts, bench, read, copy)
         if args.out is not None:  # after every turn: a run that is stopped leaves what it has
@@ -577,7 +614,10 @@ def make_report(args, argv: list[str], parts: list[Part], bench: Workbench | Non
         "read_gb_per_s": read / 1e9, "copy_gb_per_s": copy / 1e9, "limit": "copy" if args.device.type == "cuda" else "read",
         "rows": [summarise(part, limit) for part in parts],
     }  # fmt: skip
-    return report if bench is None else report | {"startup": bench.startup} | bench.round_figures(report["rows"])
+    if bench is None:
+        return report
+    figures = {} if args.modes else bench.round_figures(report["rows"])  # with several modes there are several of each
+    return report | {"startup": bench.startup} | figures
 
 
 def as_text(report: dict) -> str:

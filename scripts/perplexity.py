@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from generate import DEMO
 from model import DTYPES, InputError, ModelArgs, Parser, Progress, Transformer, pick_device, run_dtype, run_script
-from quantize import MODES, Scheme, check_scheme, load_model
+from quantize import MODES, load_model, scheme_named
 from scripts.demo_task import problems, write_answer
 from tokenizer import load_tokenizer
 
@@ -63,18 +63,6 @@ def log_likelihood(model: Transformer, bos: int, given: int, ids: list[int], win
         chances = F.log_softmax(logits[0], -1).gather(-1, text[1:, None])[:, 0]
         total += chances[first - begin :].double().sum().item()
     return total
-
-
-def scheme_named(name: str) -> Scheme | None:
-    """None for "none"; a scheme for a mode, or for int4/GROUP."""
-    if name == "none":
-        return None
-    mode, _, group = name.partition("/")
-    if group and not group.isdecimal():
-        raise InputError(f"--mode {name} is not of the form int4/GROUP.")
-    scheme = Scheme(mode, int(group or 32))
-    check_scheme(scheme)
-    return scheme
 
 
 def run(args: argparse.Namespace) -> None:
