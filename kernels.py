@@ -7,12 +7,15 @@ rows with quantised weights there; on a CPU kernels.cpp does.
 """
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +81,7 @@ def build(source: Path) -> Path:
     command = [get_cpp_compiler(), *FLAGS.split(), native_flag(), f"-I{root / 'include'}"]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     key = hashlib.sha256(f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "judge-fast"
+    folder = cache_folder()
     library = folder / f"{source.stem}-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -89,6 +92,10 @@ def build(source: Path) -> Path:
                 raise OSError(f"{command[0]} wrote no library")
             os.replace(fresh, library)
     return library
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "judge-fast"
 
 
 def native_flag() -> str:
@@ -206,25 +213,112 @@ if triton is not None:
         tl.store(part + (number * T + rows[:, None]) * N + n[None, :], acc, mask=rows[:, None] < T)
 
 
+class Tiling(NamedTuple):
+    """How `few_rows` cuts a product: sizes of a block, warps and loads in flight of a program, programs a multiprocessor."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+TILINGS = (  # what the tuner tries; the first one serves where nothing is tuned
+    Tiling(64, 128, 4, 4, 2), Tiling(32, 128, 4, 4, 4), Tiling(16, 256, 4, 4, 4), Tiling(32, 256, 4, 3, 4),
+    Tiling(64, 128, 4, 3, 4), Tiling(64, 256, 8, 3, 2), Tiling(128, 128, 8, 3, 2), Tiling(16, 512, 4, 2, 4),
+)  # fmt: skip
+tilings: dict[str, Tiling] = {}  # the choices of this process, by shape
+
+
 @torch.library.custom_op("judge_fast::few_rows", mutates_args=())
 def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
     """x (..., k) of up to MOST_ROWS rows times a quantised weight, packed as quantize.py says -> (..., n), on a GPU.
 
     Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into parts that run
-    side by side where the weight has too few rows to fill the GPU; the parts are summed in fp32.
+    side by side where the weight has too few rows to fill the GPU; the parts are summed in fp32. The first product of a
+    shape measures TILINGS, unless an earlier process has, on the same kind of GPU.
     """
+    block_m = power_of_2(x.numel() // x.shape[-1])
+    fitting = [tiling for tiling in TILINGS if weight.shape[0] % tiling.block_n == 0]
+    if x.device.type != "cuda":
+        return product(x, weight, scales, n, fitting[0])
+    key = f"{weight.dtype} {tuple(weight.shape)} in {tuple(scales.shape)}, up to {block_m} rows of {x.dtype}"
+    if key not in tilings:
+        tilings.update(read_tilings(x.device))
+    if tilings.get(key) not in fitting:
+        tilings[key] = tune(fitting, lambda tiling: product(x, weight, scales, n, tiling))
+        write_tilings(x.device)
+    return product(x, weight, scales, n, tilings[key])
+
+
+def product(x: Tensor, weight: Tensor, scales: Tensor, n: int, tiling: Tiling) -> Tensor:
+    """`few_rows` by one tiling, whose block_n divides the rows of the weight."""
     int4, rows = weight.dtype == torch.uint8, x.numel() // x.shape[-1]
     n_padded, k = weight.shape[0], weight.shape[1] * (2 if int4 else 1)
-    block_n, block_k = (16 if n_padded % 64 else 64), 128
-    n_parts = parts_for(x.device, n_padded // block_n)
-    each = -(-k // n_parts // block_k) * block_k if n_parts > 1 else k
+    blocks = n_padded // tiling.block_n
+    n_parts = parts_for(x.device, blocks, tiling.programs)
+    each = -(-k // n_parts // tiling.block_k) * tiling.block_k
     n_parts = -(-k // each)
     part = torch.empty(n_parts, rows, n_padded, dtype=torch.float32, device=x.device)
-    product_part[(n_padded // block_n, n_parts)](
+    product_part[(blocks, n_parts)](
         x.contiguous(), weight, scales, part, n_padded, k, rows, each, INT4=int4, GROUP=k // scales.shape[1] if int4 else 1,
-        X_K=x.shape[-1], BLOCK_M=power_of_2(rows), BLOCK_N=block_n, BLOCK_K=block_k,
+        X_K=x.shape[-1], BLOCK_M=power_of_2(rows), BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     return part.sum(0)[:, :n].to(x.dtype).view(*x.shape[:-1], n)
+
+
+def tune(candidates: list[Tiling], action: Callable[[Tiling], Tensor]) -> Tiling:
+    """The fastest one, by the median of cold-cache runs; those that the GPU has no room for drop out."""
+    seconds = {}
+    for tiling in candidates:
+        try:
+            seconds[tiling] = milliseconds(lambda tiling=tiling: action(tiling))
+        except triton.runtime.errors.OutOfResources:
+            continue
+    return min(seconds, key=seconds.get)
+
+
+def milliseconds(action: Callable[[], Tensor]) -> float:
+    return triton.testing.do_bench(action, warmup=5, rep=20, return_mode="median")
+
+
+def tilings_file(device: torch.device) -> Path:
+    """Where the choices for this GPU, Triton and source are kept."""
+    kind = f"{torch.cuda.get_device_name(device)} {triton.__version__}".encode()
+    return cache_folder() / f"few_rows-{hashlib.sha256(kind + Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+
+
+def read_tilings(device: torch.device) -> dict[str, Tiling]:
+    """What earlier processes chose; nothing where the file is missing or damaged: then it is measured again."""
+    try:
+        return {key: Tiling(*found) for key, found in json.loads(tilings_file(device).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_tilings(device: torch.device) -> None:
+    """Keeps the choices, beside those of other processes. Where that fails, the next process measures again."""
+    path = tilings_file(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
+            json.dump(read_tilings(device) | tilings, beside)
+        os.replace(beside.name, path)
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}): products are tuned anew next time.", file=sys.stderr)
+
+
+def scaled_product(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
+    """x (..., k) in bf16 or fp32, quantised to e4m3 with one scale a row, times fp8 weights (N, K), scales (N,) -> (..., n).
+
+    Any number of rows, by PyTorch's product of fp8 with fp8, whose output is bf16.
+    """
+    rows = F.pad(x.reshape(-1, x.shape[-1]), (0, weight.shape[1] - x.shape[-1]))
+    x_scales = (rows.abs().amax(1, keepdim=True).float() / 448).clamp(min=1e-30)
+    narrow = (rows.float() / x_scales).to(torch.float8_e4m3fn)
+    y = torch._scaled_mm(narrow, weight.t(), scale_a=x_scales, scale_b=scales[None], out_dtype=torch.bfloat16)
+    return y[:, :n].to(x.dtype).view(*x.shape[:-1], n)
 
 
 @few_rows.register_fake
@@ -280,7 +374,7 @@ def power_of_2(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def parts_for(device: torch.device, programs: int) -> int:
-    """Parts to cut the positions into: enough for two programs a multiprocessor."""
+def parts_for(device: torch.device, programs: int, wanted: int = 2) -> int:
+    """Parts to cut the work of so many programs into: enough for `wanted` programs a multiprocessor."""
     n = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    return max(1, min(64, 2 * n // programs))
+    return max(1, min(64, wanted * n // programs))

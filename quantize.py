@@ -36,16 +36,17 @@ TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 @dataclass(frozen=True)
 class Scheme:
-    """How to quantise. group_size and symmetric concern int4 alone."""
+    """How to quantise. group_size and symmetric concern int4 alone; dynamic, activations too, token by token, fp8."""
 
     mode: str
     group_size: int = 32
     symmetric: bool = False
     lm_head: bool = False
+    dynamic: bool = False
 
     def __str__(self) -> str:
         int4 = f"/{self.group_size}{' symmetric' if self.symmetric else ''}" if self.mode == "int4" else ""
-        return self.mode + int4 + (" with LM head" if self.lm_head else "")
+        return self.mode + int4 + (" dynamic" if self.dynamic else "") + (" with LM head" if self.lm_head else "")
 
 
 def check_scheme(scheme: Scheme) -> None:
@@ -56,6 +57,8 @@ def check_scheme(scheme: Scheme) -> None:
         raise InputError(f"--group_size {scheme.group_size} must be 32, 64 or 128.")
     if scheme.mode != "int4" and (scheme.symmetric or scheme.group_size != 32):
         raise InputError(f"--group_size and --symmetric concern --mode int4, not {scheme.mode}.")
+    if scheme.dynamic and scheme.mode != "fp8":
+        raise InputError(f"--dynamic_activations concerns --mode fp8, not {scheme.mode}.")
 
 
 def scheme_named(name: str) -> Scheme | None:
@@ -183,17 +186,19 @@ def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 class QuantLinear(nn.Module):
     """A linear layer of packed weights, on a CPU in tiles; n_out and n_in are the sizes that the packing has padded."""
 
-    def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int):
+    def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, dynamic: bool = False):
         super().__init__()
-        self.n_out, self.n_in = n_out, n_in
+        self.n_out, self.n_in, self.dynamic = n_out, n_in, dynamic
         weight, scales = pad_rows(weight), pad_rows(scales)
-        if weight.device.type == "cpu":
+        if weight.device.type == "cpu" and not dynamic:
             weight, scales = to_tiles(weight, scales)
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n_in), fp32 or bf16 -> (..., n_out). On a CPU kernels.cpp takes any number of rows."""
+        if self.dynamic:
+            return kernels.scaled_product(x, self.weight, self.scales, self.n_out)
         if x.device.type == "cpu":
             return kernels.cpu_kernels.linear_quantized(x, self.weight, self.scales, self.n_out)
         if x.numel() // self.n_in <= kernels.MOST_ROWS:
@@ -219,22 +224,25 @@ def quantize_module(model: Transformer, parameter: str, scheme: Scheme) -> None:
     owner, _, name = parameter.removesuffix(".weight").rpartition(".")
     parent = model.get_submodule(owner)
     weight = getattr(parent, name).weight
-    setattr(parent, name, QuantLinear(*quantize(weight, scheme), *weight.shape))
+    setattr(parent, name, QuantLinear(*quantize(weight, scheme), *weight.shape, scheme.dynamic))
 
 
 def quantize_model(model: Transformer, scheme: Scheme) -> Transformer:
     """Quantises a loaded model in place, layer by layer, and returns it."""
     check_scheme(scheme)
     check_lm_head(model.args, scheme)
-    prepare(model.device)
+    prepare(model.device, scheme)
     for name in grouped_plan(model.args):
         completer(scheme)(model, name)
     return model
 
 
-def prepare(device: torch.device) -> None:
+def prepare(device: torch.device, scheme: Scheme) -> None:
     """Builds what products of packed weights need; raises InputError where that cannot be had."""
-    if device.type == "cpu":
+    if scheme.dynamic:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise InputError("--dynamic_activations needs a GPU that multiplies fp8 (compute capability 8.9); leave it out.")
+    elif device.type == "cpu":
         kernels.use_cpu_kernels()
         if kernels.cpu_kernels is None:
             raise InputError("Quantised weights on a CPU need kernels.cpp, which could not be built; install a C++ compiler.")
@@ -255,13 +263,13 @@ def load_model(
     if written is not None:
         if scheme not in (None, written[0]):
             raise InputError(f"{folder} holds {written[0]} weights already; leave --mode out.")
-        prepare(device)
+        prepare(device, written[0])
         return load_quantized(folder, device, dtype, *written)
     if scheme is None:
         return plain.load_model(folder, device, dtype)
     check_scheme(scheme)
     check_lm_head(ModelArgs.from_folder(folder), scheme)
-    prepare(device)
+    prepare(device, scheme)
 
     return plain.load_model(folder, device, dtype, completer(scheme))
 
@@ -343,7 +351,7 @@ def load_quantized(
             weight, scales = (torch.cat(parts).to(device) for parts in found.values())
             owner, _, leaf = ours.removesuffix(".weight").rpartition(".")
             n, k = sum(shape[0] for _, shape in tensors), tensors[0][1][1]
-            setattr(model.get_submodule(owner), leaf, QuantLinear(weight, scales, n, k))
+            setattr(model.get_submodule(owner), leaf, QuantLinear(weight, scales, n, k, scheme.dynamic))
         else:
             row = 0
             for name, shape in tensors:
@@ -462,6 +470,7 @@ def add_mode_flags(parser: argparse.ArgumentParser, required: bool = False) -> N
     add("--group_size", type=int, default=32, help="int4: columns that share a scale: 32, 64 or 128")
     add("--symmetric", action="store_true", help="int4: scales without offsets")
     add("--quantize_lm_head", action="store_true", help="the LM head, too")
+    add("--dynamic_activations", action="store_true", help="fp8: quantise activations, too, token by token")
 
 
 def scheme_of(args: argparse.Namespace, whose: str = "") -> Scheme | None:
@@ -469,9 +478,11 @@ def scheme_of(args: argparse.Namespace, whose: str = "") -> Scheme | None:
     mode = getattr(args, whose + "mode", None)
     if not mode:
         return None
-    int4 = {"group_size": args.group_size, "symmetric": args.symmetric}
-    only_other = mode != "int4" and "int4" in (args.mode, getattr(args, "draft_mode", None))  # the flags are the other's
-    scheme = Scheme(mode, **({} if only_other else int4), lm_head=args.quantize_lm_head)
+    flags = {"int4": {"group_size": args.group_size, "symmetric": args.symmetric}, "fp8": {"dynamic": args.dynamic_activations}}
+    for name in flags:
+        if mode != name and name in (args.mode, getattr(args, "draft_mode", None)):  # the flags are the other model's
+            flags[name] = {}
+    scheme = Scheme(mode, **flags["int4"], **flags["fp8"], lm_head=args.quantize_lm_head)
     check_scheme(scheme)
     return scheme
 

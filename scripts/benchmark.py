@@ -147,7 +147,7 @@ class Workbench:
         """Loads a folder, or makes a preset with random weights; notes how long it took."""
         if folder is None:
             if scheme is not None:
-                prepare(self.device)
+                prepare(self.device, scheme)
             complete = completer(scheme) if scheme is not None else None
             return random_model(shape_of(name), self.device, self.dtype, complete=complete)
         files = sorted(set(checkpoint_files(folder).values()))
@@ -384,14 +384,15 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
     """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the weights alone)."""
     parts, device = [], args.device
     kernels.use_cpu_kernels()
-    schemes = [Scheme("int8"), Scheme("fp8"), Scheme("int4"), Scheme("int4", 128)]
+    schemes = [Scheme("int8"), Scheme("fp8"), Scheme("fp8", dynamic=True), Scheme("int4"), Scheme("int4", 128)]
     for name in ("wqkv", "wo", "w13", "w2"):
         shape = linear_shape(model, name)
         weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
         packed = {}
         for scheme in schemes:
-            first = QuantLinear(*quantize(weights[0], scheme), *shape)
+            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme.dynamic)
             packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
+        packed["PyTorch's int4/128"] = [LibraryInt4(weights[0]) for _ in range(COPIES)]
         for rows in (1, 2, 17, 33):
             x = torch.randn(1, rows, shape[1], device=device).to(dtype)
             what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
@@ -404,6 +405,29 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
                 action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
                 parts.append(Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes))
     return parts
+
+
+class LibraryInt4:
+    """PyTorch's own product with int4 weights in groups of 128, for comparison; weight (N, K) in bf16 or fp32."""
+
+    GROUP = 128
+
+    def __init__(self, weight: Tensor):
+        groups = weight.float().unflatten(1, (-1, self.GROUP))
+        low, high = groups.amin(-1), groups.amax(-1)
+        step = ((high - low) / 15).clamp(min=1e-30)
+        q = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).to(torch.int32).flatten(1)
+        self.scales = torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)  # (groups, N, 2)
+        if weight.device.type == "cpu":
+            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        else:
+            self.weight = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8)
+            self.product = torch.ops.aten._weight_int4pack_mm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (1, T, K) -> (T, N)."""
+        return self.product(x[0], self.weight, self.GROUP, self.scales)
 
 
 def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:

@@ -125,6 +125,70 @@ def test_products_on_a_gpu_against_float64(scheme, n, k, device):
         assert y.shape == (1, rows, n) and ((y.double() - x.double() @ exact_w.T).abs() / size).max() < noise, rows
 
 
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4")], ids=["int8", "int4"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_tiling_gives_the_same_product(scheme, device):
+    """All that the tuner may choose, with parts of the columns that do not divide."""
+    pytest.importorskip("triton")
+    n, k = 128, 1100
+    packed = [quantize.pad_rows(part) for part in quantize.quantize(weights(n, k), scheme)]
+    x = torch.randn(1, 17, k, generator=torch.Generator().manual_seed(0))
+    exact, size = (y.double() @ w.double().T for y, w in ((x, dequantize(*packed)[:n, :k]), (x.abs(), dequantize(*packed)[:n, :k].abs())))
+    moved = [part.to(device) for part in (x, *packed)]
+    assert len(set(kernels.TILINGS)) == len(kernels.TILINGS)
+    for tiling in kernels.TILINGS:
+        y = kernels.product(*moved, n, tiling).cpu()
+        assert ((y.double() - exact).abs() / size.clamp(min=1e-30)).max() < 1e-6, tiling
+
+
+def test_the_fastest_tiling_is_chosen_once_and_kept(monkeypatch, tmp_path, capsys):
+    """With a clock of ours: the choice is the fastest that fits, another process finds it, and a damaged file is measured anew."""
+    pytest.importorskip("triton")
+    asked, cuda = [], torch.device("cuda")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(kernels, "milliseconds", lambda action: (action(), 1.0 + abs(len(asked) - 3))[1])
+
+    def action(tiling):
+        asked.append(tiling)
+        if len(asked) == 2:
+            raise kernels.triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+
+    candidates = list(kernels.TILINGS[:5])
+    assert kernels.tune(candidates, action) == candidates[2] and asked == candidates
+    monkeypatch.setattr(kernels, "tilings", {"ours": candidates[2]})
+    kernels.write_tilings(cuda)
+    monkeypatch.setattr(kernels, "tilings", {"theirs": candidates[4]})
+    kernels.write_tilings(cuda)
+    assert kernels.read_tilings(cuda) == {"ours": candidates[2], "theirs": candidates[4]}
+    assert [file.name for file in (tmp_path / "judge-fast").iterdir()] == [kernels.tilings_file(cuda).name]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    assert kernels.read_tilings(cuda) == {}
+    kernels.tilings_file(cuda).write_text('{"ours": [1')
+    assert kernels.read_tilings(cuda) == {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    kernels.write_tilings(cuda)
+    assert "tuned anew next time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n, k", [(16, 32), (97, 48), (33, 1100)])
+@torch.inference_mode()
+def test_products_of_fp8_with_fp8(n, k):
+    """Against float64 products of what both sides are rounded to; one scale a row of x: a large row leaves the others alone."""
+    packed = quantize.quantize(weights(n, k), Scheme("fp8"))
+    layer, exact_w = QuantLinear(*packed, n, k, dynamic=True), dequantize(*packed)[:n, :k].double()
+    for rows in (1, 17, 130):
+        x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        x[0, 0] *= 1000
+        scale = x.double().abs().amax(-1, keepdim=True) / 448
+        rounded = (x.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
+        y, exact, size = layer(x), rounded @ exact_w.T, rounded.abs() @ exact_w.abs().T
+        assert y.shape == (1, rows, n) and y.dtype == x.dtype
+        assert ((y.double() - exact).abs() / size.clamp(min=1e-30)).max() < 2e-2  # a quotient may round to the neighbour
+        assert ((y.double() - exact).norm() / exact.norm()) < 4e-3
+
+
 def test_fp8_takes_every_value_there_is():
     """All 254 finite bytes of e4m3, the tiny ones below its normal range, too."""
     every = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
@@ -164,7 +228,9 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme("int8", lm_head=True)], ids=[*TEXT, "int8 with LM head"])
+@pytest.mark.parametrize(
+    "scheme", [*SCHEMES, Scheme("int8", lm_head=True), Scheme("fp8", dynamic=True)], ids=[*TEXT, "int8 with LM head", "fp8 dynamic"]
+)
 @torch.inference_mode()
 def test_a_written_folder_is_what_quantising_while_loading_gives(folder, tmp_path, scheme):
     convert(folder, tmp_path / "out", scheme)
@@ -249,6 +315,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
     make_folder(tmp_path / "tied", tie_word_embeddings=True)
     refused("this LM head is the embedding", lambda: convert(tmp_path / "tied", tmp_path / "c", Scheme("int8", lm_head=True)))
     refused("--group_size 48", lambda: convert(folder, tmp_path / "c", Scheme("int4", 48)))
+    refused("concerns --mode fp8", lambda: convert(folder, tmp_path / "c", Scheme("int8", dynamic=True)))
     refused("concern --mode int4", lambda: convert(folder, tmp_path / "c", Scheme("int8", symmetric=True)))
     with pytest.raises(SystemExit) as end:
         main(["--checkpoint_path", str(tmp_path / "nowhere"), "--mode", "int8", "--out", str(tmp_path / "c")])
