@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from generate import Result, check_settings, conditions, live_statistics
+from generate import Result, check_settings, conditions, kind_of, live_statistics
 from judge import (
     LABEL_POLICIES,
     RULES,
@@ -48,7 +48,7 @@ from judge import (
 )
 from model import InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
 from quantize import load_model
-from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, settings_for
+from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, schemes_of, settings_for
 from scripts.tasks import Question, add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
@@ -166,7 +166,8 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     """Calibrates the judge on labelled answers that hold a mistake; the unit is the prompt, with all its answers."""
     answers, tokenizer = read_answers(args.data), load_tokenizer(args.checkpoint_path)
     dtype = run_dtype(args.precision, args.device)
-    target, draft = (load_model(folder, args.device, dtype) for folder in (args.checkpoint_path, args.draft_checkpoint_path))
+    folders = args.checkpoint_path, args.draft_checkpoint_path
+    target, draft = (load_model(folder, args.device, dtype, scheme) for folder, scheme in zip(folders, schemes_of(args)))
     head = load_judge(args.judge_path, target, draft)
     known = set(head.trained_on.tolist())
     encoded = [a for a in encode_items(tokenizer, answers, args.chat, target.args.vocab_size) if a.key not in known]
@@ -192,7 +193,7 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     result = {"kind": "false_accept", "max_harm": args.max_false_accept, **figures(passed, n, args.confidence)}
     result["data"] = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
     result["conditions"] = {"verify": "judge", "target": target.fingerprint, "chat": args.chat,
-                            "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+                            "dtype": kind_of(target)}  # fmt: skip
     return result, head
 
 
@@ -285,7 +286,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="what to write: a judge (default: --judge_path itself) or, for another rule, JSON")
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
     add_question_flags(add)
-    add_engine_flags(add)
+    add_engine_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +48,7 @@ from model import (
     run_dtype,
     run_script,
 )
+from quantize import Scheme, add_mode_flags, scheme_of
 from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
@@ -113,7 +113,9 @@ class Bench:
             )
         judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
         capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k))
-        self.models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity)
+        self.models = load_pair(
+            args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity, schemes_of(args)
+        )
         for model in self.models[:2]:
             if model is not None:
                 model.setup_caches(capacity)  # at once for the largest M: engines come one by one, and share them
@@ -308,6 +310,8 @@ def check_args(args: argparse.Namespace, rules: list[Variant]) -> None:
             raise InputError(f"--verify {rule.name} needs a number for --speculate_k.")
         elif args.temperature:
             raise InputError(f"--verify {rule.name} is greedy; leave --temperature out.")
+        elif any(schemes_of(args)):
+            raise InputError(f"--verify {rule.name} runs the folders as they are; leave --mode and --draft_mode out.")
 
 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer, head: JudgeHead | None) -> dict:
@@ -320,6 +324,7 @@ def make_header(args: argparse.Namespace, target: Transformer, draft: Transforme
             "target": target.fingerprint, "draft": draft.fingerprint, "judge": judge, "speculate_k": args.speculate_k,
             "temperature": args.temperature, "top_k": args.top_k, "min_prob": args.min_prob,
             "max_new_tokens": args.max_new_tokens, "precision": str(target.dtype).removeprefix("torch."),
+            "mode": target.quantization or None, "draft_mode": draft.quantization or None,
             "compile": args.compile, "device": str(args.device), "torch": torch.__version__}  # fmt: skip
 
 
@@ -331,8 +336,9 @@ def report(args: argparse.Namespace) -> None:
         print_table(rows)
 
 
-def add_engine_flags(add: Callable) -> None:
+def add_engine_flags(parser: Parser) -> None:
     """The flags that say which models answer, and how."""
+    add = parser.add_argument
     add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft and judge)")
     add("--draft_checkpoint_path", type=Path, help="the draft")
     add("--judge_path", type=Path, help="judge.safetensors of this target, for the rule judge")
@@ -345,6 +351,12 @@ def add_engine_flags(add: Callable) -> None:
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add_mode_flags(parser)
+
+
+def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
+    """How target and draft are to be quantised."""
+    return scheme_of(args), scheme_of(args, "draft_")
 
 
 def name_models(args: argparse.Namespace) -> None:
@@ -360,7 +372,7 @@ def name_models(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_question_flags(parser.add_argument)
-    add_engine_flags(parser.add_argument)
+    add_engine_flags(parser)
     add = parser.add_argument
     add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules (judge@8: with M = 8), hf, hf-assisted")
     add("--threshold", help="rule=number, ...; several for one rule run it several times")

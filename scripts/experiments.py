@@ -550,7 +550,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--mined_seed", type=int, nargs="+", default=[2026], help="the --seed that they were mined with")
     add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")
     add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
-    add_engine_flags(add)
+    add_engine_flags(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.flags = " ".join(word for word in argv if word != args.name)

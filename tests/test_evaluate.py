@@ -66,6 +66,22 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path, capsys):
     assert contents(tmp_path / "whole.jsonl") == whole
 
 
+def test_quantised_models_answer_and_say_so(tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    command = ["--limit", "2", "--verify", "plain,standard", "--device", "cpu", "--out", str(out), "--max_new_tokens", "20"]
+    main([*command, "--mode", "int4", "--group_size", "64", "--draft_mode", "int8"])
+    header, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (header["mode"], header["draft_mode"]) == ("int4/64", "int8")
+    assert {record["dtype"] for record in records} == {"float32 int4/64"}
+    for other in ([], ["--mode", "int4", "--draft_mode", "int8"], ["--mode", "int4", "--group_size", "64"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *other])
+        assert stop.value.code == 2 and "mode" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["--verify", "hf", "--mode", "int8", "--device", "cpu"])
+    assert stop.value.code == 2 and "--verify hf runs the folders as they are" in capsys.readouterr().err
+
+
 def test_a_foreign_file_is_not_overwritten(tmp_path):
     path = tmp_path / "notes.txt"
     for content in ("my notes\n", "my notes", '{"my": "only copy, no newline"}', "[1]\n[2]\n", '{"task": "other"}\n'):
