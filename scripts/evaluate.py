@@ -50,6 +50,7 @@ from model import (
 )
 from quantize import Scheme, add_mode_flags, scheme_of
 from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
+from scripts.token_details import as_fields, cuts, token_details
 from tokenizer import load_tokenizer
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
@@ -151,6 +152,9 @@ class Bench:
         """The record of one question by one rule: from the file, or decoded now and written to it."""
         if (label(rule), question.index) not in self.done:
             record = answer(self.engine(rule), rule, question, self.prompts[question.index], self.args, self.tokenizer)
+            if getattr(self.args, "details", False):
+                details = token_details(*self.models, self.prompts[question.index], record["tokens"])
+                record |= as_fields(details, self.tokenizer, record["tokens"])
             self.done[label(rule), question.index] = record
             self.write(record)
         return self.done[label(rule), question.index]
@@ -213,14 +217,14 @@ def answer(engine, rule: Variant, question: Question, prompt: list[int], args: a
     else:
         result = engine.generate(prompt, args.max_new_tokens, seed=question.index)
         text = answer_text(tokenizer, result.tokens)
-        record = json.loads(as_json(engine, result, text))
+        record = json.loads(as_json(engine, result, text)) | {"origin": "".join(result.origin)}
     checker = CHECKERS[question.checker]
     found = checker.final_answer(question, text)
     reference = str(question.content.answer) if question.checker == "demo" else None
     right = checker.is_right(question, text)
     return {"index": question.index, "rule": label(rule), "family": question.group, "right": right,
             "answer_right": right if reference is None else found == reference, "final_answer": found,
-            "question": question.prompt, **record}  # fmt: skip
+            "question": question.prompt, **record, "cuts": cuts(tokenizer, record["tokens"])}  # fmt: skip
 
 
 def read_results(path: Path, header: dict) -> list[dict]:
@@ -237,7 +241,7 @@ def read_results(path: Path, header: dict) -> list[dict]:
     except ValueError as error:
         raise InputError(f"{path} is not a results file of this script ({error}); name another --out.") from None
     if lines and lines[0] != header:
-        differ = [key for key in header if lines[0].get(key) != header[key]]
+        differ = [key for key in header | lines[0] if lines[0].get(key) != header.get(key)]
         raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
     if text != whole:
         os.truncate(path, len(whole))
@@ -325,7 +329,8 @@ def make_header(args: argparse.Namespace, target: Transformer, draft: Transforme
             "temperature": args.temperature, "top_k": args.top_k, "min_prob": args.min_prob,
             "max_new_tokens": args.max_new_tokens, "precision": str(target.dtype).removeprefix("torch."),
             "mode": target.quantization or None, "draft_mode": draft.quantization or None,
-            "compile": args.compile, "device": str(args.device), "torch": torch.__version__}  # fmt: skip
+            "compile": args.compile, "device": str(args.device), "torch": torch.__version__,
+            **({"details": True} if getattr(args, "details", False) else {})}  # fmt: skip
 
 
 def report(args: argparse.Namespace) -> None:
@@ -377,6 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules (judge@8: with M = 8), hf, hf-assisted")
     add("--threshold", help="rule=number, ...; several for one rule run it several times")
     add("--out", type=Path, help="results, JSON lines; resumed when it exists")
+    add("--details", action="store_true", help="keep probability, KL and score of each token, for report.py (not timed)")
     add("--json", action="store_true", help="print the summary as one JSON object")
     args = parser.parse_args(argv)
     run_script("evaluate.py", lambda: report(args))

@@ -122,9 +122,7 @@ def score(args: argparse.Namespace) -> list[dict]:
     tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
     judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
     dtype = run_dtype(args.precision, args.device)
-    models = load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, schemes=schemes_of(args)
-    )
+    models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, schemes=schemes_of(args))
     texts = encode_items(tokenizer, items, args.chat, models[0].args.vocab_size)
     context = models[0].args.max_position
     if too_long := [n for n, text in enumerate(texts, 1) if len(text.prompt) + len(text.ids) > context]:
