@@ -11,8 +11,8 @@ the exact binomial (Clopper-Pearson) bound, and the walk stops at the first that
 correction for the number of thresholds (Learn then Test, arXiv 2110.01052), whereas picking the best one afterwards
 would void the bound.
 
---max_false_accept is the cheap form, without generating: of the prompts whose labelled answers hold a mistake, the share in
-which the judge alone would let a wrong token through.
+--max_false_accept is the cheap form, without generating: of the prompts whose labelled answers (--data) hold a mistake,
+the share in which the judge alone would let a wrong token through.
 
 For the judge the result goes into its file (or a copy of it, --out), for other rules into --out (JSON), which
 generate.py --calibration reads. If no threshold qualifies, that is said, nothing is written, and the exit code is 1.
@@ -49,7 +49,8 @@ from judge import (
 from model import InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
 from quantize import load_model
 from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, schemes_of, settings_for
-from scripts.tasks import Question, add_question_flags, questions_of
+from scripts.scoring import Question
+from scripts.tasks import add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
 
@@ -281,7 +282,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max_false_accept", type=float, help="instead: largest share of wrong answers with a wrong token let through")
     add("--confidence", type=float, default=0.95)
     add("--walk", help="thresholds from the strictest to the loosest, with commas between (default: the rule's own)")
-    add("--data", type=Path, help="labelled answers for --max_false_accept")
     add("--label_policy", choices=LABEL_POLICIES, default=TrainSettings.policy, help="which tokens of --data count as wrong")
     add("--out", type=Path, help="what to write: a judge (default: --judge_path itself) or, for another rule, JSON")
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")

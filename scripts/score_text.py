@@ -22,7 +22,7 @@ from generate import Paint, check_settings, load_pair, threshold_of
 from judge import RULES, Encoded, RowReader, encode_items, rule_mask
 from model import InputError, Parser, Progress, pick_device, run_dtype, run_script
 from scripts.evaluate import Variant, add_engine_flags, label, name_models, parse_rules, schemes_of, settings_for
-from scripts.tasks import read_lines
+from scripts.public_tasks import read_lines
 from tokenizer import Decoder, Tokenizer, load_tokenizer
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from model import InputError
-from scripts.evaluate import interval, main, parse_rules, read_results, summarise
+from scripts.evaluate import main, parse_rules, summarise
+from scripts.results import read_results
 
 
 def test_rules_and_thresholds_are_parsed():
@@ -16,12 +17,6 @@ def test_rules_and_thresholds_are_parsed():
                                     ("judge@0", None, "whole number or auto")):  # fmt: skip
         with pytest.raises(InputError, match=word):
             parse_rules(names, thresholds)
-
-
-def test_intervals_are_wilsons():
-    low, high = interval(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-9) and interval(50, 50)[1] == pytest.approx(1, abs=1e-9)
 
 
 def record(rule: str, index: int, right: bool, tokens: int, seconds: float, accepted: int, rounds: int) -> dict:
