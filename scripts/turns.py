@@ -4,6 +4,8 @@ import json
 import re
 import sys
 import time
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -104,7 +106,7 @@ def join(records: list[dict]) -> dict:
     whole |= {name: sum(record[name] for record in records) for name in SUMS}
     for name in LISTS:
         if whole.get(name) is not None:
-            whole[name] = sum((record[name] for record in records[1:]), records[0][name])
+            whole[name] = reduce(add, (record[name] for record in records))
     if "mean_accepted" in whole:
         whole["mean_accepted"] = whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
         whole["tokens_per_second"] = len(whole["tokens"]) / whole["seconds_decode"] if whole["seconds_decode"] else 0.0
