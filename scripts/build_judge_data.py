@@ -260,7 +260,7 @@ def check_args(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """From a parsed command line to --out and the summary."""
     check_args(args)
-    questions = questions_of(args, held_out=False)
+    questions = questions_of(args, held_out=False, stops=False)
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)

@@ -441,9 +441,9 @@ def report(args: argparse.Namespace) -> None:
         print(json.dumps({"questions": args.questions or args.task or "demo", "rows": rows}))
     elif rows:
         print_table(rows)
-    if rank_and_size() > (0, 1):
-        print(f"When all processes are done: the same command, without torchrun, with --merge {rank_and_size()[1]}",
-              file=sys.stderr)  # fmt: skip
+    rank, size = rank_and_size()
+    if size > 1 and rank == 0:
+        print(f"When all {size} processes are done: the same command, without torchrun, with --merge {size}", file=sys.stderr)
 
 
 def add_engine_flags(parser: Parser) -> None:

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and not list(args.out.parent.glob(f"{args.out.name}.part*of*")):
         raise InputError(f"--out {args.out} is there already, and not from mining; name another file.")
     name_models(args)
-    questions = questions_of(args, held_out=args.held_out)
+    questions = questions_of(args, held_out=args.held_out, stops=False)
     if args.merge:
         merge(args, questions, args.merge)
         return

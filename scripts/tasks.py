@@ -128,8 +128,12 @@ def add_question_flags(add: Callable) -> None:
     add("--allow_code_execution", action="store_true", help="let humaneval and --checker code run programs that a model wrote")
 
 
-def questions_of(args, held_out: bool = True, scored: bool = True) -> list[Question]:
-    """The questions that a parsed command line names. scored: refuse those that have no right and wrong answers."""
+def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool = True) -> list[Question]:
+    """The questions that a parsed command line names.
+
+    scored: refuse those that have no right and wrong answers. stops: whether the caller ends answers at Question.stops; if
+    not, questions with any are refused.
+    """
     if args.allow_code_execution:
         allow_code_execution()
     if args.task in (None, "demo"):
@@ -142,6 +146,8 @@ def questions_of(args, held_out: bool = True, scored: bool = True) -> list[Quest
         raise InputError(f"--task {args.task} goes with --data, its file, and without --questions and --checker.")
     if scored and TASKS[args.task].checker == "none":
         raise InputError(f"--task {args.task} has no right and wrong answers, which this needs; take another.")
+    if not stops and not args.chat and TASKS[args.task].stops:
+        raise InputError(f"--task {args.task} needs --chat here: a base model's answers do not end by themselves.")
     check_limit(args.limit)
     return read_task(args.task, args.data, args.chat, args.shots, args.shots_data, args.limit)
 

@@ -67,7 +67,8 @@ def command(llamas, task: str, out: Path, *more: str) -> list[str]:
 def test_every_task_runs_on_published_folders(llamas, tmp_path, capsys, chat):
     for task in SOURCES:
         out = tmp_path / f"{task}.jsonl"
-        main(command(llamas, task, out, *(["--chat"] if chat else [])))
+        few = ["--shots", "2"] if task in ("arc", "mmlu") else []
+        main(command(llamas, task, out, *(["--chat"] if chat else few)))
         table = capsys.readouterr().out.splitlines()
         assert len(table) == 4 and [line.split()[:2] for line in table[1:]] == [
             ["plain", "3"],
@@ -112,7 +113,7 @@ def test_answer_files_are_as_fastchats_reader_wants_them(llamas, tmp_path, capsy
     main(command(llamas, "mt_bench", tmp_path / "out.jsonl", "--chat", "--model_answers", str(folder)))
     asked = {q.content["question_id"]: q for q in read_task("mt_bench", DATA / SOURCES["mt_bench"], True, limit=3)}
     published = lines_of(DATA / "mt_bench" / "reference_answer_gpt-4.jsonl")[0]
-    found = {}
+    found, tokenizer = {}, load_tokenizer(llamas / "target")
     for path in sorted(folder.glob("*.jsonl")):  # the model's name is the file's
         found[path.name[:-6]] = {answer["question_id"]: answer for answer in lines_of(path)}
     assert set(found) == {"plain", "standard", "topk=5"}
@@ -131,6 +132,10 @@ def test_answer_files_are_as_fastchats_reader_wants_them(llamas, tmp_path, capsy
             (choice,) = answer["choices"]
             assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(turn, str) for turn in choice["turns"])
             record = records[model, question_id]
+            first, second = turn_ids(script.argparse.Namespace(chat=True), tokenizer, asked[question_id])
+            said = record["tokens"][: choice["new_tokens"][0]]
+            said = said[:-1] if said[-1] in tokenizer.stop_ids else said
+            assert record["prompt_tokens"] == len(first) + len(said) + len(second)
             assert choice["new_tokens"] == [turn["new_tokens"] for turn in record["turns"]]
             assert sum(choice["new_tokens"]) == sum(choice["accept_lengths"]) == len(record["tokens"])
             assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"]) == record["rounds"]
@@ -142,7 +147,9 @@ def demo(out: Path, *more: str) -> list[str]:
 
 
 def test_samples_give_pass_at_k(tmp_path, capsys):
-    sampled = demo(tmp_path / "out.jsonl", "--samples", "10", "--temperature", "1.5", "--limit", "2", "--json")
+    sampled = demo(
+        tmp_path / "out.jsonl", "--samples", "10", "--temperature", "1.5", "--limit", "2", "--json", "--verify", "plain"
+    )
     main(sampled)
     rows = json.loads(capsys.readouterr().out)["rows"]
     records = [r for r in lines_of(tmp_path / "out.jsonl")[1:] if r["rule"] == "plain"]

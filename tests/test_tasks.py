@@ -148,6 +148,8 @@ def test_a_wrong_task_is_one_sentence(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=re.escape(words)):
             questions_of(parsed(*argv), scored=False)
+    with pytest.raises(InputError, match="needs --chat here"):
+        questions_of(parsed(*gsm8k), stops=False)
     with pytest.raises(InputError, match="no right and wrong"):
         questions_of(parsed("--task", "mt_bench", "--data", str(tmp_path / "mt.jsonl")))
 
