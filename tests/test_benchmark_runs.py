@@ -237,6 +237,22 @@ def test_processes_share_the_items_and_merge_to_one_run(parts, tmp_path, capsys)
     assert out.read_bytes() == before
 
 
+def test_a_killed_process_goes_on_with_its_part(parts, tmp_path, monkeypatch, capsys):
+    out = copies(parts, tmp_path)
+    mine, other = part(out, 1, 2), part(out, 0, 2)
+    lines, before = mine.read_text().splitlines(keepends=True), other.read_bytes()
+    mine.write_text("".join(lines[:3]) + lines[3][:50])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    main(demo(out))
+    assert timeless(lines_of(mine)) == timeless([json.loads(line) for line in lines])
+    assert mine.read_text().startswith("".join(lines[:3])) and other.read_bytes() == before  # nothing was made again
+    monkeypatch.setenv("WORLD_SIZE", "9")  # more processes than questions
+    monkeypatch.setenv("RANK", "8")
+    main(demo(tmp_path / "many.jsonl"))
+    assert len(lines_of(part(tmp_path / "many.jsonl", 8, 9))) == 1
+
+
 def refused(argv: list[str], capsys) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

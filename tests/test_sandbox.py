@@ -1,5 +1,6 @@
 """Protects: which programs pass HumanEval's tests, and that tested code is locked in."""
 
+import ctypes
 import json
 import os
 import socket
@@ -287,7 +288,7 @@ def test_landlock_alone_hides_files(places, tmp_path, monkeypatch):
     without(monkeypatch, NO_HOOK, NO_NAMESPACES, NO_LANDLOCK)
     assert [verdict(solution(action, guarded=False)) for action in (secret, home)] == ["pass", "pass"]
     without(monkeypatch, NO_HOOK, NO_NAMESPACES)
-    if verdict(solution(secret, guarded=False)) == "pass":
+    if sys.platform != "linux" or ctypes.CDLL(None).syscall(444, None, 0, 1) < 1:
         pytest.skip("this kernel has no Landlock")
     assert [verdict(solution(action, guarded=False)) for action in (secret, home, write)] == ["fail"] * 3
     assert Path(places["outside"]).read_text() == "secret"
