@@ -43,8 +43,9 @@ from model import (
     write_file,
 )
 from quantize import load_model
-from scripts.evaluate import read_results
-from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
+from scripts.results import read_results
+from scripts.scoring import CHECKERS, Question
+from scripts.tasks import add_question_flags, questions_of
 from scripts.train_demo import annotated
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -259,7 +260,7 @@ def check_args(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """From a parsed command line to --out and the summary."""
     check_args(args)
-    questions = questions_of(args, held_out=False)
+    questions = questions_of(args, held_out=False, stops=False)
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
