@@ -140,7 +140,8 @@ def pareto(result: dict):
             continue
         x, y = [row["mean_accepted"] for row in rows], [100 * row["accuracy"] for row in rows]
         axis.errorbar(x, y, yerr=spread(rows), marker="o", markersize=4, capsize=2, alpha=0.8, label=name)
-    axis.set(xlabel="m*, accepted tokens a round", ylabel=result.get("measure", "right at every step, %"), title=result["title"])
+    axis.set(xlabel="m*, accepted tokens a round", ylabel=result.get("measure", "right at every step, %"))
+    axis.set_title(result["title"])
     axis.legend(fontsize=8)
     return figure
 
