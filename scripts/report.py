@@ -66,20 +66,20 @@ def summary_table(rows: list[dict], records: list[dict]) -> str:
     threshold = {record["rule"]: record.get("threshold") for record in records}
     to_plain, lines = differences(records), []
     for number, row in enumerate(rows):
-        accuracy = interval = difference = changed = "-"
+        accuracy = difference = changed = "-"
         if row["accuracy"] is not None:
-            accuracy, interval = percent(row["accuracy"]), " to ".join(map(percent, row["interval"]))
+            accuracy = f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
         if found := to_plain.get(row["rule"]):
             low, high = (100 * x for x in found["difference_interval"])
             difference = f"{100 * found['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
             changed = f"{found['lost']} / {found['won']}"
         drafts = row["mean_accepted"] is not None
-        cells = [threshold[row["rule"]], row["k"] if drafts else None, row["n"], accuracy, interval, difference, changed,
+        cells = [threshold[row["rule"]], row["k"] if drafts else None, row["n"], accuracy, difference, changed,
                  f"{row['mean_accepted']:.2f}" if drafts else None, percent(row["by_rule_share"]) if drafts else None,
                  f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}" if row["ratio"] else None]  # fmt: skip
         cells = "".join(f'<td class="n">{"-" if cell is None else html.escape(str(cell))}</td>' for cell in cells)
         lines.append(f"<tr><th>{mark(number)} {html.escape(row['rule'])}</th>{cells}</tr>")
-    heads = ("threshold", "M", "n", "right", "95% interval", "points to plain (95%)", "lost / won", "m*", "by the rule alone",
+    heads = ("threshold", "M", "n", "right (95% interval)", "points to plain (95%)", "lost / won", "m*", "by the rule alone",
              "tokens/s", "× plain")  # fmt: skip
     heads = "".join(f'<th class="n">{head}</th>' for head in heads)
     return (f'<div class="wide"><table><thead><tr><th>rule</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
@@ -234,7 +234,7 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
               "f": None if final is None else str(final), "m": m, "t": tokens,
               "o": (record.get("origin") if cuts else None) or "?" * len(tokens)}  # fmt: skip
     if cuts and record.get("p"):
-        answer |= {"p": [short(p, 3) for p in record["p"]], "kl": [short(round(x, 3), 3) for x in record["kl"]],
+        answer |= {"p": [short(p, 3) for p in record["p"]], "kl": [short(round(x, 3), 5) for x in record["kl"]],
                    "s": [round(1000 * x) for x in record["score"]] if record.get("score") else None,
                    "top": {at: pieces(top) for at, top in enumerate(record["top"]) if top is not None}}  # fmt: skip
     return answer

@@ -1,7 +1,7 @@
 "use strict";
 // Everything from the results is put in as text, never as markup: what a model wrote is not to be trusted.
 const { rules, pieces, items } = JSON.parse(document.getElementById("data").textContent);
-const PAGE = 20, ROWS = 50, CONTEXT = 40;
+const PAGE = 20, ROWS = 20, CONTEXT = 40;
 const KINDS = { a: "accepted: the target agrees", r: "let through by the rule alone", t: "the target's own token",
                 b: "the target's own token, after all draft tokens of the round were accepted", "?": "not known who accepted it" };
 const RESULTS = { "-1": ["", "not scored"], 0: ["wrong", "✗ wrong"], 1: ["right", "✓ right"] };
@@ -19,6 +19,7 @@ function mark(rule) {
   return $("marks").content.children[rule].cloneNode(true);
 }
 
+const count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 const textOf = (answer) => answer.text ??= answer.t.map((id) => pieces[id]).join("");
 const fixed = (x, digits) => x > 0 && x < 10 ** -digits ? "below " + 10 ** -digits : x.toFixed(digits);
 const probability = (x) => x >= 0.001 ? x.toFixed(3) : x > 0 ? x.toExponential(1) : "0";
@@ -77,9 +78,9 @@ function render() {
                 kl: (x) => -(x.answer.kl?.[x.at] ?? -1), place: () => 0 }[state.sort] ?? (() => 0);
   tokens.sort((one, other) => key(one) - key(other));  // stable: equals stay as answered
   const all = items.reduce((sum, item) => sum + item.a.length, 0);
-  $("status").textContent = `${answers} of ${all} answers, ${found.length} of ${items.length} questions`;
+  $("status").textContent = `${answers} of ${count(all, "answer")}, ${found.length} of ${count(items.length, "question")}`;
   $("spot-status").textContent = tokens.length
-    ? `${tokens.length} tokens in ${withRule} answers` : "No such token in these answers.";
+    ? `${count(tokens.length, "token")} in ${count(withRule, "answer")}` : "No such token in these answers.";
   document.body.classList.toggle("only", state.only);
   $("items").replaceChildren(...(found.length ? [] : [make("p", {}, "No answer matches these filters.")]));
   $("tokens").replaceChildren();
@@ -122,16 +123,16 @@ function articleOf(item, good) {
 }
 
 function sectionOf(item, answer) {
-  const [kind, name] = RESULTS[answer.ok], count = answer.o.split("r").length - 1;
+  const [kind, name] = RESULTS[answer.ok], byRule = answer.o.split("r").length - 1;
   const title = make("h4", {}, mark(answer.r), ` ${rules[answer.r]} `, make("span", { class: kind }, name));
   const more = [answer.f === null ? "" : `final answer ${answer.f}`, answer.m === null ? "" : `m* ${answer.m}`,
-                count ? `${count} of ${answer.o.length} tokens by the rule alone` : ""].filter((x) => x);
+                byRule ? `${byRule} of ${answer.o.length} tokens by the rule alone` : ""].filter((x) => x);
   if (more.length) title.append(" ", make("span", { class: "soft" }, more.join(", ")));
   const text = make("div", { class: "text", role: "group", "aria-label": `answer by ${rules[answer.r]}, token by token` });
   answer.t.forEach((id, at) => {
     const span = make("span", { class: answer.o[at] === "?" ? "" : answer.o[at], "data-at": at, tabindex: at ? -1 : 0 },
-                      pieces[id] || (at + 1 === answer.t.length ? "⏹" : "▯"));
-    if (answer.o[at] !== "a" && /^\n+$/.test(pieces[id])) span.prepend("⏎");
+                      pieces[id] || (at + 1 === answer.t.length ? "■" : "▯"));
+    if (answer.o[at] !== "a" && /^\n+$/.test(pieces[id])) span.prepend("↵");
     text.append(span);
   });
   text.answer = answer;
