@@ -10,6 +10,7 @@ ran with several M, as in --verify judge@8,judge@16,judge@auto. Of benchmark.py'
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -66,14 +67,18 @@ def check_record(record, where: str) -> None:
         kind = str if name == "origin" else list
         if value is not None and (not isinstance(value, kind) or len(value) != n):
             raise InputError(f"{where}: field {name!r} must hold one entry for each of the {n} tokens.")
-        kinds = (int, float) if name != "top" else (str, type(None))
-        if kind is list and not all(isinstance(x, kinds) for x in value or []):
+        good = (lambda x: x is None or isinstance(x, str)) if name == "top" else is_number
+        if kind is list and not all(map(good, value or [])):
             raise InputError(f"{where}: field {name!r} holds what is no {'text' if name == 'top' else 'number'}.")
     if set(record.get("origin") or "") - set("artb"):
         raise InputError(f"{where}: field 'origin' must be of the letters a, r, t and b.")
     cuts = record.get("cuts")
     if cuts is not None and (not all(type(c) is int and c >= 0 for c in cuts) or sum(cuts) != len(record["text"])):
         raise InputError(f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} characters.")
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def accepted_a_round(origin: str) -> list[int]:

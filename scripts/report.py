@@ -223,27 +223,30 @@ class Pieces:
 
 
 def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
-    """An answer for the page's script: r(ule), ok, f(inal answer), m*, t(okens), o(rigin), p, kl, s(core), top."""
+    """An answer for the page's script: r(ule), ok, f(inal answer), m*, t(okens), o(rigin); and, where the run kept them,
+    p, kl and s(core) in thousandths, and the target's own tokens where they are others."""
     text, cuts = record["text"], record.get("cuts")
     ends = list(accumulate(cuts)) if cuts else [len(text)]
     tokens = [pieces(text[begin:end]) for begin, end in zip([0, *ends], ends)]
-    final, m = record.get("final_answer"), None
-    if record["drafted"]:
-        m = round(record["accepted"] / record["rounds"], 2)
+    final = record.get("final_answer")
     answer = {"r": rules.index(record["rule"]), "ok": -1 if record["right"] is None else int(record["right"]),
-              "f": None if final is None else str(final), "m": m, "t": tokens,
-              "o": (record.get("origin") if cuts else None) or "?" * len(tokens)}  # fmt: skip
-    if cuts and record.get("p"):
-        answer |= {"p": [short(p, 3) for p in record["p"]], "kl": [short(round(x, 3), 5) for x in record["kl"]],
+              "f": None if final is None else str(final),
+              "m": round(record["accepted"] / max(1, record["rounds"]), 2) if record["drafted"] else None,
+              "t": tokens, "o": (record.get("origin") if cuts else None) or "?" * len(tokens)}  # fmt: skip
+    if cuts and has_details(record):
+        answer |= {"p": [thousandths(p) for p in record["p"]], "kl": [round(1000 * x) for x in record["kl"]],
                    "s": [round(1000 * x) for x in record["score"]] if record.get("score") else None,
                    "top": {at: pieces(top) for at, top in enumerate(record["top"]) if top is not None}}  # fmt: skip
     return answer
 
 
-def short(value: float, digits: int) -> float | int:
-    """A number in few characters."""
-    value = float(f"{value:.{digits}g}")
-    return int(value) if value == int(value) else value
+def has_details(record: dict) -> bool:
+    return all(record.get(name) for name in ("p", "kl", "top"))
+
+
+def thousandths(share: float) -> float | int:
+    """A probability in few characters, with 3 digits where it is small: those are what one looks for."""
+    return round(1000 * share) if share >= 0.1 else float(f"{1000 * share:.3g}")
 
 
 def page_data(records: list[dict], rules: list[str]) -> str:
@@ -266,7 +269,7 @@ def notes(records: list[dict]) -> str:
     if bare := sum(not (record.get("origin") and record.get("cuts")) for record in records):
         lines.append(f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: they are of "
                      "transformers, or older than this report; run scripts/evaluate.py anew with another --out.")  # fmt: skip
-    if bare := sum(not record.get("p") for record in records):
+    if bare := sum(not has_details(record) for record in records):
         lines.append(f"{bare} of {n} answers come without probability, KL and score of their tokens: run scripts/evaluate.py "
                      "with --details and another --out to see them here.")  # fmt: skip
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)

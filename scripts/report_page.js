@@ -21,8 +21,8 @@ function mark(rule) {
 
 const count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 const textOf = (answer) => answer.text ??= answer.t.map((id) => pieces[id]).join("");
-const fixed = (x, digits) => x > 0 && x < 10 ** -digits ? "below " + 10 ** -digits : x.toFixed(digits);
-const probability = (x) => x >= 0.001 ? x.toFixed(3) : x > 0 ? x.toExponential(1) : "0";
+const thousandths = (x) => (x / 1000).toFixed(3);  // p, kl and s are kept so, in few characters
+const probability = (x) => x >= 1 || x === 0 ? thousandths(x) : (x / 1000).toExponential(1);
 
 // The state of the page is its address, so that a view can be linked: #rule=judge&wrong=1&only=rule&q=text&item=3&at=17
 function readAddress() {
@@ -74,7 +74,7 @@ function render() {
       withRule += tokens.length > before;
     }
   }
-  const key = { p: (x) => x.answer.p?.[x.at] ?? 2, score: (x) => x.answer.s?.[x.at] ?? 2000,
+  const key = { p: (x) => x.answer.p?.[x.at] ?? 2000, score: (x) => x.answer.s?.[x.at] ?? 2000,
                 kl: (x) => -(x.answer.kl?.[x.at] ?? -1), place: () => 0 }[state.sort] ?? (() => 0);
   tokens.sort((one, other) => key(one) - key(other));  // stable: equals stay as answered
   const all = items.reduce((sum, item) => sum + item.a.length, 0);
@@ -148,7 +148,7 @@ function rowOf({ item, answer, at }) {
     make("td", { class: "context" }, "…" + join(0, at).slice(-CONTEXT), make("span", { class: "r" }, piece(at) || "▯"),
          join(at + 1).slice(0, CONTEXT) + "…"),
     make("td", {}, topOf(answer, at) ?? "-"), number(answer.p && probability(answer.p[at])),
-    number(answer.kl && fixed(answer.kl[at], 3)), number(answer.s && (answer.s[at] / 1000).toFixed(3)));
+    number(answer.kl && thousandths(answer.kl[at])), number(answer.s && thousandths(answer.s[at])));
 }
 
 const topOf = (answer, at) => !answer.p ? undefined : at in answer.top ? JSON.stringify(pieces[answer.top[at]]) : "the same";
@@ -156,8 +156,8 @@ const topOf = (answer, at) => !answer.p ? undefined : at in answer.top ? JSON.st
 function tipText(answer, at) {
   const lines = [JSON.stringify(pieces[answer.t[at]]) + ": " + KINDS[answer.o[at]]];
   if (!answer.p) return lines.concat("no figures; run evaluate.py with --details").join("\n");
-  lines.push(`target's probability ${probability(answer.p[at])}, KL(target, draft) ${fixed(answer.kl[at], 3)}`);
-  lines.push(answer.s ? `judge's score ${(answer.s[at] / 1000).toFixed(3)}` : "no judge");
+  lines.push(`target's probability ${probability(answer.p[at])}, KL(target, draft) ${thousandths(answer.kl[at])}`);
+  lines.push(answer.s ? `judge's score ${thousandths(answer.s[at])}` : "no judge");
   lines.push(`the target's most likely token: ${topOf(answer, at)}`);
   return lines.join("\n");
 }

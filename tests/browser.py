@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --window-size=1200,900 --remote-debugging-pipe").split()  # fmt: skip
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--window-size=1200,900", "--remote-debugging-pipe"]  # fmt: skip
 # the browser reads commands from file descriptor 3 and answers on 4
 LAUNCH = "import fcntl, os, sys; r, w = (fcntl.fcntl(int(x), fcntl.F_DUPFD, 10) for x in sys.argv[1:3]); \
 os.dup2(r, 3); os.dup2(w, 4); os.execvp(sys.argv[3], sys.argv[3:])"
-PATIENCE = 60.0  # seconds; only a broken page takes so long
+PATIENCE = 30.0  # seconds; only a broken page takes so long
 
 
 class Browser:
@@ -92,7 +92,7 @@ class Browser:
     def until(self, code: str) -> None:
         """Waits until an expression holds."""
         due = time.monotonic() + PATIENCE
-        while not self.js(code):
+        while not self.js(f"!!({code})"):
             if time.monotonic() > due:
                 raise TimeoutError(code)
             time.sleep(0.02)
