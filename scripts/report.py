@@ -63,7 +63,7 @@ def differences(records: list[dict]) -> dict[str, dict]:
 
 def summary_table(rows: list[dict], records: list[dict]) -> str:
     """The summary, a row a rule."""
-    threshold = {record["rule"]: record.get("threshold") for record in records}
+    threshold = {r["rule"]: None if r.get("threshold") is None else f"{r['threshold']:g}" for r in records}
     to_plain, lines = differences(records), []
     for number, row in enumerate(rows):
         accuracy = difference = changed = "-"

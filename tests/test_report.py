@@ -273,6 +273,7 @@ def test_figures_of_a_token_by_mouse_keys_and_touch(page):
     found.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
     found.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
     found.until("!document.getElementById('tip').hidden")
+    assert found.js("document.querySelector('.text [tabindex=\"0\"]').dataset.at") == "4"  # Tab comes back to it
     assert '" 8": accepted: the target agrees' in found.js(tip) and "KL(target, draft) 0.000" in found.js(tip)
     found.call("Emulation.setTouchEmulationEnabled", enabled=False)
 
