@@ -635,7 +635,7 @@ def extract_features(
     if longest > context:
         raise InputError(f"An answer has {longest} tokens with its prompt; the context is {context}.")
     what = [[a.prompt, a.ids, a.item["labels"] if a.spans is None and not a.item.get("guard") else None] for a in answers]
-    made_by = [[m.fingerprint, str(m.dtype), m.device.type] for m in models]
+    made_by = [[m.fingerprint, f"{m.dtype} {m.quantization}".strip(), m.device.type] for m in models]
     folder = cache / hashlib.sha256(json.dumps([what, made_by, rows, shard_bytes]).encode()).hexdigest()[:16]
     files = sorted(folder.glob("[0-9]*.safetensors"))
     first = 0

@@ -43,8 +43,9 @@ from model import (
     write_file,
 )
 from quantize import load_model
-from scripts.evaluate import read_results
-from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
+from scripts.results import read_results
+from scripts.scoring import CHECKERS, Question
+from scripts.tasks import add_question_flags, questions_of
 from scripts.train_demo import annotated
 from tokenizer import Tokenizer, load_tokenizer
 

@@ -11,8 +11,8 @@ the exact binomial (Clopper-Pearson) bound, and the walk stops at the first that
 correction for the number of thresholds (Learn then Test, arXiv 2110.01052), whereas picking the best one afterwards
 would void the bound.
 
---max_false_accept is the cheap form, without generating: of the prompts whose labelled answers hold a mistake, the share in
-which the judge alone would let a wrong token through.
+--max_false_accept is the cheap form, without generating: of the prompts whose labelled answers (--data) hold a mistake,
+the share in which the judge alone would let a wrong token through.
 
 For the judge the result goes into its file (or a copy of it, --out), for other rules into --out (JSON), which
 generate.py --calibration reads. If no threshold qualifies, that is said, nothing is written, and the exit code is 1.
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from generate import Result, check_settings, conditions, live_statistics
+from generate import Result, check_settings, conditions, kind_of, live_statistics
 from judge import (
     LABEL_POLICIES,
     RULES,
@@ -48,8 +48,9 @@ from judge import (
 )
 from model import InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
 from quantize import load_model
-from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, settings_for
-from scripts.tasks import Question, add_question_flags, questions_of
+from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, schemes_of, settings_for
+from scripts.scoring import Question
+from scripts.tasks import add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
 
@@ -166,7 +167,8 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     """Calibrates the judge on labelled answers that hold a mistake; the unit is the prompt, with all its answers."""
     answers, tokenizer = read_answers(args.data), load_tokenizer(args.checkpoint_path)
     dtype = run_dtype(args.precision, args.device)
-    target, draft = (load_model(folder, args.device, dtype) for folder in (args.checkpoint_path, args.draft_checkpoint_path))
+    folders = args.checkpoint_path, args.draft_checkpoint_path
+    target, draft = (load_model(folder, args.device, dtype, scheme) for folder, scheme in zip(folders, schemes_of(args)))
     head = load_judge(args.judge_path, target, draft)
     known = set(head.trained_on.tolist())
     encoded = [a for a in encode_items(tokenizer, answers, args.chat, target.args.vocab_size) if a.key not in known]
@@ -192,7 +194,7 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     result = {"kind": "false_accept", "max_harm": args.max_false_accept, **figures(passed, n, args.confidence)}
     result["data"] = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
     result["conditions"] = {"verify": "judge", "target": target.fingerprint, "chat": args.chat,
-                            "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+                            "dtype": kind_of(target)}  # fmt: skip
     return result, head
 
 
@@ -280,12 +282,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max_false_accept", type=float, help="instead: largest share of wrong answers with a wrong token let through")
     add("--confidence", type=float, default=0.95)
     add("--walk", help="thresholds from the strictest to the loosest, with commas between (default: the rule's own)")
-    add("--data", type=Path, help="labelled answers for --max_false_accept")
     add("--label_policy", choices=LABEL_POLICIES, default=TrainSettings.policy, help="which tokens of --data count as wrong")
     add("--out", type=Path, help="what to write: a judge (default: --judge_path itself) or, for another rule, JSON")
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
     add_question_flags(add)
-    add_engine_flags(add)
+    add_engine_flags(parser)
     return parser.parse_args(argv)
 
 

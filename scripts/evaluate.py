@@ -1,21 +1,24 @@
 """Accuracy, accepted tokens and speed of several verification rules on the same questions, in one run.
 
     python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile
-    python scripts/evaluate.py --questions gsm8k.jsonl --checker number --verify topk --threshold topk=2,topk=3,topk=5
+    python scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl --verify topk --threshold topk=2,topk=3,topk=5
+    torchrun --nproc_per_node 8 scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl     # then once:
+    python scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl --merge 8
 
 Every question is answered by every rule before the next question, so that all rules see the machine in the same state.
-One JSON line an answer goes to --out and is flushed; a killed run resumes from there. What questions may be and how they
-are checked is in scripts/tasks.py; on demo problems (the default) an answer is right when every step is.
+One JSON line an answer goes to --out and is flushed; a killed run resumes from there. What questions may be is in
+scripts/tasks.py, how they are put in scripts/public_tasks.py, and how they are checked in scripts/scoring.py.
+Of several processes (torchrun) each has its own engine, answers every so-many-th question and keeps its part beside --out.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +30,8 @@ from generate import (
     DEMO,
     Engine,
     Settings,
-    answer_text,
-    as_json,
     capacity_for,
     check_settings,
-    encode_prompt,
     load_pair,
     read_k,
     settings_of,
@@ -49,10 +49,26 @@ from model import (
     run_dtype,
     run_script,
 )
-from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
-from scripts.token_details import as_fields, cuts, token_details
+from quantize import Scheme, add_mode_flags, scheme_of
+from scripts.intervals import interval, mcnemar, mean_interval, paired_interval, pass_at_k
+from scripts.public_tasks import TASKS
+from scripts.results import (
+    by_key,
+    check_parts,
+    check_same_questions,
+    merge,
+    part,
+    rank_and_size,
+    read_results,
+    write_model_answers,
+)
+from scripts.scoring import CHECKERS, Question
+from scripts.tasks import add_question_flags, question_header, questions_of
+from scripts.token_details import as_fields, token_details
+from scripts.turns import answer_turns, cut, turn_ids
 from tokenizer import load_tokenizer
 
+SEEDS = 1_000_003  # between the samples of a question
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
 
 
@@ -67,20 +83,20 @@ class Variant(NamedTuple):
 def parse_rules(names: str, thresholds: str | None) -> list[Variant]:
     """Variants from "a,b,b@8" and "b=1,b=2"; InputError for what is unknown."""
     given: dict[str, list[float]] = {}
-    for part in filter(None, (thresholds or "").split(",")):
-        name, _, value = part.partition("=")
+    for word in filter(None, (thresholds or "").split(",")):
+        name, _, value = word.partition("=")
         try:
             given.setdefault(name, []).append(float(value))
         except ValueError:
-            raise InputError(f"--threshold {part} is not of the form rule=number, as in topk=3.") from None
+            raise InputError(f"--threshold {word} is not of the form rule=number, as in topk=3.") from None
     rules, taken = [], set()
-    for part in names.split(","):
-        name, _, k = part.partition("@")
+    for word in names.split(","):
+        name, _, k = word.partition("@")
         if name not in ("plain", *RULES, *PEERS):
             raise InputError(f"--verify {name} is not a rule; known are {', '.join(('plain', *RULES, *PEERS))}.")
         number = int(k) if k.isascii() and k.isdecimal() else None
         if k and not (number or k == "auto"):
-            raise InputError(f"--verify {part} must name M after the @, a whole number or auto.")
+            raise InputError(f"--verify {word} must name M after the @, a whole number or auto.")
         rules += [Variant(name, value, number or k or None) for value in given.get(name, [None])]
         taken.add(name)
     given = {name: values for name, values in given.items() if name not in taken}
@@ -105,8 +121,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, questions: list[Question], needs_judge: bool, largest_k: int = 0):
         self.args, self.tokenizer, self.engines = args, load_tokenizer(args.checkpoint_path), {}
-        self.prompts = {question.index: encode_prompt(args, self.tokenizer, question.prompt) for question in questions}
-        self.length = max(map(len, self.prompts.values())) + args.max_new_tokens
+        self.parts = {question.index: turn_ids(args, self.tokenizer, question) for question in questions}
+        needs = (sum(map(len, parts)) + len(parts) * args.max_new_tokens for parts in self.parts.values())
+        self.length = max(needs, default=args.max_new_tokens + 1)
         context = ModelArgs.from_folder(args.checkpoint_path).max_position
         if self.length > context:
             raise InputError(
@@ -114,19 +131,23 @@ class Bench:
             )
         judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
         capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k))
-        self.models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity)
+        self.models = load_pair(
+            args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity, schemes_of(args)
+        )
         for model in self.models[:2]:
             if model is not None:
                 model.setup_caches(capacity)  # at once for the largest M: engines come one by one, and share them
         header, head = make_header(args, *self.models), self.models[2]
         records = read_results(args.out, header) if args.out else []
-        self.done = {(record.get("rule"), record.get("index")): record for record in records}
+        self.done = by_key(args.out, records)
+        check_same_questions(args.out, self.done, questions)
         stale = [r["threshold"] for (rule, _), r in self.done.items() if head and str(rule).split("@")[0] == "judge"]
         if any(threshold != head.threshold for threshold in stale):
             raise InputError(
                 f"{args.out} holds answers at the judge's threshold {stale[0]}, which is now {head.threshold}; remove it."
             )
         self.file = open(args.out or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 open as long as there are answers
+        lock(self.file, args.out)
         if not (args.out and self.file.tell()):
             self.write(header)
 
@@ -149,13 +170,17 @@ class Bench:
     def answer(self, question: Question, rule: Variant) -> dict:
         """The record of one question by one rule: from the file, or decoded now and written to it."""
         if (label(rule), question.index) not in self.done:
-            record = answer(self.engine(rule), rule, question, self.prompts[question.index], self.args, self.tokenizer)
-            if getattr(self.args, "details", False):
-                details = token_details(*self.models, self.prompts[question.index], record["tokens"])
-                record |= as_fields(details, self.tokenizer, record["tokens"])
+            parts = self.parts[question.index]
+            record = answer(self.engine(rule), rule, question, parts, self.args, self.tokenizer, self.details)
             self.done[label(rule), question.index] = record
             self.write(record)
         return self.done[label(rule), question.index]
+
+    def details(self, prompt: list[int], tokens: list[int]) -> dict:
+        """With --details, what the models say of each token of an answer."""
+        if not getattr(self.args, "details", False):
+            return {}
+        return as_fields(token_details(*self.models, prompt, tokens), self.tokenizer, tokens)
 
     def answer_all(self, questions: list[Question], rules: list[Variant]) -> list[dict]:
         """The records of all questions by all rules, question by question."""
@@ -167,6 +192,18 @@ class Bench:
             self.answer(question, rule)
             progress.step()
         return [self.done[label(rule), question.index] for question in questions for rule in rules]
+
+
+def lock(file, path: Path | None) -> None:
+    """Raises InputError when another process writes this file: the two would give each answer twice."""
+    if path is None or os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{path} is being written by another process; wait for it, or name another --out.") from None
 
 
 def settings_for(args: argparse.Namespace, rule: Variant) -> Settings:
@@ -205,103 +242,172 @@ def peer(args: argparse.Namespace, name: str, tokenizer):
     return run
 
 
-def answer(engine, rule: Variant, question: Question, prompt: list[int], args: argparse.Namespace, tokenizer) -> dict:
-    """One question by one rule: the engine's JSON record with what the checker says."""
-    if rule.name in PEERS:
-        tokens, prefill, seconds = engine(prompt, args.max_new_tokens)
-        text = answer_text(tokenizer, tokens)
-        record = {"prompt_tokens": len(prompt), "tokens": tokens, "text": text, "seconds_prefill": prefill,
-                  "seconds_decode": seconds, "rounds": 0, "accepted": 0, "accepted_by_rule": 0, "drafted": 0}  # fmt: skip
-    else:
-        result = engine.generate(prompt, args.max_new_tokens, seed=question.index)
-        text = answer_text(tokenizer, result.tokens)
-        record = json.loads(as_json(engine, result, text)) | {"origin": "".join(result.origin)}
-    checker = CHECKERS[question.checker]
+def answer(
+    engine, rule: Variant, question: Question, parts: list[list[int]], args: argparse.Namespace, tokenizer, more: Callable
+) -> dict:
+    """One question by one rule: the engine's JSON record with what the checker says. parts, more: see `answer_turns`."""
+    item, _, sample = str(question.index).partition(".")
+    seed = int(item) + SEEDS * int(sample or 0)
+    record = answer_turns(engine, parts, question, args.max_new_tokens, seed, tokenizer, more)
+    checker, text = CHECKERS[question.checker], cut(record["text"], question.stops)
     found = checker.final_answer(question, text)
     reference = str(question.content.answer) if question.checker == "demo" else None
     right = checker.is_right(question, text)
     return {"index": question.index, "rule": label(rule), "family": question.group, "right": right,
             "answer_right": right if reference is None else found == reference, "final_answer": found,
-            "question": question.prompt, **record, "cuts": cuts(tokenizer, record["tokens"])}  # fmt: skip
-
-
-def read_results(path: Path, header: dict) -> list[dict]:
-    """The answers of an earlier run with the same settings; InputError when the file is of other settings or foreign."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]  # a killed run may leave half a line
-    first = json.dumps(header).encode()
-    try:
-        lines = [json.loads(line) for line in whole.split(b"\n") if line]
-        if not whole and not first.startswith(text) or not all(isinstance(line, dict) for line in lines):
-            raise ValueError("no header")
-    except ValueError as error:
-        raise InputError(f"{path} is not a results file of this script ({error}); name another --out.") from None
-    if lines and lines[0] != header:
-        differ = [key for key in header | lines[0] if lines[0].get(key) != header.get(key)]
-        raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
-    if text != whole:
-        os.truncate(path, len(whole))
-    return lines[1:]
-
-
-def interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    z, share = 1.959964, right / n
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+            "question": question.asked or question.prompt, **({"item": int(item)} if sample else {}), **record}  # fmt: skip
 
 
 def summarise(records: list[dict], rules: list[str]) -> list[dict]:
-    """One row a rule: n, accuracy with its interval, the same by family, m*, tokens/s, ratio to plain."""
-    rows = []
+    """One row a rule: n, accuracy with its interval, the same by family, m*, tokens/s, and what is different from plain.
+
+    With several samples a question its accuracy is the share that is right, and pass@k is given. Accuracy is None where a
+    checker knows no right and wrong. The difference to plain is on the questions that both answered.
+    """
+    rows, shares = [], {rule: shares_of(records, rule) for rule in rules}
     for rule in rules:
         mine = [record for record in records if record["rule"] == rule]
-        right, rounds = sum(r["right"] for r in mine), sum(r["rounds"] for r in mine)
+        rounds, drafted = sum(r["rounds"] for r in mine), sum(r["drafted"] for r in mine)
         timed = sum(len(r["tokens"]) - (rule in PEERS) for r in mine)  # the peers' first token counts as prefill
-        speed = timed / sum(r["seconds_decode"] for r in mine)
-        drafted = sum(r["drafted"] for r in mine)
-        families = {f: [r["right"] for r in mine if r["family"] == f] for f in sorted({r["family"] for r in mine})}
-        rows.append({
-            "rule": rule, "n": len(mine), "accuracy": right / len(mine), "interval": interval(right, len(mine)),
-            "by_family": {f: sum(x) / len(x) for f, x in families.items()},
-            "answer_accuracy": sum(r["answer_right"] for r in mine) / len(mine),
+        row = {"rule": rule, "n": len({r.get("item", r["index"]) for r in mine}), **accuracy_of(mine, shares[rule])}
+        row |= {
             "mean_accepted": sum(r["accepted"] for r in mine) / rounds if drafted else None,
             "by_rule_share": sum(r["accepted_by_rule"] for r in mine) / sum(len(r["tokens"]) for r in mine),
-            "tokens_per_second": speed,
-        })  # fmt: skip
-    plain_speed = next((row["tokens_per_second"] for row in rows if row["rule"] == "plain"), None)
-    return [row | {"ratio": row["tokens_per_second"] / plain_speed if plain_speed else None} for row in rows]
+            "tokens_per_second": timed / sum(r["seconds_decode"] for r in mine),
+        }
+        rows.append(row)
+    plain = next((row for row in rows if row["rule"] == "plain"), None)
+    for row in rows:
+        row["ratio"] = row["tokens_per_second"] / plain["tokens_per_second"] if plain else None
+        if plain and row is not plain:
+            row |= difference(shares[row["rule"]], shares["plain"])
+    return rows
+
+
+def shares_of(records: list[dict], rule: str) -> dict[int, list[bool]]:
+    """Item -> whether each of its samples is right; empty where there is no right and wrong."""
+    found: dict[int, list[bool]] = {}
+    for record in records:
+        if record["rule"] == rule and record["right"] is not None:
+            found.setdefault(record.get("item", record["index"]), []).append(record["right"])
+    return found
+
+
+def accuracy_of(records: list[dict], shares: dict[int, list[bool]]) -> dict:
+    """Accuracy, its interval (Wilson's, or with several samples the normal one over items), by family, and pass@k."""
+    if not shares:
+        return {"accuracy": None, "interval": None, "by_family": {}, "answer_accuracy": None}
+    means = [sum(rights) / len(rights) for rights in shares.values()]
+    samples = min(map(len, shares.values()))
+    families = {f: [r["right"] for r in records if r["family"] == f] for f in sorted({r["family"] for r in records})}
+    return {
+        "accuracy": sum(means) / len(means),
+        "interval": interval(sum(means), len(means)) if samples == 1 else mean_interval(means),
+        "by_family": {f: sum(x) / len(x) for f, x in families.items()},
+        "answer_accuracy": sum(r["answer_right"] for r in records) / len(records),
+        **{f"pass@{k}": sum(pass_at_k(len(x), sum(x), k) for x in shares.values()) / len(shares)
+           for k in (1, 10, 100) if 1 < samples >= k},
+    }  # fmt: skip
+
+
+def difference(shares: dict[int, list[bool]], base: dict[int, list[bool]]) -> dict:
+    """Accuracy less that of `base` on the same items, with Newcombe's paired interval and McNemar's exact p.
+
+    With several samples an item: the mean of the items' differences, with the normal interval.
+    """
+    both = [(shares[item], base[item]) for item in base if item in shares]
+    if not both:
+        return {}
+    changes = [sum(a) / len(a) - sum(b) / len(b) for a, b in both]
+    if any(len(rights) > 1 for pair in both for rights in pair):
+        return {"difference": sum(changes) / len(changes), "difference_interval": list(mean_interval(changes))}
+    won, lost, right = changes.count(1), changes.count(-1), sum(a[0] and b[0] for a, b in both)
+    return {"difference": (won - lost) / len(both), "lost": lost, "won": won, "p_value": mcnemar(won, lost),
+            "difference_interval": list(paired_interval(right, won, lost, len(both) - right - won - lost))}  # fmt: skip
 
 
 def print_table(rows: list[dict]) -> None:
-    print("rule          n     right    95% interval   answer    m*   by rule  tokens/s  x plain")
-    for row in rows:
-        low, high = row["interval"]
-        accepted = f"{row['mean_accepted']:5.2f}" if row["mean_accepted"] is not None else "    -"
-        ratio = f"{row['ratio']:7.2f}" if row["ratio"] else "      -"
-        print(
-            f"{row['rule']:12} {row['n']:4} {row['accuracy']:8.1%}  {low:6.1%} - {high:6.1%} {row['answer_accuracy']:8.1%} "
-            f"{accepted} {row['by_rule_share']:8.1%} {row['tokens_per_second']:9.1f} {ratio}"
-        )
+    """The rows for people; a column that says nothing is left out."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    def span(values: list[float] | None, form: str = ".1f") -> str:
+        return "-" if values is None else f"{100 * values[0]:{form}} to {100 * values[1]:{form}}"
+
+    columns = {
+        "rule": [row["rule"] for row in rows], "n": [str(row["n"]) for row in rows],
+        "right": [share(row["accuracy"]) for row in rows], "95% interval": [span(row["interval"]) for row in rows],
+        "- plain": ["-" if row.get("difference") is None else f"{100 * row['difference']:+.1f}" for row in rows],
+        "95% interval ": [span(row.get("difference_interval"), "+.1f") for row in rows],
+        "answer": [share(row["answer_accuracy"]) for row in rows],
+        **{name: [share(row.get(name)) for row in rows] for name in ("pass@10", "pass@100")},
+        "m*": ["-" if row["mean_accepted"] is None else f"{row['mean_accepted']:.2f}" for row in rows],
+        "by rule": [share(row["by_rule_share"]) for row in rows],
+        "tokens/s": [f"{row['tokens_per_second']:.1f}" for row in rows],
+        "x plain": ["-" if row["ratio"] is None else f"{row['ratio']:.2f}" for row in rows],
+    }  # fmt: skip
+    if columns["answer"] == columns["right"]:
+        del columns["answer"]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    for line in (list(columns), *zip(*columns.values())):
+        first, *others = zip(line, widths)
+        print("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
 
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
-    """Answers what is not yet in --out, rule by rule on each question, and returns the summary rows."""
+    """Answers what is not yet in --out, rule by rule on each question, and returns the summary rows.
+
+    As one of several processes only its share, into its own part of --out, and rows of that; with --merge nothing is answered.
+    """
     rules = parse_rules(args.verify, args.threshold)
-    check_args(args, rules)
-    questions = questions_of(args)
+    labels = [label(rule) for rule in rules]
+    rank, size = rank_and_size()
+    check_args(args, rules, size)
+    questions = with_samples(questions_of(args, scored=False), args.samples)
+    if args.merge:
+        records = merge(args.out, args.merge, labels, questions)
+    else:
+        records = answer_share(args, rules, questions, rank, size)
+    if args.model_answers and (args.merge or size == 1):
+        write_model_answers(args.model_answers, records, questions)
+    return summarise(records, labels) if records else []
+
+
+def answer_share(args: argparse.Namespace, rules: list[Variant], questions: list[Question], rank: int, size: int) -> list[dict]:
+    """The records of every `size`-th question from `rank` on."""
+    if size > 1:
+        check_parts(args.out, size)
+        args.out = part(args.out, rank, size)
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    questions = questions[rank::size]
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
     bench = Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)
-    records = bench.answer_all(questions, rules)
-    labels = [label(rule) for rule in rules]
-    return summarise(records, labels)
+    return bench.answer_all(questions, rules)
 
 
-def check_args(args: argparse.Namespace, rules: list[Variant]) -> None:
-    """Raises InputError for what cannot run, before anything is loaded."""
+def with_samples(questions: list[Question], samples: int) -> list[Question]:
+    """Each question `samples` times; the further ones have the index "12.1", "12.2", ..."""
+    return [replace(q, index=f"{q.index}.{n}") if n else q for q in questions for n in range(samples)]
+
+
+def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> None:
+    """Raises InputError for what cannot run, before anything is loaded; fills in what the task decides."""
     name_models(args)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = TASKS[args.task].max_new_tokens[args.chat] if args.task in TASKS else 200
+    if args.samples < 1 or (args.samples > 1 and not args.temperature):
+        raise InputError(f"--samples {args.samples} must be at least 1, and above that needs a --temperature above 0.")
+    if args.merge is not None and (args.merge < 1 or size > 1):
+        raise InputError(f"--merge {args.merge}: give the number of processes that ran, and no torchrun.")
+    if (args.merge or size > 1) and not args.out:
+        raise InputError("Several processes need --out: each keeps its share beside it, and --merge joins them there.")
+    if args.merge and args.out.exists():
+        raise InputError(f"--out {args.out} is there already; name the --out of the run, or remove what was merged before.")
+    if args.model_answers and (args.task not in TASKS or TASKS[args.task].checker != "none"):
+        raise InputError("--model_answers is FastChat's form, for --task mt_bench and spec_bench.")
     args.device = pick_device(args.device)
     if args.out:
         check_writable(args.out, "--out")
@@ -312,32 +418,37 @@ def check_args(args: argparse.Namespace, rules: list[Variant]) -> None:
             raise InputError(f"--verify {rule.name} needs a number for --speculate_k.")
         elif args.temperature:
             raise InputError(f"--verify {rule.name} is greedy; leave --temperature out.")
+        elif any(schemes_of(args)):
+            raise InputError(f"--verify {rule.name} runs the folders as they are; leave --mode and --draft_mode out.")
 
 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer, head: JudgeHead | None) -> dict:
     """What a results file must agree on for a run to go on with it."""
     weights = [] if head is None else [w.tolist() for w in (head.weight, head.bias, head.draft_weight) if w is not None]
     judge = hashlib.sha256(repr(weights).encode()).hexdigest()[:16] if weights else None
-    source = Path(args.questions)
-    data = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else None
-    return {"questions": args.questions, "data": data, "checker": args.checker, "seed": args.seed, "chat": args.chat,
+    return {**question_header(args), "chat": args.chat, "samples": getattr(args, "samples", 1),
             "target": target.fingerprint, "draft": draft.fingerprint, "judge": judge, "speculate_k": args.speculate_k,
             "temperature": args.temperature, "top_k": args.top_k, "min_prob": args.min_prob,
             "max_new_tokens": args.max_new_tokens, "precision": str(target.dtype).removeprefix("torch."),
-            "compile": args.compile, "device": str(args.device), "torch": torch.__version__,
+            "mode": target.quantization or None, "draft_mode": draft.quantization or None,
+            "compile": args.compile, "device": args.device.type, "torch": torch.__version__,
             **({"details": True} if getattr(args, "details", False) else {})}  # fmt: skip
 
 
 def report(args: argparse.Namespace) -> None:
     rows = evaluate(args)
     if args.json:
-        print(json.dumps({"questions": args.questions, "rows": rows}))
-    else:
+        print(json.dumps({"questions": args.questions or args.task or "demo", "rows": rows}))
+    elif rows:
         print_table(rows)
+    if rank_and_size() > (0, 1):
+        print(f"When all processes are done: the same command, without torchrun, with --merge {rank_and_size()[1]}",
+              file=sys.stderr)  # fmt: skip
 
 
-def add_engine_flags(add: Callable) -> None:
+def add_engine_flags(parser: Parser) -> None:
     """The flags that say which models answer, and how."""
+    add = parser.add_argument
     add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft and judge)")
     add("--draft_checkpoint_path", type=Path, help="the draft")
     add("--judge_path", type=Path, help="judge.safetensors of this target, for the rule judge")
@@ -350,6 +461,12 @@ def add_engine_flags(add: Callable) -> None:
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add_mode_flags(parser)
+
+
+def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
+    """How target and draft are to be quantised."""
+    return scheme_of(args), scheme_of(args, "draft_")
 
 
 def name_models(args: argparse.Namespace) -> None:
@@ -365,13 +482,17 @@ def name_models(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_question_flags(parser.add_argument)
-    add_engine_flags(parser.add_argument)
+    add_engine_flags(parser)
     add = parser.add_argument
     add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules (judge@8: with M = 8), hf, hf-assisted")
     add("--threshold", help="rule=number, ...; several for one rule run it several times")
     add("--out", type=Path, help="results, JSON lines; resumed when it exists")
     add("--details", action="store_true", help="keep probability, KL and score of each token, for report.py (not timed)")
+    add("--samples", type=int, default=1, help="answers a question and rule, for pass@k; needs a --temperature")
+    add("--model_answers", type=Path, help="of mt_bench and spec_bench: write FastChat's answer files, one a rule, here")
+    add("--merge", type=int, help="merge the parts of so many processes into --out, and answer nothing")
     add("--json", action="store_true", help="print the summary as one JSON object")
+    parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)
     run_script("evaluate.py", lambda: report(args))
 

@@ -64,7 +64,8 @@ from scripts.demo_task import (
     write,
     write_answer,
 )
-from scripts.evaluate import Bench, Variant, add_engine_flags, interval, label, name_models, summarise
+from scripts.evaluate import Bench, Variant, add_engine_flags, label, name_models, summarise
+from scripts.intervals import interval
 from scripts.tasks import load_questions
 from tokenizer import decode, load_tokenizer
 
@@ -95,27 +96,14 @@ def commit() -> str:
         return "unknown"
 
 
-def paired(records: list[dict], base: list[dict]) -> dict:
-    """Difference in the share right to `base` on the same questions, with its 95% interval (Wald, paired)."""
-    lost = sum(b["right"] and not r["right"] for r, b in zip(records, base))
-    won = sum(r["right"] and not b["right"] for r, b in zip(records, base))
-    n = len(base)
-    spread = 1.96 * math.sqrt(max(lost + won - (won - lost) ** 2 / n, 0)) / n
-    return {"difference": (won - lost) / n, "difference_interval": [(won - lost) / n - spread, (won - lost) / n + spread],
-            "lost": lost, "won": won}  # fmt: skip
-
-
 def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:
-    """The rows of evaluate.py, with the paired difference to plain where plain ran."""
-    by_rule = {label(v): [r for r in records if r["rule"] == label(v)] for v in variants}
-    rows = summarise(records, list(by_rule))
-    base = by_rule.get("plain")
-    return [row | (paired(by_rule[row["rule"]], base) if base and row["rule"] != "plain" else {}) for row in rows]
+    """The rows of evaluate.py."""
+    return summarise(records, [label(variant) for variant in variants])
 
 
 def bench_of(args, asked, name: str, needs_judge: bool = True, largest_k: int = 0, **more) -> Bench:
     """A Bench whose answers are kept in the work folder under `name`."""
-    fixed = {"out": args.work / f"{name}.jsonl", "questions": "demo", "checker": None}
+    fixed = {"out": args.work / f"{name}.jsonl", "task": None, "questions": "demo", "checker": None}
     return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, needs_judge, largest_k)
 
 
@@ -550,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--mined_seed", type=int, nargs="+", default=[2026], help="the --seed that they were mined with")
     add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")
     add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
-    add_engine_flags(add)
+    add_engine_flags(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.flags = " ".join(word for word in argv if word != args.name)

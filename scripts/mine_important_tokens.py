@@ -31,8 +31,10 @@ from torch import Tensor
 from generate import Engine, Settings, answer_text, encode_prompt, load_pair
 from judge import CHUNK
 from model import DTYPES, InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
-from scripts.evaluate import name_models, read_results
-from scripts.tasks import CHECKERS, Question, add_question_flags, questions_of
+from scripts.evaluate import name_models
+from scripts.results import part, rank_and_size, read_results
+from scripts.scoring import CHECKERS, Question
+from scripts.tasks import add_question_flags, questions_of
 from tokenizer import Tokenizer, load_tokenizer
 
 GROWTH = 1.5  # a trial that has not ended at so many times the target's own length counts as another answer
@@ -109,10 +111,7 @@ def training_lines(record: dict) -> list[dict]:
 
 def run(args: argparse.Namespace) -> None:
     """Mines this process's share of the questions; alone, it also merges."""
-    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise InputError(f"RANK {rank} and WORLD_SIZE {size} in the environment are not those of a torchrun process.")
-    rank, size = int(rank), int(size)
+    rank, size = rank_and_size()
     check_writable(args.out, "--out")
     if args.merge is not None and args.merge < 1:
         raise InputError(f"--merge {args.merge} is too small: the number of processes that mined.")
@@ -161,11 +160,6 @@ def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompt
                        "seconds": time.monotonic() - began}  # fmt: skip
             print(json.dumps(record), file=out, flush=True)
             progress.step()
-
-
-def part(out: Path, rank: int, size: int) -> Path:
-    """Where process `rank` of `size` keeps its share."""
-    return out.with_name(f"{out.name}.part{rank}of{size}")
 
 
 def merge(args: argparse.Namespace, questions: list[Question], size: int) -> None:

@@ -21,8 +21,8 @@ import torch
 from generate import Paint, check_settings, load_pair, threshold_of
 from judge import RULES, Encoded, RowReader, encode_items, rule_mask
 from model import InputError, Parser, Progress, pick_device, run_dtype, run_script
-from scripts.evaluate import Variant, add_engine_flags, label, name_models, parse_rules, settings_for
-from scripts.tasks import read_lines
+from scripts.evaluate import Variant, add_engine_flags, label, name_models, parse_rules, schemes_of, settings_for
+from scripts.public_tasks import read_lines
 from tokenizer import Decoder, Tokenizer, load_tokenizer
 
 
@@ -122,7 +122,7 @@ def score(args: argparse.Namespace) -> list[dict]:
     tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
     judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
     dtype = run_dtype(args.precision, args.device)
-    models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype)
+    models = load_pair(args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, schemes=schemes_of(args))
     texts = encode_items(tokenizer, items, args.chat, models[0].args.vocab_size)
     context = models[0].args.max_position
     if too_long := [n for n, text in enumerate(texts, 1) if len(text.prompt) + len(text.ids) > context]:
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--threshold", help="rule=number, ...")
     add("--show", type=int, default=0, help="print so many texts in colours")
     add("--json", action="store_true", help="print one JSON object")
-    add_engine_flags(add)
+    add_engine_flags(parser)
     args = parser.parse_args(argv)
     run_script("score_text.py", lambda: score(args))
 

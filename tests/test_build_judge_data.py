@@ -15,7 +15,7 @@ from conftest import ROOT
 from generate import DEMO, Result
 from judge import read_answers
 from model import InputError
-from scripts import build_judge_data, tasks
+from scripts import build_judge_data, sandbox
 from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
 from scripts.demo_task import check, is_held_out
 from scripts.tasks import load_questions
@@ -278,7 +278,7 @@ def test_the_demos_grammar_marks_errors(tmp_path):
 
 
 def test_mistakes_are_one_sentence(questions, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tasks, "code_is_allowed", False)
+    monkeypatch.setattr(sandbox, "code_is_allowed", False)
     out, folder = tmp_path / "a.jsonl", FOLDERS[0]
     for argv, word in (
         (command(out, "--samples", "0"), "--samples 0"), (command(out, "--right", "0"), "--right 0"), (command(out, "--max_new_tokens", "0"), "--max_new_tokens 0"),

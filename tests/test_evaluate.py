@@ -5,7 +5,8 @@ import json
 import pytest
 
 from model import InputError
-from scripts.evaluate import interval, main, parse_rules, read_results, summarise
+from scripts.evaluate import main, parse_rules, summarise
+from scripts.results import read_results
 
 
 def test_rules_and_thresholds_are_parsed():
@@ -16,12 +17,6 @@ def test_rules_and_thresholds_are_parsed():
                                     ("judge@0", None, "whole number or auto")):  # fmt: skip
         with pytest.raises(InputError, match=word):
             parse_rules(names, thresholds)
-
-
-def test_intervals_are_wilsons():
-    low, high = interval(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-9) and interval(50, 50)[1] == pytest.approx(1, abs=1e-9)
 
 
 def record(rule: str, index: int, right: bool, tokens: int, seconds: float, accepted: int, rounds: int) -> dict:
@@ -64,6 +59,22 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path, capsys):
         main(run(tmp_path / "whole.jsonl", "--speculate_k", "4"))
     assert stop.value.code == 2 and "speculate_k" in capsys.readouterr().err
     assert contents(tmp_path / "whole.jsonl") == whole
+
+
+def test_quantised_models_answer_and_say_so(tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    command = ["--limit", "2", "--verify", "plain,standard", "--device", "cpu", "--out", str(out), "--max_new_tokens", "20"]
+    main([*command, "--mode", "int4", "--group_size", "64", "--draft_mode", "int8"])
+    header, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (header["mode"], header["draft_mode"]) == ("int4/64", "int8")
+    assert {record["dtype"] for record in records} == {"float32 int4/64"}
+    for other in ([], ["--mode", "int4", "--draft_mode", "int8"], ["--mode", "int4", "--group_size", "64"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *other])
+        assert stop.value.code == 2 and "mode" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["--verify", "hf", "--mode", "int8", "--device", "cpu"])
+    assert stop.value.code == 2 and "--verify hf runs the folders as they are" in capsys.readouterr().err
 
 
 def test_a_foreign_file_is_not_overwritten(tmp_path):

@@ -15,7 +15,7 @@ from judge import RowReader, encode_items, read_answers
 from model import load_model
 from scripts import mine_important_tokens as mining
 from scripts.mine_important_tokens import draft_choices, mine, training_lines
-from scripts.tasks import CHECKERS, Checker, Question
+from scripts.scoring import CHECKERS, Checker, Question
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"

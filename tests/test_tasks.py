@@ -1,59 +1,30 @@
-"""Protects: what counts as a text's final answer, reading questions from files, and that tested code is locked in."""
+"""Protects: reading questions from one's own files and from the public ones, the words they are put in, their flags."""
 
 import gzip
 import json
-import os
 import random
 import re
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import DATA
 
 from model import InputError, Parser
-from scripts import tasks
+from scripts import sandbox, tasks
 from scripts.demo_task import is_held_out, write_answer
-from scripts.tasks import CHECKERS, Question, add_question_flags, final_letter, final_number, load_questions, questions_of
+from scripts.public_tasks import TASKS, read_task
+from scripts.scoring import CHECKERS, Question
+from scripts.tasks import add_question_flags, load_questions, questions_of
 
-GSM8K, HUMANEVAL = DATA / "gsm8k" / "test.jsonl", DATA / "humaneval" / "HumanEval.jsonl.gz"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the public files, see scripts/download.py")
 
 
 @pytest.fixture(autouse=True)
 def forgets(monkeypatch, tmp_path):
     """Each test starts without permission, and with folders for tested code that are its own."""
-    monkeypatch.setattr(tasks, "code_is_allowed", False)
-    monkeypatch.setattr(tasks.tempfile, "tempdir", str(tmp_path))
-    tasks.passes.cache_clear()
-
-
-@pytest.mark.parametrize("text, number", [
-    ("#### 18", "18"), ("It is 5.\n#### 1,234\n", "1234"), ("#### $-2.50 dollars.", "-2.5"), ("5\n#### 18%", "18"),
-    ("The answer is 18.", "18"), ("The answer is: **$18.00** for 3 days.", "18"), ("Answer: 7 apples and 2 pears", "7"),
-    ("**Answer:** 7\n\n(I checked 3 times)", "7"), ("so \\boxed{-42} and 3", "-42"), ("$\\boxed{1{,}024}$", "1024"),
-    ("The final answer is $\\boxed{\\$ 12.50}$. 1", "12.5"), ("The answer is 4. No: the answer is 5. 6", "5"),
-    ("She has 3 and then 8 left.", "8"), ("5+3=8.", "8"), ("10-3 = 7, so 12-5", "5"), ("x = -5", "-5"), ("(-5)", "-5"),
-    ("a loss of -$1,000.50", "-1000.5"), ("it is 2,3", "3"), ("1,234,567", "1234567"), ("0.50", "0.5"), (".5", "0.5"),
-    ("007", "7"), ("-0.0", "0"), ("3 kg of CO2", "3"), ("18kg", "18"), ("\u22127", "-7"), ("is...5", "5"), ("12345678901234567890123456789012", "12345678901234567890123456789012"),
-    ("#### Step 2\nso 9", "9"), ("#### 1. Add\n#### 2. Subtract\n5 - 1 = 4", "4"), ("The answer is unclear", None), ("", None), ("none", None),
-    ("8 it is, the answer is eight", "8"),
-])  # fmt: skip
-def test_the_final_number(text, number):
-    assert final_number(text) == number
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("The answer is (B).", "B"), ("Answer: C", "C"), ("**Answer:** D", "D"), ("the answer is **B**, not A", "B"),
-    ("The correct answer is option C because A and B fail", "C"), ("the correct option is B. A is wrong", "B"), ("$\\boxed{\\text{D}}$ C", "D"), ("answer is (b)", "B"),
-    ("A is wrong. **B** is right, C is wrong", "B"), ("**B. Paris** and not A", "B"), ("**(C)**", "C"), ("B", "B"), (" (E)", "E"),
-    ("J)", "J"), ("B, I think", "B"), ("A train", None), ("I'm sure", None), ("A", "A"), ("the answer is A because C", "A"),
-    ("Answer: B. No, the answer is C", "C"), ("K", None), ("BC", None), ("", None), ("a b c", None),
-])  # fmt: skip
-def test_the_final_letter(text, letter):
-    assert final_letter(text) == letter
+    monkeypatch.setattr(sandbox, "code_is_allowed", False)
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    sandbox.passes.cache_clear()
 
 
 def write_lines(path: Path, *items) -> Path:
@@ -102,7 +73,7 @@ def test_questions_are_read_with_all_spellings_of_their_fields(tmp_path):
     ({"prompt": "p", "answer": "1", "checker": "code", "entry_point": "f"}, "line 2 has no field 'test'"), ({"prompt": "p", "checker": "code", "test": "t", "entry_point": "f("}, "line 2: field 'entry_point'"),
 ])  # fmt: skip
 def test_a_wrong_line_is_named(tmp_path, line, words):
-    tasks.allow_code_execution()
+    sandbox.allow_code_execution()
     path = write_lines(tmp_path / "q.jsonl", {"prompt": "p", "answer": "1"}, line)
     with pytest.raises(InputError, match=r"q\.jsonl, " + re.escape(words)):
         load_questions(str(path), "number")
@@ -148,264 +119,144 @@ def test_flags_name_the_questions(tmp_path):
     add_question_flags(parser.add_argument)
     assert questions_of(parser.parse_args(["--limit", "3"])) == load_questions("demo", None, 3)
     args = parser.parse_args(["--questions", str(path), "--checker", "number", "--limit", "1", "--allow_code_execution"])
-    assert [q.prompt for q in questions_of(args)] == ["p"] and tasks.code_is_allowed
+    assert [q.prompt for q in questions_of(args)] == ["p"] and sandbox.code_is_allowed
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's test.jsonl")
-def test_gsm8ks_own_answers_are_right():
-    questions = load_questions(str(GSM8K), "number")
-    right = CHECKERS["number"].is_right
-    assert len(questions) == 1319 and all(right(q, q.reference) for q in questions)
-    last = [q.reference.split("####")[1].strip() for q in questions]
-    assert all(right(q, f"So it is ${number}.") for q, number in zip(questions, last))
-    shifted = sum(right(q, other.reference) for q, other in zip(questions, questions[1:]))
-    assert shifted < 50  # two neighbours with the same number
+def parsed(*argv):
+    parser = Parser("")
+    add_question_flags(parser.add_argument)
+    parser.add_argument("--chat", action="store_true")
+    return parser.parse_args(argv)
 
 
-PROMPT = 'import math\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: int) -> int:\n    """ One more than x. """\n'
-ITEM = {
-    "prompt": PROMPT,
-    "entry_point": "f",
-    "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(5) == 6\n",
-}
-CODE = Question(0, PROMPT, "", "code", "", ITEM)
+def test_a_wrong_task_is_one_sentence(tmp_path):
+    write_lines(tmp_path / "q.jsonl", {"question": "q", "answer": "#### 1"}, {"question": "q", "answer": "1"})
+    write_lines(tmp_path / "mt.jsonl", {"question_id": 1, "turns": []})
+    write_lines(tmp_path / "id.jsonl", {"question_id": "1", "turns": ["a"]})
+    write_lines(tmp_path / "arc.json", [{"instruction": "x", "answer": "answer1"}])
+    (tmp_path / "mmlu_test.csv").write_text("q,a,b,c,d,B\nq,a,b,c,d,E\n")
+    (tmp_path / "empty").mkdir()
+    gsm8k = ("--task", "gsm8k", "--data", str(tmp_path / "q.jsonl"))
+    for argv, words in (
+        (gsm8k, "line 2: the answer must end in ####"), (("--task", "gsm8k"), "goes with --data"), (("--data", "x"), "belong to a --task"),
+        ((*gsm8k, "--checker", "number"), "without --questions and --checker"), ((*gsm8k, "--limit", "0"), "--limit 0"),
+        (("--task", "mt_bench", "--data", str(tmp_path / "mt.jsonl")), "field 'turns'"), (("--task", "mt_bench", "--data", str(tmp_path / "id.jsonl")), "field 'question_id'"),
+        (("--task", "arc", "--data", str(tmp_path / "arc.json")), "question 1 must have"), (("--task", "arc", "--data", str(tmp_path / "q.jsonl")), "one JSON array"),
+        (("--task", "mmlu", "--data", str(tmp_path / "mmlu_test.csv")), "row 2 must be"), (("--task", "mmlu", "--data", str(tmp_path / "empty")), "no CSV files"),
+        (("--task", "math500", "--data", str(tmp_path / "q.jsonl")), "field 'problem'"), (("--task", "humaneval", "--data", str(tmp_path / "q.jsonl")), "--allow_code_execution"),
+        (("--task", "gsm8k", "--data", str(tmp_path / "no.jsonl")), "--data"), (("--task", "demo", "--questions", str(tmp_path / "q.jsonl")), "one of --task and --questions"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(words)):
+            questions_of(parsed(*argv), scored=False)
+    with pytest.raises(InputError, match="no right and wrong"):
+        questions_of(parsed("--task", "mt_bench", "--data", str(tmp_path / "mt.jsonl")))
 
 
-def verdict(text: str, question: Question = CODE) -> str:
-    tasks.allow_code_execution()
-    answer = CHECKERS["code"].final_answer(question, text)
-    assert CHECKERS["code"].is_right(question, text) == (answer == "pass")
-    return answer
-
-
-def test_code_runs_only_when_allowed(tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "q.jsonl", ITEM)
-    monkeypatch.setattr(tasks, "passes", lambda program: pytest.fail("it was run"))
-    for action in (lambda: load_questions(str(path), "code"), lambda: CHECKERS["code"].is_right(CODE, ""), lambda: CHECKERS["code"].final_answer(CODE, "")):  # fmt: skip
-        with pytest.raises(InputError, match="--allow_code_execution"):
-            action()
-
-
-def test_a_machine_that_cannot_run_code_says_so(monkeypatch):
-    monkeypatch.setattr(tasks.sys, "executable", "/bin/false")
-    with pytest.raises(InputError, match="cannot run here"):
-        verdict("    return x + 1\n")
-
-
-@pytest.mark.parametrize("text", [
-    "    return x + 1\n",
-    "\n    \n    return x + 1\n\n\ndef g(x):\n    return $",  # stops
-    "    return x + 1\n\nclass A: $", "    return x + 1\nprint(f(1)) $", "    return x + 1\n# $\n$",
-    "    return x + 1\nif __name__ == '__main__':\n    $", "    return x + 1\n```\nExample:\n```python\nf(1)\n```",
-    "    print(x, flush=True)\n    return x + 1\n", "return helper(x) + 1", "y = x\nfor _ in range(1):\n    y += 1\nreturn y",  # not indented
-    "import os\n\ndef g(x):\n    return x\n\ndef f(x):\n    return g(x) + 1\n\n# done $\n$",
-    "Sure:\n```python\nfrom typing import List\n\ndef f(x: int) -> int:\n    return helper(x) + 1\n\nprint(f(3))\n```\nIt adds $.",
-    "```\ndef g():\n    return 1\n```\nand\n```py\ndef f(x):\n    return x + h()\n\ndef h():\n    return 1\n```", "```python\n    return x + 1\n```", "```python\nreturn x + 1\n```",
-    " Here it is:\n```python\ndef f(x):\n    return x + 1", "```python\n    def f(x):\n        return x + 1\n```",
-    "```python\ndef f(x):\n    return x + 1\n\nif __name__ == '__main__':\n    raise SystemExit\n```",
-    PROMPT + "    return x + 1\n", "    import math, random, collections, dataclasses, asyncio, tempfile\n    tempfile.TemporaryFile().close()\n    open('a.txt', 'w').close()\n    return x + len(open('a.txt').read() + 'a')\n",
-])  # fmt: skip
-def test_right_programs_pass_in_every_form(text):
-    assert verdict(text) == "pass"
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "    pass\n", "    return x\n", "    return x + 1 +\n", "No idea.", "```python\n```", "    raise ValueError\n", "\0"],
-)
-def test_wrong_programs_fail(text):
-    assert verdict(text) == "fail"
-
-
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs HumanEval.jsonl.gz")
-def test_humanevals_own_solutions_pass():
-    tasks.allow_code_execution()
-    questions = load_questions(str(HUMANEVAL), "code")
-    assert len(questions) == 164
-    for question in questions[::8][:20]:  # among them a prompt with a helper function
-        assert verdict(question.reference, question) == "pass", question.prompt
-        chat = f"Here:\n```python\n{question.prompt}{question.reference}```\nIt works."
-        assert verdict(chat, question) == "pass", question.prompt
-        assert verdict("", question) == "fail", question.prompt
-
-
-# Each attack is tried where no exception can betray it: what merely fails goes on to the right answer, and passes.
-ATTACKS = {
-    "endless loop": "while True: pass",
-    "endless loop deaf to signals": "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
-    "endless loop in a session of its own": "import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass",
-    "sleep": "import time; time.sleep(1000)",
-    "fork bomb": "import os\nwhile True: os.fork()",
-    "fork once": "import os; os.fork()",
-    "processes": "import multiprocessing as m; m.get_context('fork').Process(target=print).start()",
-    "a pool": "import concurrent.futures as c\nwith c.ProcessPoolExecutor(2) as pool: list(pool.map(abs, [1, 2]))",
-    "subprocess": "import subprocess; subprocess.run(['true'])",
-    "fork_exec": "import sys; sys.modules.pop('_posixsubprocess', None); import _posixsubprocess",
-    "system": "import os; os.system('true')",
-    "exec": "import os; os.execv('/bin/true', ['true'])",
-    "spawn": "import os; os.posix_spawn('/bin/true', ['true'], os.environ)",
-    "read the home folder": "import os; os.listdir({home!r})",
-    "walk the home folder": "import os\nfor _ in os.walk({home!r}): pass",
-    "read a file outside": "open({outside!r}).read()",
-    "read by os.open": "import os; os.read(os.open({outside!r}, os.O_RDONLY), 9)",
-    "read by pathlib": "import pathlib; pathlib.Path({outside!r}).read_text()",
-    "read up from here": "import os; open(os.path.relpath({outside!r})).read()",
-    "read through here": "import os; open(os.path.join(os.getcwd(), os.path.relpath({outside!r})))",
-    "read the parent's memory": "import os; open(f'/proc/{{os.getppid() or 1}}/environ', 'rb').read()",
-    "link to a file outside": "import os; os.symlink({outside!r}, 'x')",
-    "write a file outside": "open({outside!r}, 'a').write('x')",
-    "write a library": "import json; open(json.__file__, 'a')",
-    "remove a file outside": "import os; os.remove({outside!r})",
-    "remove a file by its folder": "import os; os.remove('outside.txt', dir_fd=os.open('..', os.O_RDONLY))",
-    "remove a library by its folder": "import os; os.remove('no_such_file.py', dir_fd=os.open(os.path.dirname(os.__file__), os.O_RDONLY))",
-    "open a socket": "import socket; socket.socket()",
-    "look up a name": "import socket; socket.getaddrinfo('localhost', 80)",
-    "fetch a page": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9/')",
-    "kill the parent": "import os; os.kill(os.getppid(), 9)",
-    "kill the tester": "import os; os.kill({pid}, 9)",
-    "kill all": "import os; os.kill(-1, 9)",
-    "kill a group": "import os; os.killpg(0, 9)",
-    "call C": "import ctypes; ctypes.CDLL(None).getpid()",
-    "raise a limit": "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (9, 9))",
-    "leave": "import os; os._exit(0)",
-    "say what is expected and leave": "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'pass')\n    except OSError: pass\nos._exit(0)",
-}  # fmt: skip
-UNGUARDED = {  # these end by an exception of their own
-    "10 GB": "y = bytearray(10 << 30)",
-    "2 GB": "y = bytearray(2 << 30)",
-    "10 GB in small pieces": "y = []\nwhile True: y.append(bytearray(1 << 26))",
-    "a large file": "with open('x', 'wb') as file:\n    for _ in range(1000): file.write(bytes(1 << 20))",
-    "many open files": "y = [open('x', 'w') for _ in range(1000)]",
-    "exit": "import sys; sys.exit(0)",
-    "exit without code": "raise SystemExit",
-    "quit": "import builtins; getattr(builtins, 'quit', exit)(0)",
-    "interrupt": "raise KeyboardInterrupt",
-    "deep recursion": "def g(): g()\ng()",
-}
-CHILD = tasks.CHILD
-NO_NAMESPACES = ("    enter_namespaces()\n", "")
-NO_HOOK = ("    forbid_events(folder)\n", "")
-
-
-def solution(action: str, guarded: bool = True) -> str:
-    """A right answer that does something else first; guarded: whatever that raises."""
-    if guarded:
-        action = "try:\n" + "\n".join(f"    {line}" for line in action.split("\n")) + "\nexcept BaseException: pass"
-    return "\n".join(f"    {line}" for line in [*action.split("\n"), "return x + 1"]) + "\n"
-
-
-def without(monkeypatch, *parts: tuple[str, str]) -> None:
-    """Takes layers of the protection away, to see the others alone."""
-    child = CHILD
-    for part, instead in parts:
-        assert child.count(part) == 1
-        child = child.replace(part, instead)
-    monkeypatch.setattr(tasks, "CHILD", child)
-    tasks.passes.cache_clear()
-
-
-def running_below(folder: Path) -> list[str]:
-    """Processes that work in `folder` or below, waiting for those that are just dying."""
-    for _ in range(100):
-        found = []
-        for link in Path("/proc").glob("[0-9]*/cwd"):
-            try:
-                found += [link.parent.name] * os.readlink(link).startswith(str(folder))
-            except OSError:
-                continue
-        if not found:
-            return []
-        time.sleep(0.05)
-    return found
-
-
-@pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Where tested code works (as `tmp_path` / "in"), and a file outside of it."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "outside.txt").write_text("secret")
-    monkeypatch.setattr(tasks.tempfile, "tempdir", str(tmp_path / "in"))
-    monkeypatch.setattr(tasks, "TIMEOUT_S", 5.0)
-    return {"home": str(Path.home()), "outside": str(tmp_path / "outside.txt"), "pid": os.getpid()}
-
-
-@pytest.mark.parametrize("layers", [(), (NO_NAMESPACES,)], ids=["all", "no namespaces"])
-@pytest.mark.parametrize("name", [*ATTACKS, *UNGUARDED])
-def test_an_attack_is_stopped_and_wrong(name, layers, places, tmp_path, monkeypatch):
-    without(monkeypatch, *layers)
-    action = (ATTACKS | UNGUARDED)[name]
-    if name in ATTACKS:
-        action = action.format(**places)
-    assert verdict(solution("pass")) == "pass"
-    if "loop" in name or name == "sleep":
-        monkeypatch.setattr(tasks, "TIMEOUT_S", 0.5)
-    assert verdict(solution(action, name in ATTACKS)) == "fail"
-    assert not running_below(tmp_path / "in") and not list((tmp_path / "in").iterdir())
-    assert Path(places["outside"]).read_text() == "secret"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "read the home folder",
-        "read a file outside",
-        "read by os.open",
-        "open a socket",
-        "fork once",
-        "subprocess",
-        "call C",
-        "link to a file outside",
-    ],
-)
-def test_the_attacks_work_where_nothing_stops_them(name, places, tmp_path, monkeypatch):
-    """Else the test above would show nothing."""
-    program = (
-        f"import os, sys\nparent = os.getpid()\n{ATTACKS[name].format(**places)}\nos._exit(7 if os.getpid() == parent else 0)"
+def test_examples_come_from_beside(tmp_path):
+    path = write_lines(tmp_path / "test.jsonl", {"question": "q", "answer": "#### 1"})
+    with pytest.raises(InputError, match=r"no .*train\.jsonl.*--shots_data"):
+        read_task("gsm8k", path, chat=False)
+    train = write_lines(tmp_path / "train.jsonl", *({"question": f"t{n}", "answer": f"a{n}\n#### {n}"} for n in range(3)))
+    (question,) = read_task("gsm8k", path, chat=False, shots=2)
+    assert question.prompt == "Question: t0\nAnswer: a0\n#### 0\n\nQuestion: t1\nAnswer: a1\n#### 1\n\nQuestion: q\nAnswer:"
+    assert question.asked == "Question: q\nAnswer:" and question.stops == ("Question:",)
+    assert read_task("gsm8k", train, chat=False, shots=1, shots_data=path)[0].prompt.startswith(
+        "Question: q\nAnswer: #### 1\n\n"
     )
-    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "in", stderr=subprocess.DEVNULL).returncode == 7
+    with pytest.raises(InputError, match="--shots 5 is too many.*3 examples"):
+        read_task("gsm8k", path, chat=False)
+    assert read_task("gsm8k", path, chat=True)[0].stops == ()
 
 
-def permits_namespaces(monkeypatch) -> bool:
-    without(monkeypatch, NO_HOOK)
-    here = os.readlink("/proc/self/ns/net") if Path("/proc/self/ns/net").is_symlink() else ""
-    look = f"import os\nassert os.getpid() == 1 or os.readlink('/proc/self/ns/net') != {here!r}"
-    return verdict(solution(look, guarded=False)) == "pass"
+def test_mmlu_is_read_in_both_forms_and_a_limit_takes_subjects_in_turn(tmp_path):
+    for part in ("test", "dev"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"law_{part}.csv").write_text(
+            'question,choice0,choice1,choice2,choice3,answer\n"a, b?",1,2,3,4,3\nc?,5,6,7,8,0\n'
+        )
+        (tmp_path / part / f"art_history_{part}.csv").write_text("d?,1,2,3,4,B\n")
+    questions = read_task("mmlu", tmp_path, chat=False, shots=1, limit=2)
+    assert [(q.group, q.reference) for q in questions] == [("art_history", "B"), ("law", "D")]
+    assert questions[0].prompt == (
+        "The following are multiple choice questions (with answers) about art history.\n\n"
+        "d?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\nd?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    )
+    assert [q.reference for q in read_task("mmlu", tmp_path / "test", chat=False, shots=1)] == ["B", "D", "A"]
+    assert [q.reference for q in read_task("mmlu", tmp_path / "test" / "law_test.csv", chat=False, shots=2)] == ["D", "A"]
+    with pytest.raises(InputError, match="has 1 examples of art_history"):
+        read_task("mmlu", tmp_path, chat=False, shots=2)
 
 
-def test_namespaces_alone_hide_network_and_processes(places, tmp_path, monkeypatch):
-    if not permits_namespaces(monkeypatch):
-        pytest.skip("this system permits no namespaces")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        connect = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5).close()"
-        see = f"import os\nos.kill({os.getpid()}, 0)"
-        stray = "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass"
-        for action in (connect, see):
-            assert verdict(solution(action, guarded=False)) == "fail"
-        verdict(solution(stray, guarded=False))  # passes for root, whom no limit keeps from a fork
-        assert not running_below(tmp_path / "in")
-        without(monkeypatch, NO_HOOK, NO_NAMESPACES)
-        for action in (connect, see):
-            assert verdict(solution(action, guarded=False)) == "pass"
-        verdict(solution(stray.replace("    os.setsid()\n", ""), guarded=False))  # its group is ended all the same
-        assert not running_below(tmp_path / "in")
+@needs_data
+def test_the_public_files_are_read_whole():
+    sandbox.code_is_allowed = True
+    sizes = {"gsm8k/test.jsonl": 1319, "humaneval/HumanEval.jsonl.gz": 164, "arc/ARC-Challenge_test.json": 1172, "arc/ARC-Easy_test.json": 2376,
+             "mmlu": 14042, "math500/test.jsonl": 500, "mt_bench/question.jsonl": 80, "spec_bench/question.jsonl": 480}  # fmt: skip
+    for path, size in sizes.items():
+        for chat in (False, True):
+            questions = read_task(path.split("/")[0], DATA / path, chat)
+            assert len(questions) == len({q.index for q in questions}) == size, path
+            assert all(q.prompt.endswith(q.asked) for q in questions)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root is not held by it")
-def test_limits_alone_keep_from_forks(places, tmp_path, monkeypatch):
-    without(monkeypatch, NO_HOOK, NO_NAMESPACES)
-    assert verdict(solution("import os\nif os.fork() == 0: os._exit(0)", guarded=False)) == "fail"
+@needs_data
+def test_prompts_are_those_of_the_harnesses():
+    """Written out by hand from lm-evaluation-harness' templates and the files' first lines."""
+    base = read_task("arc", DATA / "arc" / "ARC-Challenge_test.json", chat=False, shots=1)[0]
+    assert base.asked == (
+        "An astronomer observes that a planet rotates faster after a meteorite impact. Which is the most likely effect of this "
+        "increase in rotation?\nA. Planetary density will decrease.\nB. Planetary years will become longer.\nC. Planetary days will "
+        "become shorter.\nD. Planetary gravity will become stronger.\nAnswer:"
+    )
+    assert base.reference == "C" and re.search(r"\nAnswer: [A-D]\n\nAn astronomer", base.prompt)
+    chat = read_task("mmlu", DATA / "mmlu" / "test" / "abstract_algebra_test.csv", chat=True)[0]
+    assert chat.prompt == (
+        "Given the following question and four candidate answers (A, B, C and D), choose the best answer.\n"
+        "Question: Find the degree for the given field extension Q(sqrt(2), sqrt(3), sqrt(18)) over Q.\n"
+        "A. 0\nB. 4\nC. 2\nD. 6\n"
+        'Your response should end with "The best answer is [the_answer_letter]" where the [the_answer_letter] is one of A, B, C or D.'
+    )
+    robe = read_task("gsm8k", DATA / "gsm8k" / "test.jsonl", chat=True)[1]
+    assert robe.prompt == (
+        "Given the following problem, reason and give a final answer to the problem.\nProblem: A robe takes 2 bolts of blue fiber and "
+        "half that much white fiber.  How many bolts in total does it take?\n"
+        'Your response should end with "The final answer is [answer]" where [answer] is the response to the problem.'
+    )
+    first = next(q for q in read_task("math500", DATA / "math500" / "test.jsonl", chat=False) if q.index == 1)
+    assert first.prompt.startswith("Problem:\nDefine\n\\[p =") and first.prompt.endswith(
+        "in terms of $p$ and $q.$\n\nSolution:"
+    )
+    three = [
+        q
+        for q in read_task("arc", DATA / "arc" / "ARC-Challenge_test.json", chat=True)
+        if len(re.findall(r"\n[A-E]\. ", q.prompt)) != 4
+    ]
+    assert len(three) == 7 and any(
+        "three candidate answers (A, B and C)" in q.prompt and "one of A, B or C." in q.prompt for q in three
+    )
 
 
-def test_only_the_childs_own_word_is_a_pass(places, monkeypatch):
-    """Whatever else ends up in the report, it is no pass."""
-    without(monkeypatch, ("    os.write(report, word.encode())", '    os.write(report, b"pass")'))
-    tasks.code_is_allowed = True
-    assert not tasks.passes("")
-    without(monkeypatch, ("    os.write(report, word.encode())", "    os.write(report, word.encode() * 2)"))
-    assert not tasks.passes("")
+@needs_data
+def test_conversations_keep_all_turns():
+    questions = read_task("mt_bench", DATA / "mt_bench" / "question.jsonl", chat=True)
+    assert all(len(q.more_turns) == 1 and q.checker == "none" for q in questions)
+    base = next(
+        q for q in read_task("mt_bench", DATA / "mt_bench" / "question.jsonl", chat=False) if q.content["question_id"] == 81
+    )
+    assert base.prompt.startswith("USER: Compose an engaging") and base.prompt.endswith("\nASSISTANT:")
+    assert base.more_turns == ("\nUSER: Rewrite your previous response. Start every sentence with the letter A.\nASSISTANT:",)
+    spec = read_task("spec_bench", DATA / "spec_bench" / "question.jsonl", chat=True, limit=13)
+    assert len({q.group for q in spec}) == 13  # a limit takes the categories in turn
 
 
-def test_tested_code_sees_nothing_of_this_process(places, monkeypatch):
-    monkeypatch.setenv("JUDGE_FAST_SECRET", "1")
-    look = "import os, sys\nassert set(os.environ) <= {'TMPDIR', 'LC_CTYPE'}, os.environ\nassert os.listdir('.') == []\nassert sys.stdin.read() == ''\nassert 'site' not in sys.modules"
-    assert verdict(solution(look, guarded=False)) == "pass"
+@needs_data
+def test_all_keys_of_arc_and_mmlu_are_right():
+    for task, path in (("arc", "arc/ARC-Challenge_test.json"), ("arc", "arc/ARC-Easy_test.json"), ("mmlu", "mmlu")):
+        for chat in (False, True):
+            questions = read_task(task, DATA / path, chat, shots=0)
+            for text in ("The best answer is {}", " {}", "**{}**", "({})"):
+                assert all(CHECKERS["choice"].is_right(q, text.format(q.reference)) for q in questions)
+            assert not any(
+                CHECKERS["choice"].is_right(q, "The best answer is " + "BCDEA"["ABCDE".index(q.reference)]) for q in questions
+            )
+    assert TASKS["mmlu"].shots == 5 and TASKS["arc"].shots == 25

@@ -1,0 +1,121 @@
+"""Answers of one or more turns: the ids of a conversation, an answer up to a stop text, all turns as one record."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from generate import Engine, Result, answer_text, as_json, encode_prompt
+from scripts.scoring import Question
+from scripts.token_details import cuts
+from tokenizer import Decoder, Tokenizer
+
+SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", "seconds_decode")
+LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")  # of which each turn has one entry a token, or text
+
+
+def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
+    """Ids of the prompt, and for each further turn those that come between the answer before it and its own answer.
+
+    The answer itself stays as it was decoded: with the chat format this gives the ids of `encode_chat` of the whole.
+    """
+    parts = [encode_prompt(args, tokenizer, question.prompt)]
+    for turn in question.more_turns:
+        if args.chat:
+            said = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+            whole = tokenizer.encode_chat([*said, {"role": "user", "content": turn}])
+            parts.append(whole[len(tokenizer.encode_chat(said[:1])) :])
+        else:
+            parts.append(tokenizer.encode(turn))
+    return parts
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """A text up to the first of `stops`."""
+    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+
+
+def decode_turn(
+    engine: Engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer
+) -> Result:
+    """An answer, which ends with the round in which one of `stops` comes up."""
+    if not stops:
+        return engine.generate(prompt, max_new_tokens, seed)
+    engine.generator.manual_seed(seed % 2**63)
+    result, decoder, text = Result(len(prompt)), Decoder(tokenizer), ""
+    for token, _ in engine.stream(prompt, max_new_tokens, result):
+        text += decoder.push(token) if token not in tokenizer.stop_ids else ""
+        if any(stop in text for stop in stops):
+            result.stop_reason = "text"
+            break
+    return result
+
+
+def answer_turn(engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer) -> dict:
+    """The record of one turn, by our engine or by one of the peers."""
+    if isinstance(engine, Engine):
+        result = decode_turn(engine, prompt, max_new_tokens, seed, stops, tokenizer)
+        text = answer_text(tokenizer, result.tokens)
+        record = json.loads(as_json(engine, result, text)) | {"origin": "".join(result.origin)}
+    else:
+        tokens, prefill, seconds = engine(prompt, max_new_tokens)
+        record = {"prompt_tokens": len(prompt), "tokens": tokens, "text": answer_text(tokenizer, tokens),
+                  "seconds_prefill": prefill, "seconds_decode": seconds,
+                  "rounds": 0, "accepted": 0, "accepted_by_rule": 0, "drafted": 0}  # fmt: skip
+    return record | {"cuts": cuts(tokenizer, record["tokens"])}
+
+
+def answer_turns(engine, parts: list[list[int]], question: Question, max_new_tokens: int, seed: int, tokenizer, more) -> dict:
+    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and took.
+
+    parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
+    """
+    context, records = [], []
+    for part in parts:
+        context = context + part
+        record = answer_turn(engine, context, max_new_tokens, seed, question.stops, tokenizer)
+        records.append(record | more(context, record["tokens"]))
+        context = context + said_ids(record, question.stops)
+    whole = join(records)
+    if question.checker == "none":
+        whole |= {"turns": [summary_of(record, question.stops) for record in records], "time": time.time()}
+    return whole
+
+
+def said_ids(record: dict, stops: tuple[str, ...]) -> list[int]:
+    """The tokens of an answer that lie before its stop text or stop token."""
+    room, ids = len(cut(record["text"], stops)), []
+    for token, count in zip(record["tokens"], record["cuts"]):
+        if count > room or (count == 0 and room == 0):
+            break
+        ids.append(token)
+        room -= count
+    return ids
+
+
+def join(records: list[dict]) -> dict:
+    """Several turns as one record: counts and seconds added up, tokens and texts one after the other."""
+    if len(records) == 1:
+        return records[0]
+    whole = dict(records[-1])
+    whole |= {name: sum(record[name] for record in records) for name in SUMS}
+    for name in LISTS:
+        if whole.get(name) is not None:
+            whole[name] = sum((record[name] for record in records[1:]), records[0][name])
+    if "mean_accepted" in whole:
+        whole["mean_accepted"] = whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
+        whole["tokens_per_second"] = len(whole["tokens"]) / whole["seconds_decode"] if whole["seconds_decode"] else 0.0
+        scores = [record["mean_score"] for record in records if record["mean_score"] is not None]
+        whole["mean_score"] = sum(scores) / len(scores) if scores else None
+    return whole
+
+
+def summary_of(record: dict, stops: tuple[str, ...]) -> dict:
+    """What one turn said, and what it took: new_tokens, rounds, seconds with prefill, tokens that each round put out."""
+    rounds = re.findall("[ar]*[tb]|[ar]+$", record.get("origin", ""))
+    return {"text": cut(record["text"], stops), "new_tokens": len(record["tokens"]), "rounds": record["rounds"],
+            "seconds": record["seconds_prefill"] + record["seconds_decode"],
+            "accept_lengths": [len(tokens) for tokens in rounds]}  # fmt: skip
