@@ -14,6 +14,7 @@ import math
 import re
 import sys
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import InputError, Parser, run_script
 from scripts.evaluate import summarise
 
-FIELDS = {"rule": str, "index": (int, str), "right": (bool, type(None)), "text": str, "question": str, "tokens": list,
-          "rounds": int, "accepted": int, "accepted_by_rule": int, "drafted": int, "seconds_decode": (int, float)}  # fmt: skip
+FIELDS = {"rule": str, "index": (int, str), "family": str, "right": (bool, type(None)), "answer_right": (bool, type(None)),
+          "question": str, "text": str, "tokens": list, "rounds": int, "drafted": int, "accepted": int,
+          "accepted_by_rule": int, "seconds_decode": (int, float)}  # fmt: skip
 PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")  # in result lines, one entry a token; may be missing
 
 
@@ -75,6 +77,12 @@ def check_record(record, where: str) -> None:
     cuts = record.get("cuts")
     if cuts is not None and (not all(type(c) is int and c >= 0 for c in cuts) or sum(cuts) != len(record["text"])):
         raise InputError(f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} characters.")
+    try:
+        ends = turn_ends(record)
+    except (TypeError, KeyError):
+        ends = []
+    if ends[-1:] != [n]:
+        raise InputError(f"{where}: field 'turns' must name new_tokens that add up to the {n} tokens.")
 
 
 def is_number(value) -> bool:
@@ -224,17 +232,17 @@ FIGURES = {
 
 def run_rows(records: list[dict]) -> list[dict]:
     """The summary rows of a run as the figures want them: with `name`, the rule without threshold and M, `k`, the M, and
-    tokens a round. `accuracy` and `interval` are None where no checker scores the answers."""
-    whole = [r | {"right": bool(r["right"]), "answer_right": bool(r.get("answer_right")), "family": str(r.get("family"))}
-             for r in records]  # fmt: skip
-    rows = summarise(whole, list(dict.fromkeys(record["rule"] for record in records)))
+    tokens a round."""
+    rows = summarise(records, list(dict.fromkeys(record["rule"] for record in records)))
     for row in rows:
-        mine = [record for record in records if record["rule"] == row["rule"]]
-        row |= {"name": re.split("[=@]", row["rule"])[0], "k": mine[0].get("speculate_k"),
-                "tokens_a_round": 1 + (row["mean_accepted"] or 0)}  # fmt: skip
-        if any(record["right"] is None for record in mine):
-            row |= {"accuracy": None, "interval": None}
+        k = next(record.get("speculate_k") for record in records if record["rule"] == row["rule"])
+        row |= {"name": re.split("[=@]", row["rule"])[0], "k": k, "tokens_a_round": 1 + (row["mean_accepted"] or 0)}
     return rows
+
+
+def turn_ends(record: dict) -> list[int]:
+    """Up to which token each turn of an answer goes."""
+    return list(accumulate(turn["new_tokens"] for turn in record.get("turns") or [])) or [len(record["tokens"])]
 
 
 def accepted_counts(records: list[dict]) -> dict[str, Counter]:
@@ -242,7 +250,9 @@ def accepted_counts(records: list[dict]) -> dict[str, Counter]:
     counts: dict[str, Counter] = {}
     for record in records:
         if record["drafted"] and record.get("origin"):
-            counts.setdefault(record["rule"], Counter()).update(accepted_a_round(record["origin"]))
+            ends = turn_ends(record)
+            for begin, end in zip([0, *ends], ends):
+                counts.setdefault(record["rule"], Counter()).update(accepted_a_round(record["origin"][begin:end]))
     return counts
 
 

@@ -24,8 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import InputError, Parser, check_writable, run_script, write_file
-from scripts.experiments import paired
-from scripts.plot import accepted_counts, read_run, run_rows
+from scripts.plot import accepted_counts, read_run, run_rows, turn_ends
 
 HERE = Path(__file__).resolve().parent
 SHAPES = (  # of points and in tables, so that nothing depends on colour; drawn around 0, 0
@@ -50,38 +49,36 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def differences(records: list[dict]) -> dict[str, dict]:
-    """For each rule the paired difference to plain, over the questions that both answered and a checker scored."""
-    base = {r["index"]: r for r in records if r["rule"] == "plain" and r["right"] is not None}
-    found = {}
-    for rule in dict.fromkeys(record["rule"] for record in records):
-        mine = [r for r in records if r["rule"] == rule and r["index"] in base and r["right"] is not None]
-        if mine and rule != "plain":
-            found[rule] = paired(mine, [base[r["index"]] for r in mine])
-    return found
+def cells_of(row: dict, threshold: float | None) -> dict[str, str | None]:
+    """A row of the summary: heading -> what stands below it."""
+    right = difference = changed = None
+    if row["accuracy"] is not None:
+        right = f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
+    if row.get("difference") is not None:
+        low, high = (100 * x for x in row["difference_interval"])
+        difference = f"{100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+        changed = f"{row['lost']} / {row['won']}" if "lost" in row else None
+    drafts = row["mean_accepted"] is not None
+    return {
+        "threshold": None if threshold is None else f"{threshold:g}", "M": str(row["k"]) if drafts else None,
+        "n": str(row["n"]), "right (95% interval)": right,
+        **{key: percent(row[key]) for key in row if key.startswith("pass@")},
+        "points to plain (95%)": difference, "lost / won": changed,
+        "m*": f"{row['mean_accepted']:.2f}" if drafts else None,
+        "by the rule alone": percent(row["by_rule_share"]) if drafts else None,
+        "tokens/s": f"{row['tokens_per_second']:.1f}", "× plain": f"{row['ratio']:.2f}" if row["ratio"] else None,
+    }  # fmt: skip
 
 
 def summary_table(rows: list[dict], records: list[dict]) -> str:
     """The summary, a row a rule."""
-    threshold = {r["rule"]: None if r.get("threshold") is None else f"{r['threshold']:g}" for r in records}
-    to_plain, lines = differences(records), []
-    for number, row in enumerate(rows):
-        accuracy = difference = changed = "-"
-        if row["accuracy"] is not None:
-            accuracy = f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
-        if found := to_plain.get(row["rule"]):
-            low, high = (100 * x for x in found["difference_interval"])
-            difference = f"{100 * found['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-            changed = f"{found['lost']} / {found['won']}"
-        drafts = row["mean_accepted"] is not None
-        cells = [threshold[row["rule"]], row["k"] if drafts else None, row["n"], accuracy, difference, changed,
-                 f"{row['mean_accepted']:.2f}" if drafts else None, percent(row["by_rule_share"]) if drafts else None,
-                 f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}" if row["ratio"] else None]  # fmt: skip
-        cells = "".join(f'<td class="n">{"-" if cell is None else html.escape(str(cell))}</td>' for cell in cells)
-        lines.append(f"<tr><th>{mark(number)} {html.escape(row['rule'])}</th>{cells}</tr>")
-    heads = ("threshold", "M", "n", "right (95% interval)", "points to plain (95%)", "lost / won", "m*", "by the rule alone",
-             "tokens/s", "× plain")  # fmt: skip
-    heads = "".join(f'<th class="n">{head}</th>' for head in heads)
+    threshold = {record["rule"]: record.get("threshold") for record in records}
+    table = [cells_of(row, threshold[row["rule"]]) for row in rows]
+    names, lines = dict.fromkeys(name for cells in table for name in cells), []
+    for number, (row, cells) in enumerate(zip(rows, table)):
+        line = "".join(f'<td class="n">{html.escape(cells.get(name) or "-")}</td>' for name in names)
+        lines.append(f"<tr><th>{mark(number)} {html.escape(row['rule'])}</th>{line}</tr>")
+    heads = "".join(f'<th class="n">{name}</th>' for name in names)
     return (f'<div class="wide"><table><thead><tr><th>rule</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
             "</div><p class=\"soft\">m*: draft tokens accepted a round, without the target's own token. By the rule alone: the "
             "share of all tokens that the target would not have said. Points to plain: on the same questions; lost are right "
@@ -223,7 +220,8 @@ class Pieces:
 
 
 def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
-    """An answer for the page's script: r(ule), ok, f(inal answer), m*, t(okens), o(rigin); and, where the run kept them,
+    """An answer for the page's script: r(ule), ok, f(inal answer), m*, t(okens), where further turns
+    begin, o(rigin); and, where the run kept them,
     p, kl and s(core) in thousandths, and the target's own tokens where they are others."""
     text, cuts = record["text"], record.get("cuts")
     ends = list(accumulate(cuts)) if cuts else [len(text)]
@@ -232,7 +230,8 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
     answer = {"r": rules.index(record["rule"]), "ok": -1 if record["right"] is None else int(record["right"]),
               "f": None if final is None else str(final),
               "m": round(record["accepted"] / max(1, record["rounds"]), 2) if record["drafted"] else None,
-              "t": tokens, "o": (record.get("origin") if cuts else None) or "?" * len(tokens)}  # fmt: skip
+              "t": tokens, "turns": turn_ends(record)[:-1] if cuts else [],
+              "o": (record.get("origin") if cuts else None) or "?" * len(tokens)}  # fmt: skip
     if cuts and has_details(record):
         answer |= {"p": [thousandths(p) for p in record["p"]], "kl": [round(1000 * x) for x in record["kl"]],
                    "s": [round(1000 * x) for x in record["score"]] if record.get("score") else None,

@@ -132,6 +132,7 @@ function sectionOf(item, answer) {
   answer.t.forEach((id, at) => {
     const span = make("span", { class: answer.o[at] === "?" ? "" : answer.o[at], "data-at": at, tabindex: at ? -1 : 0 },
                       pieces[id] || (at + 1 === answer.t.length ? "■" : "▯"));
+    if (answer.turns.includes(at)) span.classList.add("turn");
     if (answer.o[at] !== "a" && /^\n+$/.test(pieces[id])) span.prepend("↵");
     text.append(span);
   });

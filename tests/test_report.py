@@ -10,6 +10,7 @@ from browser import CHROMIUM, Browser
 
 from model import InputError
 from scripts import report
+from scripts.intervals import paired_interval
 from scripts.plot import read_run
 
 HEADER = {"questions": "demo", "data": None, "target": "aaaa1111", "draft": "bbbb2222", "judge": "cccc3333", "speculate_k": 4,
@@ -64,8 +65,8 @@ def test_the_summary_by_hand(tmp_path):
     assert cells(page, "plain") == ["-", "-", "4", "75.0% (30.1 to 95.4)", "-", "-", "-", "-", "3.0", "1.00"]
     judge = cells(page, "judge")
     assert judge[:4] == ["0.8", "4", "4", "50.0% (15.0 to 85.0)"]
-    # one of four pairs differs: -25 points, 1.96 sqrt(1 - 1/4) / 4 = 42.4 to either side
-    assert judge[4:6] == ["-25.0 (-67.4 to +17.4)", "1 / 0"]
+    low, high = (100 * x for x in paired_interval(2, 0, 1, 1))  # both right twice, one lost, once neither
+    assert judge[4:6] == [f"-25.0 ({low:+.1f} to {high:+.1f})", "1 / 0"]
     assert judge[6:] == ["2.50", "35.7%", "3.5", "1.17"]  # 10 in 4 rounds; 5 of 14 tokens; 14 tokens in 4 s; to 3 a second
     for word in ("aaaa1111", "bbbb2222", "cccc3333"):
         assert word in page
@@ -107,6 +108,14 @@ def test_answers_that_nobody_scores(tmp_path):
     assert cells(page, "judge")[3:6] == ["-", "-", "-"] and "Right answers" not in page
 
 
+def test_answers_of_several_turns(browser, tmp_path):
+    """A turn may end with an accepted token; the next one begins a round of its own."""
+    one = record("judge", 0, None, ["Hi", " there", "Bye", " now"], "aaat") | {"turns": [{"new_tokens": 2}, {"new_tokens": 2}]}
+    assert "judge: 50.0% of rounds accepted 2" in make(tmp_path, [one]) and "100.0% of rounds" not in make(tmp_path, [one])
+    browser.open(f"file://{tmp_path}/report.html")
+    assert browser.js("[...document.querySelectorAll('.turn')].map((s) => s.textContent)") == ["Bye"]
+
+
 def test_broken_files_are_one_sentence(tmp_path, capsys):
     good = [json.dumps(line) for line in [HEADER, *RECORDS]]
     out = tmp_path / "report.html"
@@ -118,6 +127,8 @@ def test_broken_files_are_one_sentence(tmp_path, capsys):
         ([good[0], json.dumps(RECORDS[0] | {"origin": "ttx<"})], "letters a, r, t and b"),
         ([good[0], json.dumps(RECORDS[0] | {"p": [1, 2, "3", 4]})], "'p' holds what is no number"),
         ([good[0], json.dumps(RECORDS[0] | {"kl": [1, 2, float("nan"), 4]})], "'kl' holds what is no number"),
+        ([good[0], json.dumps(RECORDS[0] | {"turns": [{"new_tokens": 3}]})], "'turns' must name new_tokens that add up to the 4"),
+        ([good[0], json.dumps(RECORDS[0] | {"turns": [3]})], "'turns' must name"),
         ([good[0], json.dumps(RECORDS[0] | {"top": [1, 2, 3, 4]})], "'top' holds what is no text"),
         ([good[0], json.dumps(RECORDS[0] | {"cuts": [1, 1, 1, 1]})], "add up to the 12 characters"),
     ):  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_folder
 
+from generate import answer_text
 from judge import JudgeHead
 from model import load_model
 from scripts import evaluate, token_details
@@ -100,5 +101,5 @@ def test_text_is_cut_where_tokens_complete_it():
     at = bytes_of.index(b"\xc3")
     counts = cuts(tokenizer, [*ids, stop])
     assert counts[at : at + 2] == [0, 1] and counts[-1] == 0 and len(counts) == len(ids) + 1
-    assert sum(cuts(tokenizer, ids[: at + 1])) == len(evaluate.answer_text(tokenizer, ids[: at + 1]))  # half a character
+    assert sum(cuts(tokenizer, ids[: at + 1])) == len(answer_text(tokenizer, ids[: at + 1]))  # half a character
     assert cuts(tokenizer, [stop]) == [0] and cuts(tokenizer, []) == []
