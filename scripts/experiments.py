@@ -14,6 +14,7 @@
     ablations       feature, row, layer, size of the training set, target+draft
     autojudge       mining: share of important tokens, AUC, agreement with the true labels
     rule_cost       what each rule adds to the verification's time (needs --compile)
+    quantised       the target in int8, fp8 and int4: perplexity, accuracy, m*, and the judge as it is and trained anew
 
 Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems), command,
 machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed run resumes.
@@ -44,12 +45,16 @@ from judge import (
     balanced,
     encode_answer,
     encode_items,
+    extract_features,
     fit_head,
+    load_judge,
     read_answers,
     split_prompts,
     train_judge,
 )
 from model import InputError, Parser, Progress, load_model, pick_device, run_script, write_file
+from quantize import load_model as load_quantised
+from quantize import scheme_named
 from scripts import calibrate, plot, score_text
 from scripts.demo_task import (
     FAMILIES,
@@ -64,8 +69,9 @@ from scripts.demo_task import (
     write,
     write_answer,
 )
-from scripts.evaluate import Bench, Variant, add_engine_flags, label, name_models, summarise
+from scripts.evaluate import Bench, Variant, add_engine_flags, difference, label, name_models, shares_of, summarise
 from scripts.intervals import interval
+from scripts.perplexity import perplexity, read_texts
 from scripts.tasks import load_questions
 from tokenizer import decode, load_tokenizer
 
@@ -475,8 +481,62 @@ def rule_cost(args) -> dict:
             + ", ".join(f"{row['rule']} {row['added']:+.1%}" for row in rows[1:]) + "."}  # fmt: skip
 
 
+TRIED = ("none", "int8", "fp8", "int4", "int4/64", "int4/128")
+
+
+def quantised(args) -> dict:
+    """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
+    tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 400
+    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
+    texts = [[tokenizer.encode(part) for part in pair] for pair in read_texts("demo", args.seed, 300)]
+    questions, base = load_questions("demo", None, n, args.seed), None
+    for name in TRIED:
+        scheme = scheme_named(name)
+        target = load_quantised(DEMO / "target", args.device, torch.float32, scheme)
+        row = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, texts)}
+        own = args.work / f"quantised_{name.replace('/', '_')}.safetensors"
+        train_judge([target], tokenizer, answers, TrainSettings(threshold=DELTA), args.work / "features").save(own)
+        heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
+        for trained_on, path in list(heads.items())[name == "none" :]:
+            flags = {"mode": scheme.mode, "group_size": scheme.group_size} if scheme else {}
+            kept = f"quantised_{name.replace('/', '_')}_{'own' if path == own else 'first'}"
+            variants = [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
+            records = bench_of(args, questions, kept, judge_path=path, **flags).answer_all(questions, variants)
+            base = base or shares_of(records, "plain")
+            plain, standard, judge = summary_rows(records, variants)
+            change = difference(shares_of(records, "plain"), base)
+            rows.append({
+                **row, "plain": plain["accuracy"],
+                "change": change["difference"], "change_interval": change["difference_interval"],
+                "standard_m": standard["mean_accepted"], "judge_trained_on": trained_on,
+                "auc": held_out_auc(load_judge(path, target), target, tokenizer, answers, args.work / "features"),
+                "judge_m": judge["mean_accepted"], "judge": judge["accuracy"], "lost": judge["lost"], "won": judge["won"],
+            })  # fmt: skip
+    first, others = rows[0], [row for row in rows[1:] if row["judge_trained_on"] != "this target"]
+    said = [f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} points and m* "
+            f"{row['judge_m']:.1f}" for row in others]  # fmt: skip
+    as_it_is, anew = ([row["auc"] for row in rows[1:] if row["judge_trained_on"] == which] for which in heads)
+    return {"title": "Quantised targets", "n": n, "rows": rows,
+            "finding": f"Perplexity, accuracy and the judge's m* beside the unquantised target's ({first['perplexity']:.4f}, "
+            f"{first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. Its head has AUC {first['auc']:.4f} there, "
+            f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where heads of their own reach {min(anew):.4f} "
+            f"to {max(anew):.4f}."}  # fmt: skip
+
+
+def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> float:
+    """AUC of a head on the held-out prompts of `train_judge`, with features of this target."""
+    s = TrainSettings()
+    encoded = encode_items(tokenizer, answers, False, target.args.vocab_size)
+    shards = extract_features([target], encoded, s.rows, cache)
+    labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
+    starts = torch.tensor([0, *map(len, labels)]).cumsum(0)
+    labels = torch.cat(labels)[starts[shards.answer] + shards.place]
+    test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][shards.answer] & (labels >= 0)
+    return area_under_curve(torch.cat([head.score(x) for x in shards])[test], labels[test])
+
+
 EXPERIMENTS = {f.__name__: f for f in (judge_table, m_sweep, pareto, equal_risk, other_text, out_of_domain, self_correction,
-                                       label_policies, ablations, autojudge, rule_cost)}  # fmt: skip
+                                       label_policies, ablations, autojudge, rule_cost, quantised)}  # fmt: skip
 
 
 def as_markdown(result: dict) -> str:

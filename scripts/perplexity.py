@@ -65,6 +65,17 @@ def log_likelihood(model: Transformer, bos: int, given: int, ids: list[int], win
     return total
 
 
+def perplexity(
+    model: Transformer, bos: int, texts: list[list[list[int]]], window: int = 2048, stride: int = 512, what: str = "perplexity"
+) -> float:
+    """Of pairs of ids: what is only read, and what counts."""
+    total, progress = 0.0, Progress(what, len(texts))
+    for given, text in texts:
+        total += log_likelihood(model, bos, len(given), given + text, window, stride)
+        progress.step()
+    return math.exp(-total / sum(len(text) for _, text in texts))
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures mode after mode."""
     device, schemes = pick_device(args.device), [scheme_named(name) for name in args.mode]
@@ -80,11 +91,8 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, scheme in zip(args.mode, schemes):
         model = load_model(args.checkpoint_path, device, run_dtype(args.precision, device), scheme)
-        total, progress = 0.0, Progress(name, len(texts))
-        for given, text in texts:
-            total += log_likelihood(model, tokenizer.bos_id, len(given), given + text, window, args.stride)
-            progress.step()
-        rows.append({"mode": name, "perplexity": math.exp(-total / n), "bits_per_token": -total / n / math.log(2)})
+        found = perplexity(model, tokenizer.bos_id, texts, window, args.stride, name)
+        rows.append({"mode": name, "perplexity": found, "bits_per_token": math.log2(found)})
         row = rows[-1]
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1
         print(f"{name:10} perplexity {row['perplexity']:.4f} ({row['change']:+.2%}), {row['bits_per_token']:.4f} bits a token")

@@ -192,6 +192,15 @@ def self_correction(result: dict):
     return figure
 
 
+def quantised(result: dict):
+    figure, axes = new_figure(2)
+    rows = result["rows"]
+    names = [f"{row['mode']}, judge of {row['judge_trained_on']}" for row in rows]
+    bars(axes[0], names, [100 * (row["perplexity"] / rows[0]["perplexity"] - 1) for row in rows], "perplexity, % more")
+    bars(axes[1], names, [row["judge_m"] for row in rows], "m* of the judge")
+    return figure
+
+
 def by_delta(result: dict, key: str):
     """Accuracy against m*, a line for each value of `key`."""
     figure, (axis,) = new_figure()
@@ -225,7 +234,7 @@ def rule_cost(result: dict):
 FIGURES = {
     "judge_table": judge_table, "m_sweep": m_sweep, "pareto": pareto, "equal_risk": equal_risk, "other_text": other_text,
     "out_of_domain": out_of_domain, "self_correction": self_correction, "ablations": ablations,
-    "rule_cost": rule_cost,
+    "rule_cost": rule_cost, "quantised": quantised,
     "label_policies": lambda result: by_delta(result, "policy"), "autojudge": lambda result: by_delta(result, "head"),
 }  # fmt: skip
 
