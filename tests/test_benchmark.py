@@ -85,6 +85,20 @@ def test_the_report(tmp_path, capsys):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
+def test_several_modes_in_one_run(capsys):
+    """Each mode has every part, and reads the bytes of its own weights."""
+    from quantize import Scheme, weight_bytes
+
+    main([*SMALL, "--repeats", "1", "--modes", "none", "int8", "int4/128"])
+    rows = {row["part"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    shape, read = shape_of("64x2"), {}
+    for mode, scheme in (("none", None), ("int8", Scheme("int8")), ("int4/128", Scheme("int4", 128))):
+        assert {f"{mode}: verify 5 rows at 20", f"{mode}: generate, standard"} <= rows.keys()
+        read[mode] = rows[f"{mode}: plain step at 20"]["bytes"]
+        assert read["none"] - read[mode] == weight_bytes(shape, torch.float32, None) - weight_bytes(shape, torch.float32, scheme)
+    assert len(rows) == 3 * 7 and read["int4/128"] < read["int8"] < read["none"]
+
+
 def test_a_loaded_folder_is_held_against_cat(capsys):
     main(["--speculate_k", "2", "--positions", "9", "--prefill", "--max_new_tokens", "8", "--repeats", "1", "--device", "cpu"])
     startup = json.loads(capsys.readouterr().out.splitlines()[-1])["startup"]
@@ -123,6 +137,10 @@ def test_attention_ways_agree():
     (["--preset", "64x1", "--cache_length", "1000000000000"], "Not enough memory"),
     (["--positions", "0"], "at least 1"),
     (["--out", "x.txt"], "must end in .json"),
+    (["--modes", "int3"], "--mode int3 is not known"),
+    (["--modes", "int4/x"], "not of the form int4/GROUP"),
+    (["--modes", "int8", "--mode", "int8"], "leave --mode"),
+    (["--modes", "int8", "--peers"], "unquantised weights"),
     (["--preset", "64x2", "--draft_preset", "Llama-3.2-1B"], "different vocabularies"),
 ])  # fmt: skip
 def test_mistakes(flags, sentence, capsys, tmp_path, monkeypatch):

@@ -44,6 +44,20 @@ def test_the_plot_refuses_what_it_does_not_know(tmp_path, capsys):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_the_auc_of_a_head_is_that_of_its_training(pair, tmp_path):
+    """The same held-out prompts, labels and features as `train_judge` measures by."""
+    from generate import DEMO
+    from judge import TrainSettings, train_judge
+    from tokenizer import load_tokenizer
+
+    answers = [{"prompt": f"Mia has {n} apples. She buys {i}.", "response": f"So Mia has {n}+{i}={n + i + wrong}.",
+                "errors": [[13, 15]] * wrong, "source": ""} for n in range(10, 30) for i in (7, 8) for wrong in (0, 1)]  # fmt: skip
+    tokenizer, target = load_tokenizer(DEMO / "target"), pair[0]
+    head = train_judge([target], tokenizer, answers, TrainSettings(), tmp_path)
+    found = experiments.held_out_auc(head, target, tokenizer, answers, tmp_path)
+    assert 0.5 < found < 1 and found == pytest.approx(head.info["held_out"]["auc"], abs=1e-6)
+
+
 @torch.inference_mode()
 def test_ablations_read_the_rows_and_layers_that_they_name(pair):
     from judge import Encoded
