@@ -792,7 +792,7 @@ def load_pair(
     local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
     check_memory(local, capacity, dtype, device, written)
     models = [load_model(*each) for each in zip(folders, [device] * 2, [dtype] * 2, schemes, shards)]
-    tp.agree({f"{role} weights of": model.fingerprint for role, model in zip(("target", "draft"), models)})
+    tp.agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
 
@@ -807,7 +807,7 @@ def place(
     draft, scheme = shapes[1], schemes[1]
     size = weight_bytes(draft, dtype, scheme)
     draft_tp = draft_tp or tp.place_draft(draft, size, shard.world, device.type)
-    print(f"draft: {draft_tp}d{f' on {shard.world} ranks' if draft_tp == 'shard' else ''}", file=sys.stderr)
+    print(f"draft: {'sharded' if draft_tp == 'shard' else 'the same on every rank'}", file=sys.stderr)
     return [shard, shard if draft_tp == "shard" else None]
 
 

@@ -415,7 +415,9 @@ def ranks(name: str):
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank > 0:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), LastLine()  # noqa: SIM115 for as long as the process lives
+        aloud = os.fdopen(os.dup(2), "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print from C++
+        sys.stdout, sys.stderr, sys.__stderr__ = open(os.devnull, "w"), LastLine(), aloud  # noqa: SIM115 it stays open
     signal.signal(signal.SIGTERM, lambda *_: ended_by_torchrun(name, rank))
     try:
         STORE = meet()
@@ -528,7 +530,8 @@ def agree(facts: dict) -> None:
     def describe(peer: int, theirs: dict) -> str:
         mine = json.loads(json.dumps(facts, default=str))
         name = next(name for name in [*mine, *theirs] if mine.get(name) != theirs.get(name))
-        return f"Rank {peer} has {name} {theirs.get(name)}, but rank 0 has {mine.get(name)}; start all ranks alike."
+        they, we = theirs.get(name, "none"), mine.get(name, "none")
+        return f"Rank {peer} has another {name} ({they}) than rank 0 ({we}); start all ranks alike."
 
     compare(facts, describe)
 
@@ -568,7 +571,7 @@ def file_facts(flag: str, path: Path | None) -> dict[str, str | int]:
     for file in files:
         weights = file.suffix == ".safetensors" and path.is_dir()
         same = f"{file.stat().st_size} bytes" if weights else hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-        facts[f"in {flag} a {file.name} of"] = same
+        facts[f"{file.name} of {flag}"] = same
     return facts
 
 
