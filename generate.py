@@ -630,6 +630,8 @@ def compile_step(step, device: str):
     rest would cost more than a small draft's step. The copied code object keeps engines apart, since dynamo caches by
     code object.
     """
+    if tp.GROUP:
+        tp.own_compile_cache()
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
 
     def keep(guards: list) -> list[bool]:

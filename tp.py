@@ -279,7 +279,7 @@ class Link:
         self.sockets: dict[int, socket.socket] = {}
         self.inbox = {peer: queue.Queue() for peer in range(world)}
         self.gone: set[int] = set()  # ranks that took their leave
-        self.everybody_left, self.over = threading.Event(), threading.Lock()
+        self.everybody_left, self.ending, self.over = threading.Event(), threading.Event(), threading.Lock()
         if world == 1:
             self.everybody_left.set()
         self.accept(store) if rank == 0 else self.call(store)
@@ -349,7 +349,8 @@ class Link:
 
     def end(self, sentence: str) -> None:
         """Ends this rank, and with it the others, whatever its main thread is doing."""
-        time.sleep(1)  # if this rank makes the same mistake it says so itself
+        self.ending.set()
+        time.sleep(1 if self.rank == 0 else 0)  # if rank 0 makes the same mistake it says so itself
         self.over.acquire()  # once, and never again
         if self.rank == 0 or (self.rank == 1 and sentence == "Rank 0 died."):
             print(f"\n{self.name}: {sentence}", file=sys.stderr if self.rank == 0 else sys.__stderr__, flush=True)
@@ -440,14 +441,25 @@ def ranks(name: str):
 
 def meet() -> dist.Store:
     """The store that torchrun (or rank 0, if ranks were started by hand) keeps. Raises InputError where there is none."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+    late = threading.Timer(START + 5, too_late, [where])  # a stranger on the port may take the call and say nothing
+    late.start()
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START)))
     except (dist.DistError, RuntimeError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise InputError(f"The ranks cannot meet at {where}: the port is in use; choose another MASTER_PORT.") from None
         raise InputError(f"The ranks cannot meet at {where}: {first_line(error)}.") from None
+    finally:
+        late.cancel()
     return store
+
+
+def too_late(where: str) -> None:
+    """Ends this rank, which nobody answers."""
+    if os.environ["RANK"] == "0":
+        print(f"The ranks cannot meet at {where}: nobody answers there.", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def first_line(error: Exception) -> str:
@@ -470,13 +482,14 @@ def give_up(code: int | str) -> None:
             LINK.send(peer, {"error": ""})
     else:
         LINK.send(0, {"error": sys.stderr.text.removeprefix(f"{LINK.name}: ")})
-        LINK.everybody_left.wait(10)
+        LINK.ending.wait(10)
         os._exit(2)
 
 
 def lost(error: Exception) -> None:
     """A collective fails where a rank has died: the link then knows more. Else it is a mistake in the program."""
-    time.sleep(5)
+    if LINK.ending.wait(5):
+        time.sleep(5)  # it ends this process meanwhile
     text = f"{type(error).__name__}: {first_line(error)}"
     if LINK.rank == 0:
         collective = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Timed out"))
@@ -606,6 +619,15 @@ def connect(device: torch.device, way: str | None) -> None:
     if way == "symmetric":
         open_symmetric(device)
     print(f"{LINK.world} ranks by {backend}; all-reduce: {way or backend}", file=sys.stderr)
+
+
+def own_compile_cache() -> None:
+    """Gives torch.compile a cache for each rank of a machine: two that compile the same at once would read half a file."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    here, folder = f"rank{os.environ['LOCAL_RANK']}", Path(cache_dir())
+    if LINK is not None and folder.name != here:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / here)
 
 
 def open_symmetric(device: torch.device) -> None:
