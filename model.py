@@ -6,6 +6,7 @@ layout of those weights. Nothing here knows about drafts or judges.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -590,7 +591,7 @@ def load_model(
         part = shard.part(args, name) if shard else ()
         tensor = read_tensor(handles[file], name, shape, file, part=part)
         dtype = dtype or tensor.dtype
-        digest.update(sample_of(handles[file].get_slice(name) if part else tensor, shape))
+        digest.update(sample_of(tensor, shape, Stored(file, name) if part else None))
         model.bytes_read += tensor.nbytes + (SAMPLES * tensor.itemsize if part else 0)
         _, row, local_shape = places[name]
         fill(materialise(model, ours, dtype, device)[row : row + local_shape[0]], tensor)
@@ -622,18 +623,68 @@ def fingerprint_of(folder: str | Path) -> str:
 SAMPLES = 64
 
 
-def sample_of(tensor, shape: tuple[int, ...]) -> bytes:
+def sample_of(tensor: Tensor, shape: tuple[int, ...], stored: "Stored | None" = None) -> bytes:
     """Shape and evenly spaced values of a tensor as it lies on disk, the same for every float type that holds them.
 
-    tensor: it, or a safetensors slice of it, from which then nothing else is read.
+    stored: where to read them, and nothing else, if `tensor` is only a part.
     """
     flat = torch.linspace(0, math.prod(shape) - 1, SAMPLES, dtype=torch.double).long()
-    if isinstance(tensor, Tensor):
-        values = tensor.reshape(-1)[flat]
-    else:
-        places = torch.stack(torch.unravel_index(flat, shape), -1).tolist()
-        values = torch.cat([tensor[tuple(slice(at, at + 1) for at in place)].reshape(1) for place in places])
+    values = tensor.reshape(-1)[flat] if stored is None else stored.read([(at, 1) for at in flat.tolist()])
     return repr((tuple(shape), values.float().tolist())).encode()
+
+
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8,
+          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+
+
+class Stored:
+    """A tensor in a safetensors file, of which parts are read by themselves.
+
+    safetensors maps files into memory, where the system reads ahead and around: for a rank's slices, the whole file.
+    """
+
+    def __init__(self, file: Path, name: str):
+        begin, header = safetensors_header(file)
+        self.file, entry = file, header[name]
+        if entry["dtype"] not in STORED:
+            raise InputError(f"{file}: tensor {name} is {entry['dtype']}, but must be one of {', '.join(STORED)}.")
+        self.dtype, self.shape, self.begin = STORED[entry["dtype"]], entry["shape"], begin + entry["data_offsets"][0]
+
+    def read(self, spans: list[tuple[int, int]]) -> Tensor:
+        """The values of spans (first, count) one after the other, (total,)."""
+        size = self.dtype.itemsize
+        content, at = bytearray(size * sum(count for _, count in spans)), 0
+        view = memoryview(content)
+        with self.file.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # read nothing ahead
+            for first, count in spans:
+                file.seek(self.begin + first * size)
+                end = at + count * size
+                while at < end:
+                    if not (got := file.readinto(view[at:end])):
+                        raise InputError(f"{self.file} is truncated.")
+                    at += got
+        return torch.frombuffer(content, dtype=self.dtype) if content else torch.empty(0, dtype=self.dtype)
+
+    def part(self, part: tuple[slice, ...]) -> Tensor:
+        """Some rows, or some columns of some rows."""
+        rows, columns = [range(*span.indices(size)) for span, size in zip((*part, slice(None)), (*self.shape[:2], 1))][:2]
+        inner = math.prod(self.shape[2:])
+        width = math.prod(self.shape[1:])  # of a whole row
+        if len(part) == 1:
+            spans = [(rows.start * width, len(rows) * width)]
+            return self.read(spans).view(len(rows), *self.shape[1:])
+        spans = [(row * width + columns.start * inner, len(columns) * inner) for row in rows]
+        return self.read(spans).view(len(rows), len(columns), *self.shape[2:])
+
+
+@functools.lru_cache(maxsize=1024)
+def safetensors_header(file: Path) -> tuple[int, dict]:
+    """Where a file's data begin, and its header: 8 bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        return 8 + length, json.loads(opened.read(length))
 
 
 def fill(place: Tensor, tensor: Tensor) -> None:
@@ -664,7 +715,7 @@ def read_tensor(
         lazy = handle.get_slice(name)
         found = tuple(lazy.get_shape())
         if found == shape:
-            tensor = lazy[part] if part else handle.get_tensor(name)
+            tensor = Stored(file, name).part(part) if part else handle.get_tensor(name)
     except SafetensorError as error:
         raise InputError(f"{file} has no readable tensor {name}: {error}.") from None
     if found != shape:
