@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import kernels
+import tp
 from judge import (
     RULES,
     Drift,
@@ -48,8 +49,9 @@ from model import (
     run_dtype,
     run_script,
 )
-from quantize import Scheme, add_mode_flags, load_model, memory_line, read_scheme, scheme_of, weight_bytes
+from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, weight_bytes
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
+from tp import load_model
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
@@ -73,6 +75,12 @@ class Settings:
     adaptive: bool = False  # choose each round's M from SIZES; speculate_k is then the largest
     relax_between: tuple[str, str] | None = None  # the rule applies only between these texts, `standard` elsewhere
     impose: int | None = None  # for benchmarks: accept so many draft tokens a round, whatever they are
+    check_ranks: bool = False  # compare tokens and positions of all ranks every round
+
+    @property
+    def needs_probabilities(self) -> bool:
+        """Whether more than the most likely token counts, so that ranks must gather the target's logits."""
+        return self.temperature > 0 or self.min_prob > 0 or self.verify not in ("plain", "standard", "judge")
 
 
 @dataclass
@@ -168,17 +176,17 @@ def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> 
     visible: only its length counts, how much of the cache the step may look at; a tensor, so that one graph serves all.
     """
     _, logits = model(b.tokens[b.pos][None], b.pos, len(visible))
-    token = choose(logits[0], b.uniforms[:1], s)
+    token = choose(logits[0], b.uniforms[:1], s, model.args.vocab_size)
     b.tokens[b.pos + 1] = token
     b.pos += 1
     return token
 
 
-def choose(logits: Tensor, uniform: Tensor, s: Settings) -> Tensor:
-    """The next token (1,) from logits (1, V): the most likely one, or a sample."""
+def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> Tensor:
+    """The next token (1,) from logits (1, V), or a rank's part of them: the most likely one, or a sample."""
     if s.temperature == 0:
-        return logits.argmax(-1)
-    return pick(distribution(logits, s.temperature, s.top_k), uniform)
+        return tp.most_likely(logits, vocab_size)
+    return pick(distribution(tp.whole(logits, vocab_size), s.temperature, s.top_k), uniform)
 
 
 def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, first: bool) -> None:
@@ -194,11 +202,13 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, fir
     else:
         pos, ids = b.pos + b.step, b.drafted[b.step - 1]
     hidden, logits = model(ids[None], pos, len(visible), n_logits=1)
+    logits = logits[0]
     if b.draft_logits.numel() > 1:
-        b.draft_logits[b.step] = logits[0]
+        logits = tp.whole(logits, model.args.vocab_size)
+        b.draft_logits[b.step] = logits
     if b.draft_hidden.numel() > 1:
         b.draft_hidden[b.step] = hidden[0, -1:]
-    b.drafted[b.step] = choose(logits[0], b.uniforms[b.step], s)
+    b.drafted[b.step] = choose(logits, b.uniforms[b.step], s, model.args.vocab_size)
     b.step += 1
 
 
@@ -215,10 +225,12 @@ def verify_step(
     ids = torch.cat([b.tokens[b.pos], b.drafted])
     hidden, logits = model(ids[None], b.pos + torch.arange(m + 1, device=ids.device), len(visible))
     logits, allowed, regions = logits[0], None, None
+    if s.needs_probabilities:
+        logits = tp.whole(logits, model.args.vocab_size)
     scores = head.score(hidden[0, 1:], b.draft_hidden) if head is not None else None  # the judge reads the token's own row
     if markers is not None:
         allowed, regions = markers.walk(b.region, b.drafted)
-    standard, p, q = standard_test(logits, b, s, allowed)
+    standard, p, q = standard_test(logits, b, s, allowed, model.args.vocab_size)
     if s.verify == "standard":
         relaxed = standard
     elif s.verify == "ensemble" and s.temperature > 0:
@@ -229,7 +241,7 @@ def verify_step(
     accepted = (standard | relaxed).long().cumprod(0).sum(0, keepdim=True)  # (1,)
     if s.impose is not None:
         accepted = accepted.clamp(min(s.impose, m), min(s.impose, m))
-    own = p[accepted].argmax(-1) if s.temperature == 0 else pick(residual(p, q, accepted), b.uniforms[2 * m :])
+    own = p[accepted] if s.temperature == 0 else pick(residual(p, q, accepted), b.uniforms[2 * m :])
     index = torch.arange(m + 1, device=ids.device)
     committed = torch.where(index < accepted, torch.cat([b.drafted, own]), own)
     b.tokens[b.pos + 1 + index] = committed
@@ -242,23 +254,28 @@ def verify_step(
     return torch.cat([accepted, committed, (relaxed & ~standard).long(), score])
 
 
-def standard_test(logits: Tensor, b: Buffers, s: Settings, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The standard test, bool (M,), and what the target's own token comes from: p (M + 1, V) and, when sampling, q (M, V).
+def standard_test(
+    logits: Tensor, b: Buffers, s: Settings, allowed: Tensor | None, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The standard test, bool (M,), and what the target's own token comes from: greedy, the most likely tokens (M + 1,);
+    when sampling, p (M + 1, V) and q (M, V).
 
-    Greedy p may be logits, only its argmax counts. `ensemble` puts its mixture in the place of p, in allowed rows; the
-    last row stays the target's.
+    `ensemble` puts its mixture in the place of p, in allowed rows; the last row stays the target's.
     """
     m, ensemble = len(b.drafted), s.verify == "ensemble"
     if s.temperature == 0:
-        standard = RULES["standard"].accept(b.drafted, logits[:-1], None, None, None)  # the row before the token
-        p, q = (logits.softmax(-1), b.draft_logits.softmax(-1)) if ensemble else (logits, None)
+        own = tp.most_likely(logits, vocab_size)
+        standard = own[:-1] == b.drafted  # the row before the token
+        if not ensemble:
+            return standard, own, None
+        p, q = logits.softmax(-1), b.draft_logits.softmax(-1)
     else:
         p, q = (distribution(x, s.temperature, s.top_k) for x in (logits, b.draft_logits))
         standard = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
     if ensemble:
         mixed = mixture(p[:-1], q, b.threshold, s.min_prob)
         p = torch.cat([mixed if allowed is None else mixed.where(allowed[:, None], p[:-1]), p[-1:]])
-    return standard, p, q
+    return standard, p.argmax(-1) if s.temperature == 0 else p, q
 
 
 def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor, uniforms: Tensor) -> Tensor:
@@ -405,7 +422,8 @@ class Engine:
             began = time.monotonic()
             self.round(window, m)
             seconds[m].append(time.monotonic() - began)
-        self.pace.seconds |= {(window, m): sorted(found)[repeats // 2] for m, found in seconds.items()}
+        medians = [sorted(found)[repeats // 2] for found in seconds.values()]
+        self.pace.seconds |= {(window, m): found for m, found in zip(seconds, tp.first(lambda: medians))}
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -516,6 +534,8 @@ class Engine:
             another = self.overlap and len(result.tokens) + 1 < max_new_tokens  # this round puts out at least one
             ahead = self.launch(pos + 2 * most, self.pace.choose(pos + 2 * most)) if another else None
             got = self.collect(current)
+            if self.settings.check_ranks:
+                tp.check_round(pos, got.accepted, got.tokens)
             pos += len(got.tokens)
             result.seconds_decode = time.monotonic() - began
             fresh = self.count(got, result, max_new_tokens)
@@ -610,13 +630,15 @@ def compile_step(step, device: str):
     rest would cost more than a small draft's step. The copied code object keeps engines apart, since dynamo caches by
     code object.
     """
+    if tp.GROUP:
+        tp.own_compile_cache()
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
 
     def keep(guards: list) -> list[bool]:
         return [guard.name in ("first", "L['first']") for guard in guards]
 
-    # On a CPU the wrapper around the kernels counts, on a GPU it is captured and gone
-    options = {"cpp_wrapper": True} if device == "cpu" else {"coordinate_descent_tuning": True}
+    # On a CPU the wrapper around the kernels counts (in C++ it cannot call collectives), on a GPU it is captured and gone
+    options = {"cpp_wrapper": not tp.GROUP} if device == "cpu" else {"coordinate_descent_tuning": True}
     return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})
 
 
@@ -737,6 +759,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add_mode_flags(parser)
+    tp.add_flags(parser)
     add("--profile", type=Path, help="write a Chrome trace of the last sample to this file")
     add("--json", action="store_true", help="print one JSON object a sample, and nothing else, on standard output")
     parser.set_defaults(compare=False)  # the demo decodes its prompt once more plainly
@@ -755,26 +778,45 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def load_pair(
     target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0,
-    schemes: tuple[Scheme | None, Scheme | None] = (None, None),
+    schemes: tuple[Scheme | None, Scheme | None] = (None, None), draft_tp: str | None = None,
 ) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
     """Loads what is named, after checking that draft and target fit together and into memory.
 
-    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded.
+    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where ranks share the
+    target, whether they share the draft as well (default: tp.place_draft).
     """
     folders = [folder for folder in (target, draft) if folder is not None]
     shapes = [ModelArgs.from_folder(folder) for folder in folders]
     if draft is not None:
         check_pair(*shapes, tuple(folders))
     written = [(read_scheme(folder) or (scheme,))[0] for folder, scheme in zip(folders, schemes)]
-    check_memory(shapes, capacity, dtype, device, written)
-    models = [load_model(folder, device, dtype, scheme) for folder, scheme in zip(folders, schemes)]
+    shards = place(shapes, dtype, written, device, draft_tp)
+    local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
+    check_memory(local, capacity, dtype, device, written)
+    models = [load_model(*each) for each in zip(folders, [device] * 2, [dtype] * 2, schemes, shards)]
+    tp.agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
 
 
+def place(
+    shapes: list[ModelArgs], dtype: torch.dtype, schemes: list[Scheme | None], device: torch.device, draft_tp: str | None
+) -> list[tp.Shard | None]:
+    """For target and draft: this rank's shard, or None for all of it. Says on standard error where the draft goes."""
+    shard = tp.shard()
+    if shard is None or len(shapes) < 2:
+        return [shard] * len(shapes)
+    draft, scheme = shapes[1], schemes[1]
+    size = weight_bytes(draft, dtype, scheme)
+    draft_tp = draft_tp or tp.place_draft(draft, size, shard.world, device.type)
+    print(f"draft: {'sharded' if draft_tp == 'shard' else 'the same on every rank'}", file=sys.stderr)
+    return [shard, shard if draft_tp == "shard" else None]
+
+
 def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokenizer) -> Engine:
     """Loads what the command line names and builds the engine."""
-    settings, device = settings_of(args), pick_device(args.device)
+    settings, device = settings_of(args), pick_device(tp.own_device(args.device))
+    tp.connect(device, args.all_reduce)
     dtype, shape = run_dtype(args.precision, device), ModelArgs.from_folder(args.checkpoint_path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise InputError(
@@ -786,7 +828,7 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
     draft = None if args.verify == "plain" else args.draft_checkpoint_path
     judge = args.judge_path if args.verify == "judge" else None
     capacity, schemes = capacity_for(length, settings.speculate_k), (scheme_of(args), scheme_of(args, "draft_"))
-    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity, schemes)
+    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity, schemes, args.draft_tp)
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     engine = Engine(*models, settings, tokenizer.stop_ids, length, markers)
     for name, model in (("target", engine.target), ("draft", engine.draft)):
@@ -800,7 +842,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     auto = args.speculate_k == "auto"
     between = tuple(args.relax_between) if getattr(args, "relax_between", None) else None
     return Settings(args.verify, args.threshold, max(SIZES) if auto else args.speculate_k, args.temperature, args.top_k,
-                    args.compile, args.min_prob, auto, between)  # fmt: skip
+                    args.compile, args.min_prob, auto, between,
+                    check_ranks=getattr(args, "check_ranks", False))  # fmt: skip
 
 
 def read_k(text: str) -> int | str:
@@ -817,10 +860,7 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     if not text:
         raise InputError("There is no prompt; give --prompt, or --interactive.")
     if text == "-":
-        try:
-            text = sys.stdin.read().removesuffix("\n").removesuffix("\r")  # what `echo` adds is not the prompt's
-        except (UnicodeDecodeError, AttributeError, OSError):
-            text = ""
+        text = tp.first(read_stdin)
         if not text:
             raise InputError("--prompt - found no UTF-8 text on standard input.")
     elif text.isascii() and text.isdigit():
@@ -830,6 +870,14 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
         ids = torch.randint(0, min(256, tokenizer.vocab_size), (int(text),), generator=generator).tolist()
         return [tokenizer.bos_id, *ids][: int(text)]
     return encode_prompt(args, tokenizer, text)
+
+
+def read_stdin() -> str:
+    """Standard input, without the line's end that `echo` adds; empty where it is no text."""
+    try:
+        return sys.stdin.read().removesuffix("\n").removesuffix("\r")
+    except (UnicodeDecodeError, AttributeError, OSError):
+        return ""
 
 
 def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -915,7 +963,8 @@ def run_samples(
         if args.profile and last:
             with torch.profiler.profile() as trace:
                 result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
-            trace.export_chrome_trace(str(args.profile))
+            if tp.is_first():
+                trace.export_chrome_trace(str(args.profile))
         else:
             result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
         warn_of_drift(drift, result)
@@ -955,14 +1004,21 @@ def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int],
     print(f"{args.verify} is {result.tokens_per_second / plain.tokens_per_second:.2f} times as fast as plain{text}.")
 
 
+def ask() -> str | None:
+    """A line from a person, None at end of input."""
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
 def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, drift: Drift) -> None:
     """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full."""
     paint, messages = Paint(sys.stdout), []
     engine.generator.manual_seed(args.seed % 2**63)
     while True:
-        try:
-            text = input("> ")
-        except EOFError:
+        text = tp.first(ask)
+        if text is None:
             print()
             return
         if not text:
@@ -1018,6 +1074,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """From a parsed command line to the output."""
+    tp.check_flags(args)
     check_args(args)
     tokenizer = load_tokenizer(args.checkpoint_path)
     prompt = [] if args.interactive else read_prompt(args, tokenizer)
@@ -1070,10 +1127,11 @@ def announce(args: argparse.Namespace, engine: Engine) -> Drift:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
-    run_script("generate.py", lambda: run(args))
+    with tp.ranks("generate.py"):
+        args = parse_args(argv)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
+        run_script("generate.py", lambda: run(args))
 
 
 if __name__ == "__main__":

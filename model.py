@@ -6,6 +6,7 @@ layout of those weights. Nothing here knows about drafts or judges.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -24,6 +26,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import kernels
+
+if TYPE_CHECKING:
+    from tp import Shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -402,19 +407,23 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama. Without caches it reads whole sequences (training); after `setup_caches` it decodes one sequence."""
+    """A Llama. Without caches it reads whole sequences (training); after `setup_caches` it decodes one sequence.
 
-    def __init__(self, args: ModelArgs):
+    local: the shape of the weights held here, where they are a part of the model (tp.py); default: all of it.
+    """
+
+    def __init__(self, args: ModelArgs, local: ModelArgs | None = None):
         super().__init__()
-        self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layer))
+        self.args, self.local = args, local or args
+        self.tok_embeddings = nn.Embedding(self.local.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(self.local) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = Linear(args.dim, args.vocab_size)
+        self.output = Linear(args.dim, self.local.vocab_size)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
         self.quantization = ""  # how they are quantised, set by quantize.py
+        self.bytes_read = 0  # from disk, while loading
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = 0
         self.generation = 0  # counts allocations of the caches: graphs captured over older ones must not run
@@ -434,7 +443,7 @@ class Transformer(nn.Module):
             return
         self.cache_length, self.generation = length, self.generation + 1
         self.rope = rope_table(self.args, length, self.device)
-        shape = (1, self.args.n_kv_head, length, self.args.head_dim)
+        shape = (1, self.local.n_kv_head, length, self.local.head_dim)
         for layer in self.layers:
             layer.attention.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -449,7 +458,7 @@ class Transformer(nn.Module):
         without a cache. window: the step sees cache positions below it (at least max(pos) + 1; default: all).
         prefill: the rows are many, and the last of the window (on a GPU other kernels serve them).
         hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits, vocab) in fp32,
-        for the last n_logits rows (default all; 0 skips the LM head).
+        for the last n_logits rows (default all; 0 skips the LM head); of a part of a model only its part of the vocabulary.
         """
         window = self.cache_length if window is None else window
         x = self.tok_embeddings(tokens)
@@ -470,7 +479,7 @@ class Transformer(nn.Module):
         if x.device.type == "cuda":
             return causal_lower_right(len(pos), window) if prefill else None
         mask = causal_mask(pos, window, x.dtype)
-        return mask.repeat(self.args.n_head // self.args.n_kv_head, 1) if use_heads_as_rows(x) else mask
+        return mask.repeat(self.local.n_head // self.local.n_kv_head, 1) if use_heads_as_rows(x) else mask
 
 
 def random_model(
@@ -496,10 +505,10 @@ def random_model(
     return model.eval()
 
 
-def empty_model(args: ModelArgs) -> Transformer:
+def empty_model(args: ModelArgs, local: ModelArgs | None = None) -> Transformer:
     """The module tree without memory, on the meta device."""
     with torch.device("meta"):
-        return Transformer(args)
+        return Transformer(args, local)
 
 
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:
@@ -558,29 +567,34 @@ def weight_plan(args: ModelArgs) -> dict[str, tuple[str, int, tuple[int, ...]]]:
 
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-    complete: Callable[[Transformer, str], None] | None = None,
+    complete: Callable[[Transformer, str], None] | None = None, shard: "Shard | None" = None,
 ) -> Transformer:  # fmt: skip
     """Loads a published snapshot folder (any float type on disk) straight into fused weights.
 
     dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called with the model
-    and each of its parameters' names as soon as that is filled, and may replace it. Peak memory is the model
+    and each of its parameters' names as soon as that is filled, and may replace it. shard: reads that part of every
+    tensor, and no more of it than the values that the fingerprint samples. Peak memory is the model (or the part)
     plus its largest tensor. Raises InputError naming tensor and file for whatever is missing, unexpected, misshapen or
     truncated.
     """
     folder = Path(folder)
     args, files = ModelArgs.from_folder(folder), checkpoint_files(folder)
-    plan = weight_plan(args)
+    local, plan = shard.local(args) if shard else args, weight_plan(args)
+    places = weight_plan(local)
     check_names(plan, files, folder, args.tie_embeddings)
-    model, handles, progress = empty_model(args), {}, Progress(f"loading {folder}", len(plan))
+    model, handles, progress = empty_model(args, local), {}, Progress(f"loading {folder}", len(plan))
     digest, following = new_digest(args), [*(ours for ours, _, _ in list(plan.values())[1:]), None]
-    for (name, (ours, row, shape)), after in zip(plan.items(), following):
+    for (name, (ours, _, shape)), after in zip(plan.items(), following):
         file = files[name]
         if file not in handles:
             handles[file] = open_safetensors(file)
-        tensor = read_tensor(handles[file], name, shape, file)
+        part = shard.part(args, name) if shard else ()
+        tensor = read_tensor(handles[file], name, shape, file, part=part)
         dtype = dtype or tensor.dtype
-        digest.update(sample_of(tensor))
-        materialise(model, ours, dtype, device)[row : row + shape[0]].copy_(tensor)
+        digest.update(sample_of(tensor, shape, Stored(file, name) if part else None))
+        model.bytes_read += tensor.nbytes + (SAMPLES * tensor.itemsize if part else 0)
+        _, row, local_shape = places[name]
+        fill(materialise(model, ours, dtype, device)[row : row + local_shape[0]], tensor)
         if complete is not None and after != ours:
             complete(model, ours)
         progress.step()
@@ -602,15 +616,82 @@ def fingerprint_of(folder: str | Path) -> str:
     for name, (_, _, shape) in weight_plan(args).items():
         handle = handles.setdefault(files[name], None) or open_safetensors(files[name])
         handles[files[name]] = handle
-        digest.update(sample_of(read_tensor(handle, name, shape, files[name])))
+        digest.update(sample_of(read_tensor(handle, name, shape, files[name]), shape))
     return digest.hexdigest()[:16]
 
 
-def sample_of(tensor: Tensor) -> bytes:
-    """Shape and 64 evenly spaced values of a tensor as it lies on disk, the same for every float type that holds them."""
-    flat = tensor.reshape(-1)
-    values = flat[torch.linspace(0, len(flat) - 1, 64, dtype=torch.double).long()].float()
-    return repr((tuple(tensor.shape), values.tolist())).encode()
+SAMPLES = 64
+
+
+def sample_of(tensor: Tensor, shape: tuple[int, ...], stored: "Stored | None" = None) -> bytes:
+    """Shape and evenly spaced values of a tensor as it lies on disk, the same for every float type that holds them.
+
+    stored: where to read them, and nothing else, if `tensor` is only a part.
+    """
+    flat = torch.linspace(0, math.prod(shape) - 1, SAMPLES, dtype=torch.double).long()
+    values = tensor.reshape(-1)[flat] if stored is None else stored.read([(at, 1) for at in flat.tolist()])
+    return repr((tuple(shape), values.float().tolist())).encode()
+
+
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8,
+          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+
+
+class Stored:
+    """A tensor in a safetensors file, of which parts are read by themselves.
+
+    safetensors maps files into memory, where the system reads ahead and around: for a rank's slices, the whole file.
+    """
+
+    def __init__(self, file: Path, name: str):
+        begin, header = safetensors_header(file)
+        self.file, entry = file, header[name]
+        if entry["dtype"] not in STORED:
+            raise InputError(f"{file}: tensor {name} is {entry['dtype']}, but must be one of {', '.join(STORED)}.")
+        self.dtype, self.shape, self.begin = STORED[entry["dtype"]], entry["shape"], begin + entry["data_offsets"][0]
+
+    def read(self, spans: list[tuple[int, int]]) -> Tensor:
+        """The values of spans (first, count) one after the other, (total,)."""
+        size = self.dtype.itemsize
+        content, at = bytearray(size * sum(count for _, count in spans)), 0
+        view = memoryview(content)
+        with self.file.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # read nothing ahead
+            for first, count in spans:
+                file.seek(self.begin + first * size)
+                end = at + count * size
+                while at < end:
+                    if not (got := file.readinto(view[at:end])):
+                        raise InputError(f"{self.file} is truncated.")
+                    at += got
+        return torch.frombuffer(content, dtype=self.dtype) if content else torch.empty(0, dtype=self.dtype)
+
+    def part(self, part: tuple[slice, ...]) -> Tensor:
+        """Some rows, or some columns of some rows."""
+        rows, columns = [range(*span.indices(size)) for span, size in zip((*part, slice(None)), (*self.shape[:2], 1))][:2]
+        inner = math.prod(self.shape[2:])
+        width = math.prod(self.shape[1:])  # of a whole row
+        if len(part) == 1:
+            spans = [(rows.start * width, len(rows) * width)]
+            return self.read(spans).view(len(rows), *self.shape[1:])
+        spans = [(row * width + columns.start * inner, len(columns) * inner) for row in rows]
+        return self.read(spans).view(len(rows), len(columns), *self.shape[2:])
+
+
+@functools.lru_cache(maxsize=1024)
+def safetensors_header(file: Path) -> tuple[int, dict]:
+    """Where a file's data begin, and its header: 8 bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        return 8 + length, json.loads(opened.read(length))
+
+
+def fill(place: Tensor, tensor: Tensor) -> None:
+    """Copies a tensor into a place of its size, or of a larger one, whose rest becomes 0."""
+    if place.shape != tensor.shape:
+        place.zero_()
+    place[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
 def check_names(plan: dict, files: dict[str, Path], folder: Path, tied: bool) -> None:
@@ -623,12 +704,18 @@ def check_names(plan: dict, files: dict[str, Path], folder: Path, tied: bool) ->
             raise InputError(f"{file} has an unexpected tensor {name}, which its config.json does not call for.")
 
 
-def read_tensor(handle, name: str, shape: tuple[int, ...], file: Path, dtype: torch.dtype | None = None) -> Tensor:
-    """One tensor of a safetensors file, checked against its expected shape, and type (None: any of DTYPES)."""
+def read_tensor(
+    handle, name: str, shape: tuple[int, ...], file: Path, dtype: torch.dtype | None = None, part: tuple[slice, ...] = ()
+) -> Tensor:
+    """One tensor of a safetensors file, checked against its expected shape, and type (None: any of DTYPES).
+
+    part: what to read of it (default all).
+    """
     try:
-        found = tuple(handle.get_slice(name).get_shape())
+        lazy = handle.get_slice(name)
+        found = tuple(lazy.get_shape())
         if found == shape:
-            tensor = handle.get_tensor(name)
+            tensor = Stored(file, name).part(part) if part else handle.get_tensor(name)
     except SafetensorError as error:
         raise InputError(f"{file} has no readable tensor {name}: {error}.") from None
     if found != shape:

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -26,6 +27,9 @@ from torch import Tensor
 import kernels
 import model as plain
 from model import InputError, ModelArgs, Parser, Progress, Transformer, run_script
+
+if TYPE_CHECKING:
+    from tp import Shard
 
 MODES = ("int8", "int4", "fp8")
 PACKING = 1  # how the numbers lie in the files; a reader refuses any other
@@ -73,14 +77,15 @@ def scheme_named(name: str) -> Scheme | None:
     return scheme
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing needs.
 
     int8, fp8: weight (N, K'), scales (N,) fp32, and a weight is q * scale. int4: weight (N, K' / 2) uint8, scales
     (N, K' / group, 2) bf16, and a weight is q * scales[..., 0] + scales[..., 1]; when symmetric the latter is -8 times
-    the former.
+    the former. whole_row: where these are some columns of a weight, gives the largest of all columns from the largest of
+    these (N,), so that their scales are those of the whole rows.
     """
-    unit = scheme.group_size if scheme.mode == "int4" else COLUMNS
+    unit = unit_of(scheme)
     wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % unit))
     if scheme.mode == "int4":
         some = max(1, (1 << 18) // wide.shape[1])  # rows whose search stays in the cache
@@ -88,9 +93,15 @@ def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         q, scales = (torch.cat(parts) for parts in zip(*found))
         return pack_int4(q.flatten(1)), scales
     largest = 127.0 if scheme.mode == "int8" else 448.0
-    scales = (wide.abs().amax(1) / largest).clamp(min=1e-30)
+    peaks = wide.abs().amax(1)
+    scales = ((whole_row(peaks) if whole_row is not None else peaks) / largest).clamp(min=1e-30)
     q = wide / scales[:, None]
     return (q.round() if scheme.mode == "int8" else q).to(TYPES[scheme.mode]), scales
+
+
+def unit_of(scheme: Scheme) -> int:
+    """Columns that packing and scales keep together."""
+    return scheme.group_size if scheme.mode == "int4" else COLUMNS
 
 
 def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -219,12 +230,13 @@ def is_quantized(parameter: str, scheme: Scheme) -> bool:
     return name in ("wqkv", "wo", "w13", "w2") or (name == "output" and scheme.lm_head)
 
 
-def quantize_module(model: Transformer, parameter: str, scheme: Scheme) -> None:
+def quantize_module(model: Transformer, parameter: str, scheme: Scheme, shard: "Shard | None" = None) -> None:
     """Replaces one linear layer by its quantised form and lets its weight go."""
     owner, _, name = parameter.removesuffix(".weight").rpartition(".")
     parent = model.get_submodule(owner)
     weight = getattr(parent, name).weight
-    setattr(parent, name, QuantLinear(*quantize(weight, scheme), *weight.shape, scheme.dynamic))
+    whole_row = shard.largest if shard is not None and name in ("wo", "w2") else None
+    setattr(parent, name, QuantLinear(*quantize(weight, scheme, whole_row), *weight.shape, scheme.dynamic))
 
 
 def quantize_model(model: Transformer, scheme: Scheme) -> Transformer:
@@ -251,36 +263,39 @@ def prepare(device: torch.device, scheme: Scheme) -> None:
 
 
 def load_model(
-    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None, scheme: Scheme | None = None
-) -> Transformer:
+    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None, scheme: Scheme | None = None,
+    shard: "Shard | None" = None,
+) -> Transformer:  # fmt: skip
     """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
 
-    dtype: of activations, caches and what is not quantised. Raises InputError as `model.load_model` does, and when folder
-    and scheme do not fit.
+    dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights and scales
+    are the slices of the whole's. Raises InputError as `model.load_model` does, and when folder, scheme and shard do not fit.
     """
     folder, device = Path(folder), torch.device(device)
     written = read_scheme(folder)
+    if shard is not None and (written or scheme):
+        shard.check_columns(ModelArgs.from_folder(folder), unit_of(written[0] if written else scheme))
     if written is not None:
         if scheme not in (None, written[0]):
             raise InputError(f"{folder} holds {written[0]} weights already; leave --mode out.")
         prepare(device, written[0])
-        return load_quantized(folder, device, dtype, *written)
+        return load_quantized(folder, device, dtype, *written, shard)
     if scheme is None:
-        return plain.load_model(folder, device, dtype)
+        return plain.load_model(folder, device, dtype, shard=shard)
     check_scheme(scheme)
     check_lm_head(ModelArgs.from_folder(folder), scheme)
     prepare(device, scheme)
 
-    return plain.load_model(folder, device, dtype, completer(scheme))
+    return plain.load_model(folder, device, dtype, completer(scheme, shard), shard)
 
 
-def completer(scheme: Scheme) -> Callable[[Transformer, str], None]:
+def completer(scheme: Scheme, shard: "Shard | None" = None) -> Callable[[Transformer, str], None]:
     """What quantises a model's layers one by one, as soon as each is filled (`complete` of model.load_model)."""
 
     def complete(model: Transformer, parameter: str) -> None:
         model.quantization = str(scheme)
         if is_quantized(parameter, scheme):
-            quantize_module(model, parameter, scheme)
+            quantize_module(model, parameter, scheme, shard)
 
     return complete
 
@@ -318,47 +333,67 @@ def grouped_plan(args: ModelArgs) -> dict[str, list[tuple[str, tuple[int, ...]]]
 def packed_shapes(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of what stands for a weight (N, K) in a quantised file, by the suffix of its name."""
     n, k = shape
-    unit = scheme.group_size if scheme.mode == "int4" else COLUMNS
+    unit = unit_of(scheme)
     padded = -(-k // unit) * unit
     if scheme.mode != "int4":
         return {"": (TYPES[scheme.mode], (n, padded)), "_scale": (torch.float32, (n,))}
     return {"": (torch.uint8, (n, padded // 2)), "_scale": (torch.bfloat16, (n, padded // unit, 2))}
 
 
+def packed_part(part: tuple[slice, ...], shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[slice, ...]]:
+    """What a part of a weight (N, K) is of its packed weight and of its scales: columns of int8 and fp8 need all scales."""
+    if len(part) < 2:
+        return {"": part, "_scale": part}
+    unit, (rows, columns) = unit_of(scheme), part
+    start, stop = columns.start, min(-(-columns.stop // unit) * unit, -(-shape[1] // unit) * unit)
+    if scheme.mode != "int4":
+        return {"": (rows, slice(start, stop)), "_scale": ()}
+    return {"": (rows, slice(start // 2, stop // 2)), "_scale": (rows, slice(start // unit, stop // unit))}
+
+
 def load_quantized(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, scheme: Scheme, fingerprint: str
-) -> Transformer:
+    folder: Path, device: torch.device, dtype: torch.dtype | None, scheme: Scheme, fingerprint: str,
+    shard: "Shard | None" = None,
+) -> Transformer:  # fmt: skip
     """Loads a folder that `convert` wrote."""
     args, files = ModelArgs.from_folder(folder), plain.checkpoint_files(folder)
     check_lm_head(args, scheme)
-    model, groups, handles = plain.empty_model(args), grouped_plan(args), {}
-    progress = Progress(f"loading {folder}", len(groups))
+    local = shard.local(args) if shard else args
+    model, groups, handles = plain.empty_model(args, local), grouped_plan(args), {}
+    progress, places = Progress(f"loading {folder}", len(groups)), plain.weight_plan(local)
 
-    def read(name: str, expected: tuple[torch.dtype, tuple[int, ...]] | None, shape: tuple[int, ...]) -> Tensor:
+    def read(name: str, kind: torch.dtype | None, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
         file = files.get(name)
         if file is None:
             raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")
         if file not in handles:
             handles[file] = plain.open_safetensors(file)
-        return plain.read_tensor(handles[file], name, shape, file, expected and expected[0])
+        tensor = plain.read_tensor(handles[file], name, shape, file, kind, part)
+        model.bytes_read += tensor.nbytes
+        return tensor
 
     for ours, tensors in groups.items():
-        if is_quantized(ours, scheme):
-            found: dict[str, list[Tensor]] = {}
-            for name, shape in tensors:
-                for suffix, expected in packed_shapes(shape, scheme).items():
-                    found.setdefault(suffix, []).append(read(name + suffix, expected, expected[1]))
+        found: dict[str, list[Tensor]] = {}
+        for name, shape in tensors:
+            part, (_, row, here) = shard.part(args, name) if shard else (), places[name]
+            if not is_quantized(ours, scheme):
+                tensor = read(name, None, shape, part)
+                dtype = dtype or tensor.dtype
+                plain.fill(plain.materialise(model, ours, dtype, device)[row : row + here[0]], tensor)
+                continue
+            slices, sizes = packed_part(part, shape, scheme), packed_shapes(here, scheme)
+            for suffix, (kind, size) in packed_shapes(shape, scheme).items():
+                tensor = read(name + suffix, kind, size, slices[suffix])
+                if tensor.shape != sizes[suffix][1]:
+                    whole = torch.empty(sizes[suffix][1], dtype=kind)
+                    plain.fill(whole, tensor)
+                    tensor = whole
+                found.setdefault(suffix, []).append(tensor)
+        if found:
             weight, scales = (torch.cat(parts).to(device) for parts in found.values())
             owner, _, leaf = ours.removesuffix(".weight").rpartition(".")
-            n, k = sum(shape[0] for _, shape in tensors), tensors[0][1][1]
+            n, k = sum(places[name][2][0] for name, _ in tensors), places[tensors[0][0]][2][1]
             setattr(model.get_submodule(owner), leaf, QuantLinear(weight, scales, n, k, scheme.dynamic))
-        else:
-            row = 0
-            for name, shape in tensors:
-                tensor = read(name, None, shape)
-                dtype = dtype or tensor.dtype
-                plain.materialise(model, ours, dtype, device)[row : row + shape[0]].copy_(tensor)
-                row += shape[0]
         progress.step()
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
@@ -446,7 +481,7 @@ def memory_line(name: str, model: Transformer) -> str:
         kind = str(tensor.dtype).removeprefix("torch.")
         kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
     weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in sorted(kinds.items(), key=lambda item: -item[1]))
-    return f"{name}: weights {weights}; caches {model.args.cache_bytes(model.cache_length, model.dtype) / 1e6:,.1f} MB"
+    return f"{name}: weights {weights}; caches {model.local.cache_bytes(model.cache_length, model.dtype) / 1e6:,.1f} MB"
 
 
 def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> int:

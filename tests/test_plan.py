@@ -1,0 +1,100 @@
+"""Protects: plan.py's bytes, seconds and acceptance by hand, and that its predictions are held against what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from model import InputError, preset
+from scripts import plan
+from scripts.plan import Gpu, Plan, Role, acceptance, accepted, best_m, main, make_role
+
+
+def whole(name: str, dtype=torch.bfloat16) -> Role:
+    return Role(preset(name), preset(name), dtype, None, 1)
+
+
+def test_one_gpu_by_hand():
+    """A bf16 8B reads its 7,504,924,672 weights but the embedding, and a row of that, and 131,072 bytes of cache a position."""
+    read = (8_030_261_248 - 128256 * 4096 + 4096) * 2 + 1000 * 131_072
+    gpu = Gpu(80e9, 2e12, 1e11)
+    assert whole("Llama-3.1-8B").read(1000, 1) == read
+    assert whole("Llama-3.1-8B").seconds(gpu, 1000, 1, 1) == pytest.approx(read / 2e12)
+    pair = Plan(whole("Llama-3.1-8B"), whole("Llama-3.2-1B"), gpu)
+    small = whole("Llama-3.2-1B").read(1000, 1)
+    expected = read + 4 * 4096 * 2 + 4 * small + 2048 * 2  # five rows of the target; the draft's first step has two
+    assert pair.round(4, 1000) == pytest.approx(expected / 2e12)
+
+
+def test_a_rank_of_sixteen_by_hand():
+    """405B in bf16: a rank holds 8 heads and a whole KV head, 3,328 of 53,248 columns and 8,016 tokens of both ends."""
+    role = make_role("Llama-3.1-405B", "bf16", 16)
+    attention = 16384 * 128 * (8 + 1 + 1 + 8)
+    weights = 126 * (attention + 3 * 16384 * 3328 + 2 * 16384) + 2 * 8016 * 16384 + 16384
+    assert role.weights() == 2 * weights
+    gpu = Gpu(80e9, 3e12, 5e10, 30e-6)
+    reduced = 253 * 17 * 16384 * 2  # bytes: two a layer and the embedding, 17 rows
+    link = (2 * 15 / 16 * reduced + 15 * 17 * 16) / 5e10
+    assert role.seconds(gpu, 1000, 17, 17) == pytest.approx(role.read(1000, 17) / 3e12 + 254 * 30e-6 + link)
+
+
+def test_acceptance():
+    assert accepted(0.5, 3) == 0.5 + 0.25 + 0.125 and accepted(1.0, 7) == 7
+    assert accepted(acceptance(12, 16), 16) == pytest.approx(12)
+    with pytest.raises(InputError, match="--m_star 17"):
+        acceptance(17, 16)
+
+
+def test_the_best_m_is_the_fastest():
+    """A draft that costs nothing should propose without end, one as slow as the target hardly anything."""
+    gpu = Gpu(80e9, 2e12, 1e11)
+    equal = Plan(whole("Llama-3.2-1B"), whole("Llama-3.2-1B"), gpu)
+    cheap = Plan(whole("Llama-3.1-405B"), whole("Llama-3.2-1B"), gpu)
+    assert best_m(equal, 0.4, 1000) == 1 and best_m(cheap, 0.99, 1000) == plan.LONGEST
+    found = best_m(Plan(whole("Llama-3.1-8B"), whole("Llama-3.2-1B"), gpu), 0.8, 1000)
+    costs = {m: (0.8 * (1 - 0.8**m) / 0.2 + 1) / (15.2 + 2.5 * m) for m in range(1, 30)}  # GB, roughly
+    assert abs(found - max(costs, key=costs.get)) <= 1
+
+
+def test_the_papers_configurations(capsys):
+    main([])
+    out = capsys.readouterr().out
+    heads = [line for line in out.splitlines() if " on " in line and "H100" in line]
+    assert heads == ["Llama-3.1-70B (int8) with Llama-3.1-8B (int8) on 2 H100", "Llama-3.1-405B (int8) with Llama-3.1-8B (int8) on 8 H100",
+                     "Llama-3.1-405B (bf16) with Llama-3.1-8B (bf16) on 16 H100"]  # fmt: skip
+    figures = json.loads(out.splitlines()[-1])
+    assert [one["fits"] for one in figures] == [True] * 3
+    assert figures[0]["memory"]["weights"] == pytest.approx((70.55e9 + 8.03e9) / 2, rel=0.06)  # int8, embeddings in bf16
+    main(["--target", "Llama-3.1-70B", "--gpus", "1"])
+    assert "DOES NOT FIT into 80" in capsys.readouterr().out
+
+
+def test_predictions_are_held_against_measurements(tmp_path, capsys):
+    """A report of a model that took twice its bytes' time: every error is -50%."""
+    target, draft = plan.benchmark.shape_of("128x2"), plan.benchmark.shape_of("64x1")
+    big, small = (shape.step_bytes(20, torch.float32) for shape in (target, draft))
+    rows = [("plain step at 20", big), ("draft loop, M = 4 at 20", 4 * small + 64 * 4), ("verify 5 rows at 20", big + 4 * 128 * 4),
+            ("round, M = 4 at 20", big + 4 * 128 * 4 + 4 * small + 64 * 4), ("generate, plain", 1)]  # fmt: skip
+    report = {"command": "python scripts/benchmark.py --preset 128x2 --draft_preset 64x1 --verify standard --speculate_k 4",
+              "limit": "read", "read_gb_per_s": 10.0, "dtype": "float32",
+              "rows": [{"part": part, "ms": 2 * size / 10e9 * 1e3, "bytes": 0} for part, size in rows]}  # fmt: skip
+    (tmp_path / "latency_x.json").write_text(json.dumps(report))
+    (tmp_path / "other.json").write_text("{}")
+    main(["--check", "--benchmarks", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["n"] == 4 and found["lowest"] == pytest.approx(-0.5) and found["highest"] == pytest.approx(-0.5)
+    main(["--check"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] >= 16
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--target", "Llama-9"], "Llama-9"), (["--target", "Llama-3.1-8B", "--gpus", "3"], "3 ranks cannot share"),
+    (["--target", "Llama-3.1-8B", "--bandwidth", "0"], "--bandwidth 0"), (["--gpus", "0"], "--gpus 0"),
+    (["--target", "Llama-3.1-8B", "--draft", "64x2"], "do not share a vocabulary"),
+    (["--check", "--benchmarks", "/no/such"], "/no/such"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(argv, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and word in err and err.count("\n") == 1
