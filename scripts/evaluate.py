@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import tp
 from generate import (
     DEMO,
     Engine,
@@ -132,13 +134,14 @@ class Bench:
         judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
         capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k))
         self.models = load_pair(
-            args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity, schemes_of(args)
-        )
+            args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity, schemes_of(args),
+            getattr(args, "draft_tp", None),
+        )  # fmt: skip
         for model in self.models[:2]:
             if model is not None:
                 model.setup_caches(capacity)  # at once for the largest M: engines come one by one, and share them
         header, head = make_header(args, *self.models), self.models[2]
-        records = read_results(args.out, header) if args.out else []
+        records = tp.first(lambda: read_results(args.out, header)) if args.out else []
         self.done = by_key(args.out, records)
         check_same_questions(args.out, self.done, questions)
         stale = [r["threshold"] for (rule, _), r in self.done.items() if head and str(rule).split("@")[0] == "judge"]
@@ -146,9 +149,10 @@ class Bench:
             raise InputError(
                 f"{args.out} holds answers at the judge's threshold {stale[0]}, which is now {head.threshold}; remove it."
             )
-        self.file = open(args.out or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 open as long as there are answers
-        lock(self.file, args.out)
-        if not (args.out and self.file.tell()):
+        out = args.out if tp.is_first() else None
+        self.file = open(out or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 open as long as there are answers
+        lock(self.file, out)
+        if not (out and self.file.tell()):
             self.write(header)
 
     def write(self, line: dict) -> None:
@@ -250,9 +254,8 @@ def answer(
     seed = int(item) + SEEDS * int(sample or 0)
     record = answer_turns(engine, parts, question, args.max_new_tokens, seed, tokenizer, more)
     checker, text = CHECKERS[question.checker], cut(record["text"], question.stops)
-    found = checker.final_answer(question, text)
+    found, right = tp.first(lambda: (checker.final_answer(question, text), checker.is_right(question, text)))
     reference = str(question.content.answer) if question.checker == "demo" else None
-    right = checker.is_right(question, text)
     return {"index": question.index, "rule": label(rule), "family": question.group, "right": right,
             "answer_right": right if reference is None else found == reference, "final_answer": found,
             "question": question.asked or question.prompt, **({"item": int(item)} if sample else {}), **record}  # fmt: skip
@@ -363,14 +366,14 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     """
     rules = parse_rules(args.verify, args.threshold)
     labels = [label(rule) for rule in rules]
-    rank, size = rank_and_size()
+    rank, size = share_of(args)
     check_args(args, rules, size)
     questions = with_samples(questions_of(args, scored=False), args.samples)
     if args.merge:
         records = merge(args.out, args.merge, labels, questions)
     else:
         records = answer_share(args, rules, questions, rank, size)
-    if args.model_answers and (args.merge or size == 1):
+    if args.model_answers and (args.merge or size == 1) and tp.is_first():
         write_model_answers(args.model_answers, records, questions)
     return summarise(records, labels) if records else []
 
@@ -380,12 +383,25 @@ def answer_share(args: argparse.Namespace, rules: list[Variant], questions: list
     if size > 1:
         check_parts(args.out, size)
         args.out = part(args.out, rank, size)
-        if args.device.type == "cuda":
+        if args.device.type == "cuda" and tp.LINK is None:
             args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     questions = questions[rank::size]
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
     bench = Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)
     return bench.answer_all(questions, rules)
+
+
+def share_of(args: argparse.Namespace) -> tuple[int, int]:
+    """Which of how many shares of the questions this run answers: --part, or with torchrun, unless its processes run one model
+    together, this process's."""
+    if args.part is None:
+        return (0, 1) if args.tp else rank_and_size()
+    number, _, size = args.part.partition("/")
+    if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
+        raise InputError(f"--part {args.part} is not of the form I/N, as in 0/4, with I below N.")
+    if rank_and_size()[1] > 1 and not args.tp:
+        raise InputError("--part under torchrun needs --tp: without it torchrun's processes are the parts.")
+    return int(number), int(size)
 
 
 def with_samples(questions: list[Question], samples: int) -> list[Question]:
@@ -408,7 +424,11 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
         raise InputError(f"--out {args.out} is there already; name the --out of the run, or remove what was merged before.")
     if args.model_answers and (args.task not in TASKS or TASKS[args.task].checker != "none"):
         raise InputError("--model_answers is FastChat's form, for --task mt_bench and spec_bench.")
-    args.device = pick_device(args.device)
+    if args.tp and tp.LINK is None:
+        raise InputError("--tp is for several processes that run one model together; start them with torchrun.")
+    tp.check_flags(args)
+    args.device = pick_device(tp.own_device(args.device))
+    tp.connect(args.device, args.all_reduce)
     if args.out:
         check_writable(args.out, "--out")
     for rule in rules:
@@ -418,6 +438,8 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
             raise InputError(f"--verify {rule.name} needs a number for --speculate_k.")
         elif args.temperature:
             raise InputError(f"--verify {rule.name} is greedy; leave --temperature out.")
+        elif args.tp:
+            raise InputError(f"--verify {rule.name} runs in one process; leave --tp out.")
         elif any(schemes_of(args)):
             raise InputError(f"--verify {rule.name} runs the folders as they are; leave --mode and --draft_mode out.")
 
@@ -441,9 +463,10 @@ def report(args: argparse.Namespace) -> None:
         print(json.dumps({"questions": args.questions or args.task or "demo", "rows": rows}))
     elif rows:
         print_table(rows)
-    rank, size = rank_and_size()
-    if size > 1 and rank == 0:
-        print(f"When all {size} processes are done: the same command, without torchrun, with --merge {size}", file=sys.stderr)
+    rank, size = share_of(args)
+    if size > 1 and (rank == 0 or args.part):
+        more = "without --part" if args.part else "without torchrun"
+        print(f"When all {size} parts are done: the same command, {more}, with --merge {size}", file=sys.stderr)
 
 
 def add_engine_flags(parser: Parser) -> None:
@@ -490,11 +513,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--details", action="store_true", help="keep probability, KL and score of each token, for report.py (not timed)")
     add("--samples", type=int, default=1, help="answers a question and rule, for pass@k; needs a --temperature")
     add("--model_answers", type=Path, help="of mt_bench and spec_bench: write FastChat's answer files, one a rule, here")
+    add("--tp", action="store_true", help="torchrun's processes run one model together, not a share of the questions each")
+    add("--part", metavar="I/N", help="answer every N-th question from the I-th on (0 to N - 1): one of N runs, for --merge N")
+    tp.add_flags(parser)
     add("--merge", type=int, help="merge the parts of so many processes into --out, and answer nothing")
     add("--json", action="store_true", help="print the summary as one JSON object")
     parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)
-    run_script("evaluate.py", lambda: report(args))
+    with tp.ranks("evaluate.py") if args.tp else nullcontext():
+        run_script("evaluate.py", lambda: report(args))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+import tp
 from judge import JudgeHead
 from model import Transformer
 from tokenizer import Decoder, Tokenizer
@@ -40,7 +41,7 @@ def token_details(
     for at in range(0, n, ROWS):
         rows = slice(at, min(at + ROWS, n))
         log_p, log_q = (
-            model.output(model.norm(states[rows])).float().log_softmax(-1)
+            tp.whole(model.output(model.norm(states[rows])).float(), model.args.vocab_size).log_softmax(-1)
             for model, states in ((target, hidden), (draft, draft_hidden))
         )
         p.append(log_p.gather(-1, ids[0, -n:][rows, None]).squeeze(-1).exp())

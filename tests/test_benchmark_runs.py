@@ -237,6 +237,23 @@ def test_processes_share_the_items_and_merge_to_one_run(parts, tmp_path, capsys)
     assert out.read_bytes() == before
 
 
+def test_processes_that_run_one_model_give_its_answers(parts, tmp_path):
+    """Two parts, one of two ranks with --tp, resumed after half a line, and one of one process, merge to the run of one."""
+    out, environment = tmp_path / "out.jsonl", os.environ | {"OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "scripts" / "evaluate.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, "--tp", "--check_ranks"]
+    expected = lines_of(parts / "single.jsonl")
+    header, first = (json.dumps(line) for line in expected[:2])
+    part(out, 1, 2).write_text(f"{header}\n{first.replace(': 0', ': 1', 1)[:40]}")
+    for command in ([*torchrun, *demo(out, "--part", "1/2")], [sys.executable, script, *demo(out, "--part", "0/2")]):
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+    main(demo(out, "--merge", "2"))
+    found = lines_of(out)
+    for record in [*found, *expected]:
+        record.pop("mean_score", None)  # differs in the eighth place: sums of two ranks
+    assert timeless(found) == timeless(expected)
+
+
 def test_a_killed_process_goes_on_with_its_part(parts, tmp_path, monkeypatch, capsys):
     out = copies(parts, tmp_path)
     mine, other = part(out, 1, 2), part(out, 0, 2)
@@ -286,6 +303,7 @@ def test_a_merge_names_what_is_twice_or_missing(parts, tmp_path, capsys, monkeyp
     monkeypatch.setenv("RANK", "1")
     assert "part0of2 is of a run with 2 processes" in refused(demo(out), capsys)
     assert "no torchrun" in refused(demo(out, "--merge", "2"), capsys)
+    assert "--part under torchrun needs --tp" in refused(demo(out, "--part", "0/2"), capsys)
     monkeypatch.setenv("RANK", "4")
     assert "RANK 4" in refused(demo(out), capsys)
 
