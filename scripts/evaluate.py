@@ -124,6 +124,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, questions: list[Question], needs_judge: bool, largest_k: int = 0):
         self.args, self.tokenizer, self.engines = args, load_tokenizer(args.checkpoint_path), {}
         self.parts = {question.index: turn_ids(args, self.tokenizer, question) for question in questions}
+        self.prompts = {index: parts[0] for index, parts in self.parts.items()}
         needs = (sum(map(len, parts)) + len(parts) * args.max_new_tokens for parts in self.parts.values())
         self.length = max(needs, default=args.max_new_tokens + 1)
         context = ModelArgs.from_folder(args.checkpoint_path).max_position
