@@ -208,6 +208,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n_in), fp32 or bf16 -> (..., n_out). On a CPU kernels.cpp takes any number of rows."""
+        if x.numel() == 0:  # the LM head in a prefill
+            return x.new_empty(*x.shape[:-1], self.n_out)
         if self.dynamic:
             return kernels.scaled_product(x, self.weight, self.scales, self.n_out)
         if x.device.type == "cpu":
