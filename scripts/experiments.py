@@ -486,7 +486,7 @@ TRIED = ("none", "int8", "fp8", "int4", "int4/64", "int4/128")
 
 def quantised(args) -> dict:
     """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
-    tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 400
+    tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 300
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
     texts = [[tokenizer.encode(part) for part in pair] for pair in read_texts("demo", args.seed, 300)]
     questions, base = load_questions("demo", None, n, args.seed), None
@@ -497,20 +497,26 @@ def quantised(args) -> dict:
         own = args.work / f"quantised_{name.replace('/', '_')}.safetensors"
         train_judge([target], tokenizer, answers, TrainSettings(threshold=DELTA), args.work / "features").save(own)
         heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
-        for trained_on, path in list(heads.items())[name == "none" :]:
+        if name == "none":
+            del heads["the unquantised target"]
+        plain = None
+        for trained_on, path in heads.items():
             flags = {"mode": scheme.mode, "group_size": scheme.group_size} if scheme else {}
             kept = f"quantised_{name.replace('/', '_')}_{'own' if path == own else 'first'}"
-            variants = [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
+            variants = [Variant("judge", DELTA)] if plain else [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
             records = bench_of(args, questions, kept, judge_path=path, **flags).answer_all(questions, variants)
-            base = base or shares_of(records, "plain")
-            plain, standard, judge = summary_rows(records, variants)
-            change = difference(shares_of(records, "plain"), base)
+            found = {row["rule"].partition("=")[0]: row for row in summary_rows(records, variants)}
+            plain = plain or {**found, "shares": shares_of(records, "plain")}  # another head changes neither
+            base = base or plain["shares"]
+            change = difference(plain["shares"], base)
+            lost = difference(shares_of(records, label(variants[-1])), plain["shares"])
             rows.append({
-                **row, "plain": plain["accuracy"],
+                **row, "plain": plain["plain"]["accuracy"],
                 "change": change["difference"], "change_interval": change["difference_interval"],
-                "standard_m": standard["mean_accepted"], "judge_trained_on": trained_on,
+                "standard_m": plain["standard"]["mean_accepted"], "judge_trained_on": trained_on,
                 "auc": held_out_auc(load_judge(path, target), target, tokenizer, answers, args.work / "features"),
-                "judge_m": judge["mean_accepted"], "judge": judge["accuracy"], "lost": judge["lost"], "won": judge["won"],
+                "judge_m": found["judge"]["mean_accepted"], "judge": found["judge"]["accuracy"],
+                "lost": lost["lost"], "won": lost["won"],
             })  # fmt: skip
     first, others = rows[0], [row for row in rows[1:] if row["judge_trained_on"] != "this target"]
     said = [f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} points and m* "
