@@ -481,7 +481,7 @@ def rule_cost(args) -> dict:
             + ", ".join(f"{row['rule']} {row['added']:+.1%}" for row in rows[1:]) + "."}  # fmt: skip
 
 
-TRIED = ("none", "int8", "fp8", "int4", "int4/64", "int4/128")
+TRIED = ("none", "int8", "fp8", "int4", "int4/128")
 
 
 def quantised(args) -> dict:
