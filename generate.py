@@ -1098,8 +1098,9 @@ def run(args: argparse.Namespace) -> None:
 def conditions(engine: Engine, chat: bool, max_new_tokens: int) -> dict:
     """What a calibrated bound holds under: another run must agree in all of it (and may put out more tokens)."""
     s, draft = engine.settings, engine.draft
+    named = " ".join(filter(None, (draft.fingerprint, draft.quantization))) if draft else None  # quantised it is another
     between = list(s.relax_between) if s.relax_between else None
-    return {"verify": s.verify, "target": engine.target.fingerprint, "draft": draft.fingerprint if draft else None,
+    return {"verify": s.verify, "target": engine.target.fingerprint, "draft": named,
             "speculate_k": "auto" if s.adaptive else s.speculate_k, "temperature": s.temperature, "top_k": s.top_k,
             "min_prob": s.min_prob, "relax_between": between, "chat": chat, "max_new_tokens": max_new_tokens,
             "dtype": kind_of(engine.target)}  # fmt: skip

@@ -432,6 +432,8 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
         progress.step()
     finish(source, work, index, entry)
     os.replace(work, out)
+    sizes = [sum(file.stat().st_size for file in set(found.values())) for found in (files, plain.checkpoint_files(out))]
+    print(f"{out}: {scheme}, {sizes[1] / 1e9:.3f} GB of weights, of {sizes[0] / 1e9:.3f} GB")
 
 
 def start_or_resume(work: Path, entry: dict) -> Path:

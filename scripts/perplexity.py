@@ -28,15 +28,17 @@ from scripts.demo_task import problems, write_answer
 from tokenizer import load_tokenizer
 
 
-def read_texts(name: str, seed: int, limit: int) -> list[tuple[str, str]]:
+def read_texts(name: str, seed: int, limit: int | None) -> list[tuple[str, str]]:
     """Pairs of what is only read and what counts: a file; or `limit` demo problems, never trained on, and right answers."""
     if name != "demo":
         try:
             return [("", Path(name).read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            raise InputError(f"--text {name}: there is no such file.") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--text {name} cannot be read as UTF-8 text ({error}).") from None
     rng = random.Random(seed)
-    found = islice(problems(seed, held_out=True), limit)
+    found = islice(problems(seed, held_out=True), limit or 300)
     return [(problem.question, write_answer(problem, "target", rng)) for problem in found]
 
 
@@ -54,7 +56,9 @@ def windows(n: int, window: int, stride: int, counted: int = 0) -> list[tuple[in
 
 
 @torch.inference_mode()
-def log_likelihood(model: Transformer, bos: int, given: int, ids: list[int], window: int, stride: int) -> float:
+def log_likelihood(
+    model: Transformer, bos: int, given: int, ids: list[int], window: int, stride: int, progress: Progress | None = None
+) -> float:
     """Sum of the natural logarithms of the probabilities of all tokens after the first `given`."""
     total = 0.0
     for begin, end, first in windows(len(ids), window, stride, given):
@@ -62,6 +66,8 @@ def log_likelihood(model: Transformer, bos: int, given: int, ids: list[int], win
         _, logits = model(text[None, :-1])
         chances = F.log_softmax(logits[0], -1).gather(-1, text[1:, None])[:, 0]
         total += chances[first - begin :].double().sum().item()
+        if progress is not None:
+            progress.step()
     return total
 
 
@@ -69,10 +75,10 @@ def perplexity(
     model: Transformer, bos: int, texts: list[list[list[int]]], window: int = 2048, stride: int = 512, what: str = "perplexity"
 ) -> float:
     """Of pairs of ids: what is only read, and what counts."""
-    total, progress = 0.0, Progress(what, len(texts))
+    steps = sum(len(windows(len(given) + len(text), window, stride, len(given))) for given, text in texts)
+    total, progress = 0.0, Progress(what, steps)
     for given, text in texts:
-        total += log_likelihood(model, bos, len(given), given + text, window, stride)
-        progress.step()
+        total += log_likelihood(model, bos, len(given), given + text, window, stride, progress)
     return math.exp(-total / sum(len(text) for _, text in texts))
 
 
@@ -81,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
     device, schemes = pick_device(args.device), [scheme_named(name) for name in args.mode]
     context = ModelArgs.from_folder(args.checkpoint_path).max_position
     window = min(args.window, context)
+    if args.limit is not None and (args.text != "demo" or args.limit < 1):
+        raise InputError(f"--limit {args.limit} counts demo problems, at least 1; a file is read whole.")
     if not 1 <= args.stride <= window:
         raise InputError(f"--stride {args.stride} must be between 1 and the window of {window} tokens.")
     tokenizer = load_tokenizer(args.checkpoint_path)
@@ -107,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--mode", nargs="+", default=["none", *MODES], help="none, int8, int4, int4/64, int4/128, fp8; compared with the first")
     add("--window", type=int, default=2048, help="tokens that are read at once, at most the model's context")
     add("--stride", type=int, default=512, help="tokens by which the window moves on")
-    add("--limit", type=int, default=300, help="demo: how many problems")
+    add("--limit", type=int, help="demo: how many problems (default: 300)")
     add("--seed", type=int, default=0, help="demo: which problems")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -29,11 +29,13 @@ import torch
 import tp
 from generate import capacity_for
 from model import DTYPES, InputError, ModelArgs, Parser, read_json, run_script
-from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_of, weight_bytes
+from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_named, scheme_of, weight_bytes
 from scripts import benchmark
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-PART = re.compile(r"(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>\d*)(?: rows)? at (?P<at>\d+)")
+PART = re.compile(
+    r"(?:(?P<mode>\S+): )?(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>\d*)(?: rows)? at (?P<at>\d+)"
+)
 LONGEST = 64  # draft tokens a round that are tried
 GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
 
@@ -209,11 +211,16 @@ def predictions(report: dict) -> list[tuple[str, float, float]]:
         if not (match := PART.match(row["part"])):
             continue
         what, number, at = match["what"], int(match["number"] or 0), int(match["at"])
+        if match["mode"]:
+            scheme = scheme_named(match["mode"])
+            plan = replace(plan, target=replace(plan.target, scheme=scheme and replace(scheme, lm_head=args.quantize_lm_head)))
         seconds = {
-            "plain step": lambda at=at: plan.round(0, at),
-            "draft loop, M =": lambda at=at, m=number: plan.round(m, at) - plan.target.seconds(gpu, at, m + 1, m + 1),
-            "verify": lambda at=at, rows=number: plan.target.seconds(gpu, at, rows, rows),
-            "round, M =": lambda at=at, m=number: plan.round(m, at),
+            "plain step": lambda plan=plan, at=at: plan.round(0, at),
+            "draft loop, M =": lambda plan=plan, at=at, m=number: (
+                plan.round(m, at) - plan.target.seconds(gpu, at, m + 1, m + 1)
+            ),
+            "verify": lambda plan=plan, at=at, rows=number: plan.target.seconds(gpu, at, rows, rows),
+            "round, M =": lambda plan=plan, at=at, m=number: plan.round(m, at),
         }[what]()
         found.append((row["part"], seconds * 1e3, row["ms"]))
     return found
@@ -251,8 +258,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--gpu", choices=GPUS, default="h100")
     add("--memory", type=float, help="GB of a GPU (default: its data sheet's, as below)")
     add("--bandwidth", type=float, help="GB/s of its memory")
-    add("--link", type=float, help="GB/s to the other GPUs, one way")
-    add("--latency", type=float, help="us of a collective (default: 10)")
+    add("--link", type=float, help="GB/s to the other GPUs, one way (default: its data sheet's; beyond 8 GPUs 50)")
+    add("--latency", type=float, help="us of a collective (default: 10; beyond 8 GPUs 30)")
     add("--gather", action="store_true", help="the rule needs probabilities (all but standard and judge)")
     add("--m_star", type=float, default=12.0, help="m*, draft tokens accepted a round of --speculate_k")
     add("--speculate_k", type=int, default=16, help="M")
@@ -261,6 +268,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--check", action="store_true", help="hold predictions against every report in --benchmarks")
     add("--benchmarks", type=Path, default=BENCHMARKS)
     args = parser.parse_args(argv)
+    if args.draft and not args.target:
+        parser.error("--draft needs a target beside it; name one with --target")
     for name in ("gpus", "speculate_k", "position", "cache_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
@@ -272,6 +281,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.check:
         lines, figures = check(args.benchmarks)
     elif args.target is not None:
+        if args.gpus > 8 and args.link is None and args.latency is None:
+            print(f"More than 8 GPUs are taken for several machines: {' '.join(BETWEEN_MACHINES)}.", file=sys.stderr)
+            args = parse_args([*argv, *BETWEEN_MACHINES])
         lines, figures = describe(args)
     else:
         found = [describe(parse_args([*each, *argv])) for each in DEFAULTS]

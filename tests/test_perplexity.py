@@ -52,7 +52,7 @@ def test_perplexity_against_transformers(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--mode", "int3"], "--mode int3 is not known"), (["--mode", "int4/x"], "not of the form"), (["--mode", "int4/48"], "--group_size 48"),
-    (["--text", "nowhere.txt"], "nowhere.txt cannot be read"), (["--stride", "0"], "--stride 0 must be between"),
+    (["--text", "nowhere.txt"], "nowhere.txt: there is no such file"), (["--stride", "0"], "--stride 0 must be between"),
 ])  # fmt: skip
 def test_mistakes(flags, sentence, capsys):
     with pytest.raises(SystemExit) as end:

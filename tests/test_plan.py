@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import quantize
 from model import InputError, preset
 from scripts import plan
 from scripts.plan import Gpu, Plan, Role, acceptance, accepted, best_m, main, make_role
@@ -85,13 +86,27 @@ def test_predictions_are_held_against_measurements(tmp_path, capsys):
     assert found["n"] == 4 and found["lowest"] == pytest.approx(-0.5) and found["highest"] == pytest.approx(-0.5)
     main(["--check"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] >= 16
+    saved = quantize.weight_bytes(target, torch.float32, None) - quantize.weight_bytes(target, torch.float32, quantize.Scheme("int8"))
+    report["rows"] = [{"part": f"int8: {part}", "ms": (size - saved) / 10e9 * 1e3} for part, size in (rows[0], rows[2], rows[3])]
+    (tmp_path / "latency_x.json").write_text(json.dumps(report))  # a target in another mode: its own bytes
+    main(["--check", "--benchmarks", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["n"] == 3 and found["lowest"] == pytest.approx(0, abs=1e-9) and found["highest"] == pytest.approx(0, abs=1e-9)
+
+
+def test_more_than_a_machine_holds_is_linked_more_slowly(capsys):
+    main(["--target", "Llama-3.1-405B", "--gpus", "16"])
+    slow, said = capsys.readouterr()
+    assert "several machines: --link 50 --latency 30" in said
+    main(["--target", "Llama-3.1-405B", "--gpus", "16", "--link", "50", "--latency", "30"])
+    assert capsys.readouterr() == (slow, "")
 
 
 @pytest.mark.parametrize("argv, word", [
     (["--target", "Llama-9"], "Llama-9"), (["--target", "Llama-3.1-8B", "--gpus", "3"], "3 ranks cannot share"),
     (["--target", "Llama-3.1-8B", "--bandwidth", "0"], "--bandwidth 0"), (["--gpus", "0"], "--gpus 0"),
     (["--target", "Llama-3.1-8B", "--draft", "64x2"], "do not share a vocabulary"),
-    (["--check", "--benchmarks", "/no/such"], "/no/such"),
+    (["--check", "--benchmarks", "/no/such"], "/no/such"), (["--draft", "Llama-3.1-8B"], "--draft needs a target"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(argv, word, capsys):
     with pytest.raises(SystemExit) as stop:
