@@ -85,6 +85,8 @@ def quantize(weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tenso
     the former. whole_row: where these are some columns of a weight, gives the largest of all columns from the largest of
     these (N,), so that their scales are those of the whole rows.
     """
+    if not weight.isfinite().all():
+        raise InputError("A weight that is to be quantised holds a NaN or an infinite number; mend the checkpoint.")
     unit = unit_of(scheme)
     wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % unit))
     if scheme.mode == "int4":
@@ -275,6 +277,8 @@ def load_model(
     """
     folder, device = Path(folder), torch.device(device)
     written = read_scheme(folder)
+    if (written or scheme) and device.type == "cpu" and dtype == torch.float16:
+        raise InputError("Quantised weights on a CPU run in fp32 or bf16, not in fp16; choose another --precision.")
     if shard is not None and (written or scheme):
         shard.check_columns(ModelArgs.from_folder(folder), unit_of(written[0] if written else scheme))
     if written is not None:
@@ -431,7 +435,11 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
             index |= dict.fromkeys(handle.keys(), file.name)
         progress.step()
     finish(source, work, index, entry)
-    os.replace(work, out)
+    try:
+        os.replace(work, out)  # what is missing before it is made again, after it nothing is
+        (out / "settings.json").unlink()
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}.") from None
     sizes = [sum(file.stat().st_size for file in set(found.values())) for found in (files, plain.checkpoint_files(out))]
     print(f"{out}: {scheme}, {sizes[1] / 1e9:.3f} GB of weights, of {sizes[0] / 1e9:.3f} GB")
 
@@ -440,7 +448,8 @@ def start_or_resume(work: Path, entry: dict) -> Path:
     """The folder of an unfinished run with the same settings, or a new one."""
     settings = work / "settings.json"
     try:
-        if work.exists() and (not settings.exists() or plain.read_json(settings) != entry):
+        begun = work.exists() and any(work.iterdir())
+        if begun and (not settings.exists() or plain.read_json(settings) != entry):
             raise InputError(f"{work} is left of a run with other settings or another model; remove it.")
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -471,11 +480,13 @@ def finish(source: Path, work: Path, index: dict[str, str], entry: dict) -> None
     for file in source.iterdir():
         weights = file.name.startswith("model.safetensors") or file.suffix in (".safetensors", ".bin", ".pth")
         if file.is_file() and not weights and file.name != "config.json":
-            shutil.copyfile(file, work / file.name)
+            try:
+                shutil.copyfile(file, work / file.name)
+            except OSError as error:
+                raise InputError(f"{work / file.name} cannot be written: {error.strerror}.") from None
     plain.write_file(work / "model.safetensors.index.json", json.dumps({"weight_map": index}, indent=1).encode())
     config = plain.read_json(source / "config.json") | {"judge_fast": entry}
     plain.write_file(work / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-    (work / "settings.json").unlink()
 
 
 def memory_line(name: str, model: Transformer) -> str:
@@ -516,6 +527,10 @@ def scheme_of(args: argparse.Namespace, whose: str = "") -> Scheme | None:
     """The scheme of a command line with `add_mode_flags`, None without --mode (whose: "draft_", without --draft_mode)."""
     mode = getattr(args, whose + "mode", None)
     if not mode:
+        given = [flag for flag in ("symmetric", "quantize_lm_head", "dynamic_activations") if getattr(args, flag)]
+        given += ["group_size"] * (args.group_size != 32)
+        if given and not any(getattr(args, name, None) for name in ("mode", "draft_mode", "modes")):
+            raise InputError(f"--{given[0]} says how to quantise; give --mode or --draft_mode, or leave it out.")
         return None
     flags = {"int4": {"group_size": args.group_size, "symmetric": args.symmetric}, "fp8": {"dynamic": args.dynamic_activations}}
     for name in flags:

@@ -1,5 +1,6 @@
 """Protects: whole runs of evaluate.py: every public task with Llama 3's tokenizer, conversations, samples, kills, processes."""
 
+import argparse
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from conftest import DATA, ROOT, make_folder
 from generate import DEMO
 from model import InputError
 from scripts import evaluate as script
-from scripts.evaluate import main
+from scripts.evaluate import main, share_of
 from scripts.public_tasks import read_task
 from scripts.results import by_key, check_parts, merge, part
 from scripts.turns import cut, said_ids, turn_ids
@@ -252,6 +253,20 @@ def test_processes_that_run_one_model_give_its_answers(parts, tmp_path):
     for record in [*found, *expected]:
         record.pop("mean_score", None)  # differs in the eighth place: sums of two ranks
     assert timeless(found) == timeless(expected)
+
+
+def test_whose_share_it_is(monkeypatch):
+    """Of torchrun's processes each has its own, unless they run one model: then all have the same, whole or by --part."""
+    def share(tp: bool, part: str | None) -> tuple[int, int]:
+        return share_of(argparse.Namespace(tp=tp, part=part))
+
+    assert share(False, None) == (0, 1) and share(False, "2/3") == (2, 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert share(False, None) == (1, 2) and share(True, None) == (0, 1) and share(True, "2/3") == (2, 3)
+    for wrong in ("3/3", "1", "a/b", "-1/2"):
+        with pytest.raises(InputError, match="not of the form I/N"):
+            share(True, wrong)
 
 
 def test_a_killed_process_goes_on_with_its_part(parts, tmp_path, monkeypatch, capsys):

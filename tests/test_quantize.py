@@ -293,6 +293,36 @@ def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
+def test_a_run_killed_at_its_ends_resumes(folder, tmp_path, monkeypatch):
+    """Before the settings are written, and between the last file and the new name."""
+    (tmp_path / "out.partial").mkdir()
+    rename = quantize.os.replace
+
+    def dies(source, target):
+        if str(target).endswith("out"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(quantize.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", Scheme("int8"))
+    monkeypatch.setattr(quantize.os, "replace", rename)
+    monkeypatch.setattr(quantize, "write_shard", lambda *rest: pytest.fail("all shards were there"))
+    convert(folder, tmp_path / "out", Scheme("int8"))
+    assert load_model(tmp_path / "out", "cpu").quantization == "int8" and not (tmp_path / "out" / "settings.json").exists()
+
+
+def test_a_full_disk_is_one_sentence(folder, tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    (folder / "notes.txt").write_text("copied")
+    monkeypatch.setattr(quantize.shutil, "copyfile", full)
+    with pytest.raises(InputError, match="notes.txt cannot be written: No space"):
+        convert(folder, tmp_path / "out", Scheme("int8"))
+    (folder / "notes.txt").unlink()
+
+
 def test_what_is_refused(folder, tmp_path, capsys):
     convert(folder, tmp_path / "int8", Scheme("int8"))
     config = json.loads((tmp_path / "int8" / "config.json").read_text())
@@ -314,6 +344,10 @@ def test_what_is_refused(folder, tmp_path, capsys):
     refused("is torch.int8, but its config.json calls for torch.float8_e4m3fn", lambda: load_model(tmp_path / "broken", "cpu"))
     make_folder(tmp_path / "tied", tie_word_embeddings=True)
     refused("this LM head is the embedding", lambda: convert(tmp_path / "tied", tmp_path / "c", Scheme("int8", lm_head=True)))
+    refused("NaN", lambda: quantize.quantize(torch.tensor([[1.0, float("nan")]]), Scheme("int4")))
+    refused("NaN or an infinite", lambda: quantize.quantize(torch.tensor([[1.0, float("inf")]]), Scheme("fp8")))
+    refused("not in fp16", lambda: load_model(folder, "cpu", torch.float16, Scheme("int8")))
+    refused("not in fp16", lambda: load_model(tmp_path / "int8", "cpu", torch.float16))
     refused("--group_size 48", lambda: convert(folder, tmp_path / "c", Scheme("int4", 48)))
     refused("concerns --mode fp8", lambda: convert(folder, tmp_path / "c", Scheme("int8", dynamic=True)))
     refused("concern --mode int4", lambda: convert(folder, tmp_path / "c", Scheme("int8", symmetric=True)))
@@ -380,11 +414,15 @@ def test_the_command_line(capsys, tmp_path):
     record = json.loads(out)
     assert record["dtype"] == "float32 int8" and "47+38=85" in record["text"]
     assert "target: weights" in err and "MB int8" in err and "draft: weights" in err and "MB uint8" in err
-    assert "No guarantee" in err and "float32 int8" in err
+    assert "No guarantee" in err and "this run has a2b01e457b88867e int4" in err
     convert(DEMO / "target", tmp_path / "int8", Scheme("int8"))
     generate_main([*flags, "--checkpoint_path", str(tmp_path / "int8"), "--draft_checkpoint_path", str(DEMO / "draft"),
                    "--draft_mode", "int4", "--judge_path", str(DEMO / "judge.safetensors"), "--json"])  # fmt: skip
     assert json.loads(capsys.readouterr().out)["tokens"] == record["tokens"]
-    with pytest.raises(SystemExit) as end:
-        generate_main([*flags, "--mode", "int8", "--symmetric"])
-    assert end.value.code == 2 and "concern --mode int4" in capsys.readouterr().err
+    generate_main([*flags, "--draft_mode", "int8", "--json"])  # nor does the bound cover another draft
+    assert "No guarantee" in capsys.readouterr().err
+    for more, sentence in ((["--mode", "int8", "--symmetric"], "concern --mode int4"), (["--group_size", "64"], "says how to quantise"),
+                           (["--dynamic_activations"], "says how to quantise")):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            generate_main([*flags, *more])
+        assert end.value.code == 2 and sentence in capsys.readouterr().err
