@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -441,7 +442,7 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}.") from None
     sizes = [sum(file.stat().st_size for file in set(found.values())) for found in (files, plain.checkpoint_files(out))]
-    print(f"{out}: {scheme}, {sizes[1] / 1e9:.3f} GB of weights, of {sizes[0] / 1e9:.3f} GB")
+    print(f"{out}: {scheme}, {sizes[1] / 1e9:.3f} GB of weights, of {sizes[0] / 1e9:.3f} GB", file=sys.stderr)
 
 
 def start_or_resume(work: Path, entry: dict) -> Path:
