@@ -44,18 +44,19 @@ def test_the_plot_refuses_what_it_does_not_know(tmp_path, capsys):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_the_auc_of_a_head_is_that_of_its_training(pair, tmp_path):
+def test_the_auc_of_a_head_is_that_of_its_training(tmp_path):
     """The same held-out prompts, labels and features as `train_judge` measures by."""
     from generate import DEMO
     from judge import TrainSettings, train_judge
+    from model import load_model
     from tokenizer import load_tokenizer
 
     answers = [{"prompt": f"Mia has {n} apples. She buys {i}.", "response": f"So Mia has {n}+{i}={n + i + wrong}.",
                 "errors": [[13, 15]] * wrong, "source": ""} for n in range(10, 30) for i in (7, 8) for wrong in (0, 1)]  # fmt: skip
-    tokenizer, target = load_tokenizer(DEMO / "target"), pair[0]
+    tokenizer, target = load_tokenizer(DEMO / "target"), load_model(DEMO / "target", "cpu", torch.float32)
     head = train_judge([target], tokenizer, answers, TrainSettings(), tmp_path)
     found = experiments.held_out_auc(head, target, tokenizer, answers, tmp_path)
-    assert 0.5 < found < 1 and found == pytest.approx(head.info["held_out"]["auc"], abs=1e-6)
+    assert 0 < found < 1 and found == pytest.approx(head.info["held_out"]["auc"], abs=1e-6)
 
 
 @torch.inference_mode()
