@@ -198,7 +198,7 @@ struct Sums {  // of 16 weight rows
 };
 
 // A quantised weight lies in tiles: [N / 16] blocks of 16 rows, of each block all columns, in lines of 64 bytes (quantize.py).
-// decode(block, pair, w): UNIT pairs from `pair` on. Columns of one chunk have one scale a row: CHUNK of them, 0: all.
+// decode(f, table, block, pair, w): UNIT pairs from `pair` on. Columns of one chunk, chunk() of them, have one scale a row.
 // What decode gives is BIAS too large; a weight is q * scale + offset.
 
 struct Bytes {  // a sign and 7 bits that a table gives a meaning: a line is 16 rows by 4 columns
@@ -354,10 +354,10 @@ PackedRows<X> pack_pairs(const X* x, int64_t T, int64_t K, int64_t chunk, bool o
 
 // y[g, 16 block + r] for a block of 16 weight rows and G rows of x (packed).
 template <typename Way, int G, typename Format, typename Out>
-inline void tile_group(const Format& f, int64_t block, const typename Way::X* x, const float* x_sums, Out* y, int64_t stride, bool first) {
+inline void tile_group(const Format& f, const Table<Format>& table, int64_t block, const typename Way::X* x, const float* x_sums, Out* y,
+                       int64_t stride, bool first) {
     constexpr int CHAINS = G <= 2 ? 4 : G < 6 ? 2 : 1;  // sums that do not wait for one another
     const int64_t chunk = f.chunk(), chunks = f.K / chunk;
-    const Table<Format> table;
     Sums total[G] = {};
     for (int64_t c = 0; c < chunks; c++) {
         Sums acc[CHAINS][G] = {};
@@ -388,10 +388,11 @@ template <typename Way, typename Format, typename Out>
 void tile_linear(const Format& f, const typename Way::X* x, Out* y, int64_t T, int64_t N) {
     auto packed = pack_pairs(x, T, f.K, f.chunk(), Format::BIAS != 0);
     at::parallel_for(0, N / 16, std::max<int64_t>(1, WORK / (16 * f.K * T)), [&](int64_t begin, int64_t end) {
+        const Table<Format> table;
         for (int64_t block = begin; block < end; block++)
             in_parts<TILE_GROUP>(T, [&](int64_t t, auto G) {
                 const float* sums = packed.sums.data() + (Format::BIAS != 0 ? t * (f.K / f.chunk()) : 0);
-                tile_group<Way, G>(f, block, packed.x.data() + t * f.K, sums, y + t * N, N, t == 0);
+                tile_group<Way, G>(f, table, block, packed.x.data() + t * f.K, sums, y + t * N, N, t == 0);
             });
     });
 }
