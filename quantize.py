@@ -370,6 +370,7 @@ def load_quantized(
     progress, places = Progress(f"loading {folder}", len(groups)), plain.weight_plan(local)
 
     def read(name: str, kind: torch.dtype | None, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
+        """The part of one tensor, whose type (None: any of DTYPES) and whole shape are checked; counts its bytes."""
         file = files.get(name)
         if file is None:
             raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")

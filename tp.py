@@ -287,6 +287,7 @@ class Link:
             threading.Thread(target=self.listen, args=(peer, connection), daemon=True).start()
 
     def accept(self, store: dist.Store) -> None:
+        """Rank 0 tells the store where it is, and waits for all others. Raises InputError naming those that do not come."""
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         server = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=self.world)
@@ -311,6 +312,7 @@ class Link:
         server.close()
 
     def call(self, store: dist.Store) -> None:
+        """Another rank reaches rank 0 by the first of its addresses that answers. Raises InputError when none does."""
         addresses, port, word = json.loads(store.get("judge_fast/link"))
         for address in addresses:
             try:
