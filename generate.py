@@ -8,6 +8,8 @@ logits, judge scores, the rule, how many tokens are accepted, the target's own n
 one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is visible.
 """
 
+from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import gc
 import json
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import kernels
 import tp
+from files import check_writable
 from judge import (
     RULES,
     Drift,
@@ -38,17 +41,7 @@ from judge import (
     read_calibration,
     rule_mask,
 )
-from model import (
-    DTYPES,
-    InputError,
-    ModelArgs,
-    Parser,
-    Transformer,
-    check_writable,
-    pick_device,
-    run_dtype,
-    run_script,
-)
+from model import DTYPES, ModelArgs, Transformer, pick_device, run_dtype
 from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, weight_bytes
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 from tp import load_model

@@ -12,6 +12,8 @@ Training data are JSON lines, one answer each, in either form:
     {"prompt_tokens": [...], "tokens": [...], "labels": [1 right, 0 wrong, -100 ignored, ...], "source": "..."}
 """
 
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import codecs
 import hashlib
@@ -29,20 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from model import (
-    DTYPES,
-    InputError,
-    Parser,
-    Progress,
-    Transformer,
-    check_writable,
-    open_safetensors,
-    pick_device,
-    read_json,
-    run_dtype,
-    run_script,
-    write_file,
-)
+from files import check_writable, read_json, write_file
+from model import DTYPES, Transformer, open_safetensors, pick_device, run_dtype
 from quantize import load_model
 from tokenizer import Tokenizer, load_tokenizer
 

@@ -5,14 +5,11 @@ A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as publis
 layout of those weights. Nothing here knows about drafts or judges.
 """
 
-import argparse
 import functools
 import hashlib
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,67 +23,13 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import kernels
+from cli import InputError, Progress
+from files import read_json
 
 if TYPE_CHECKING:
     from tp import Shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class InputError(ValueError):
-    """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it, exit 2."""
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds each flag's default to its help, where there is one and the help does not say it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or "")
-        return action.help if said else f"{action.help or ''} (default: %(default)s)".strip()
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is answered in one sentence."""
-
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=HelpFormatter)
-
-    def error(self, message: str):
-        print(f"{self.prog}: {message}; see --help.", file=sys.stderr)
-        sys.exit(2)
-
-
-class Progress:
-    """A line `what: done/total` on stderr, once a second after the first 2 s."""
-
-    line_is_open = False  # an error then begins on a line of its own
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done = what, total, 0
-        self.due = time.monotonic() + 2
-
-    def step(self) -> None:
-        self.done += 1
-        finished = self.done == self.total
-        if time.monotonic() > self.due or (finished and Progress.line_is_open):
-            print(f"\r{self.what}: {self.done}/{self.total}", end="\n" if finished else "", file=sys.stderr, flush=True)
-            self.due, Progress.line_is_open = time.monotonic() + 1, not finished
-
-
-def run_script(name: str, action: Callable[[], None]) -> None:
-    """Runs a script's body: a user's mistake is one sentence on stderr and exit code 2; a closed pipe is no error."""
-    try:
-        action()
-    except InputError as error:
-        print(("\n" if Progress.line_is_open else "") + f"{name}: {error}", file=sys.stderr)
-        Progress.line_is_open = False
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
 
 
 def pick_device(name: str) -> torch.device:
@@ -97,29 +40,12 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("only cpu and cuda are built")
         torch.empty(0, device=device)
         if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)  # set_device takes no other
             torch.cuda.set_device(device)  # graphs, events and Triton's kernels go to the current one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"--device {name} is not usable here ({reason}); cpu always is.") from None
     return device
-
-
-def check_writable(path: Path, flag: str) -> None:
-    """Raises InputError for a file that could not be written, before any work is done for it."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{flag} {path} cannot be written: name a file in a folder that exists and may be written to.")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes beside, then renames: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:
@@ -214,21 +140,6 @@ def preset(name: str) -> ModelArgs:
         raise InputError(f"There is no preset {name!r}; known are {', '.join(PRESETS)}.")
     dim, n_layer, n_head, n_kv_head, intermediate, head_dim, rope, tied = PRESETS[name]
     return ModelArgs(dim, n_layer, n_head, n_kv_head, intermediate, 128256, head_dim, rope_scaling=rope, tie_embeddings=tied)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises InputError naming the file when it is missing or no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"There is no file {path}; a checkpoint is a Hugging Face snapshot folder.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object.")
-    return content
 
 
 def read_field(config: dict, name: str, kind: type, where: str, default=None):

@@ -9,6 +9,8 @@ columns. Activations stay as they are; kernels.py says how the products are done
 --quantize_lm_head, the LM head are not quantised; nor is the judge.
 """
 
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import json
 import math
@@ -27,7 +29,7 @@ from torch import Tensor
 
 import kernels
 import model as plain
-from model import InputError, ModelArgs, Parser, Progress, Transformer, run_script
+from model import ModelArgs, Transformer
 
 if TYPE_CHECKING:
     from tp import Shard

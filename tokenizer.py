@@ -15,7 +15,8 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from model import InputError, read_json
+from cli import InputError
+from files import read_json
 
 # Llama 3's pre-tokeniser, as its tokenizer files define it.
 SPLIT = (

@@ -45,7 +45,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quantize
-from model import InputError, ModelArgs, Transformer
+from cli import InputError
+from model import ModelArgs, Transformer
 
 START = 50  # seconds within which all ranks must have met
 PATIENCE = timedelta(seconds=300)  # for a collective; a rank that dies is noticed at once, one that stands still by this

@@ -15,16 +15,20 @@ is written from it: whatever ends the program, the next start goes on at the fir
 known there by their text, so --data may grow or change its order meanwhile.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import errno
 import fcntl
 import hashlib
 import json
-import os
 import re
 import select
 import signal
-import sys
 import termios
 import tty
 import unicodedata
@@ -33,10 +37,8 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from files import check_writable, write_file
 from judge import encode_answer
-from model import InputError, Parser, check_writable, run_script, write_file
 from tokenizer import Tokenizer, load_tokenizer
 
 HELP = """

@@ -9,43 +9,41 @@ the same state. `--accept N` imposes how many draft tokens every round accepts, 
 measured without the weights that reach it; such figures are marked "imposed". A table for people; the last line is JSON.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import copy
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from files import check_writable, write_file
 from generate import DEMO, Engine, Pace, Settings, capacity_for, capture, check_memory, check_pair
 from judge import RULES, JudgeHead, load_judge
 from model import (
     DTYPES,
-    InputError,
     ModelArgs,
-    Parser,
-    Progress,
     Transformer,
     causal_mask,
-    check_writable,
     checkpoint_files,
     heads_as_rows,
     pick_device,
     preset,
     random_model,
     run_dtype,
-    run_script,
     weight_plan,
-    write_file,
 )
 from quantize import (
     QuantLinear,

@@ -15,33 +15,26 @@ never the held-out ones; --annotate_demo marks their wrong words and digits by t
 answer takes back.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
+from files import check_writable, write_file
 from generate import Engine, Settings, answer_text, check_prompt, check_settings, encode_prompt
-from model import (
-    DTYPES,
-    InputError,
-    ModelArgs,
-    Parser,
-    Progress,
-    check_writable,
-    pick_device,
-    run_dtype,
-    run_script,
-    write_file,
-)
+from model import DTYPES, ModelArgs, pick_device, run_dtype
 from quantize import load_model
 from scripts.results import read_results
 from scripts.scoring import CHECKERS, Question

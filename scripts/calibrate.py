@@ -19,19 +19,23 @@ generate.py --calibration reads. If no threshold qualifies, that is said, nothin
 Answers are kept in --answers, and a killed run resumes.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
+from files import check_writable, write_file
 from generate import Result, check_settings, conditions, kind_of, live_statistics
 from judge import (
     LABEL_POLICIES,
@@ -46,7 +50,7 @@ from judge import (
     read_answers,
     read_calibration,
 )
-from model import InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
+from model import pick_device, run_dtype
 from quantize import load_model
 from scripts.evaluate import Bench, Variant, add_engine_flags, name_models, schemes_of, settings_for
 from scripts.scoring import Question

@@ -7,30 +7,22 @@ whole matrices and pair its first and second half. Shards are memory-mapped, and
 memory holds one layer at a time. The folder is written beside and renamed at the end.
 """
 
-import json
 import os
-import shutil
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
+import json
+import shutil
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import (
-    LLAMA31_ROPE,
-    LLAMA32_ROPE,
-    InputError,
-    ModelArgs,
-    Parser,
-    Progress,
-    read_field,
-    read_json,
-    run_script,
-    weight_plan,
-)
+from files import read_json
+from model import LLAMA31_ROPE, LLAMA32_ROPE, ModelArgs, read_field, weight_plan
 
 NAMES = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",

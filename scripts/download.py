@@ -11,21 +11,21 @@ files, without header and with letters, are read as well) and math500 (each prob
 within \\boxed{}.", which is taken away when it is read).
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import csv
 import hashlib
 import http.client
-import os
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model import InputError, Parser, Progress, run_script
 
 TABLE = Path(__file__).with_suffix(".tsv")
 SOURCE = "https://raw.githubusercontent.com"

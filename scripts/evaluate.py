@@ -11,11 +11,15 @@ scripts/tasks.py, how they are put in scripts/public_tasks.py, and how they are 
 Of several processes (torchrun) each has its own engine, answers every so-many-th question and keeps its part beside --out.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,11 +27,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 import tp
+from files import check_writable
 from generate import (
     DEMO,
     Engine,
@@ -39,18 +42,7 @@ from generate import (
     settings_of,
 )
 from judge import RULES, JudgeHead
-from model import (
-    DTYPES,
-    InputError,
-    ModelArgs,
-    Parser,
-    Progress,
-    Transformer,
-    check_writable,
-    pick_device,
-    run_dtype,
-    run_script,
-)
+from model import DTYPES, ModelArgs, Transformer, pick_device, run_dtype
 from quantize import Scheme, add_mode_flags, scheme_of
 from scripts.intervals import interval, mcnemar, mean_interval, paired_interval, pass_at_k
 from scripts.public_tasks import TASKS

@@ -20,21 +20,24 @@ Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired
 machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed run resumes.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import json
 import math
-import os
 import platform
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
+from files import write_file
 from generate import DEMO, Engine, Settings, answer_text
 from judge import (
     LABEL_POLICIES,
@@ -52,7 +55,7 @@ from judge import (
     split_prompts,
     train_judge,
 )
-from model import InputError, Parser, Progress, load_model, pick_device, run_script, write_file
+from model import load_model, pick_device
 from quantize import load_model as load_quantised
 from quantize import scheme_named
 from scripts import calibrate, plot, score_text

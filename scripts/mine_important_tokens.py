@@ -16,21 +16,24 @@ there. OUT holds what judge.py train reads: for each important token the text up
 the adopted text with label 1 at the unimportant ones.
 """
 
-import argparse
-import json
 import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
+import argparse
+import json
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
+from files import check_writable, write_file
 from generate import Engine, Settings, answer_text, encode_prompt, load_pair
 from judge import CHUNK
-from model import DTYPES, InputError, Parser, Progress, check_writable, pick_device, run_dtype, run_script, write_file
+from model import DTYPES, pick_device, run_dtype
 from scripts.evaluate import name_models
 from scripts.results import part, rank_and_size, read_results
 from scripts.scoring import CHECKERS, Question

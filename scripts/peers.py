@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from model import InputError, Transformer, weight_plan
+from cli import InputError
+from model import Transformer, weight_plan
 
 try:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM

@@ -8,21 +8,24 @@ window - stride tokens before it (but for the first window). Every window begins
 the last line.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import json
 import math
 import random
-import sys
 from itertools import islice
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 
 from generate import DEMO
-from model import DTYPES, InputError, ModelArgs, Parser, Progress, Transformer, pick_device, run_dtype, run_script
+from model import DTYPES, ModelArgs, Transformer, pick_device, run_dtype
 from quantize import MODES, load_model, scheme_named
 from scripts.demo_task import problems, write_answer
 from tokenizer import load_tokenizer

@@ -14,21 +14,25 @@ accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m
 gives a, and a the m* of every other M. The best M has the most tokens a second.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import json
 import re
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 import tp
+from files import read_json
 from generate import capacity_for
-from model import DTYPES, InputError, ModelArgs, Parser, read_json, run_script
+from model import DTYPES, ModelArgs
 from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_named, scheme_of, weight_bytes
 from scripts import benchmark
 

@@ -8,18 +8,20 @@ tokens the rounds accepted (NAME.accepted.png), and tokens a round and a second 
 ran with several M, as in --verify judge@8,judge@16,judge@auto. Of benchmark.py's: the time of a round by part.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import json
 import math
 import re
-import sys
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model import InputError, Parser, run_script
 from scripts.evaluate import summarise
 
 FIELDS = {"rule": str, "index": (int, str), "family": str, "right": (bool, type(None)), "answer_right": (bool, type(None)),

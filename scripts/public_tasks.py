@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import InputError
+from cli import InputError
 from scripts.sandbox import STOPS, check_allowed
 from scripts.scoring import Question, final_number
 

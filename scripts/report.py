@@ -9,6 +9,12 @@ through; right=1, lost=1 (wrong, but right by plain), q=text, item=INDEX, at=TOK
 other rules' answers) and view=spot|answers|figures|summary are known, too. Without --details it says what is missing.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import base64
 import hashlib
@@ -16,14 +22,11 @@ import html
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model import InputError, Parser, check_writable, run_script, write_file
+from files import check_writable, write_file
 from scripts.plot import accepted_counts, read_run, run_rows, turn_ends
 
 HERE = Path(__file__).resolve().parent

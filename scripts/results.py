@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import InputError, write_file
+from cli import InputError
+from files import write_file
 
 
 def parse_lines(path: Path, text: bytes) -> list[dict]:

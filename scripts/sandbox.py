@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import InputError
+from cli import InputError
 
 TIMEOUT_S = 10.0
 LIMITS = {"AS": 1 << 30, "CPU": 10, "FSIZE": 16 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}  # RLIMIT_*, bytes and s

@@ -9,18 +9,21 @@ whether the target would have said this. The text is read once; a token passes o
 logits, as in the engine. m* is what rounds of M tokens would accept, the token after a rejection being given.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from generate import Paint, check_settings, load_pair, threshold_of
 from judge import RULES, Encoded, RowReader, encode_items, rule_mask
-from model import InputError, Parser, Progress, pick_device, run_dtype, run_script
+from model import pick_device, run_dtype
 from scripts.evaluate import Variant, add_engine_flags, label, name_models, parse_rules, schemes_of, settings_for
 from scripts.public_tasks import read_lines
 from tokenizer import Decoder, Tokenizer, load_tokenizer

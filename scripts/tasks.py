@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import InputError
+from cli import InputError
 from scripts.demo_task import FAMILIES, problems
 from scripts.public_tasks import TASKS, parse_object, read_lines, read_task
 from scripts.sandbox import allow_code_execution, check_allowed

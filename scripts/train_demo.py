@@ -11,17 +11,20 @@ are taken back; the loss skips the wrong tokens themselves, so that it learns to
 draft reads right answers in the other style, and is too small to calculate without slips.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+
 import argparse
 import io
 import json
 import math
 import random
 import re
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sentencepiece
 import torch
@@ -29,20 +32,10 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from files import write_file
 from generate import DEMO, Engine, Settings, answer_text
 from judge import TrainSettings, print_figures, read_answers, train_judge
-from model import (
-    InputError,
-    ModelArgs,
-    Parser,
-    Progress,
-    Transformer,
-    load_model,
-    pick_device,
-    run_script,
-    weight_plan,
-    write_file,
-)
+from model import ModelArgs, Transformer, load_model, pick_device, weight_plan
 from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
 from tokenizer import load_tokenizer
 

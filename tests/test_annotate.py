@@ -23,7 +23,7 @@ from unicodedata import east_asian_width
 import pytest
 from conftest import ROOT
 
-from model import InputError
+from cli import InputError
 from scripts.annotate import Journal, Marking, Session, edit, main, make_units, open_answer, pieces_of, split_keys, wrap
 from tokenizer import load_tokenizer
 

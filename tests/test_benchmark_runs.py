@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import DATA, ROOT, make_folder
 
+from cli import InputError
 from generate import DEMO
-from model import InputError
 from scripts import evaluate as script
 from scripts.evaluate import main, share_of
 from scripts.public_tasks import read_task

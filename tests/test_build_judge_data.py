@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from cli import InputError
 from generate import DEMO, Result
 from judge import read_answers
-from model import InputError
 from scripts import build_judge_data, sandbox
 from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
 from scripts.demo_task import check, is_held_out

@@ -9,7 +9,7 @@ from conftest import ROOT
 from safetensors import safe_open
 
 import judge
-from model import InputError
+from cli import InputError
 from scripts import calibrate
 from scripts.calibrate import figures, fixed_sequence, most_harms, upper_bound
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from model import InputError
+from cli import InputError
 from scripts.evaluate import main, parse_rules, summarise
 from scripts.results import read_results
 

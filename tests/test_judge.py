@@ -9,6 +9,7 @@ from conftest import ROOT, make_folder
 from safetensors.torch import save
 
 import judge as judge_module
+from cli import InputError
 from judge import (
     LABEL_POLICIES,
     RULES,
@@ -32,7 +33,7 @@ from judge import (
     split_prompts,
     train_judge,
 )  # fmt: skip
-from model import InputError, load_model
+from model import load_model
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo" / "target"

@@ -10,9 +10,10 @@ from test_generate import HEAD, Scripted, V, counting, one_hot, run
 
 import generate
 import judge
+from cli import InputError
 from generate import SIZES, Engine, Pace, Settings
 from judge import Drift, JudgeHead, RowReader, describe_guarantee, make_markers, mixture
-from model import InputError, load_model
+from model import load_model
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"

@@ -10,7 +10,8 @@ import torch
 from conftest import DEVICES, ROOT, make_folder
 from safetensors.torch import load_file, save_file
 
-from model import PRESETS, InputError, ModelArgs, Transformer, checkpoint_files, load_model, preset, random_model, rope_table
+from cli import InputError
+from model import PRESETS, ModelArgs, Transformer, checkpoint_files, load_model, preset, random_model, rope_table
 from scripts.convert_meta_checkpoint import NAMES, TOP, convert
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

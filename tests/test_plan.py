@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import quantize
-from model import InputError, preset
+from cli import InputError
+from model import preset
 from scripts import plan
 from scripts.plan import Gpu, Plan, Role, acceptance, accepted, best_m, main, make_role
 

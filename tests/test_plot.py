@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from test_report import RECORDS, record, write
 
-from model import InputError
+from cli import InputError
 from scripts import plot
 from scripts.plot import accepted_a_round, round_parts, run_accepted, run_m_sweep, run_pareto
 

@@ -10,8 +10,9 @@ from conftest import DEVICES, make_folder
 import kernels
 import model as plain
 import quantize
+from cli import InputError
 from generate import DEMO, Engine, Settings, check_memory
-from model import InputError, ModelArgs, random_model
+from model import ModelArgs, random_model
 from quantize import (
     QuantLinear,
     Scheme,

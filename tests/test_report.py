@@ -8,7 +8,7 @@ import sys
 import pytest
 from browser import CHROMIUM, Browser
 
-from model import InputError
+from cli import InputError
 from scripts import report
 from scripts.intervals import paired_interval
 from scripts.plot import read_run

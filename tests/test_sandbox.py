@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import DATA
 
-from model import InputError
+from cli import InputError
 from scripts import sandbox
 from scripts.public_tasks import read_task
 from scripts.sandbox import code_passes

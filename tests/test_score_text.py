@@ -57,7 +57,7 @@ def test_show_marks_each_token(tmp_path, capsys):
 
 
 def test_broken_files_are_named(tmp_path, capsys):
-    from model import InputError
+    from cli import InputError
 
     path = tmp_path / "t.jsonl"
     for content, word in (('{"prompt": "a"}', "line 1 must be an object"), ('{"prompt": "a", "response": 3}', "must be text"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import DATA
 
-from model import InputError, Parser
+from cli import InputError, Parser
 from scripts import sandbox, tasks
 from scripts.demo_task import is_held_out, write_answer
 from scripts.public_tasks import TASKS, read_task

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from conftest import DATA, ROOT
 
-from model import InputError
+from cli import InputError
 from tokenizer import SPLIT, Decoder, TiktokenTokenizer, decode, load_tokenizer
 
 LLAMA3, LLAMA2 = DATA / "tokenizers" / "llama3", DATA / "tokenizers" / "llama2"

@@ -25,8 +25,9 @@ import generate
 import model
 import quantize
 import tp
+from cli import InputError
 from judge import JudgeHead
-from model import InputError, ModelArgs, preset
+from model import ModelArgs, preset
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -548,7 +549,7 @@ def main(todo: list[dict]) -> None:
             else:
                 if what != "run":
                     disturb(what)
-                model.run_script("generate.py", lambda given=given: generate.run(generate.parse_args(given)))
+                cli.run_script("generate.py", lambda given=given: generate.run(generate.parse_args(given)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import sentencepiece
 import torch
 from conftest import ROOT
 
-from model import InputError, ModelArgs, load_model
+from cli import InputError
+from model import ModelArgs, load_model
 from scripts import train_demo
 
 TOKENIZER = ROOT / "checkpoints" / "demo" / "target" / "tokenizer.model"
