@@ -21,6 +21,7 @@ import torch.distributed as dist
 from conftest import ROOT, make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cli
 import generate
 import model
 import quantize
