@@ -37,7 +37,7 @@ from generate import Engine, Settings, answer_text, check_prompt, check_settings
 from model import DTYPES, ModelArgs, pick_device, run_dtype
 from quantize import load_model
 from scripts.results import read_results
-from scripts.scoring import CHECKERS, Question
+from scripts.scoring import CHECKERS, UNDECIDED, Question
 from scripts.tasks import add_question_flags, questions_of
 from scripts.train_demo import annotated
 from tokenizer import Tokenizer, load_tokenizer
@@ -138,7 +138,8 @@ def record(args: argparse.Namespace, job: Job, tokens: int, text: str, cut_off: 
     if cut_off:
         dropped = "cut off"
     else:
-        dropped = "no answer" if not text.strip() or checker.final_answer(question, text) is None else None
+        found = checker.final_answer(question, text) if text.strip() else None
+        dropped = "no answer" if found is None else found if found in UNDECIDED else None
     return {"question": question.id, "model": job.model, "prompt": question.prompt, "response": text,
             "reference": question.reference, "right": None if dropped else checker.is_right(question, text),
             "dropped": dropped, "tokens": tokens, "source": source_of(args, job)}  # fmt: skip

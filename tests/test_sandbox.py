@@ -174,7 +174,7 @@ def test_humanevals_solutions_pass_in_every_form(form):
     sandbox.allow_code_execution()
     questions = read_task("humaneval", HUMANEVAL, chat=False)
     if not os.environ.get("JUDGE_FAST_ALL"):
-        questions = [questions[at] for at in sorted({32, 38, 50, *range(0, 164, 10)})]
+        questions = [questions[at] for at in sorted({32, 38, 135, *range(0, 164, 10)})]
     items = [q.content for q in questions]
     texts = [SOLUTIONS[form](item["prompt"], q.reference, item["entry_point"]) for q, item in zip(questions, items)]
     with ThreadPoolExecutor() as pool:
@@ -536,7 +536,7 @@ def test_time_is_processor_time(places, monkeypatch):
     assert found_by(ONE_AND_FIVE, "def f(x):\n    while True: pass") == ("timeout", "it used more than 1 s of processor time")
     assert found_by(ONE_AND_FIVE, "while True: pass\ndef f(x): return x").verdict == "timeout"
     monkeypatch.setattr(sandbox, "WALL_S", 1.5)
-    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(9)") == ("timeout", "it took more than 1.5 s")
+    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(9)\ndef f(x): return x") == ("timeout", "it took more than 1.5 s")
 
 
 def test_a_right_program_passes_on_a_busy_machine(places):
