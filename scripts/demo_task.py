@@ -303,9 +303,9 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
 
 
 def answer_of(text: str) -> int | None:
-    """The number that the answer sentence gives, or None."""
-    found = re.findall(r"(?:answer is|result is|Answer:) (\d+)\.", text)
-    return int(found[-1]) if found else None
+    """The number that the answer sentence gives, or None; a number of more digits than any problem's is none."""
+    found = re.findall(r"(?:answer is|result is|Answer:) ([0-9]+)\.", text)
+    return int(found[-1]) if found and len(found[-1]) <= 300 else None
 
 
 def is_held_out(problem: Problem) -> bool:

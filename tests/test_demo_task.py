@@ -65,6 +65,13 @@ def test_final_answers_are_read():
     ]
 
 
+def test_answers_of_any_length_are_read():
+    for digits in ("1" * 5000, "٣"):
+        text = f" The answer is {digits}."
+        assert answer_of(text) is None and not check(STORY, text).right and not check(STORY, text).answer_right
+    assert answer_of(" The answer is 85." * 20_000) == 85 and not check(STORY, WAIT * 20_000).right
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_the_grammar_writes_is_right_and_its_errors_are_where_it_says(family):
     rng = random.Random(3)
