@@ -359,6 +359,12 @@ class Transformer(nn.Module):
             layer.attention.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
+    def clear_caches(self) -> None:
+        """Zeroes the KV caches."""
+        for layer in self.layers:
+            layer.attention.k_cache.zero_()
+            layer.attention.v_cache.zero_()
+
     def forward(
         self, tokens: Tensor, pos: Tensor | None = None, window: int | None = None, n_logits: int | None = None,
         prefill: bool = False,
