@@ -303,8 +303,9 @@ def test_what_may_not_be_read_is_not_called_truncated(made, tmp_path):
     """In a process of an ordinary user, for whom permissions count."""
     folder = shutil.copytree(made / "shards", tmp_path / "m")
     shard = sorted(folder.glob("*.safetensors"))[1]
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755)
     shard.chmod(0)
-    folder.chmod(0o755)
     program = ("import os, sys; sys.path.insert(0, sys.argv[1]); import model, encodings.utf_8_sig\n"
                "if os.geteuid() == 0: os.setuid(65534)\n"
                "try: model.load_model('.')\nexcept model.InputError as error: print(error)")  # fmt: skip
