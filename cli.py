@@ -91,6 +91,12 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:30]}...{text[-10:]}")
 
 
+def shortened_value(value) -> str:
+    """A value from a file, as Python writes it, without the end of what is very long."""
+    text = repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of hundreds of digits"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 class Progress:
     """A line `what: done/total` on stderr, once a second after the first 2 s."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import kernels
-from cli import InputError, Progress
+from cli import InputError, Progress, shortened_value
 from files import check_folder, is_file, opened, parse_object, read_json
 
 if TYPE_CHECKING:
@@ -172,12 +172,6 @@ def read_field(config: dict, name: str, kind: type, where: str, default=None):
     if not good:
         raise InputError(f"{where}: {name}={shortened_value(value)} must be {needed}.")
     return kind(value)
-
-
-def shortened_value(value) -> str:
-    """A value from a file, as Python writes it, without the end of what is very long."""
-    text = repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of hundreds of digits"
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def refuse_unknown(config: dict, where: str) -> None:
