@@ -152,7 +152,7 @@ class SentencePieceTokenizer(TokenizerBase):
             self.pieces = [self.model.id_to_piece(id) for id in range(self.vocab_size)]
             self.model.encode("probe")
         except (RuntimeError, OSError, ValueError, IndexError) as error:
-            raise InputError(f"{where} is not a whole SentencePiece file: {one_line(str(error)) or 'it is damaged'}.") from None
+            raise InputError(f"{where} is not a whole SentencePiece file: {one_line(str(error)).rstrip('.')}.") from None
         if not (0 <= self.bos_id < self.vocab_size and 0 <= self.stop_ids[0] < self.vocab_size):
             raise InputError(f"{where} has no begin-of-text or no end-of-text piece; a Llama's tokenizer has both.")
         ids = range(self.vocab_size)

@@ -491,3 +491,177 @@ def test_the_demo_tokenizer_splits_digits_and_reads_any_text():
     assert [tokenizer.token_bytes(id) for id in tokenizer.encode("147")] == [b" ", b"1", b"4", b"7"]
     with pytest.raises(InputError, match="has no chat format"):
         tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+
+
+# Damaged tokenizers
+
+
+def places(value, path=()):
+    """Every place in a JSON value; of long lists and objects the first three."""
+    yield path
+    if isinstance(value, dict):
+        for key in list(value)[:8]:
+            yield from places(value[key], (*path, key))
+    elif isinstance(value, list):
+        for at in range(min(3, len(value))):
+            yield from places(value[at], (*path, at))
+
+
+def changed(content, path, change):
+    content = json.loads(json.dumps(content))
+    *outer, last = path
+    inner = content
+    for key in outer:
+        inner = inner[key]
+    if change is ...:
+        del inner[last]
+    else:
+        inner[last] = change
+    return content
+
+
+def test_every_place_of_a_tokenizer_json_damaged(tmp_path, small_llama3):
+    """Some 900 variants: read, and then it encodes and decodes; or one sentence that names the file."""
+    good = json.loads((small_llama3 / "tokenizer.json").read_text(encoding="utf-8"))
+    refused = total = 0
+    for path in [path for path in places(good) if path]:
+        for value in (..., None, True, -1, 0, 10**12, "x", "", [], {}, [["a"]]):
+            total += 1
+            (tmp_path / "tokenizer.json").write_text(json.dumps(changed(good, path, value)))
+            try:
+                tokenizer = load_tokenizer(tmp_path)
+            except InputError as error:
+                refused += 1
+                assert str(tmp_path / "tokenizer.json") in str(error) and len(str(error)) < 600
+                continue
+            assert decode(tokenizer, tokenizer.encode("the user 123\n\nü")) == "the user 123\n\nü", (path, value)
+    assert total > 500 and refused > total / 3
+
+
+def test_a_tokenizer_json_in_any_layout(tmp_path, small_llama3):
+    content = json.loads((small_llama3 / "tokenizer.json").read_text(encoding="utf-8"))
+    expected = load_tokenizer(small_llama3).encode("the user\n\n 12345 don't")
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]  # as older releases write them
+    for layout in ({"separators": (",", ":")}, {"indent": 3}, {"ensure_ascii": False}, {"sort_keys": True}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content, **layout), encoding="utf-8")
+        assert load_tokenizer(tmp_path).encode("the user\n\n 12345 don't") == expected
+
+
+ADDED_WRONG = {
+    "an object": ({"a": 1}, "not a list of objects"),
+    "numbers": ([1, 2], "not a list of objects"),
+    "without content": ([{"id": 300}], "no token"),
+    "content a number": ([{"id": 300, "content": 7}], "no token"),
+    "content empty": ([{"id": 300, "content": ""}], "no token"),
+    "id missing": ([{"content": "<a>"}], "no token"),
+    "id negative": ([{"id": -1, "content": "<a>"}], "no token"),
+    "id true": ([{"id": True, "content": "<a>"}], "no token"),
+    "id out of all range": ([{"id": 2**40, "content": "<a>"}], "no token"),
+    "id of the vocabulary": ([{"id": 65, "content": "<a>"}], "but 'A' in the vocabulary"),
+    "an id twice": ([{"id": 300, "content": "<a>"}, {"id": 300, "content": "<b>"}], "two ids, or its id two names"),
+    "a name twice": ([{"id": 300, "content": "<a>"}, {"id": 301, "content": "<a>"}], "two ids, or its id two names"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADDED_WRONG)
+def test_added_tokens_that_are_none(tmp_path, small_llama3, case):
+    added, sentence = ADDED_WRONG[case]
+    content = json.loads((small_llama3 / "tokenizer.json").read_text(encoding="utf-8")) | {"added_tokens": added}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=sentence):
+        load_tokenizer(tmp_path)
+
+
+def test_settings_of_the_tokenizer_damaged(tmp_path):
+    """tokenizer_config.json and its like, with wrong types in every field that is read."""
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    wrong = [("tokenizer_config.json", {"bos_token": 7}), ("tokenizer_config.json", {"eos_token": [1]}),
+             ("tokenizer_config.json", {"added_tokens_decoder": [1]}), ("tokenizer_config.json", {"added_tokens_decoder": {"1": 2}}),
+             ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
+             ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 50: {"content": "a"}}}),
+             ("added_tokens.json", {"<a>": "x"}), ("generation_config.json", {"eos_token_id": 10**9})]  # fmt: skip
+    for name, content in wrong:
+        (tmp_path / name).write_text(json.dumps(content))
+        if "_token" in str(content):
+            (tmp_path / "chat_template.jinja").write_text("x")
+        with pytest.raises(InputError, match=name):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+    for name in ("tokenizer_config.json", "added_tokens.json", "generation_config.json", "config.json", "special_tokens_map.json"):
+        for text in ("[]", "{", "", "\x00", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}"):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(InputError, match=name):
+                load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "chat_template.jinja").unlink()
+    load_tokenizer(tmp_path)
+
+
+def test_tokenizer_files_that_are_none(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    for make, sentence in ((lambda: None, "more than the"), (lambda: (path.unlink(), path.mkdir()), "is a folder"),
+                           (lambda: (path.rmdir(), os.mkfifo(path)), "is a pipe"), (lambda: (path.unlink(), path.symlink_to("tokenizer.model")), "Too many"),
+                           (lambda: (path.unlink(), path.symlink_to("/dev/zero")), "is a device"), (lambda: (path.unlink(), path.write_bytes(b"")), "SentencePiece file")):  # fmt: skip
+        make()
+        with pytest.raises(InputError, match=sentence) as caught:
+            load_tokenizer(tmp_path)
+        assert str(path) in str(caught.value)
+    for folder, sentence in ((tmp_path / "nowhere", "There is no checkpoint folder"), (path, "is no folder"), (tmp_path / ("n" * 300), "too long")):
+        with pytest.raises(InputError, match=sentence):
+            load_tokenizer(folder)
+
+
+def trained(path: Path, **settings) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the user asks a question " * 3] * 20), model_prefix=str(path / "m"), model_type="bpe",
+        minloglevel=3, **{"vocab_size": 40, "hard_vocab_limit": False, **settings},
+    )  # fmt: skip
+    (path / "m.model").rename(path / "tokenizer.model")
+
+
+def test_sentencepiece_files_without_begin_or_end(tmp_path):
+    for settings in ({"bos_id": -1}, {"eos_id": -1}):
+        trained(tmp_path, **settings)
+        with pytest.raises(InputError, match="no begin-of-text or no end-of-text"):
+            load_tokenizer(tmp_path)
+    trained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert decode(tokenizer, tokenizer.encode("the user"), True) == "the user" and decode(tokenizer, [tokenizer.vocab_size]).startswith("<|reserved_")
+
+
+def test_damaged_sentencepiece_files(tmp_path):
+    """200 variants of the demo's file: cut, bytes changed, left out, put in."""
+    good, kept = (DEMO / "tokenizer.model").read_bytes(), 0
+    for seed in range(200):
+        rng, content = random.Random(seed), bytearray(good)
+        at = rng.randrange(len(content))
+        change = (lambda: content.__delitem__(slice(at, None)), lambda: content.__setitem__(at, rng.randrange(256)),
+                  lambda: content.__delitem__(slice(at, at + 50)), lambda: content.__setitem__(slice(at, at), b"\x0a\x03\x0a\x01\xff"))  # fmt: skip
+        change[seed % 4]()
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+        except InputError as error:
+            assert str(tmp_path / "tokenizer.model") in str(error)
+            continue
+        kept += 1
+        decode(tokenizer, [*tokenizer.encode("Mia has 47 apples."), *range(tokenizer.vocab_size + 3)])
+    assert kept < 150
+
+
+def test_two_tokenizers_that_contradict_each_other(tmp_path, small_llama3):
+    """As in transformers tokenizer.json comes first; where only tokenizer.model can be read, both must have the same tokens."""
+    shutil.copy(small_llama3 / "tokenizer.json", tmp_path)
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    assert load_tokenizer(tmp_path).encode("the") == load_tokenizer(small_llama3).encode("the")
+    pieces = load_tokenizer(DEMO).pieces
+    for vocab, good in (({piece: id for id, piece in enumerate(pieces)}, True), ([[piece, 0.0] for piece in pieces], True),
+                        ({piece: id for id, piece in enumerate(reversed(pieces))}, False), ([["a", 0.0]], False), (7, False)):  # fmt: skip
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab}}))
+        if good:
+            assert load_tokenizer(tmp_path).pieces == pieces
+        else:
+            with pytest.raises(InputError, match="nor of the same tokens"):
+                load_tokenizer(tmp_path)
