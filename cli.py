@@ -94,6 +94,12 @@ def shortened(text: str) -> str:
     return text if re.fullmatch(r"[\x21-\x7e]+", text) else repr(text)
 
 
+def shortened_value(value) -> str:
+    """A value from a file, as Python writes it, without the end of what is very long."""
+    text = repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of hundreds of digits"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 class Progress:
     """A line `what: done/total` on stderr, once a second after the first 2 s."""
 
