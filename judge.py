@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from files import check_writable, read_json, write_file
-from model import DTYPES, Transformer, open_safetensors, pick_device, run_dtype
+from model import DTYPES, PREFILL_ROWS, WINDOW, Transformer, open_safetensors, pick_device, run_dtype
 from quantize import load_model
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -41,7 +41,6 @@ FEATURES = {  # name -> what the head reads; the name stands in the file's heade
     "target+draft": "the same, then the draft's pre-norm hidden state in the row that proposed the token",
 }
 LABEL_POLICIES = ("span", "ignore_after", "from_error")
-CHUNK = 64  # rows a prefill pass reads, here as in the engine; the last is padded, so that no prompt length is special
 
 
 def no_prompts() -> Tensor:
@@ -163,7 +162,7 @@ def typical(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, t
 
 
 TOPN = 10  # N of topn_delta, as TensorRT-LLM sets it for reasoning models
-WINDOW = 6  # W of window, the paper's
+AGREED = 6  # W of window: the token itself and the next five
 
 
 def topn_delta(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, threshold: Tensor) -> Tensor:
@@ -182,12 +181,17 @@ def divergence(draft_tokens, target_logits: Tensor, draft_logits: Tensor, scores
 
 
 def window(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, threshold: Tensor) -> Tensor:
-    """The target is undecided, entropy / log V >= h, and its own choices are the next WINDOW draft tokens (FLy, arXiv
-    2511.22972). A token with fewer than WINDOW draft tokens after it cannot be tested and does not pass."""
-    log_p = target_logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1) / math.log(target_logits.shape[-1])
-    match = F.pad((target_logits.argmax(-1) == draft_tokens).long(), (0, WINDOW))
-    return (entropy >= threshold) & match[1:].unfold(0, WINDOW, 1).all(-1)
+    """The target is undecided, H3 >= h, and its own choices are the next AGREED - 1 draft tokens (FLy, arXiv 2511.22972).
+
+    H3: -sum of p ln p, in nats, over the target's 3 most likely tokens, p from the whole softmax. The last AGREED tokens
+    of a draft never pass. This is the authors' code (github.com/AMD-AGI/FLy, fly/models/FLy.py); vLLM (pull requests
+    50808, 53987) asks for one more agreeing token, and for a p of the token above 0.
+    """
+    p = target_logits.softmax(-1).topk(min(3, target_logits.shape[-1])).values
+    agrees = F.pad((target_logits.argmax(-1) == draft_tokens).long(), (0, AGREED))
+    place = torch.arange(len(draft_tokens), device=draft_tokens.device)
+    undecided = -torch.special.xlogy(p, p).sum(-1) >= threshold
+    return undecided & agrees[1:].unfold(0, AGREED - 1, 1)[: len(place)].all(-1) & (place < len(place) - AGREED)
 
 
 def ensemble(draft_tokens: Tensor, target_logits: Tensor, draft_logits: Tensor, scores, threshold: Tensor) -> Tensor:
@@ -206,7 +210,10 @@ def mixture(p: Tensor, q: Tensor, weight: Tensor, min_prob: float = 0.0) -> Tens
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule with what its threshold is called, its range, the default, and a walk from strict to loose for calibration."""
+    """A rule with what its threshold is called, its range, the default, and a walk from strict to loose for calibration.
+
+    ahead: so many draft tokens after a token decide with it; with fewer of them drafted it does not pass.
+    """
 
     accept: Callable[..., Tensor]
     knob: str
@@ -215,6 +222,7 @@ class Rule:
     default: float
     walk: tuple[float, ...] = ()
     needs_draft_logits: bool = False
+    ahead: int = 0
 
 
 INF = float("inf")
@@ -226,7 +234,7 @@ RULES = {
     "typical": Rule(typical, "eps", 0, 1, 0.09, (0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.06, 0.04, 0.02, 0.01, 0.005)),
     "topn_delta": Rule(topn_delta, "delta", 0, 1, 0.6, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
     "divergence": Rule(divergence, "T", 0, 1, 0.4, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6), needs_draft_logits=True),
-    "window": Rule(window, "h", 0, 1, 0.3, (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0)),
+    "window": Rule(window, "h", 0, math.log(3), 0.3, (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0), ahead=AGREED),
     "ensemble": Rule(ensemble, "w", 0, 1, 0.5, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2), needs_draft_logits=True),
 }
 
@@ -235,7 +243,7 @@ def check_threshold(name: str, threshold: float, what: str = "--threshold") -> f
     """The threshold, or an InputError when it is outside the rule's range (or no whole number for topk)."""
     rule = RULES[name]
     if not rule.low <= threshold <= rule.high or (name == "topk" and not float(threshold).is_integer()):
-        kind = "a whole number of at least 1" if name == "topk" else f"between {rule.low} and {rule.high}"
+        kind = "a whole number of at least 1" if name == "topk" else f"between {rule.low:g} and {rule.high:g}"
         raise InputError(f"{what} {threshold} is outside the range of --verify {name}: {rule.knob} must be {kind}.")
     return threshold
 
@@ -536,35 +544,60 @@ def encode_items(tokenizer: Tokenizer, answers: list[dict], chat: bool, vocab_si
 
 
 class RowReader:
-    """Reads sequences through a model as the engine does: prompts in chunks, then M + 1 rows a pass.
+    """Reads sequences through a model as the engine does: the same passes of the same rows over the same part of the cache.
 
-    The same row counts give the same bits: low-precision matrix products differ between row counts. What a sequence
-    shares with the one before it is not read again, unless its states are asked for.
+    The prompt in padded passes of PREFILL_ROWS; then `rows` = M + 1 a pass, as the target verifies; with `drafts`, as the
+    draft proposes: two rows, then single ones. Low-precision products differ between row counts, so that only the same
+    ones give the same bits. What a sequence shares with the one before it is not read again, unless its states are asked
+    for.
     """
 
-    def __init__(self, model: Transformer, rows: int, length: int):
-        self.model, self.rows, self.ids = model, rows, []
-        model.setup_caches(length + max(rows, CHUNK))
+    def __init__(self, model: Transformer, rows: int, length: int, drafts: bool = False):
+        self.model, self.rows, self.drafts, self.ids, self.base = model, rows, drafts, [], 0
+        model.setup_caches(whole_windows(length + rows))
+
+    def passes(self, base: int, end: int) -> Iterator[tuple[bool, range, int]]:
+        """(whether of the prompt, its positions, how much of the cache is looked at) of each pass, up to position `end`."""
+        most, cpu = PREFILL_ROWS[self.model.device.type], self.model.device.type == "cpu"
+        for at in range(0, base, most):
+            stop = min(at + most, whole_windows(base))
+            yield True, range(at, stop), stop
+        for at in range(base, end + self.drafts, self.rows):
+            seen = whole_windows(at + self.rows) if cpu else self.model.cache_length
+            if not self.drafts:
+                yield False, range(at, at + self.rows), seen
+                continue
+            yield False, range(at - 1, at + 1), seen  # the last draft token of the round before is read here first
+            for place in range(at + 1, min(at + self.rows - 1, end)):
+                yield False, range(place, place + 1), seen
 
     @torch.inference_mode()
     def read(self, ids: list[int], base: int, begin: int, end: int) -> Tensor:
         """Pre-norm hidden states (end - begin, dim) of positions begin to end; base: the last token of the prompt."""
         same = next((i for i, (a, b) in enumerate(zip(ids, self.ids)) if a != b), min(len(ids), len(self.ids)))
-        known = min(same, begin)
-        blocks = [(at, CHUNK) for at in range(0, base, CHUNK)] + [(at, self.rows) for at in range(base, end, self.rows)]
-        tokens = torch.zeros(len(ids) + max(self.rows, CHUNK), dtype=torch.long)
+        known = min(same, begin) if base == self.base else 0
+        tokens = torch.zeros(whole_windows(len(ids) + self.rows), dtype=torch.long)
         tokens[: len(ids)] = torch.tensor(ids)
-        tokens, parts, first = tokens.to(self.model.device), [], 0
-        for at, width in blocks:
-            if (min(at + width, base) if at < base else at + width) <= known:
+        tokens = tokens.to(self.model.device)
+        prompt = tokens.clone()
+        prompt[base + 1 :] = 0  # what the engine pads with
+        parts, first = [], None
+        for prefill, places, seen in self.passes(base, end):
+            if (min(places.stop, base) if prefill else places.stop) <= known:
                 continue
-            pos = torch.arange(at, at + width, device=tokens.device)
-            hidden, _ = self.model(tokens[None, at : at + width], pos, window=at + width, n_logits=0)
-            if at >= base:
-                first = first if parts else at
-                parts.append(hidden[0])
-        self.ids = ids
+            pos = torch.arange(places.start, places.stop, device=tokens.device).clamp(min=0)
+            hidden, _ = self.model((prompt if prefill else tokens)[pos][None], pos, seen, n_logits=0, prefill=prefill)
+            if not prefill:
+                fresh = max(places.start, base)  # the draft's first pass begins in the prompt
+                first = fresh if first is None else first
+                parts.append(hidden[0, fresh - places.start :])
+        self.ids, self.base = ids, base
         return torch.cat(parts)[begin - first : end - first]
+
+
+def whole_windows(length: int) -> int:
+    """The least multiple of WINDOW that is not below `length`."""
+    return -(-length // WINDOW) * WINDOW
 
 
 def read_features(readers: list[RowReader], answer: Encoded) -> tuple[Tensor, Tensor]:
@@ -626,13 +659,14 @@ def extract_features(
         raise InputError(f"An answer has {longest} tokens with its prompt; the context is {context}.")
     what = [[a.prompt, a.ids, a.item["labels"] if a.spans is None and not a.item.get("guard") else None] for a in answers]
     made_by = [[m.fingerprint, f"{m.dtype} {m.quantization}".strip(), m.device.type] for m in models]
-    folder = cache / hashlib.sha256(json.dumps([what, made_by, rows, shard_bytes]).encode()).hexdigest()[:16]
+    passes = [rows, *PREFILL_ROWS.items(), WINDOW]
+    folder = cache / hashlib.sha256(json.dumps([what, made_by, passes, shard_bytes]).encode()).hexdigest()[:16]
     files = sorted(folder.glob("[0-9]*.safetensors"))
     first = 0
     if files:
         with open_safetensors(files[-1]) as handle:
             first = int(handle.metadata()["next"])
-    readers, part, size = [RowReader(model, rows, longest) for model in models], [], 0
+    readers, part, size = [RowReader(model, rows, longest, at > 0) for at, model in enumerate(models)], [], 0
     progress = Progress("reading answers", len(answers) - first)
     for number in range(first, len(answers)):
         features, places = read_features(readers, answers[number])
