@@ -81,7 +81,8 @@ def slow(
         return mixed.index(max(mixed)) == token
     entropy = -sum(a * math.log(a) for a in p)
     if name == "window":
-        return entropy / math.log(len(p)) >= threshold and len(following) == 6 and all(following)
+        top_three = -sum(a * math.log(a) for a in sorted(p)[-3:])
+        return top_three >= threshold and len(following) == 6 and all(following[:5])
     return p[token] > min(threshold, math.sqrt(threshold) * math.exp(-entropy))
 
 
@@ -129,18 +130,47 @@ def test_no_rule_accepts_a_stop_token(name):
     assert mask.tolist() == [False, False, False]
 
 
-def test_window_looks_at_the_six_tokens_after():
-    """Rows 0 to 8: the draft misses the target's choice at row 1 and at row `second`; all rows are undecided."""
+def test_window_looks_at_the_five_tokens_after():
+    """M = 9: the draft misses the target's choice at row 1 and at row `second`; all rows are undecided."""
     target = torch.zeros(9, 8)
     target[:, 1] = 0.5
-    for second, passes in ((None, True), (8, True), (7, False), (2, False)):
+    for second, passes in ((None, True), (8, True), (7, True), (6, False), (2, False)):
         tokens = torch.ones(9, dtype=torch.long)
         tokens[1] = 2
         if second is not None:
             tokens[second] = 2
         mask = rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([7]))
-        assert mask[1].item() is passes and not mask[3:].any()  # rows 3 to 8 have fewer than six after them
+        assert mask[1].item() is passes and not mask[3:].any()  # the last six are never relaxed
         assert not rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([2]))[1]
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7])
+def test_window_passes_nothing_of_a_draft_of_six(length):
+    target = torch.zeros(length, 8)
+    mask = RULES["window"].accept(torch.zeros(length, dtype=torch.long), target, None, None, torch.tensor(0.0))
+    assert mask.tolist() == [at < length - 6 for at in range(length)]
+    assert RULES["window"].ahead == 6 and not any(rule.ahead for name, rule in RULES.items() if name != "window")
+
+
+@pytest.mark.parametrize(
+    "p, entropy",
+    [
+        # -0.5 ln 0.5 - 0.3 ln 0.3 - 0.1 ln 0.1 = 0.3466 + 0.3612 + 0.2303; the other tokens do not count
+        ([0.5, 0.3, 0.1, 0.05, 0.05], 0.9380),
+        ([0.95, 0.02, 0.01, 0.01, 0.01], 0.1730),  # 0.0487 + 0.0782 + 0.0461: below 0.3, the target is sure
+        ([1 / 3, 1 / 3, 1 / 3, 0, 0], 1.0986),  # ln 3, the most there is
+        ([0.2, 0.2, 0.2, 0.2, 0.2], 0.9657),  # 3 x 0.2 ln 5: p is not made to sum to 1 again
+        ([1.0, 0, 0, 0, 0], 0.0),  # 0 ln 0 is 0
+    ],
+)
+def test_windows_gate_by_hand(p, entropy):
+    target = torch.tensor([p] * 7).log()
+    tokens = torch.tensor([1, *[0] * 6])
+    for margin in (-1e-3, 1e-3):
+        mask = RULES["window"].accept(tokens, target, None, None, torch.tensor(entropy + margin))
+        assert mask.tolist() == [margin < 0, *[False] * 6]
+    default = RULES["window"].accept(tokens, target, None, None, torch.tensor(RULES["window"].default))
+    assert default[0].item() is (entropy >= 0.3)
 
 
 def test_kl_is_exact_where_the_target_is_sure():
@@ -153,7 +183,7 @@ def test_kl_is_exact_where_the_target_is_sure():
 
 
 @pytest.mark.parametrize(
-    "name, bad", [("judge", 0.4), ("judge", 1.1), ("kl", -0.1), ("topk", 0), ("topk", 2.5), ("typical", 1.5)]
+    "name, bad", [("judge", 0.4), ("judge", 1.1), ("kl", -0.1), ("topk", 0), ("topk", 2.5), ("typical", 1.5), ("window", 1.1), ("window", -0.1)]
 )
 def test_thresholds_outside_the_range_are_refused(name, bad):
     with pytest.raises(InputError, match=rf"--threshold {bad} .* {name}"):
