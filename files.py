@@ -146,6 +146,25 @@ def check_not_input(out: Path, inputs: list[Path], flag: str = "--out") -> None:
             raise InputError(f"{flag} {out} is one of the inputs, which would be lost; name another file.")
 
 
+def check_folder(path: Path, flag: str = "") -> None:
+    """Raises InputError for a folder in which no files can be made; one that is missing is made later, with those above it."""
+    what, here = f"{flag} {path}".lstrip(), Path(os.path.abspath(path))
+    while True:
+        try:
+            status = os.stat(here)
+            break
+        except FileNotFoundError:
+            if here.is_symlink():
+                raise InputError(f"{what} cannot be written: {here} is a link to nothing.") from None
+            here = here.parent
+        except (OSError, ValueError) as error:
+            raise InputError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{what} cannot be written: {here} is no folder.")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise InputError(f"{what} cannot be written: nothing may be made in the folder {here}.")
+
+
 def beside(path: Path) -> Path:
     """Where a file's new content is written before it takes its name."""
     return path.with_name(path.name + ".tmp")
