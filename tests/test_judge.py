@@ -295,7 +295,7 @@ def test_a_response_that_is_read_on_its_own_keeps_its_characters():
         ('{"prompt": "p", "errors": []}', "'response' must be a str"),
         ('{"prompt": "p", "response": "abc", "errors": [[2, 9]]}', r"\[2, 9\], not \[start, end\] within 0 and 3"),
         ('{"prompt": "p", "response": "abc", "errors": "none"}', "'errors' must be a list"),
-        ('["p"]', "'prompt' must be a str"),
+        ('["p"]', "is a JSON list, not an object"),
         ('{"prompt": "p", "response": "", "errors": []}', "'response' is empty"),
         ('{"prompt": "p", "response": "abc", "errors": [[false, true]]}', "within 0 and 3"),
         ('{"prompt": "p", "response": "abc", "errors": null}', "'errors' is null.*annotate"),
