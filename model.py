@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tp import Shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WINDOW = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
+PREFILL_ROWS = {"cpu": 256, "cuda": 2048}  # that a pass over the prompt reads, a multiple of WINDOW
 
 
 def pick_device(name: str) -> torch.device:
