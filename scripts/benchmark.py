@@ -42,6 +42,7 @@ from generate import DEMO, Engine, Pace, Settings, capacity_for, capture, check_
 from judge import RULES, JudgeHead, load_judge
 from model import (
     DTYPES,
+    PRESETS,
     ModelArgs,
     Transformer,
     causal_mask,
@@ -70,9 +71,11 @@ from scripts.peers import Peers, timed
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
+ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 2  # of the JSON; 1 (without the field) had no settings as fields, and ms_p10 and ms_p90 for the extremes
 QUARTILES_FROM = 20  # repeats; quartiles of fewer would be single samples, or lie between two
 NOISY = 0.25  # of the median: a part whose times spread further is marked
+DIMENSIONS = re.compile("([0-9]+)x([0-9]+)")
 MOST = 2**40  # of any count on the command line; what fits is checked against models and memory
 
 
@@ -92,7 +95,7 @@ class Part:
 
 def shape_of(name: str) -> ModelArgs:
     """A preset's arguments; DIMxLAYERS: heads of 64, a quarter as many KV heads, 4 DIM in between, 32,000 tokens."""
-    if not (found := re.fullmatch("([0-9]+)x([0-9]+)", name)):
+    if not (found := DIMENSIONS.fullmatch(name)):
         return preset(name if len(name) <= 60 else shortened(name))
     dim, layers = (int(digits) if len(digits) < 7 else MOST for digits in found.groups())
     if not 64 <= dim <= 2**16 or dim % 64 or not 1 <= layers <= 1024:
@@ -100,6 +103,11 @@ def shape_of(name: str) -> ModelArgs:
     heads = dim // 64
     kv = heads // 4 if heads % 4 == 0 else heads
     return ModelArgs(dim, layers, heads, kv, 4 * dim, 32000, 64)
+
+
+def is_preset(name: str) -> bool:
+    """Whether a name is one that `shape_of` reads, and not a folder's."""
+    return name in PRESETS or DIMENSIONS.fullmatch(name) is not None
 
 
 def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]:
@@ -594,8 +602,7 @@ def check_args(args: argparse.Namespace) -> None:
     for ours, theirs in (("checkpoint_path", "preset"), ("draft_checkpoint_path", "draft_preset")):
         if getattr(args, ours) and getattr(args, theirs):
             raise InputError(f"--{ours} and --{theirs} both name a model; give one of them.")
-    for name in args.modes or []:
-        scheme_named(name if len(name) < 20 else shortened(name))
+    modes_of(args)
     if len(set(args.modes or [])) < len(args.modes or []):
         raise InputError("--modes names a mode twice.")
     if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
@@ -732,11 +739,10 @@ def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
     drafts = bench is not None and bench.fast is not None
     head = bench.head if drafts else None
     schemes = (scheme_of(args), scheme_of(args, "draft_"))
-    names = [name and printable(str(name)) for name in (args.checkpoint_path or args.preset, args.draft_checkpoint_path or
-                                                        args.draft_preset)]  # fmt: skip
     dtype = str(run_dtype(args.precision, args.device)).removeprefix("torch.")
     return {
-        "model": names[0], "draft_model": names[1], "rule": args.verify if drafts else None,
+        "model": model_name(args.checkpoint_path, args.preset),
+        "draft_model": model_name(args.draft_checkpoint_path, args.draft_preset), "rule": args.verify if drafts else None,
         "threshold": threshold_of(bench.fast.settings, head) if drafts else None,
         "speculate_k": args.speculate_k if drafts else None, "imposed_acceptance": args.accept,
         "mode": schemes[0] and str(schemes[0]), "draft_mode": schemes[1] and str(schemes[1]), "modes": modes_of(args),
@@ -745,11 +751,18 @@ def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
     }  # fmt: skip
 
 
+def model_name(folder: Path | None, name: str | None) -> str | None:
+    """A preset's name or a folder, one of this repository from its root on, so that it is found on other machines."""
+    if folder is not None and folder.resolve().is_relative_to(ROOT):
+        folder = folder.resolve().relative_to(ROOT)
+    return printable(str(folder)) if folder is not None else name
+
+
 def modes_of(args: argparse.Namespace) -> dict[str, str | None] | None:
-    """Each of --modes -> how it quantises the target."""
+    """Each of --modes -> how it quantises the target. Raises InputError for an unknown one."""
     if not args.modes:
         return None
-    schemes = {name: scheme_named(name) for name in args.modes}
+    schemes = {name: scheme_named(name if len(name) < 20 else shortened(name)) for name in args.modes}
     return {name: scheme and str(replace(scheme, lm_head=args.quantize_lm_head)) for name, scheme in schemes.items()}
 
 
