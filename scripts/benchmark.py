@@ -68,6 +68,7 @@ from quantize import (
 )
 from scripts.experiments import commit, machine
 from scripts.peers import Peers, timed
+from scripts.plot import range_of
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
@@ -507,15 +508,6 @@ def summarise(part: Part, limit: float) -> dict:
     if part.tokens:
         row["tokens_per_second"] = part.tokens / median
     return row | ({"note": part.note} if part.note else {})
-
-
-def range_of(row: dict) -> tuple[float, float]:
-    """What a row's times lie between, in ms: its quartiles where it has them, else least and most (of files of schema 1
-    the 10% and 90% points)."""
-    for low, high in (("ms_p25", "ms_p75"), ("ms_min", "ms_max"), ("ms_p10", "ms_p90")):
-        if low in row and high in row:
-            return row[low], row[high]
-    return row["ms"], row["ms"]
 
 
 def as_table(rows: list[dict]) -> str:
