@@ -59,7 +59,7 @@ def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> byte
         return file.read()
 
 
-def check_folder(folder: str | Path) -> Path:
+def checkpoint_folder(folder: str | Path) -> Path:
     """A folder to read a checkpoint from. Raises InputError with the true cause where it cannot be read."""
     try:
         os.scandir(folder).close()

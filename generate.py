@@ -42,7 +42,7 @@ from judge import (
     read_calibration,
     rule_mask,
 )
-from model import DTYPES, ModelArgs, Transformer, pick_device, run_dtype
+from model import DTYPES, PREFILL_ROWS, WINDOW, ModelArgs, Transformer, pick_device, run_dtype
 from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, weight_bytes
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 from tp import load_model
@@ -55,8 +55,6 @@ DEMO_FORMS = (
     "scripts/demo_task.py); it answers everything else, and wrong."
 )
 MOST_TOKENS = 10**8  # bound of flags that count tokens
-WINDOW = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
-PREFILL_ROWS = {"cpu": 256, "cuda": 2048}  # that a pass over the prompt reads, a multiple of WINDOW
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
 TINY = 1e-20
 
@@ -1221,6 +1219,8 @@ def run(args: argparse.Namespace) -> None:
     tp.check_flags(args)
     check_args(args)
     tokenizer = load_tokenizer(args.checkpoint_path)
+    if args.chat:
+        tokenizer.check_chat()
     prompt = [] if args.interactive else read_prompt(args, tokenizer)
     if not args.interactive:
         draft = args.draft_checkpoint_path if args.verify != "plain" else None
@@ -1269,12 +1269,12 @@ def announce(args: argparse.Namespace, engine: Engine) -> Drift:
         calibration = read_calibration(args.calibration)
     elif engine.head is not None:
         calibration = engine.head.info.get("calibration")
-    if calibration is None:
+    if calibration is None and args.verify in ("plain", "standard"):
         return Drift(None)
     run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
     covered, text = describe_guarantee(calibration, run, threshold_of(engine.settings, engine.head))
     print(text, file=sys.stderr)
-    same = covered and threshold_of(engine.settings, engine.head) == calibration["threshold"]  # a stricter one accepts less
+    same = covered and calibration and threshold_of(engine.settings, engine.head) == calibration["threshold"]  # a stricter one accepts less
     return Drift(calibration if same else None)
 
 

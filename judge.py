@@ -291,9 +291,6 @@ class Rule:
     walk: tuple[float, ...] = ()
     needs_draft_logits: bool = False
     ahead: int = 0  # draft tokens after its own that the rule looks at
-=======
-    ahead: int = 0
->>>>>>> judge
 
 
 INF = float("inf")
@@ -305,8 +302,7 @@ RULES = {
     "typical": Rule(typical, "eps", 0, 1, 0.09, (0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.06, 0.04, 0.02, 0.01, 0.005)),
     "topn_delta": Rule(topn_delta, "delta", 0, 1, 0.6, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
     "divergence": Rule(divergence, "T", 0, 1, 0.4, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6), needs_draft_logits=True),
-<<<<<<< HEAD
-    "window": Rule(window, "h", 0, 1, 0.3, (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0), ahead=WINDOW),
+    "window": Rule(window, "h", 0, math.log(3), 0.3, (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0), ahead=AGREED),
     "ensemble": Rule(ensemble, "w", 0, 1, 0.5, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2), needs_draft_logits=True),
 }
 

@@ -24,7 +24,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import kernels
 from cli import InputError, Progress, shortened_value
-from files import check_folder, is_file, opened, parse_object, read_json
+from files import checkpoint_folder, is_file, opened, parse_object, read_json
 
 if TYPE_CHECKING:
     from tp import Shard
@@ -458,7 +458,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     As in transformers a model.safetensors comes before an index, and an index names files: their own headers say what
     is in them.
     """
-    folder = check_folder(folder)
+    folder = checkpoint_folder(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if is_file(single):
         return dict.fromkeys(safetensors_header(single)[1], single)

@@ -19,7 +19,7 @@ import tiktoken
 
 from chat import ChatTemplate, chat_source
 from cli import InputError, one_line, shortened_value
-from files import check_folder, read_bytes, read_json
+from files import checkpoint_folder, read_bytes, read_json
 
 # Llama 3's pre-tokeniser, as its tokenizer files define it.
 SPLIT = (
@@ -229,7 +229,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     As in transformers a tokenizer.json comes first. Raises InputError when there is no tokenizer, none of a kind that is
     implemented, when two contradict each other, and for whatever is damaged.
     """
-    folder = check_folder(folder)
+    folder = checkpoint_folder(folder)
     settings = read_optional(folder / "tokenizer_config.json")
     file = next((path for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if there(path)), None)
     whole = folder / "tokenizer.json"

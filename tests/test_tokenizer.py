@@ -1,8 +1,8 @@
 """Protects: ids equal those of the reference tokenizers on real text; chat format; no control token from plain text."""
 
 import base64
-import gzip
 import datetime
+import gzip
 import json
 import os
 import random
@@ -18,7 +18,7 @@ from conftest import DATA, ROOT, TEMPLATES, make_folder
 
 import chat
 from cli import InputError
-from tokenizer import CONTROL, SPLIT, Decoder, TiktokenTokenizer, decode, load_tokenizer
+from tokenizer import SPLIT, Decoder, TiktokenTokenizer, decode, load_tokenizer
 
 LLAMA3, LLAMA2 = DATA / "tokenizers" / "llama3", DATA / "tokenizers" / "llama2"
 needs_data = pytest.mark.skipif(not LLAMA3.exists(), reason=f"needs the public tokenizers in {DATA}")
