@@ -1272,9 +1272,10 @@ def announce(args: argparse.Namespace, engine: Engine) -> Drift:
     if calibration is None and args.verify in ("plain", "standard"):
         return Drift(None)
     run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
-    covered, text = describe_guarantee(calibration, run, threshold_of(engine.settings, engine.head))
+    threshold = threshold_of(engine.settings, engine.head)
+    covered, text = describe_guarantee(calibration, run, threshold)
     print(text, file=sys.stderr)
-    same = covered and calibration and threshold_of(engine.settings, engine.head) == calibration["threshold"]  # a stricter one accepts less
+    same = covered and threshold == calibration["threshold"]  # a stricter one accepts less
     return Drift(calibration if same else None)
 
 
