@@ -264,7 +264,7 @@ def prepare(device: torch.device, scheme: Scheme) -> None:
     elif device.type == "cpu":
         kernels.use_cpu_kernels()
         if kernels.cpu_kernels is None:
-            raise InputError("Quantised weights on a CPU need kernels.cpp, which could not be built; install a C++ compiler.")
+            raise InputError(f"Quantised weights on a CPU need kernels.cpp, which could not be built: {kernels.why_not}.")
     elif kernels.triton is None:
         raise InputError("Quantised weights on a GPU need the package triton; pip install triton.")
 
