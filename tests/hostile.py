@@ -880,7 +880,6 @@ def entry(number: int, case: Case, done: Done, found: list[str]) -> dict:
 def prepared(root: Path) -> tuple[Path, dict[str, State], dict]:
     """The world, how it is, and every script's flags, with everything imported that a script needs."""
     os.environ |= {"OMP_NUM_THREADS": "1", "JUDGE_FAST_DATA": "data", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    import encodings.idna  # what a child that runs as nobody may not be able to read any more
     import unicodedata  # noqa: F401
 
     import matplotlib.pyplot  # noqa: F401
