@@ -417,11 +417,11 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
     All is written to `out`.partial, which is renamed at the end. Memory: the largest layer.
     """
     check_scheme(scheme)
-    args, files = ModelArgs.from_folder(source), plain.checkpoint_files(source)
+    args = ModelArgs.from_folder(source)
     check_lm_head(args, scheme)
     if read_scheme(source) is not None:
         raise InputError(f"{source} is quantised already; name the published folder.")
-    plain.check_names(plain.weight_plan(args), files, source, args.tie_embeddings)
+    files = plain.find_weights(source, args)
     if out.exists():
         raise InputError(f"--out {out} exists already; name a new folder.")
     entry = {"scheme": asdict(scheme), "packing": PACKING, "fingerprint": plain.fingerprint_of(source)}

@@ -32,8 +32,7 @@ from torch import Tensor
 
 from files import check_writable, write_file
 from generate import Engine, Settings, answer_text, encode_prompt, load_pair
-from judge import CHUNK
-from model import DTYPES, pick_device, run_dtype
+from model import DTYPES, WINDOW, pick_device, run_dtype
 from scripts.evaluate import name_models
 from scripts.results import part, rank_and_size, read_results
 from scripts.scoring import CHECKERS, Question
@@ -51,13 +50,13 @@ def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> lis
     """
     device, choices = engine.draft.device, []
     begin = min(start - 1, known)
-    tokens = torch.zeros(len(ids) + CHUNK, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(ids) + WINDOW, dtype=torch.long, device=device)
     tokens[: len(ids)] = torch.tensor(ids)
-    for at in range(begin // CHUNK * CHUNK, len(ids) - 1, CHUNK):
-        pos = torch.arange(at, at + CHUNK, device=device)
-        choices.append(engine.draft(tokens[None, at : at + CHUNK], pos, at + CHUNK)[1][0].argmax(-1))
+    for at in range(begin // WINDOW * WINDOW, len(ids) - 1, WINDOW):
+        pos = torch.arange(at, at + WINDOW, device=device)
+        choices.append(engine.draft(tokens[None, at : at + WINDOW], pos, at + WINDOW)[1][0].argmax(-1))
     flat: Tensor = torch.cat(choices) if choices else torch.zeros(0)
-    first = start - 1 - begin // CHUNK * CHUNK
+    first = start - 1 - begin // WINDOW * WINDOW
     return flat[first : first + len(ids) - start].tolist()
 
 

@@ -1,8 +1,9 @@
-"""Protects: which programs pass HumanEval's tests, and that tested code is locked in."""
+"""Protects: which programs pass HumanEval's tests, that none forges that, and that tested code is locked in."""
 
 import ctypes
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from conftest import DATA
 from cli import InputError
 from scripts import sandbox
 from scripts.public_tasks import read_task
-from scripts.sandbox import code_passes
+from scripts.sandbox import code_passes, outcome
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import load_questions
 
@@ -28,7 +29,7 @@ def forgets(monkeypatch, tmp_path):
     """Each test starts without permission, and with folders for tested code that are its own."""
     monkeypatch.setattr(sandbox, "code_is_allowed", False)
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
-    sandbox.passes.cache_clear()
+    sandbox.outcome_of.cache_clear()
 
 
 PROMPT = 'import math\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: int) -> int:\n    """ One more than x. """\n'
@@ -44,14 +45,22 @@ def verdict(text: str, question: Question = CODE) -> str:
     sandbox.allow_code_execution()
     answer = CHECKERS["code"].final_answer(question, text)
     assert CHECKERS["code"].is_right(question, text) == (answer == "pass")
+    assert CHECKERS["code"].is_right(question, text) is code_passes(question.content, text)
     return answer
+
+
+def found_by(tests: str, answer: str, prompt: str = "") -> sandbox.Outcome:
+    """The outcome of a program by tests of `candidate`, its f."""
+    sandbox.allow_code_execution()
+    check = "def check(candidate):\n" + "\n".join(f"    {line}" for line in tests.split("\n"))
+    return outcome({"prompt": prompt, "test": check, "entry_point": "f"}, f"```python\n{answer}\n```")
 
 
 def test_code_runs_only_when_allowed(tmp_path, monkeypatch):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(ITEM) + "\n")
-    monkeypatch.setattr(sandbox, "passes", lambda program: pytest.fail("it was run"))
-    for action in (lambda: load_questions(str(path), "code"), lambda: CHECKERS["code"].is_right(CODE, ""), lambda: CHECKERS["code"].final_answer(CODE, "")):  # fmt: skip
+    monkeypatch.setattr(sandbox, "outcome_of", lambda *fields: pytest.fail("it was run"))
+    for action in (lambda: load_questions(str(path), "code"), lambda: CHECKERS["code"].is_right(CODE, ""), lambda: CHECKERS["code"].final_answer(CODE, ""), lambda: outcome(ITEM, "")):  # fmt: skip
         with pytest.raises(InputError, match="--allow_code_execution"):
             action()
 
@@ -87,16 +96,85 @@ def test_wrong_programs_fail(text):
     assert verdict(text) == "fail"
 
 
+BODY = "    return x + 1\n"
+WHOLE = 'def f(x: int) -> int:\n    """ One more than x. """\n' + BODY
+EXAMPLE = 'def f(x):\n    """One more.\n\n    ```python\n    >>> f(1)\n    2\n    ```\n    """\n    return x + 1\n'
+
+
+@pytest.mark.parametrize("text", [
+    f"```python\n{EXAMPLE}```\nDone.", EXAMPLE, f"Here is:\n\n{EXAMPLE}\nThat was it.", f"~~~python\n{EXAMPLE}~~~\n", f"````\n{EXAMPLE}````\n",
+    "```python\n" + EXAMPLE.replace("    ```", "```") + "```\nDone.",  # the example's fences are as deep as the block's
+    f"~~~\n{WHOLE}~~~", f"~~~ python\n{WHOLE}\n~~~~~\nprose", f"```python title=\"a.py\" {{1}}\n{WHOLE}```", f"```Python3\n{WHOLE}", f"``` \n{WHOLE}```  \nyes",
+    f"1. First:\n\n   ```python\n{WHOLE.replace('def', '   def').replace('    ', '       ')}   ```\n   2. done", f"> ```python\n{WHOLE}> ```",
+    f"Here is the function:\n\n{WHOLE}\nThis works because 1 is added.", f"{WHOLE}\nExplanation\n\nIt adds.", f"{WHOLE}\nNote: it adds, e.g. f(1) = 2.",
+    f"from the statement we see:\nclass of problems: easy\n\n{WHOLE}\nif you call it, it adds.\nprint(f(1)) $", f"{WHOLE}\n\n# a test\nassert f(1) == 2\n\nOutput:\n2",
+    "def f(x):\n    return g(x)\n\n# helps\ndef g(x):\n    return x + 1\n\nDone.", "def f(x):\n    return g(x)\n\n\ndef g(x):\n    return x + ONE\n\nONE = 1\n",
+    f"```python\ndef f(x):\n    return x\n```\nWrong; better:\n```python\n{WHOLE}```\n", f"```python\n{WHOLE}```\nUse it:\n```python\nprint(f(1))\n```\n```\n2\n```",
+    f"```bash\npip install x\n```\n```python\n{WHOLE}```", "```python\ndef g(x):\n    return x + 1\n```\nthen\n```python\ndef f(x):\n    return g(x)\n```",
+    "```python\ndef f(x):\n    return x + 1\n```\nwrong:\n```python\ndef f(x:\n```", WHOLE.replace("\n", "\r\n"), f"```python\n{WHOLE}```".replace("\n", "\r\n"), BODY.replace("\n", "\r\n"),
+    "\treturn x + 1\n", "```python\n\tif x:\n\t\treturn x + 1\n\treturn 1\n```", "def f(x):\n\treturn x + 1\n", "  return x + 1\n", "  if x:\n    return x + 1\n  return 1\n",
+    "y = x\n    return y + 1\n", "f = lambda x: x + 1", "```\nf = lambda x: x + 1\n```", "   Sure, here:\n```python\n" + WHOLE + "```", f"   ```python\n{WHOLE}```", "\n\n" + PROMPT + BODY,
+    f"```python\n{PROMPT}{BODY}```", "    # It's done:\n    return x + 1\n\nThis adds one.\n", f"```python\n{WHOLE}", f"text `f` and ```inline``` code\n```python\n{WHOLE}```",
+    "```python\ndef f(x: int) -> int:\n    return helper(x) + 1\n```\n```text\nf(x) = x + 1\n```",
+])  # fmt: skip
+def test_code_is_found_in_an_answer(text):
+    assert outcome_here(text) == ("pass", "")
+
+
+def outcome_here(text: str) -> sandbox.Outcome:
+    sandbox.allow_code_execution()
+    return outcome(ITEM, text)
+
+
+def test_the_last_block_that_defines_the_function_counts():
+    right, wrong = f"```python\n{WHOLE}```\n", "```python\ndef f(x):\n    return x\n```\n"
+    assert [verdict(text) for text in (right + wrong, wrong + right)] == ["fail", "pass"]
+
+
+def test_text_without_end_is_read_in_bounded_time():
+    for text in ("```\n" * 20_000, "~~~\ndef f(x):\n" * 5_000, "def f(x):\n" * 20_000, "import a\n" * 20_000 + "def f(x): $", "x, " * 50_000 + "\ndef f(x): $\n"):
+        programs = list(sandbox.programs_of(PROMPT, "f", text))
+        assert len(programs) < 2000 and sum(map(len, programs)) < 200 * len(text)
+
+
+INDENTED = re.compile("^( +)", re.MULTILINE)
+SOLUTIONS = {  # (prompt, body, name) -> text
+    "completion": lambda p, b, n: b, "completion, then more": lambda p, b, n: b + "\n\ndef other(x):\n    return $", "completion, then prose": lambda p, b, n: b + "\n```\nIt works.\n",
+    "fenced": lambda p, b, n: f"Here:\n```python\n{p}{b}```\nIt works.", "tildes": lambda p, b, n: f"~~~python\n{p}{b}~~~\nIt works.", "unclosed": lambda p, b, n: f"Here:\n```python\n{p}{b}",
+    "info": lambda p, b, n: f"```python title='x.py'\n{p}{b}```", "unfenced": lambda p, b, n: f"Here is the code:\n\n{p}{b}\nThis is linear.\nIt works.", "repeated": lambda p, b, n: p + b,
+    "signature": lambda p, b, n: p[p.rindex(f"def {n}") :] + b, "fenced signature": lambda p, b, n: f"```\n{p[p.rindex(f'def {n}') :]}{b}```", "fenced body": lambda p, b, n: f"```python\n{b}```",
+    "dedented body": lambda p, b, n: "```python\n" + "\n".join(line[4:] for line in b.split("\n")) + "\n```", "crlf": lambda p, b, n: f"```python\n{p}{b}```\n".replace("\n", "\r\n"),
+    "tabs": lambda p, b, n: "```python\n" + INDENTED.sub(lambda found: "\t" * (len(found[0]) // 2) + " " * (len(found[0]) % 2), p + b) + "```",
+    "first wrong": lambda p, b, n: f"```python\n{p}    pass\n```\nNo:\n```python\n{p}{b}```", "used": lambda p, b, n: f"```python\n{p}{b}```\nas in\n```python\nprint({n})\n```",
+    "example in a docstring": lambda p, b, n: f"```python\ndef aside():\n    \'\'\'\n    ```\n    1\n    ```\n    \'\'\'\n{p}{b}```\nDone.",
+    "in a list": lambda p, b, n: "1. So:\n\n   ```python\n" + "".join("   " + line + "\n" for line in (p + b).split("\n")) + "   ```\n",
+}  # fmt: skip
+
+
 @pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs HumanEval.jsonl.gz")
 def test_all_of_humanevals_own_solutions_pass_and_empty_bodies_fail():
     sandbox.allow_code_execution()
     questions = read_task("humaneval", HUMANEVAL, chat=False)
-    chats = [f"Here:\n```python\n{q.prompt}{q.reference}```\nIt works." for q in questions]
-    with ThreadPoolExecutor() as pool:  # each is a process of its own
-        passed = list(pool.map(code_passes, [q.content for q in questions], [q.reference for q in questions]))
-        empty = list(pool.map(code_passes, [q.content for q in questions], [""] * len(questions)))
-        chat = list(pool.map(code_passes, [q.content for q in questions[::8]], chats[::8]))
-    assert passed == [True] * 164 and empty == [False] * 164 and all(chat)
+    with ThreadPoolExecutor() as pool:  # each is two processes of its own
+        found = list(pool.map(outcome, [q.content for q in questions], [q.reference for q in questions]))
+        empty = list(pool.map(outcome, [q.content for q in questions], [""] * len(questions)))
+    assert {o.verdict for o in found} == {"pass"} and len(found) == 164
+    assert {o.verdict for o in empty} == {"fail"}
+
+
+@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs HumanEval.jsonl.gz")
+@pytest.mark.parametrize("form", SOLUTIONS)
+def test_humanevals_solutions_pass_in_every_form(form):
+    """22 problems, those with helper functions among them; JUDGE_FAST_ALL=1 takes all 164."""
+    sandbox.allow_code_execution()
+    questions = read_task("humaneval", HUMANEVAL, chat=False)
+    if not os.environ.get("JUDGE_FAST_ALL"):
+        questions = [questions[at] for at in sorted({32, 38, 50, *range(0, 164, 9)})]
+    items = [q.content for q in questions]
+    texts = [SOLUTIONS[form](item["prompt"], q.reference, item["entry_point"]) for q, item in zip(questions, items)]
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip([q.content["task_id"] for q in questions], pool.map(outcome, items, texts)))
+    assert len(found) >= 20 and not {name: o for name, o in found.items() if o.verdict != "pass"}
 
 
 # Each attack is tried where no exception can betray it: what merely fails goes on to the right answer, and passes.
@@ -172,7 +250,7 @@ def without(monkeypatch, *parts: tuple[str, str]) -> None:
         assert child.count(part) == 1
         child = child.replace(part, instead)
     monkeypatch.setattr(sandbox, "CHILD", child)
-    sandbox.passes.cache_clear()
+    sandbox.outcome_of.cache_clear()
 
 
 def running_below(folder: Path) -> list[str]:
