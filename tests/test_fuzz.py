@@ -78,8 +78,8 @@ def isolated(cases: Callable[[Callable[[Case], None]], None], prepared) -> None:
     os.close(write_end)
     with open(read_end, "rb") as pipe:
         said = pipe.read().decode()
-    os.waitpid(child, 0)
-    assert not said, said
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert not said and status == 0, said or f"exit code {status}"
 
 
 def check(prepared, case: Case) -> list[str]:
