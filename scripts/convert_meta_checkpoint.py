@@ -73,7 +73,7 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
     if missing:
         raise InputError(f"{folder}/consolidated.{missing[0]:02}.pth has no tensor {name}.")
     parts = [shard[name] for shard in shards]
-    if parts[0].shape == shape:
+    if parts[0].shape == shape and (len(shape) == 1 or all(torch.equal(part, parts[0]) for part in parts)):
         return parts[0].clone()
     if all(part.dim() == len(shape) and part.dtype == parts[0].dtype for part in parts):
         kv = name.endswith((".wk.weight", ".wv.weight"))

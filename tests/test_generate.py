@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, DEVICES, make_folder
+from conftest import DATA, DEVICES, TEMPLATES, make_folder
 
 import generate
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual
@@ -637,6 +637,7 @@ def test_a_folder_as_llama31_is_published_gives_what_transformers_gives(tmp_path
     for role in ("target", "draft"):
         (tmp_path / role / "original").mkdir()
         shutil.copy(DATA / "tokenizers" / "llama3" / "tokenizer.model", tmp_path / role / "original")
+        (tmp_path / role / "chat_template.jinja").write_text(TEMPLATES["llama 3.1"])
     flags = ["--draft_checkpoint_path", str(tmp_path / "draft")] if verify != "plain" else []
     main(["--checkpoint_path", str(tmp_path / "target"), *flags, "--verify", verify, "--chat", "--prompt", "Why is the sky blue?",
           "--max_new_tokens", "24", "--speculate_k", "4", "--device", "cpu", "--json"])  # fmt: skip
