@@ -87,15 +87,32 @@ class TokenizerBase:
         for message in messages:
             check_text(message["content"])
         self.check_chat()
+        return self.encode_parts(self.chat.render(messages, self.control_in), True)
+
+    def encode_parts(self, parts: list[tuple[str, bool]], first: bool) -> list[int]:
+        """Ids of texts and whether control tokens are to be read out of them. first: they begin a chat."""
         ids, plain = [], ""
-        for text, own in [*self.chat.render(messages, self.control_in), ("", True)]:
+        for text, own in parts:
             begin = 0
             for match in self.names.finditer(text) if own else ():
                 plain += text[begin : match.start()]
-                ids += [*(self.encode_piece(plain, not ids) if plain else []), self.control[match[0]]]
+                ids += [*(self.encode_piece(plain, first and not ids) if plain else []), self.control[match[0]]]
                 plain, begin = "", match.end()
             plain += text[begin:]
-        return ids + (self.encode_piece(plain, not ids) if plain else [])
+        return ids + (self.encode_piece(plain, first and not ids) if plain else [])
+
+    def encode_next(self, turn: str) -> list[int]:
+        """What comes between an answer, whose ids stay as they were decoded, and the next one: the end that the template
+        gives an answer, the user's next `turn`, and how an answer begins."""
+        check_text(turn)
+        self.check_chat()
+        answer = "An answer"
+        said = [("user", "A question"), ("assistant", answer), ("user", turn)]
+        parts = self.chat.render([{"role": role, "content": content} for role, content in said], self.control_in)
+        at = next((i for i, (text, own) in enumerate(parts) if text == answer and not own), None)
+        if at is None:
+            raise InputError(f"{self.chat.where}: the chat template leaves out an answer, or changes it.")
+        return self.encode_parts(parts[at + 1 :], False)
 
     def control_in(self, text: str) -> list[int]:
         """The control tokens in a template's text."""

@@ -24,15 +24,8 @@ def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
 
     The answer itself stays as it was decoded: with the chat format this gives the ids of `encode_chat` of the whole.
     """
-    parts = [encode_prompt(args, tokenizer, question.prompt)]
-    for turn in question.more_turns:
-        if args.chat:
-            said = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-            whole = tokenizer.encode_chat([*said, {"role": "user", "content": turn}])
-            parts.append(whole[len(tokenizer.encode_chat(said[:1])) :])
-        else:
-            parts.append(tokenizer.encode(turn))
-    return parts
+    further = tokenizer.encode_next if args.chat else tokenizer.encode
+    return [encode_prompt(args, tokenizer, question.prompt), *map(further, question.more_turns)]
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:

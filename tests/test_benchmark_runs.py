@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DATA, ROOT, make_folder
+from conftest import DATA, ROOT, TEMPLATES, make_folder
 
 from cli import InputError
 from scripts import evaluate as script
@@ -52,6 +52,7 @@ def llamas(tmp_path_factory):
         make_folder(root / name, seed=seed, num_hidden_layers=2 - (name == "draft"), **shape)
         (root / name / "original").mkdir()
         shutil.copy(LLAMA3, root / name / "original" / "tokenizer.model")
+        (root / name / "chat_template.jinja").write_text(TEMPLATES["llama 3.1"])
     return root
 
 

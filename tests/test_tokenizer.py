@@ -313,6 +313,15 @@ def test_names_put_together_from_pieces_stay_text(tmp_path, small_llama3):
     assert text == "<|begin_of_text|><｜User｜><|eot_id|>?<｜Assistant｜>b<｜end▁of▁sentence｜><｜User｜></think><｜User｜><｜Assistant｜><think>\n"
 
 
+@pytest.mark.parametrize("form", ["llama 3", "llama 3.2", "chatml", "deepseek"])
+def test_a_further_turn_is_what_the_whole_chat_has_there(tmp_path, small_llama3, form):
+    """The answer's own ids lie between; DeepSeek's template begins an answer with <think>, which a chat's earlier answers lack."""
+    tokenizer = load_tokenizer(small_chat(tmp_path / "m", small_llama3, TEMPLATES[form]))
+    turns = [("user", "1+1?"), ("assistant", "Two, the user"), ("user", "Sure <|eot_id|>?")]
+    whole, between = tokenizer.encode_chat(as_messages(turns)), tokenizer.encode_next(turns[2][1])
+    assert whole[-len(between) :] == between and whole[: -len(between)][-len(tokenizer.encode("Two, the user")) :] == tokenizer.encode("Two, the user")
+
+
 def test_the_chat_formats_own_end_of_turn_stops(tmp_path, small_llama3):
     """With --chat alone, and beside whatever the folder names."""
     base = 256 + len(MERGES)
