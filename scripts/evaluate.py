@@ -1,7 +1,7 @@
 """Accuracy, accepted tokens and speed of several verification rules on the same questions, in one run.
 
     python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile
-    python scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl --verify topk --threshold topk=2,topk=3,topk=5
+    python scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl ... --verify topk --threshold topk=2,topk=3,topk=5
     torchrun --nproc_per_node 8 scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl     # then once:
     python scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl --merge 8
 

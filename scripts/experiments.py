@@ -116,15 +116,6 @@ def bench_of(args, asked, name: str, needs_judge: bool = True, largest_k: int = 
     return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, needs_judge, largest_k)
 
 
-def mean_of(values: list) -> float | None:
-    """None of nothing."""
-    return sum(values) / len(values) if values else None
-
-
-def percent(share: float | None) -> str:
-    return "none" if share is None else f"{share:.0%}"
-
-
 def times(value: float | None, base: float | None) -> str:
     """How many times as much, "-" where one of the two is missing or 0."""
     return f"{value / base:.1f}" if value is not None and base else "-"
@@ -137,7 +128,8 @@ def judge_table(args) -> dict:
     records = bench_of(args, questions, "judge_table").answer_all(questions, variants)
     rows = [{"family": "both", **row} for row in summary_rows(records, variants)]
     for family in FAMILIES:
-        rows += [{"family": family, **row} for row in summary_rows([r for r in records if r["family"] == family], variants)]
+        if mine := [record for record in records if record["family"] == family]:  # a few problems may all be of one
+            rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
     plain, standard, judge = rows[:3]
     return {
         "title": "Plain, standard and judge", "n": len(questions), "rows": rows,
@@ -202,7 +194,8 @@ def equal_risk(args) -> dict:
     for name in names:
         command = ["--verify", name, "--max_harm", str(args.max_harm), "--limit", str(n), "--seed", str(args.seed + 1)]
         out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
-        command += ["--out", str(out), "--answers", str(args.work / "calibration.jsonl"), *(["--compile"] * args.compile)]
+        kept = args.work / ("calibration_judge.jsonl" if name == "judge" else "calibration.jsonl")  # its runs name the judge
+        command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
         found[name] = calibrate.calibrate(calibrate.parse_args(command))
     variants = [Variant("plain"), Variant("standard")]
     variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
@@ -324,17 +317,16 @@ def self_correction(args) -> dict:
         progress.step()
     rows = []
     for where in ("right after the wrong characters", "at the end of the sentence", "all"):
-        mine = [case for case in cases if where in ("all", case["where"])]
-        shares = {field: mean_of([case[field] for case in mine]) for field in ("at_once", "right", "answer_right")}
-        rows.append(
-            {"stopped": where, "n": len(mine), **shares, "interval": interval(sum(c["right"] for c in mine), len(mine))}
-        )
+        if mine := [case for case in cases if where in ("all", case["where"])]:  # of few problems none may be of a kind
+            shares = {field: sum(case[field] for case in mine) / len(mine) for field in ("at_once", "right", "answer_right")}
+            right = interval(sum(case["right"] for case in mine), len(mine))
+            rows.append({"stopped": where, "n": len(mine), **shares, "interval": right})
+    parts = [f"{row['right']:.0%} {row['stopped']}" for row in rows[:-1]]
     examples = [next((c for c in cases if c["right"] is right and c["at_once"] is once), None)
                 for right in (True, False) for once in (True, False)]  # fmt: skip
     return {"title": "The target after a wrong span", "n": n, "rows": rows, "examples": [case for case in examples if case],
-            "finding": f"The target takes back {percent(rows[-1]['at_once'])} of the wrong spans at once and ends right at "
-            f"every step in {percent(rows[-1]['right'])} ({percent(rows[0]['right'])} where it can speak right after the wrong "
-            f"characters, {percent(rows[1]['right'])} after the end of the sentence)."}  # fmt: skip
+            "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends right at every "
+            f"step in {rows[-1]['right']:.0%} ({', '.join(parts)})."}  # fmt: skip
 
 
 def label_policies(args) -> dict:
