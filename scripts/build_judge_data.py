@@ -9,10 +9,10 @@ there is a choice; a person then marks the wrong spans (scripts/annotate.py). A 
 one has null, which judge.py refuses until somebody has put [start, end] there.
 
 An answer that --max_new_tokens cut off, that gives no final answer, or whose logits are not finite, is dropped. Every
-answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the same files. --out is written
-once, at the end, and never over anything else: annotations put into it are safe. Demo questions are training problems,
-never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar, also the steps that a right
-answer takes back.
+answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the
+same files. --out is written once, at the end, and never over anything else: annotations put into it are safe. Demo
+questions are training problems, never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar,
+also the steps that a right answer takes back.
 """
 
 import os
@@ -26,6 +26,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
@@ -283,7 +284,22 @@ def build(args: argparse.Namespace) -> None:
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
-    lines = Lines(args.work)
+    with closing(Lines(args.work)) as lines:
+        records = all_records(args, jobs, prompts, tokenizers, lines, header)
+        models = len(args.checkpoint_path)
+        chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
+        if not chosen:
+            raise InputError(
+                "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a "
+                f"weaker checkpoint or a higher --temperature, or see {args.work} for what was dropped."
+            )
+        demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
+        write_chosen(args.out, [line_of(record, demo) for record in chosen])
+    print_summary(args, len(questions), records, chosen)
+
+
+def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict) -> list:
+    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of another run."""
     records = resume(lines, header, check_record)
     if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
         raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
@@ -291,18 +307,7 @@ def build(args: argparse.Namespace) -> None:
         raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
     if not lines.content:
         lines.add(header)
-    records += answer_all(args, jobs[len(records) :], prompts, tokenizers, lines)
-    models = len(args.checkpoint_path)
-    chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
-    if not chosen:
-        raise InputError(
-            "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a weaker "
-            f"checkpoint or a higher --temperature, or see {args.work} for what was dropped."
-        )
-    demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
-    write_chosen(args.out, [line_of(record, demo) for record in chosen])
-    print_summary(args, len(questions), records, chosen)
-    lines.close()
+    return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -370,11 +370,11 @@ def test_a_full_disk_keeps_what_was_made(questions, tmp_path, writer, capsys, mo
     main(asked(questions, whole))
     made, out = Path(f"{whole}.all").read_bytes(), tmp_path / "cut.jsonl"
     for room in (0, 3, 20, 36):
-        add, count = Lines.add, [0]
+        add, lines = Lines.add, []
 
-        def full(self, line, room=room, count=count, add=add):
-            count[0] += 1
-            if count[0] > room:
+        def full(self, line, room=room, lines=lines, add=add):
+            lines.append(line)
+            if len(lines) > room:
                 os.write(self.file.fileno(), b'{"quest')
                 raise InputError(f"{self.path} cannot be written: No space left on device; what it holds is kept.")
             add(self, line)
