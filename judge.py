@@ -290,7 +290,7 @@ class Rule:
     default: float
     walk: tuple[float, ...] = ()
     needs_draft_logits: bool = False
-    ahead: int = 0
+    ahead: int = 0  # draft tokens after its own that the rule looks at
 
 
 INF = float("inf")

@@ -137,7 +137,8 @@ def by_generating(args: argparse.Namespace, walk: list[float], questions: list[Q
     result = {"kind": "harm", "max_harm": args.max_harm, **figures(passed, len(questions), args.confidence)}
     result["data"] = hashlib.sha256("".join(question.id for question in questions).encode()).hexdigest()[:16]
     result |= described(args, [question.asked or question.prompt for question in questions])
-    result["conditions"] = conditions(bench.engine(Variant(args.verify, walk[0])), args.chat, args.max_new_tokens)
+    engine = bench.engine(Variant(args.verify, walk[0]))
+    result["conditions"] = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
     if passed:
         mine = [bench.answer(question, Variant(args.verify, passed[-1][0])) for question in questions]
         plain = [bench.answer(question, Variant("plain")) for question in questions]

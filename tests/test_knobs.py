@@ -174,11 +174,11 @@ def test_adaptive_output_is_plain_output(pair):
     plain = Engine(target, None, None, Settings("plain"), [96], 200).generate(prompt, 150)
     engine = Engine(target, draft, None, Settings("standard", speculate_k=max(SIZES), adaptive=True), [96], 200)
     engine.pace.seconds = {(window, m): 1 + 0.01 * m for window in engine.pace.windows(engine.capacity) for m in SIZES}
-    engine.pace.choose = lambda window, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
+    engine.pace.choose = lambda window, most, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
     seen, learn = [], engine.pace.learn
     engine.pace.learn = lambda drafted, accepted: (seen.append(drafted), learn(drafted, accepted))
     result = engine.generate(prompt, 150)
-    assert result.tokens == plain.tokens and set(seen) == set(SIZES) and result.drafted == sum(seen)
+    assert result.tokens == plain.tokens and set(seen) >= set(SIZES) and result.drafted == sum(seen)  # the last are cut
 
 
 def test_adaptive_m_follows_the_draft():
@@ -195,7 +195,7 @@ def test_auto_on_the_command_line(pair, tmp_path, capsys):
     assert generate.read_k("auto") == "auto" and generate.read_k("7") == 7
     with pytest.raises(SystemExit):
         generate.parse_args(["--speculate_k", "many"])
-    assert "neither a whole number nor auto" in capsys.readouterr().err
+    assert "from 1 to 1024, or auto" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

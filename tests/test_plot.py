@@ -76,7 +76,7 @@ def test_refusals_are_one_sentence(tmp_path, capsys, monkeypatch):
     (tmp_path / "list.json").write_text("[1]")
     run = write(tmp_path / "run.jsonl")
     for path, word in ((plain, "nothing to draw"), (tmp_path / "broken.jsonl", "no header"), (tmp_path / "list.json", "not a result"),
-                       (tmp_path / "none.json", "No such file"), (run, "matplotlib; pip install")):  # fmt: skip
+                       (tmp_path / "none.json", "There is no file"), (run, "matplotlib; pip install")):  # fmt: skip
         if path == run:
             monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(SystemExit) as stop:

@@ -25,7 +25,7 @@ def forgets(monkeypatch, tmp_path):
     """Each test starts without permission, and with folders for tested code that are its own."""
     monkeypatch.setattr(sandbox, "code_is_allowed", False)
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
-    sandbox.passes.cache_clear()
+    sandbox.outcome_of.cache_clear()
 
 
 def write_lines(path: Path, *items) -> Path:
