@@ -286,13 +286,13 @@ def test_mistakes_are_one_sentence(questions, tmp_path, capsys, monkeypatch):
     os.mkfifo(tmp_path / "b.jsonl.all")
     config = (DEMO / "target" / "config.json").read_bytes()
     for argv, word in (
-        (command(out, "--samples", "0"), "--samples: '0'"), (command(out, "--right", "0"), "--right: '0'"), (command(out, "--max_new_tokens", "0"), "--max_new_tokens: '0'"),
+        (command(out, "--samples", "0"), "--samples 0"), (command(out, "--right", "0"), "--right 0"), (command(out, "--max_new_tokens", "0"), "--max_new_tokens 0"),
         (command(out, "--samples", "9" * 30), "--samples"), (command(out, "--wrong", "1e9"), "--wrong"), (command(out, "--max_new_tokens", "1" * 5000), "--max_new_tokens"),
         (command(out, "--temperature", "1e999"), "inf"), (command(out, "--temperature", "," * 9000), "not a list of numbers"), (command(Path("/dev/null")), "it is a device"),
         (command(tmp_path / "pipe"), "it is a pipe"), (command(tmp_path / ("x" * 252)), "too long"), (command(questions, "--questions", str(questions), "--checker", "number"), "one of the inputs"),
         (command(DEMO / "target" / "config.json"), "one of the inputs"), (command(out, "--task", "gsm8k", "--data", str(questions), "--annotate_demo"), "not gsm8k"),
 
-        (command(out, "--temperature", "warm"), "warm"), (command(out, "--limit", "0"), "--limit: '0'"), (command(out, "--chat"), "--chat"),
+        (command(out, "--temperature", "warm"), "warm"), (command(out, "--limit", "0"), "--limit 0"), (command(out, "--chat"), "--chat"),
         (command(out, "--max_new_tokens", "500"), "Question 0 and"), (command(out, "--device", "meta"), "meta"), (command(tmp_path), "cannot be written"),
         (["--checkpoint_path", folder, f"{folder}/../target", "--out", str(out)], "twice"), (["--checkpoint_path", str(tmp_path / "no"), "--out", str(out)], "no checkpoint folder"),
         (command(out, "--questions", str(questions)), "line 1: field 'checker'"), (command(out, "--questions", str(questions), "--annotate_demo"), "--annotate_demo"),

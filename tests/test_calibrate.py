@@ -12,8 +12,8 @@ from safetensors.torch import save
 
 import judge
 from cli import InputError
-from scripts import calibrate
 from judge import upper_bound
+from scripts import calibrate
 from scripts.calibrate import figures, fixed_sequence, is_harmed, least_n, most_harms
 from scripts.scoring import Question
 
@@ -112,7 +112,7 @@ def scripted(monkeypatch):
                     "accepted": 6, "rounds": 2}  # fmt: skip
 
     monkeypatch.setattr(calibrate, "Bench", Bench)
-    monkeypatch.setattr(calibrate, "conditions", lambda engine, chat, new: {"verify": "topk"})
+    monkeypatch.setattr(calibrate, "conditions", lambda *args: {"verify": "topk"})
     return Bench
 
 
@@ -298,15 +298,15 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "other.safetensors").write_bytes(save({"w": torch.zeros(3)}))
     for more, word in (
-        ([], "Give one of --max_harm"), (["--max_harm", "2"], "--max_harm: '2' must be a number from"), (["--max_harm", "0.1", "--walk", "a"], "numbers"),
+        ([], "Give one of --max_harm"), (["--max_harm", "2"], "--max_harm 2 must be a number from"), (["--max_harm", "0.1", "--walk", "a"], "numbers"),
         (["--max_harm", "0.1", "--walk", "0.5,0.9"], "from the strictest delta to the loosest, which is 0.9,0.5"),
-        (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "--confidence: '1'"),
+        (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "--confidence 1"),
         (["--max_false_accept", "0.1"], "--data"), (["--max_harm", "0.1", "--judge_path", "/no"], "no judge file /no"),
         (["--max_harm", "0.1", "--out", "judge.json"], "name it *.safetensors"), (["--max_harm", "0.1", "--checkpoint_path", "x"], "draft"),
         (["--max_harm", "0.1", "--out", "/no/such/file.safetensors"], "cannot be written"),
         (["--max_harm", "0.1", "--speculate_k", "auto"], "fixed --speculate_k"), (["--max_harm", "0.1", "--answers", "/no/a"], "--answers /no/a"),
         (["--max_harm", "0.1", "--verify", "topk", "--out", str(DEMO / "judge.safetensors")], "--judge_path"), (["--max_harm", "0.1", "--walk", "3"], "--walk 3"),
-        (["--max_harm", "nan"], "--max_harm: 'nan'"), (["--max_harm", "1e-320"], "--max_harm"), (["--max_harm", "1" * 5000], "--max_harm"),
+        (["--max_harm", "nan"], "--max_harm nan"), (["--max_harm", "1e-320"], "--max_harm"), (["--max_harm", "1" * 5000], "--max_harm"),
         (["--max_harm", "0.1", "--verify", "kl", "--walk", "inf", "--out", str(tmp_path / "a")], "--walk inf"),
         (["--max_harm", "0.1", "--verify", "topk", "--walk", "1,1e999", "--out", str(tmp_path / "a")], "--walk inf"),
         (["--max_harm", "0.1", "--walk", ""], "--walk"), (["--max_harm", "0.1", "--verify", "kl", "--out", "/dev/null"], "it is a device"),
