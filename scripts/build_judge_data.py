@@ -34,14 +34,13 @@ from typing import NamedTuple
 import torch
 
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, Result, Settings, answer_text, check_prompt, check_settings, encode_prompt
+from generate import Engine, NotFinite, Result, Settings, answer_text, check_prompt, check_settings, encode_prompt
 from judge import files_in
 from model import DTYPES, ModelArgs, pick_device, run_dtype
 from quantize import load_model
 from scripts.results import is_count, is_text, is_verdict, resume
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, questions_of
-from scripts.token_details import NotFinite
 from scripts.train_demo import annotated
 from tokenizer import Tokenizer, load_tokenizer
 

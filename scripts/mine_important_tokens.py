@@ -34,14 +34,13 @@ import torch
 from torch import Tensor
 
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, Settings, answer_text, check_prompt, encode_prompt, load_pair
+from generate import Engine, NotFinite, Settings, answer_text, check_prompt, encode_prompt, load_pair
 from judge import files_in
 from model import DTYPES, WINDOW, ModelArgs, pick_device, run_dtype
 from scripts.evaluate import name_models, own_device
 from scripts.results import check_parts, is_counts, is_seconds, is_text, parse_lines, part, rank_and_size, resume
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, questions_of
-from scripts.token_details import NotFinite
 from tokenizer import Tokenizer, load_tokenizer
 
 GROWTH = 1.5  # a trial that has not ended at so many times the target's own length counts as another answer

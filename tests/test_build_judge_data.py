@@ -14,13 +14,12 @@ from conftest import ROOT
 
 from cli import InputError
 from files import Lines
-from generate import DEMO, Result
+from generate import DEMO, NotFinite, Result
 from judge import read_answers
 from scripts import build_judge_data, sandbox
 from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
 from scripts.demo_task import check, is_held_out
 from scripts.tasks import load_questions
-from scripts.token_details import NotFinite
 from tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(DEMO / "target")

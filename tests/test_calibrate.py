@@ -247,6 +247,34 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
     assert len((tmp_path / "answers.jsonl").read_bytes().splitlines()) == len(lines)
 
 
+def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypatch):
+    """README's lines for the demo pair alone, each as it stands there but for smaller numbers."""
+    import generate
+    from scripts import build_judge_data
+
+    block = (ROOT / "README.md").read_text().partition("**On the demo pair alone**")[2].split("```")[1]
+    lines = block.replace("\\\n", "").strip().splitlines()
+    mains = {"scripts/build_judge_data.py": build_judge_data.main, "judge.py": judge.main, "generate.py": generate.main}
+    smaller = {"--limit 200": "--limit 12", "--limit 300": "--limit 5", "--max_harm 0.02": "--max_harm 0.5", "--compile": ""}
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for line in lines:
+        for written, small in smaller.items():
+            line = line.replace(written, small)
+        python, script, *argv = line.split()
+        assert python == "python"
+        mains[script](argv)
+        said.append("\n".join(capsys.readouterr()))
+    assert len(said) == 4 and "answers (" in said[0] and "it has no calibration yet" in said[1]
+    assert "harmed with 95% confidence up to delta" in said[2] and "written to judge.safetensors" in said[2]
+    assert "Guarantee: with 95% confidence, at most 50% of questions like these" in said[3] and "(these: demo, " in said[3]
+    judge.main(["train", "--data", "answers.jsonl", "--out", "judge.safetensors"])  # a head trained anew has none
+    capsys.readouterr()
+    mains["generate.py"](["--judge_path", "judge.safetensors", "--max_new_tokens", "5"])
+    assert "No guarantee: this judge has no calibration" in capsys.readouterr().err
+
+
 def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
     """The demo's training problems are not those of calibration; but a head may name some of those as its own."""
     from dataclasses import replace

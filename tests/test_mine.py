@@ -11,13 +11,12 @@ from conftest import ROOT
 from test_generate import Scripted, V, one_hot
 
 from files import Lines
-from generate import Engine, Settings
+from generate import Engine, NotFinite, Settings
 from judge import RowReader, encode_items, read_answers
 from model import load_model
 from scripts import mine_important_tokens as mining
 from scripts.mine_important_tokens import draft_choices, mine, training_lines
 from scripts.scoring import CHECKERS, Checker, Question
-from scripts.token_details import NotFinite
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
