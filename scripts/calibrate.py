@@ -229,6 +229,8 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     result |= described(args, list(dict.fromkeys(answer.item["prompt"] for answer in encoded if "prompt" in answer.item)))
     result["conditions"] = {"verify": "judge", "target": target.fingerprint, "chat": args.chat,
                             "dtype": kind_of(target)}  # fmt: skip
+    if head.draft_weight is not None:
+        result["conditions"]["draft"] = " ".join(filter(None, (draft.fingerprint, draft.quantization)))
     return result, head
 
 

@@ -302,12 +302,15 @@ def test_what_a_calibration_does_not_say_is_no_agreement():
     for change in ({"chat": 0}, {"chat": None}, {"speculate_k": "16"}, {"speculate_k": 17}, {"temperature": [0.0]}):
         assert not describe_guarantee(CALIBRATED | {"conditions": run_ | change}, run_, 1.0)[0], change
     longer = run_ | {"max_new_tokens": 200}
-    for value in (True, "100", None, float("nan"), [1]):
+    for value in (True, "100", None, float("nan"), [1], -1, 0, 1.5):
         calibration = CALIBRATED | {"cut_off": 0, "conditions": longer | {"max_new_tokens": value}}
         assert not describe_guarantee(calibration, longer, 1.0)[0], value
     alone = CALIBRATED | {"kind": "false_accept", "conditions": {"verify": "kl", "target": "t", "chat": False, "dtype": "float32"}}
     assert describe_guarantee(alone, run_ | {"dtype": "float32"}, 1.0)[0]  # of given answers: whatever M, draft and temperature
     assert not describe_guarantee(alone, run_ | {"dtype": "float32", "chat": True}, 1.0)[0]
+    reads_draft = alone | {"conditions": alone["conditions"] | {"draft": "d"}}
+    assert not describe_guarantee(reads_draft, run_ | {"dtype": "float32"}, 1.0)[0]
+    assert describe_guarantee(reads_draft, run_ | {"dtype": "float32", "draft": "d"}, 1.0)[0]
     assert not describe_guarantee(alone | {"conditions": {"verify": "kl"}}, run_ | {"dtype": "float32"}, 1.0)[0]
 
 
