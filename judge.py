@@ -520,19 +520,18 @@ class Drift:
     def __init__(self, calibration: dict | None):
         self.live = (calibration or {}).get("live") or {}
         self.n = (calibration or {}).get("n", 0)
-        self.sums, self.count = dict.fromkeys(self.live, 0.0), 0
+        self.sums, self.counts = dict.fromkeys(self.live, 0.0), dict.fromkeys(self.live, 0)
 
     def add(self, statistics: dict[str, float]) -> str | None:
         """Takes one answer's statistics; the warning, at most once."""
-        if not self.live:
-            return None
-        self.count += 1
         for name, (mean, sd) in self.live.items():
-            self.sums[name] += statistics[name]
-            found = self.sums[name] / self.count
-            if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / self.count):
+            if name not in statistics:
+                continue
+            self.sums[name], self.counts[name] = self.sums[name] + statistics[name], self.counts[name] + 1
+            count, found = self.counts[name], self.sums[name] / self.counts[name]
+            if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / count):
                 self.live = {}
-                return (f"Warning: {WATCHED[name]} is {found:.3f} ({self.count} answers so far), but was {mean:.3f} on the "
+                return (f"Warning: {WATCHED[name]} is {found:.3f} ({count} answers so far), but was {mean:.3f} on the "
                         "calibration questions: this text is unlike them, and the guarantee may not hold.")  # fmt: skip
         return None
 

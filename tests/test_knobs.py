@@ -334,6 +334,9 @@ def test_drift_warns_once_and_only_of_other_text():
     warnings = [other.add({"by_rule": x + 0.08}) for x in like]
     assert sum(w is not None for w in warnings) == 1 and "unlike" in next(w for w in warnings if w)
     assert Drift(None).add({"by_rule": 1.0}) is None
+    both = Drift(CALIBRATED | {"live": {"by_rule": [0.1, 0.05], "mean_score": [0.9, 0.01]}})
+    assert both.add({"by_rule": 0.1}) is None  # a run without a judge has no scores
+    assert "mean score is 0.100 (1 answers" in both.add({"by_rule": 0.1, "mean_score": 0.1})
     slight, far = Drift(CALIBRATED), Drift(CALIBRATED)  # three standard deviations off: within reason once, not ten times
     found = [slight.add({"by_rule": 0.25}) for _ in range(10)]
     assert found[0] is None and any(found) and far.add({"by_rule": 0.31}) is not None
