@@ -169,13 +169,16 @@ def source_of(args: argparse.Namespace, job: Job) -> str:
     return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
 
 
-def answer_all(args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, lines: Lines) -> list[dict]:
-    """Makes the answers that are still missing, writing each to OUT.all as it is done."""
+def answer_all(
+    args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, lines: Lines, begin: list[dict]
+) -> list[dict]:
+    """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after `begin`."""
     records, progress = [], Progress("answers", len(todo))
     for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
         text = answer_text(tokenizers[job.model], result.tokens)
         records.append(record(args, job, len(result.tokens), text, result.stop_reason))
-        lines.add(records[-1])
+        for line in (*(begin if len(records) == 1 else ()), records[-1]):
+            lines.add(line)
         progress.step()
     return records
 
@@ -268,9 +271,6 @@ def check_args(args: argparse.Namespace) -> None:
     for path in (args.out, args.work):
         check_writable(path, "--out")
         check_not_input(path, inputs)
-    folders = [folder.resolve() for folder in args.checkpoint_path]
-    if len(set(folders)) < len(folders):
-        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
     named = args.questions or args.task or "demo"
     if args.annotate_demo and named.partition(":")[0] != "demo":
         raise InputError(f"--annotate_demo knows the demo's problems only, not {named}.")
@@ -281,6 +281,9 @@ def build(args: argparse.Namespace) -> None:
     check_args(args)
     questions = questions_of(args, held_out=False, stops=False)
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
+    folders = [folder.resolve() for folder in args.checkpoint_path]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
     with closing(Lines(args.work)) as lines:
@@ -304,9 +307,8 @@ def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokeni
         raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
     if len(records) < len(jobs) and args.out.exists():
         raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
-    if not lines.content:
-        lines.add(header)
-    return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines)
+    begin = [] if lines.content else [header]
+    return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines, begin)
 
 
 def main(argv: list[str] | None = None) -> None:

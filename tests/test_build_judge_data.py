@@ -282,6 +282,7 @@ def test_mistakes_are_one_sentence(questions, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sandbox, "code_is_allowed", False)
     out, folder = tmp_path / "a.jsonl", FOLDERS[0]
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "b.jsonl.all")
     config = (DEMO / "target" / "config.json").read_bytes()
     for argv, word in (
@@ -294,6 +295,7 @@ def test_mistakes_are_one_sentence(questions, tmp_path, capsys, monkeypatch):
         (command(out, "--temperature", "warm"), "warm"), (command(out, "--limit", "0"), "--limit 0"), (command(out, "--chat"), "--chat"),
         (command(out, "--max_new_tokens", "500"), "Question 0 and"), (command(out, "--device", "meta"), "meta"), (command(tmp_path), "cannot be written"),
         (["--checkpoint_path", folder, f"{folder}/../target", "--out", str(out)], "twice"), (["--checkpoint_path", str(tmp_path / "no"), "--out", str(out)], "no checkpoint folder"),
+        (["--checkpoint_path", str(tmp_path / "loop"), "--out", str(out)], "loop"), (["--checkpoint_path", "\0", "--out", str(out)], "null byte"),
         (command(out, "--questions", str(questions)), "line 1: field 'checker'"), (command(out, "--questions", str(questions), "--annotate_demo"), "--annotate_demo"),
         (command(out, "--questions", str(questions), "--checker", "code"), "--allow_code_execution"),
     ):  # fmt: skip
