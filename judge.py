@@ -397,7 +397,7 @@ def byte_automaton(begin: bytes, end: bytes) -> Tensor:
 WATCHED = {"by_rule": "the share of tokens that the rule alone let through", "mean_score": "the judge's mean score"}
 CALIBRATION = ("kind", "conditions", "threshold", "passed", "max_harm", "confidence", "bound", "harms", "n", "data")
 DEPENDS_ON = {  # what a bound was found under, where that is not all that a run may differ in
-    "false_accept": ("verify", "target", "chat", "dtype"),  # of given answers: no draft, no M, no sampling
+    "false_accept": ("verify", "target", "chat", "dtype"),  # of given answers: no M, no sampling, a draft only if read
 }
 MOST_SHOWN = 200  # characters of a description or an example
 
@@ -464,12 +464,12 @@ def describe_guarantee(calibration: dict | None, run: dict, threshold: float) ->
         what = "this judge" if run.get("verify") == "judge" else f"--verify {run.get('verify')}"
         return False, f"No guarantee: {what} has no calibration; judge.py calibrate finds how much harm it does at most."
     c, missing = calibration, object()
-    known = DEPENDS_ON.get(c["kind"], {**run, **c["conditions"]})
+    known = dict.fromkeys([*DEPENDS_ON.get(c["kind"], run), *c["conditions"]])
     for name in known:
         found, value = run.get(name, missing), c["conditions"].get(name, missing)
         if value is missing:
             return False, one_line(f"No guarantee: the calibration does not say with which {name} it was made.")
-        longer = name == "max_new_tokens" and "cut_off" in c and is_number(value) and is_number(found) and found > value
+        longer = name == "max_new_tokens" and "cut_off" in c and type(value) is type(found) is int and found > value > 0
         if not longer and (found != value or isinstance(found, bool) != isinstance(value, bool)):
             has = "none" if found is missing else found
             return False, one_line(f"No guarantee: calibrated with {name} {value}, but this run has {has}.")
@@ -520,19 +520,18 @@ class Drift:
     def __init__(self, calibration: dict | None):
         self.live = (calibration or {}).get("live") or {}
         self.n = (calibration or {}).get("n", 0)
-        self.sums, self.count = dict.fromkeys(self.live, 0.0), 0
+        self.sums, self.counts = dict.fromkeys(self.live, 0.0), dict.fromkeys(self.live, 0)
 
     def add(self, statistics: dict[str, float]) -> str | None:
         """Takes one answer's statistics; the warning, at most once."""
-        if not self.live:
-            return None
-        self.count += 1
         for name, (mean, sd) in self.live.items():
-            self.sums[name] += statistics[name]
-            found = self.sums[name] / self.count
-            if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / self.count):
+            if name not in statistics:
+                continue
+            self.sums[name], self.counts[name] = self.sums[name] + statistics[name], self.counts[name] + 1
+            count, found = self.counts[name], self.sums[name] / self.counts[name]
+            if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / count):
                 self.live = {}
-                return (f"Warning: {WATCHED[name]} is {found:.3f} ({self.count} answers so far), but was {mean:.3f} on the "
+                return (f"Warning: {WATCHED[name]} is {found:.3f} ({count} answers so far), but was {mean:.3f} on the "
                         "calibration questions: this text is unlike them, and the guarantee may not hold.")  # fmt: skip
         return None
 

@@ -9,10 +9,10 @@ there is a choice; a person then marks the wrong spans (scripts/annotate.py). A 
 one has null, which judge.py refuses until somebody has put [start, end] there.
 
 An answer that --max_new_tokens cut off, that gives no final answer, or whose logits are not finite, is dropped. Every
-answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the same files. --out is written
-once, at the end, and never over anything else: annotations put into it are safe. Demo questions are training problems,
-never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar, also the steps that a right
-answer takes back.
+answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the
+same files. --out is written once, at the end, and never over anything else: annotations put into it are safe. Demo
+questions are training problems, never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar,
+also the steps that a right answer takes back.
 """
 
 import os
@@ -26,6 +26,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
@@ -33,14 +34,13 @@ from typing import NamedTuple
 import torch
 
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, Result, Settings, answer_text, check_prompt, check_settings, encode_prompt
+from generate import Engine, NotFinite, Result, Settings, answer_text, check_prompt, check_settings, encode_prompt
 from judge import files_in
 from model import DTYPES, ModelArgs, pick_device, run_dtype
 from quantize import load_model
 from scripts.results import is_count, is_text, is_verdict, resume
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, questions_of
-from scripts.token_details import NotFinite
 from scripts.train_demo import annotated
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -169,13 +169,16 @@ def source_of(args: argparse.Namespace, job: Job) -> str:
     return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
 
 
-def answer_all(args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, lines: Lines) -> list[dict]:
-    """Makes the answers that are still missing, writing each to OUT.all as it is done."""
+def answer_all(
+    args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, lines: Lines, begin: list[dict]
+) -> list[dict]:
+    """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after `begin`."""
     records, progress = [], Progress("answers", len(todo))
     for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
         text = answer_text(tokenizers[job.model], result.tokens)
         records.append(record(args, job, len(result.tokens), text, result.stop_reason))
-        lines.add(records[-1])
+        for line in (*(begin if len(records) == 1 else ()), records[-1]):
+            lines.add(line)
         progress.step()
     return records
 
@@ -268,9 +271,6 @@ def check_args(args: argparse.Namespace) -> None:
     for path in (args.out, args.work):
         check_writable(path, "--out")
         check_not_input(path, inputs)
-    folders = [folder.resolve() for folder in args.checkpoint_path]
-    if len(set(folders)) < len(folders):
-        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
     named = args.questions or args.task or "demo"
     if args.annotate_demo and named.partition(":")[0] != "demo":
         raise InputError(f"--annotate_demo knows the demo's problems only, not {named}.")
@@ -281,28 +281,34 @@ def build(args: argparse.Namespace) -> None:
     check_args(args)
     questions = questions_of(args, held_out=False, stops=False)
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
+    folders = [folder.resolve() for folder in args.checkpoint_path]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
-    lines = Lines(args.work)
+    with closing(Lines(args.work)) as lines:
+        records = all_records(args, jobs, prompts, tokenizers, lines, header)
+        models = len(args.checkpoint_path)
+        chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
+        if not chosen:
+            raise InputError(
+                "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a "
+                f"weaker checkpoint or a higher --temperature, or see {args.work} for what was dropped."
+            )
+        demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
+        write_chosen(args.out, [line_of(record, demo) for record in chosen])
+    print_summary(args, len(questions), records, chosen)
+
+
+def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict) -> list:
+    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of another run."""
     records = resume(lines, header, check_record)
     if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
         raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
     if len(records) < len(jobs) and args.out.exists():
         raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
-    if not lines.content:
-        lines.add(header)
-    records += answer_all(args, jobs[len(records) :], prompts, tokenizers, lines)
-    models = len(args.checkpoint_path)
-    chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
-    if not chosen:
-        raise InputError(
-            "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a weaker "
-            f"checkpoint or a higher --temperature, or see {args.work} for what was dropped."
-        )
-    demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
-    write_chosen(args.out, [line_of(record, demo) for record in chosen])
-    print_summary(args, len(questions), records, chosen)
-    lines.close()
+    begin = [] if lines.content else [header]
+    return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines, begin)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,7 +25,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, number, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, number, run_script, shortened  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
@@ -74,10 +74,9 @@ def most_harms(n: int, max_harm: float, confidence: float) -> int:
 
 def least_n(harms: int, max_harm: float, confidence: float) -> int:
     """The fewest units of which so many may be harmed."""
-    n = 2 * (harms + 1)
+    low = n = harms + 1  # of which all harmed, so that the bound is 1
     while upper_bound(harms, n, confidence) > max_harm:
-        n *= 2
-    low = n // 2
+        low, n = n, 2 * n
     while n - low > 1:
         middle = (low + n) // 2
         low, n = (low, middle) if upper_bound(harms, middle, confidence) <= max_harm else (middle, n)
@@ -230,6 +229,8 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     result |= described(args, list(dict.fromkeys(answer.item["prompt"] for answer in encoded if "prompt" in answer.item)))
     result["conditions"] = {"verify": "judge", "target": target.fingerprint, "chat": args.chat,
                             "dtype": kind_of(target)}  # fmt: skip
+    if head.draft_weight is not None:
+        result["conditions"]["draft"] = " ".join(filter(None, (draft.fingerprint, draft.quantization)))
     return result, head
 
 
@@ -237,10 +238,10 @@ def walk_of(args: argparse.Namespace) -> list[float]:
     """The thresholds to walk, as given or the rule's own. Raises InputError when they are out of range or out of order."""
     rule = RULES[args.verify]
     try:
-        walk = [float(part) for part in args.walk.split(",")] if args.walk else list(rule.walk)
+        walk = [float(part) for part in args.walk.split(",")] if args.walk is not None else list(rule.walk)
     except ValueError:
         raise InputError(
-            f"--walk {args.walk} must be numbers with commas between, from the strictest to the loosest."
+            f"--walk {shortened(args.walk)} must be numbers with commas between, from the strictest to the loosest."
         ) from None
     for threshold in walk:
         check_threshold(args.verify, threshold, "--walk")

@@ -27,20 +27,20 @@ import glob
 import json
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, Settings, answer_text, check_prompt, encode_prompt, load_pair
+from generate import Engine, NotFinite, Settings, answer_text, check_prompt, encode_prompt, load_pair
 from judge import files_in
 from model import DTYPES, WINDOW, ModelArgs, pick_device, run_dtype
 from scripts.evaluate import name_models, own_device
 from scripts.results import check_parts, is_counts, is_seconds, is_text, parse_lines, part, rank_and_size, resume
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, questions_of
-from scripts.token_details import NotFinite
 from tokenizer import Tokenizer, load_tokenizer
 
 GROWTH = 1.5  # a trial that has not ended at so many times the target's own length counts as another answer
@@ -174,28 +174,30 @@ def run(args: argparse.Namespace) -> None:
         return
     tokenizer = load_tokenizer(args.checkpoint_path)
     prompts = encode_prompts(args, tokenizer, questions[rank::size])
-    lines = Lines(part(args.out, rank, size))
-    target, draft, _ = load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, None, args.device, run_dtype(args.precision, args.device)
-    )
-    header = {"target": target.fingerprint, "draft": draft.fingerprint, "chat": args.chat,
-              "max_new_tokens": args.max_new_tokens}  # fmt: skip
-    done = {record["question"] for record in resume(lines, header, check_record)}
-    mineable = [question for question in questions[rank::size] if question.id not in done]
-    if mineable:
-        length = max(map(len, prompts.values())) + args.max_new_tokens
-        settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
-        engine = Engine(target, draft, None, settings, tokenizer.stop_ids, length)
-        print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
-    if not lines.content:
-        lines.add(header)
-    if mineable:
-        mine_all(args, engine, tokenizer, mineable, prompts, lines)
-    lines.close()
+    with closing(Lines(part(args.out, rank, size))) as lines:
+        mine_share(args, tokenizer, questions[rank::size], prompts, lines)
     if size == 1:
         merge(args, questions, 1)
     elif rank == 0:
         print(f"When all {size} processes are done: the same command, without torchrun, with --merge {size}", file=sys.stderr)
+
+
+def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
+    """Loads the pair and mines the questions that `lines` lacks."""
+    pair = load_pair(
+        args.checkpoint_path, args.draft_checkpoint_path, None, args.device, run_dtype(args.precision, args.device)
+    )
+    header = {"target": pair[0].fingerprint, "draft": pair[1].fingerprint, "chat": args.chat,
+              "max_new_tokens": args.max_new_tokens}  # fmt: skip
+    done = {record["question"] for record in resume(lines, header, check_record)}
+    if not lines.content:
+        lines.add(header)
+    if mineable := [question for question in questions if question.id not in done]:
+        length = max(map(len, prompts.values())) + args.max_new_tokens
+        settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
+        engine = Engine(*pair[:2], None, settings, tokenizer.stop_ids, length)
+        print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+        mine_all(args, engine, tokenizer, mineable, prompts, lines)
 
 
 def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines) -> None:

@@ -14,13 +14,12 @@ from conftest import ROOT
 
 from cli import InputError
 from files import Lines
-from generate import DEMO, Result
+from generate import DEMO, NotFinite, Result
 from judge import read_answers
 from scripts import build_judge_data, sandbox
 from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
 from scripts.demo_task import check, is_held_out
 from scripts.tasks import load_questions
-from scripts.token_details import NotFinite
 from tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(DEMO / "target")
@@ -283,18 +282,20 @@ def test_mistakes_are_one_sentence(questions, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sandbox, "code_is_allowed", False)
     out, folder = tmp_path / "a.jsonl", FOLDERS[0]
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "b.jsonl.all")
     config = (DEMO / "target" / "config.json").read_bytes()
     for argv, word in (
-        (command(out, "--samples", "0"), "--samples: '0'"), (command(out, "--right", "0"), "--right: '0'"), (command(out, "--max_new_tokens", "0"), "--max_new_tokens: '0'"),
+        (command(out, "--samples", "0"), "--samples 0"), (command(out, "--right", "0"), "--right 0"), (command(out, "--max_new_tokens", "0"), "--max_new_tokens 0"),
         (command(out, "--samples", "9" * 30), "--samples"), (command(out, "--wrong", "1e9"), "--wrong"), (command(out, "--max_new_tokens", "1" * 5000), "--max_new_tokens"),
         (command(out, "--temperature", "1e999"), "inf"), (command(out, "--temperature", "," * 9000), "not a list of numbers"), (command(Path("/dev/null")), "it is a device"),
         (command(tmp_path / "pipe"), "it is a pipe"), (command(tmp_path / ("x" * 252)), "too long"), (command(questions, "--questions", str(questions), "--checker", "number"), "one of the inputs"),
         (command(DEMO / "target" / "config.json"), "one of the inputs"), (command(out, "--task", "gsm8k", "--data", str(questions), "--annotate_demo"), "not gsm8k"),
 
-        (command(out, "--temperature", "warm"), "warm"), (command(out, "--limit", "0"), "--limit: '0'"), (command(out, "--chat"), "--chat"),
+        (command(out, "--temperature", "warm"), "warm"), (command(out, "--limit", "0"), "--limit 0"), (command(out, "--chat"), "--chat"),
         (command(out, "--max_new_tokens", "500"), "Question 0 and"), (command(out, "--device", "meta"), "meta"), (command(tmp_path), "cannot be written"),
         (["--checkpoint_path", folder, f"{folder}/../target", "--out", str(out)], "twice"), (["--checkpoint_path", str(tmp_path / "no"), "--out", str(out)], "no checkpoint folder"),
+        (["--checkpoint_path", str(tmp_path / "loop"), "--out", str(out)], "loop"), (["--checkpoint_path", "\0", "--out", str(out)], "null byte"),
         (command(out, "--questions", str(questions)), "line 1: field 'checker'"), (command(out, "--questions", str(questions), "--annotate_demo"), "--annotate_demo"),
         (command(out, "--questions", str(questions), "--checker", "code"), "--allow_code_execution"),
     ):  # fmt: skip
@@ -370,11 +371,11 @@ def test_a_full_disk_keeps_what_was_made(questions, tmp_path, writer, capsys, mo
     main(asked(questions, whole))
     made, out = Path(f"{whole}.all").read_bytes(), tmp_path / "cut.jsonl"
     for room in (0, 3, 20, 36):
-        add, count = Lines.add, [0]
+        add, lines = Lines.add, []
 
-        def full(self, line, room=room, count=count, add=add):
-            count[0] += 1
-            if count[0] > room:
+        def full(self, line, room=room, lines=lines, add=add):
+            lines.append(line)
+            if len(lines) > room:
                 os.write(self.file.fileno(), b'{"quest')
                 raise InputError(f"{self.path} cannot be written: No space left on device; what it holds is kept.")
             add(self, line)

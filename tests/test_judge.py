@@ -676,10 +676,10 @@ def test_command_line_reports_a_mistake_before_any_work(tmp_path, capsys, monkey
     for more, word in (
         (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"), (["--out", str(tmp_path)], "cannot be written"),
         (["--out", "/no/such/judge"], "cannot be written"), (["--threshold", "2"], "from 0.5 to 1"),
-        (["--speculate_k", "0"], "--speculate_k: '0'"), (["--device", "tpu9"], "tpu9"), (["--magic"], "--magic"),
-        (["--features", "target+draft"], "--draft_checkpoint_path"), (["--l2", "-1"], "--l2: '-1'"),
+        (["--speculate_k", "0"], "--speculate_k 0"), (["--device", "tpu9"], "tpu9"), (["--magic"], "--magic"),
+        (["--features", "target+draft"], "--draft_checkpoint_path"), (["--l2", "-1"], "--l2 -1"),
         (["--out", str(tmp_path / "a.jsonl")], "one of the inputs"), (["--cache", str(tmp_path / "a.jsonl")], "is no folder"),
-        (["--l2", "nan"], "--l2: 'nan'"), (["--speculate_k", "99999"], "from 1 to 1024"), (["--guard", "/no"], "/no"),
+        (["--l2", "nan"], "--l2 nan"), (["--speculate_k", "99999"], "from 1 to 1024"), (["--guard", "/no"], "/no"),
         (["--speculate_k", "9" * 5000], "whole number"), (["--seed", "1" * 400], "whole number"), (["--guard_weight", "inf"], "from 0"),
         (["--out", "/dev/null"], "it is a device"), (["--out", str(tmp_path / "pipe")], "it is a pipe"),
         (["--data", str(tmp_path / "pipe")], "is a pipe"), (["--data", "/dev/zero"], "is a device"), (["--guard", str(tmp_path)], "is a folder"),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import DATA, ROOT, make_folder
+from safetensors import safe_open
 from test_generate import HEAD, Scripted, V, counting, one_hot, run
 
 import generate
@@ -279,11 +280,50 @@ def test_a_guarantee_covers_only_what_was_calibrated():
     sure = CALIBRATED | {"confidence": 0.999, "max_harm": 0.0002}
     assert "99.9% confidence, at most 0.02% of" in describe_guarantee(sure, same, 1.0)[1]  # nothing is rounded up
     limited = CALIBRATED | {"conditions": same | {"max_new_tokens": 200}}
-    assert [describe_guarantee(limited, same | {"max_new_tokens": n}, 1.0)[0] for n in (199, 200, 900)] == [False, True, True]
+    for counted, expected in (({}, [False, True, False]), ({"cut_off": 0}, [False, True, True])):
+        runs = [same | {"max_new_tokens": n} for n in (199, 200, 900)]  # cut off at 200, who knows what 900 would bring
+        assert [describe_guarantee(limited | counted, run_, 1.0)[0] for run_ in runs] == expected
     assert describe_guarantee(CALIBRATED, same, 0.5)[0]  # a stricter threshold that passed on the way
     for run_, threshold, word in ((same, 2.0, "threshold 1.0"), (same | {"speculate_k": 8}, 1.0, "speculate_k 16")):
         covered, text = describe_guarantee(CALIBRATED, run_, threshold)
         assert not covered and word in text and text.startswith("No guarantee")
+
+
+def test_what_a_calibration_does_not_say_is_no_agreement():
+    """Every condition that a run has must stand there and be equal; and every one that stands there, a run must have."""
+    run_ = {"verify": "kl", "target": "t", "draft": None, "speculate_k": 16, "temperature": 0.0, "chat": False}
+    assert describe_guarantee(CALIBRATED | {"conditions": dict(run_)}, run_, 1.0)[0]
+    for name in run_:
+        less = {key: value for key, value in run_.items() if key != name}
+        covered, text = describe_guarantee(CALIBRATED | {"conditions": less}, run_, 1.0)
+        assert not covered and f"does not say with which {name}" in text
+        assert not describe_guarantee(CALIBRATED | {"conditions": dict(run_)}, less, 1.0)[0]
+    assert not describe_guarantee(CALIBRATED | {"conditions": {"verify": "kl"}}, run_, 1.0)[0]
+    for change in ({"chat": 0}, {"chat": None}, {"speculate_k": "16"}, {"speculate_k": 17}, {"temperature": [0.0]}):
+        assert not describe_guarantee(CALIBRATED | {"conditions": run_ | change}, run_, 1.0)[0], change
+    longer = run_ | {"max_new_tokens": 200}
+    for value in (True, "100", None, float("nan"), [1], -1, 0, 1.5):
+        calibration = CALIBRATED | {"cut_off": 0, "conditions": longer | {"max_new_tokens": value}}
+        assert not describe_guarantee(calibration, longer, 1.0)[0], value
+    alone = CALIBRATED | {"kind": "false_accept", "conditions": {"verify": "kl", "target": "t", "chat": False, "dtype": "float32"}}
+    assert describe_guarantee(alone, run_ | {"dtype": "float32"}, 1.0)[0]  # of given answers: whatever M, draft and temperature
+    assert not describe_guarantee(alone, run_ | {"dtype": "float32", "chat": True}, 1.0)[0]
+    reads_draft = alone | {"conditions": alone["conditions"] | {"draft": "d"}}
+    assert not describe_guarantee(reads_draft, run_ | {"dtype": "float32"}, 1.0)[0]
+    assert describe_guarantee(reads_draft, run_ | {"dtype": "float32", "draft": "d"}, 1.0)[0]
+    assert not describe_guarantee(alone | {"conditions": {"verify": "kl"}}, run_ | {"dtype": "float32"}, 1.0)[0]
+
+
+def test_a_guarantee_says_of_which_questions_and_that_none_is_checked():
+    run_ = {"verify": "kl", "speculate_k": 16}
+    told = {"questions": "gsm8k, train.jsonl", "examples": ["How many\x1b[2J apples?", "x" * 100]}
+    text = describe_guarantee(CALIBRATED | told, run_, 1.0)[1]
+    assert "these: gsm8k, train.jsonl, 'How many" in text and "400 calibrated on, data ab" in text and text.isprintable()
+    assert text.endswith("Whether a single prompt is like them is not checked.")
+    assert "(400 calibrated on, data ab)" in describe_guarantee(CALIBRATED, run_, 1.0)[1]  # an older one has no description
+    assert describe_guarantee(None, {"verify": "judge"}, 0.5) == (
+        False, "No guarantee: this judge has no calibration; judge.py calibrate finds how much harm it does at most.")  # fmt: skip
+    assert "--verify topk has no calibration" in describe_guarantee(None, {"verify": "topk"}, 2.0)[1]
 
 
 def test_drift_warns_once_and_only_of_other_text():
@@ -294,6 +334,9 @@ def test_drift_warns_once_and_only_of_other_text():
     warnings = [other.add({"by_rule": x + 0.08}) for x in like]
     assert sum(w is not None for w in warnings) == 1 and "unlike" in next(w for w in warnings if w)
     assert Drift(None).add({"by_rule": 1.0}) is None
+    both = Drift(CALIBRATED | {"live": {"by_rule": [0.1, 0.05], "mean_score": [0.9, 0.01]}})
+    assert both.add({"by_rule": 0.1}) is None  # a run without a judge has no scores
+    assert "mean score is 0.100 (1 answers" in both.add({"by_rule": 0.1, "mean_score": 0.1})
     slight, far = Drift(CALIBRATED), Drift(CALIBRATED)  # three standard deviations off: within reason once, not ten times
     found = [slight.add({"by_rule": 0.25}) for _ in range(10)]
     assert found[0] is None and any(found) and far.add({"by_rule": 0.31}) is not None
@@ -301,7 +344,9 @@ def test_drift_warns_once_and_only_of_other_text():
 
 def test_the_command_line_announces_and_refuses_calibrations(tmp_path, capsys):
     path = tmp_path / "kl.json"
-    path.write_text(json.dumps(CALIBRATED))
+    with safe_open(DEMO / "judge.safetensors", "pt") as handle:
+        shipped = json.loads(handle.metadata()["judge"])["info"]["calibration"]["conditions"]
+    path.write_text(json.dumps(CALIBRATED | {"conditions": shipped | {"verify": "kl", "max_new_tokens": 8}}))
     command = ["--prompt", "Mia has 47 apples.", "--max_new_tokens", "8", "--verify"]
     generate.main([*command, "kl", "--calibration", str(path), "--json"])
     out, err = capsys.readouterr()
@@ -318,6 +363,16 @@ def test_the_command_line_announces_and_refuses_calibrations(tmp_path, capsys):
         ({"threshold": "16"}, "'threshold'"), ({"passed": None}, "'passed'"), ({"n": 0}, "'n' cannot be 0"), ({"n": "x"}, "'n'"),
         ({"live": []}, "Guarantee"), ({"live": {"odd": [1, 2]}}, "'live'"), ({"live": {"by_rule": [1]}}, "'live'"),
         ({"confidence": "high"}, "'confidence'"), ({"max_harm": None}, "'max_harm'"), ({"passed": [0.1]}, "'passed'"),
+        ({"threshold": -1, "passed": [-1]}, "'threshold'"), ({"threshold": True, "passed": [True]}, "'threshold'"),
+        ({"threshold": math.inf, "passed": [math.inf]}, "'threshold'"), ({"threshold": math.nan}, "'threshold'"),
+        ({"passed": [1.0, None]}, "'passed'"), ({"passed": {}}, "'passed'"), ({"max_harm": math.nan}, "'max_harm'"),
+        ({"max_harm": 10**300}, "not valid JSON"), ({"n": 4.5}, "'n'"), ({"n": True}, "'n'"), ({"harms": -1}, "'harms'"),
+        ({"harms": 401}, "'harms'"), ({"harms": None}, "'harms'"), ({"bound": "x"}, "'bound'"), ({"bound": 0.5}, "'bound'"),
+        ({"bound": 0.001}, "'bound'"), ({"data": 7}, "'data'"), ({"data": "x" * 500}, "'data'"), ({"questions": 3}, "'questions'"),
+        ({"examples": "x"}, "'examples'"), ({"examples": [1]}, "'examples'"), ({"cut_off": -1}, "'cut_off'"), ({"kind": []}, "'kind'"),
+        ({"conditions": {"verify": "standard"}}, "'conditions'"), ({"conditions": {"verify": ["kl"]}}, "'conditions'"),
+        ({"live": {"by_rule": [0.1, math.nan]}}, "'live'"), ({"live": {"by_rule": [0.1, -1]}}, "'live'"), ({"live": [1]}, "'live'"),
+        ({"confidence": 1.5}, "'confidence'"), ({"conditions": {"verify": "nope"}}, "'conditions'"),
     ):  # fmt: skip
         path.write_text(json.dumps(CALIBRATED | change))
         if word == "Guarantee":
