@@ -68,10 +68,8 @@ FIELDS = {  # of an answer; `maybe` fields may be missing
     "seconds_decode": lambda value: is_number(value) and 0 <= value <= MOST,
     "threshold": maybe(is_number), "speculate_k": lambda value: value in (None, "auto") or is_count(value),
     "item": maybe(is_count), "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
-    "turns": lambda value: value is None or isinstance(value, list) and all(
-        isinstance(turn, dict) and is_count(turn.get("new_tokens")) for turn in value),
 }  # fmt: skip
-OPTIONAL = ("right", "answer_right", "threshold", "speculate_k", "item", "final_answer", "turns")
+OPTIONAL = ("right", "answer_right", "threshold", "speculate_k", "item", "final_answer")
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
@@ -143,7 +141,9 @@ def check_tokens(record: dict, where: str) -> None:
     cuts = record.get("cuts")
     if cuts is not None and (not all(map(is_count, cuts)) or sum(cuts) != len(record["text"])):
         raise InputError(f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} characters.")
-    if turn_ends(record)[-1:] != [n]:
+    turns = record.get("turns") or []
+    good = isinstance(turns, list) and all(isinstance(turn, dict) and is_count(turn.get("new_tokens")) for turn in turns)
+    if not good or turn_ends(record)[-1:] != [n]:
         raise InputError(f"{where}: field 'turns' must name new_tokens that add up to the {n} tokens.")
 
 

@@ -280,6 +280,8 @@ def test_figures_of_a_token_by_mouse_keys_and_touch(page):
     found.key("Escape")
     assert found.js(tip) == ""
     found.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    found.js("document.querySelector(\"[data-at='4']\").scrollIntoView({ block: 'center' })")
+    found.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")  # scroll bars have gone
     x, y = found.js("(() => { const b = document.querySelector(\"[data-at='4']\").getBoundingClientRect(); return [b.x + 5, b.y + 5]; })()")
     found.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
     found.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
