@@ -17,6 +17,7 @@ from cli import InputError, Parser, one_line, run_script  # isort: skip  (first:
 import argparse
 import math
 import re
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -69,7 +70,7 @@ FIELDS = {  # of an answer; `maybe` fields may be missing
     "threshold": maybe(is_number), "speculate_k": lambda value: value in (None, "auto") or is_count(value),
     "item": maybe(is_count), "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
 }  # fmt: skip
-OPTIONAL = ("right", "answer_right", "threshold", "speculate_k", "item", "final_answer")
+OPTIONAL = ("threshold", "speculate_k", "item", "final_answer")
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
@@ -557,7 +558,8 @@ def round_parts(result: dict):
 
 def save(figure, path: Path, caption: str) -> None:
     """Writes the PNG, beside and renamed."""
-    figure.suptitle(one_line(caption)[:400], fontsize=7, wrap=True)
+    lines = textwrap.fill(one_line(caption)[:400], int(17 * figure.get_figwidth()))  # matplotlib's wrap reads $ as a formula
+    figure.suptitle(lines, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as fresh, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that the font lacks is a box
