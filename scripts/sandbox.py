@@ -1,197 +1,297 @@
 """Runs programs that a model wrote, locked in, and says whether they pass HumanEval's tests.
 
     allow_code_execution()
-    code_passes(item, "    return x + 1")     # item: a line of HumanEval.jsonl
+    outcome(item, "    return x + 1")        # item: a line of HumanEval.jsonl; Outcome("pass", "")
+    code_passes(item, "    return x + 1")    # True
 
-Nothing runs before `allow_code_execution()`. The program runs in a fresh interpreter with an empty environment, in an empty
-folder, under limits of time, memory, file size and processes; an audit hook ends it when it opens files elsewhere, a socket
-or a process, or sends a signal; where Linux permits, it has process, network and user namespaces of its own, and Landlock
-keeps it from all files but Python's. This stops what models write by mistake. It is no boundary against code that sets out
-to break it: audit hooks can be got around from within the interpreter, a process owned by root may start others without
-limit (until its time is up), and the tests share their process with what they test, so that code which knows this file can
-forge a pass. Run it in a container or a virtual machine if that matters.
+Nothing runs before `allow_code_execution()`. Two fresh interpreters work for each program (scripts/sandbox_child.py), alike
+locked in, each with an empty environment and an empty folder: one runs the program, the other the tests. What the tests
+call is asked of the first as plain data, and compared in the second, which never holds an object of the program's nor any of
+its code. So an `__eq__` that says yes, a subclass of int, a look at frames or at the checker's code, and what is written to
+any open file win nothing: the expected values are not in the program's process. What still can be won without solving the
+problem: a program may know HumanEval's inputs by heart and answer each as expected, and where tests take NaN or an error for
+right, it may give these. What is no plain data (generators, objects of the program's own classes) is no right answer; tests
+that pass functions or objects cannot be held here, and their outcome is "unchecked", never "pass".
+
+Each process has limits: of processor time (CPU_S; the wall clock allows WALL_S, so that a busy machine fails nobody), memory,
+file size and processes. An audit hook ends it when it opens files elsewhere, a socket or a process, sends a signal, or makes
+more than 64 files. Where Linux permits, it has process, network, mount and user namespaces of its own, and its folder is a
+file system in memory of 64 MB; elsewhere 64 files of 1 MB are what the hook and the limits leave it. Landlock keeps it
+from all files but Python's. This stops what models write by mistake. It is no boundary against code that sets out to break
+it: audit hooks can be got around from within the interpreter, and then, where there are no namespaces, a process owned by
+root may start others without limit (until its time is up) and make as many files as it likes, and one without Landlock
+either may reach the tests' process. Run it in a container or a virtual machine if that matters.
 """
 
-import inspect
 import json
 import os
 import re
-import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import InputError
 
-TIMEOUT_S = 10.0
-LIMITS = {"AS": 1 << 30, "CPU": 10, "FSIZE": 16 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}  # RLIMIT_*, bytes and s
+CPU_S, WALL_S = 10, 60.0  # of one program with all its tests
+MOST_SOURCES = 100  # ways to read a text that are tried
+LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0, "DISK": 64 << 20}  # RLIMIT_*, bytes
+CHILD = (Path(__file__).parent / "sandbox_child.py").read_text(encoding="utf-8")
+
+
 STOPS = ("\ndef ", "\nclass ", "\nif __name__", "\nprint(", "\n#", "\n```")  # where a plain completion has left the function
-
-
-def program_of(item: dict, text: str) -> str:
-    """The program that tests a text: the prompt of `item`, a line of HumanEval, completed with it, the tests, their call.
-
-    A text with Markdown code blocks is its first block that defines the function, or else its first; one that begins
-    indented is a plain completion, whatever follows. Where the text defines the function itself, it takes the place of
-    the prompt's; else it continues the prompt, indented if it is not. What is not in a block is cut at the first of STOPS.
-    """
-    name = item["entry_point"]
-    definition = re.compile(rf"^[ \t]*(?:async )?def {name}\b", re.MULTILINE)
-    indented = re.match(r"(?:[ \t]*\n)*(?:  |\t)", text)
-    blocks = [] if indented else re.findall(r"```\w*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", text, re.DOTALL)
-    code = next(filter(definition.search, blocks), blocks[0]) if blocks else text
-    defined = definition.search(code)
-    if not blocks:
-        start = re.search(r"^(?:import|from|def|class|@)\b", code, re.MULTILINE) if defined else None
-        begin = min(start.start(), defined.start()) if start else 0
-        ends = [code.find(stop, defined.end() if defined else 0) for stop in STOPS]
-        code = code[begin : min((end for end in ends if end >= 0), default=len(code))]
-    if defined:
-        before = list(definition.finditer(item["prompt"]))
-        whole = item["prompt"][: before[-1].start()] + "\n" + textwrap.dedent(code) if before else code
-    else:
-        first = next((line for line in code.split("\n") if line.strip()), "")
-        whole = item["prompt"] + (code if first[:1] in (" ", "\t") else textwrap.indent(code, "    "))
-    return f"{whole}\n\n{item['test']}\n\ncheck({name})\n"
-
-
-def run_answer() -> None:
-    """Runs in the child, from this very source: reads what to run, locks itself in, runs it, and reports.
-
-    Only a program that came to its end is reported, by a word that it was not told: exiting early is no pass.
-    """
-    import json
-    import os
-    import sys
-
-    word, folder, limits, program = json.load(sys.stdin)
-    report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
-    enter_namespaces()
-    lock_files(folder)
-    set_limits(limits)
-    forbid_events(folder)
-    exec(compile(program, "<answer>", "exec"), {"__name__": "answer"})
-    os.write(report, word.encode())
-    os._exit(0)
-
-
-def enter_namespaces() -> None:
-    """Where Linux permits: no network, no sight of other processes, and none that outlives this one."""
-    import os
-    import signal
-    import sys
-
-    try:
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        user, others = 0x10000000, 0x20000000 | 0x40000000 | 0x08000000  # CLONE_NEWUSER; NEWPID, NEWNET, NEWIPC
-        if sys.platform != "linux" or (libc.unshare(user | others) and libc.unshare(others)):
-            return
-    except (ImportError, OSError, AttributeError):
-        return
-    first = os.fork()  # a namespace's first process takes all others with it when it dies
-    if first:
-        os.waitpid(first, 0)
-        os._exit(0)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: the parent's death is its own
-
-
-def lock_files(folder: str) -> None:
-    """Where Linux has Landlock: the kernel itself lets nothing be read but Python and libraries, nor written but `folder`."""
-    import os
-    import struct
-    import sys
-
-    try:
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        version = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset, asked for its version
-        if sys.platform != "linux" or version < 1:
-            return
-    except (ImportError, OSError, AttributeError):
-        return
-    all_rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    read_file, read_dir = 1 << 2, 1 << 3
-    rules = libc.syscall(444, struct.pack("Q", all_rights), 8, 0)
-    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache")
-    readable = dict.fromkeys((*sys.path, os.path.join(sys.base_prefix, "lib"), *libraries, "/dev/urandom"), read_file)
-    for path, rights in (readable | {os.devnull: read_file | 1 << 1, folder: all_rights}).items():
-        if os.path.exists(path):
-            beneath = os.open(path, os.O_PATH)
-            rights |= read_dir if os.path.isdir(path) else 0
-            libc.syscall(445, rules, 1, struct.pack("<Qi", rights, beneath), 0)  # landlock_add_rule
-            os.close(beneath)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    libc.syscall(446, rules, 0)  # landlock_restrict_self
-    os.close(rules)
-
-
-def set_limits(limits: dict) -> None:
-    """Sets soft and hard limits, those that the system has."""
-    import resource
-    from contextlib import suppress
-
-    for name, value in limits.items():
-        with suppress(AttributeError, ValueError, OSError):  # unknown here, or already lower
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-
-
-def forbid_events(folder: str) -> None:
-    """From here on ends the process at once, where no `except` can hold it, when it reaches out of `folder`."""
-    import os
-    import sys
-
-    fork_exec = type(sys)("_posixsubprocess")  # asyncio and others import subprocess without using it
-    fork_exec.fork_exec = None
-    sys.modules["_posixsubprocess"] = fork_exec
-    real, leave = os.path.realpath, os._exit
-    ours = (real(folder), os.devnull)
-    readable = (*ours, *map(real, sys.path))
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    harmless = ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk")
-    refused = ("os.", "socket.", "subprocess.", "ctypes.", "signal.", "resource.", "pty.", "sqlite3.", "syslog.")
-
-    def within(path, folders: tuple) -> bool:
-        path = real(os.fsdecode(path if path is not None else "."))
-        return any(path == each or path.startswith(each + os.sep) for each in folders)
-
-    def hook(event: str, args: tuple) -> None:
-        if event == "open":
-            good = type(args[0]) is int or within(args[0], ours if args[2] & writing else readable)
-        elif event in ("os.listdir", "os.scandir"):
-            good = type(args[0]) is int or within(args[0], readable)
-        elif event in ("os.mkdir", "os.remove", "os.rmdir"):
-            good = args[-1] == -1 and within(args[0], ours)  # -1: relative to no other folder
-        elif event == "import":
-            good = args[0] != "_posixsubprocess"
-        else:
-            good = event in harmless or not event.startswith(refused)
-        if not good:
-            leave(1)
-
-    sys.addaudithook(hook)
-
-
-CHILD = (
-    "\n".join(map(inspect.getsource, (run_answer, enter_namespaces, lock_files, set_limits, forbid_events)))
-    + "\nrun_answer()\n"
+LINE_OF_CODE = re.compile(
+    r"(?:def|class|async|import|from|if|elif|else|for|while|try|except|finally|with|return|raise|assert|global|pass)\b"
+    r"|[#@)\]}\"']|[A-Za-z_][\w.]*(?:\[[^\]]*\])*(?:\s*,\s*[A-Za-z_][\w.]*)*\s*(?::[^=]*)?(?:[-+*/%&|^]|//|\*\*)?=(?!=)|[A-Za-z_][\w.]*\("
 )
+
+
+class Outcome(NamedTuple):
+    """What became of a program. verdict: pass, fail, timeout, or unchecked where its tests cannot be held. reason: a line."""
+
+    verdict: str
+    reason: str
+
+
+class Process:
+    """One of the two locked-in processes, with a session and a folder of its own. report: what it printed, in the end."""
+
+    def __init__(self, role: str, channel: socket.socket, folder: str, job: list):
+        limits = LIMITS | {"CPU": CPU_S}
+        self.seconds: float | None = None  # of processor time, once it has ended
+        with tempfile.TemporaryFile() as task:
+            task.write(json.dumps([role, channel.fileno(), folder, limits, job]).encode())
+            task.seek(0)
+            self.child = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", "-c", CHILD], cwd=folder, env={"TMPDIR": folder}, stdin=task,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, pass_fds=[channel.fileno()],
+            )  # fmt: skip
+
+    def ended(self) -> bool:
+        """Whether it has ended, by itself; what it started is then ended too."""
+        if self.seconds is None:
+            pid, status, usage = os.wait4(self.child.pid, os.WNOHANG)
+            if pid:
+                self.note(status, usage)
+        return self.seconds is not None
+
+    def note(self, status: int, usage) -> None:
+        self.child.returncode = os.waitstatus_to_exitcode(status)
+        self.seconds = usage.ru_utime + usage.ru_stime
+        self.kill()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+
+    def end(self, patience: float) -> bool:
+        """Ends it and all that it started, after `patience` seconds. Returns whether its processor time was used up."""
+        until = time.monotonic() + patience
+        while not self.ended() and time.monotonic() < until:
+            time.sleep(0.005)
+        by_itself = self.seconds is not None
+        if not by_itself:
+            self.kill()
+            self.note(*os.wait4(self.child.pid, 0)[1:])
+        self.child.stdout.close()
+        killed = self.child.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+        return by_itself and killed and self.seconds > CPU_S / 2  # the kernel counts otherwise for its limit than here
+
+
+@lru_cache(maxsize=1024)
+def outcome_of(prompt: str, tests: str, name: str, text: str) -> Outcome:
+    """The outcome of a text, by the fields of its item. Whatever was started for it is gone afterwards."""
+    ours, theirs = socket.socketpair()
+    deadline, started = time.monotonic() + WALL_S, []
+    with folder() as one, folder() as other:
+        try:
+            with ours, theirs:
+                started.append(Process("answer", theirs, one, [list(islice(programs_of(prompt, name, text), MOST_SOURCES))]))
+                started.append(Process("tests", ours, other, [prompt, tests, name]))
+            report = read_report(*started, deadline)
+        finally:
+            spent = [process.end(1.0 if time.monotonic() < deadline else 0.0) for process in started]
+    if report is not None and report[0] in ("pass", "unchecked"):
+        return Outcome(*report)
+    if any(spent):
+        return Outcome("timeout", f"it used more than {CPU_S} s of processor time")
+    if time.monotonic() >= deadline:
+        return Outcome("timeout", f"it took more than {WALL_S:g} s")
+    return Outcome(*report) if report is not None else Outcome("fail", "the tests ended before they said anything")
+
+
+def read_report(answer: Process, tests: Process, deadline: float) -> list[str] | None:
+    """What the tests' process says, [verdict, reason]; None when it ends without, or the time is up."""
+    pipe, data = tests.child.stdout.fileno(), b""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0 and len(data) < 1 << 16:
+        if not poll.poll(1000 * min(left, 0.2)):
+            answer.ended()  # what it left behind would keep the tests waiting
+            continue
+        chunk = os.read(pipe, 1 << 16)
+        data += chunk
+        if not chunk:
+            break
+    try:
+        verdict, reason = json.loads(data)
+    except ValueError:
+        return None
+    return [str(verdict), str(reason)]
+
+
+@contextmanager
+def folder() -> Iterator[str]:
+    """An empty folder that is gone afterwards, whatever was made in it."""
+    path = tempfile.mkdtemp()
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            clear(path)
+            os.rmdir(path)
+
+
+def clear(path: str) -> None:
+    """Empties a folder, however deep, with one folder open at a time and no long path."""
+    below, here = [], os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while True:
+            inner = clear_level(here)
+            if inner is None and not below:
+                return
+            outer, here = here, os.open(inner or "..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            os.close(outer)
+            if inner is None:
+                os.rmdir(below.pop(), dir_fd=here)
+            else:
+                below.append(inner)
+    finally:
+        os.close(here)
+
+
+def clear_level(here: int) -> str | None:
+    """Removes from an open folder what is no folder, and empty ones, until one is met that is not empty: its name."""
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=here)
+                continue
+            try:
+                os.rmdir(entry.name, dir_fd=here)
+            except OSError:
+                os.chmod(entry.name, 0o700, dir_fd=here)
+                return entry.name
+    return clear_level(here) if any(os.scandir(here)) else None
+
+
+def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
+    """The programs that a text can be read as, best first; the first without a syntax error is run.
+
+    Of Markdown code blocks (``` or ~~~) the last that defines the function counts, after the definitions of those before it;
+    without one the first that continues the prompt. A text that begins indented is a plain completion, if that is a program;
+    so is a text without blocks that does not define the function, cut at the first of STOPS. Where a text defines the function
+    without a block, it begins at its first line of code and ends before what is none. What defines the function takes the
+    place of the prompt's; what does not continues the prompt, indented if it is not.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    defines = re.compile(rf"^[ \t]*(?:(?:async )?def {name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))", re.MULTILINE)
+    blocks = blocks_of(text)
+    indented = re.match(rf"(?:[ \t]*\n)*(?:  |\t)[ \t]*(?!```|~~~|def {name}\b)\S", text)
+    if indented:
+        yield from completed(prompt, without_prose(cut(text, 0)))
+        yield from completed(prompt, cut(text, 0))
+    for at in reversed(range(len(blocks))):
+        if any(map(defines.search, blocks[at])):
+            before = [block for block in (blocks[i][0] for i in range(at)) if not defines.search(block)]
+            for code in blocks[at]:
+                if before:
+                    yield defined(prompt, name, "\n".join([*map(textwrap.dedent, before), textwrap.dedent(code)]))
+                yield defined(prompt, name, code)
+    for block in blocks:
+        yield from completed(prompt, block[0])
+    if defines.search(text):
+        for code in unfenced(text, defines):
+            yield defined(prompt, name, code)
+    elif not indented and not blocks:
+        yield from completed(prompt, cut(text, 0))
+
+
+def blocks_of(text: str) -> list[list[str]]:
+    """The contents of Markdown's code blocks; of each one up to every line that may end it, first that which should: a fence
+    no deeper than its own. A docstring's example is deeper, as a rule."""
+    lines, blocks, at = text.split("\n"), [], 0
+    fences = [(i, found) for i, line in enumerate(lines) if (found := re.match(r"([ \t>]*)(`{3,}|~{3,})([^`]*)$", line))]
+    for place, (begin, opening) in enumerate(fences):
+        if begin < at:
+            continue
+        rest = fences[place + 1 : place + 1 + MOST_SOURCES]
+        ends = [(len(found[1]) > len(opening[1]), i) for i, found in rest
+                if found[2].startswith(opening[2]) and not found[3].strip()]  # fmt: skip
+        ends = [i for _, i in sorted(ends)]
+        blocks.append(["\n".join(lines[begin + 1 : end]) for end in ends[:8] or [len(lines)]])
+        at = ends[0] + 1 if ends else len(lines)
+    return blocks[-MOST_SOURCES:]
+
+
+def cut(code: str, after: int) -> str:
+    """What comes before the first of STOPS."""
+    return code[: min((end for stop in STOPS if (end := code.find(stop, after)) >= 0), default=len(code))]
+
+
+def unfenced(text: str, defines: re.Pattern) -> Iterator[str]:
+    """Code that stands in a text without a block: from each line that may begin it, to each that may end it."""
+    first = defines.search(text)
+    begins = [found.start() for found in re.finditer(r"^(?:import|from|def|class|async|@)\b", text, re.MULTILINE)]
+    for begin in [*[begin for begin in begins if begin < first.start()][:8], first.start()]:
+        code = without_prose(text[begin:], ("if __name__", "print("))
+        tops = [found.start() for found in re.finditer(r"^(?!\s)", code, re.MULTILINE)]
+        for end in [len(code), *reversed(tops[-8:])]:
+            if defines.search(code, 0, end):
+                yield code[:end]
+
+
+def without_prose(code: str, stops: tuple[str, ...] = ()) -> str:
+    """What comes before the first line, after the first, that begins with one of `stops`, or unindented as no code does."""
+    for found in re.finditer(r"(?<=\n)(?!\s).+", code):
+        if not LINE_OF_CODE.match(found[0]) or found[0].startswith(stops):
+            return code[: found.start()]
+    return code
+
+
+def defined(prompt: str, name: str, code: str) -> str:
+    """A program of code that defines the function: it takes the place of the prompt's definition."""
+    before = list(re.finditer(rf"^[ \t]*(?:async )?def {name}\b", prompt, re.MULTILINE))
+    return prompt[: before[-1].start()] + "\n" + textwrap.dedent(code) if before else textwrap.dedent(code)
+
+
+def completed(prompt: str, code: str) -> Iterator[str]:
+    """Programs of a prompt and code that continues it, as it is or indented anew."""
+    first = next((line for line in code.split("\n") if line.strip()), "")
+    spaces = re.sub(r"^[ \t]+", lambda found: found[0].expandtabs(4), code, flags=re.MULTILINE)
+    if first[:1] in (" ", "\t"):
+        yield prompt + code
+    yield prompt + textwrap.indent(textwrap.dedent(spaces), "    ")
+    yield prompt + "    " + spaces.lstrip()
+
+
 code_is_allowed = False
 
 
 def allow_code_execution() -> None:
-    """Lets `code_passes` run what a model wrote; what it is kept from is on top."""
+    """Lets `outcome` run what a model wrote; what it is kept from is on top."""
     global code_is_allowed
     code_is_allowed = True
 
@@ -202,32 +302,17 @@ def check_allowed() -> None:
         raise InputError("Checking code runs programs that a model wrote; allow that with --allow_code_execution.")
     if os.name != "posix":
         raise InputError("Checking code needs Linux or another POSIX system, where it can limit what a program does.")
-    if not passes(""):
-        raise InputError("Checking code cannot be done here: even an empty program does not come to its end.")
+    found = outcome_of("def f():\n", "def check(candidate):\n    assert candidate() == (1, 'a')", "f", "    return 1, 'a'")
+    if found.verdict != "pass":
+        raise InputError(f"Checking code cannot be done here: a program without fault does not pass ({found.reason}).")
 
 
-@lru_cache(maxsize=4096)
-def passes(program: str) -> bool:
-    """Whether a program comes to its end in TIMEOUT_S seconds, locked in. Whatever it started is gone afterwards."""
-    word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as report:
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", CHILD], cwd=folder, env={"TMPDIR": folder}, stdin=subprocess.PIPE,
-            stdout=report, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        try:
-            child.communicate(json.dumps([word, folder, LIMITS, program]).encode(), TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
-        report.seek(0)
-        return report.read(len(word) + 1) == word.encode()
+def outcome(item: dict, text: str) -> Outcome:
+    """What becomes of a text by the tests of `item`, a line of HumanEval. Raises InputError when that is not allowed."""
+    check_allowed()
+    return outcome_of(item["prompt"], item["test"], item["entry_point"], text)
 
 
 def code_passes(item: dict, text: str) -> bool:
     """Whether a text passes the tests of `item`, a line of HumanEval. Raises InputError when that is not allowed."""
-    check_allowed()
-    return passes(program_of(item, text))
+    return outcome(item, text).verdict == "pass"

@@ -12,7 +12,8 @@ The checkers, and what each takes for a text's final answer:
 `choice`  the letter A to J after the last "answer is", "answer:", "option is" or "choice is", or in "\\boxed{"; without
           one the last bold letter (**B**, **B. Paris**); without one the last letter that stands alone ("A train" and
           "I think" begin with words).
-`code`    "pass" or "fail": runs HumanEval's tests on the prompt with the text put after it, see scripts/sandbox.py.
+`code`    "pass", "fail", "timeout" or, where the tests cannot be held here, "unchecked": runs HumanEval's tests on the program
+          that the text gives for the prompt, see scripts/sandbox.py. Only "pass" is right.
 `demo`    the number that the answer sentence gives; right is an answer with every step right.
 `none`    nothing: the answer is for a judge elsewhere (MT-Bench), or only its speed counts (Spec-Bench).
 """
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.demo_task import answer_of, check
 from scripts.math_answers import final_math, same_math
-from scripts.sandbox import code_passes
+from scripts.sandbox import code_passes, outcome
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ CHECKERS = {
     "math": Checker(lambda question, text: final_math(text), math_is_right),
     "choice": compared_by(final_letter),
     "code": Checker(
-        lambda question, text: "pass" if code_passes(question.content, text) else "fail",
+        lambda question, text: outcome(question.content, text).verdict,
         lambda question, text: code_passes(question.content, text),
     ),
     "demo": Checker(demo_answer, lambda question, text: check(question.content, text).right),

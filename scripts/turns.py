@@ -87,6 +87,18 @@ def answer_turns(engine, parts: list[list[int]], question: Question, max_new_tok
     return whole
 
 
+def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
+    """The record of a question without an answer: what the logits were, instead of a text; all counts are zero."""
+    n = len(parts[0])
+    record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
+    if isinstance(engine, Engine):
+        record = json.loads(as_json(engine, Result(n), "")) | {"origin": ""} | record
+    record |= {"cuts": [], "stop_reason": "failed"}
+    if question.checker == "none":
+        record |= {"turns": [summary_of(record, ()) for _ in parts], "time": time.time()}
+    return record
+
+
 def said_ids(record: dict, stops: tuple[str, ...]) -> list[int]:
     """The tokens of an answer that lie before its stop text or stop token."""
     room, ids = len(cut(record["text"], stops)), []

@@ -173,11 +173,11 @@ def test_adaptive_output_is_plain_output(pair):
     plain = Engine(target, None, None, Settings("plain"), [96], 200).generate(prompt, 150)
     engine = Engine(target, draft, None, Settings("standard", speculate_k=max(SIZES), adaptive=True), [96], 200)
     engine.pace.seconds = {(window, m): 1 + 0.01 * m for window in engine.pace.windows(engine.capacity) for m in SIZES}
-    engine.pace.choose = lambda window, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
+    engine.pace.choose = lambda window, most, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
     seen, learn = [], engine.pace.learn
     engine.pace.learn = lambda drafted, accepted: (seen.append(drafted), learn(drafted, accepted))
     result = engine.generate(prompt, 150)
-    assert result.tokens == plain.tokens and set(seen) == set(SIZES) and result.drafted == sum(seen)
+    assert result.tokens == plain.tokens and set(seen) >= set(SIZES) and result.drafted == sum(seen)  # the last are cut
 
 
 def test_adaptive_m_follows_the_draft():
@@ -194,27 +194,68 @@ def test_auto_on_the_command_line(pair, tmp_path, capsys):
     assert generate.read_k("auto") == "auto" and generate.read_k("7") == 7
     with pytest.raises(SystemExit):
         generate.parse_args(["--speculate_k", "many"])
-    assert "neither a whole number nor auto" in capsys.readouterr().err
+    assert "from 1 to 1024, or auto" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def low_precision(tmp_path_factory):
+    """A pair in bf16, where products of other row counts round otherwise."""
+    root = tmp_path_factory.mktemp("low")
+    make_folder(root / "target", seed=1)
+    make_folder(root / "draft", seed=2, num_hidden_layers=1)
+    return load_model(root / "target", dtype=torch.bfloat16), load_model(root / "draft", dtype=torch.bfloat16)
 
 
 @torch.inference_mode()
-def test_features_are_what_the_engine_gives_the_head(pair, monkeypatch):
-    """target+draft: what training reads equals, to 1e-5, what verification hands to the head, row by row."""
-    target, draft = pair
+@pytest.mark.parametrize("length", [1, 2, 65, 300])
+def test_features_are_to_the_bit_what_the_engine_gives_the_head(low_precision, monkeypatch, length):
+    """target+draft: what training reads equals what verification hands to the head, row by row, in bf16, behind prompts
+    of no pass, of one and of several."""
+    target, draft = low_precision
     head = JudgeHead(torch.zeros(64), torch.tensor(9.0), 0.5, target.fingerprint, {}, torch.zeros(64))  # lets all pass
     given = []
     score = JudgeHead.score
     monkeypatch.setattr(JudgeHead, "score", lambda self, h, d: given.append((h.clone(), d.clone())) or score(self, h, d))
-    engine, prompt, k = Engine(target, draft, head, Settings("judge", speculate_k=5), [], 128), [3, 14, 15, 92], 5
-    tokens = engine.generate(prompt, 18).tokens  # three rounds of 5 + 1
-    base, both = len(prompt) - 1, prompt + tokens
-    ours = RowReader(target, k + 1, 64).read(both, base, base + 1, len(both))
-    theirs = RowReader(draft, k + 1, 64).read(both, base, base, len(both) - 1)
-    assert len(given) == 3
+    k, prompt = 5, torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    tokens = Engine(target, draft, head, Settings("judge", speculate_k=k), [], 400).generate(prompt, 3 * (k + 1)).tokens
+    readers = [RowReader(target, k + 1, 400), RowReader(draft, k + 1, 400, drafts=True)]
+    mine = judge.read_features(readers, judge.Encoded(prompt, tokens, [(0, 1)] * len(tokens), {"errors": []}))[0]
+    assert len(given) == 3 and len(mine) == 18
     for number, (hidden, draft_hidden) in enumerate(given):
         rows = slice(number * (k + 1), number * (k + 1) + k)  # the sixth token of a round is the target's own
-        assert torch.allclose(hidden, ours[rows], atol=1e-5) and torch.allclose(draft_hidden, theirs[rows], atol=1e-5)
-    assert not torch.allclose(given[0][1], theirs[1 : k + 1], atol=1e-2), "the draft's row after would do as well"
+        assert torch.equal(mine[rows, :64], hidden) and torch.equal(mine[rows, 64:], draft_hidden), number
+    assert not torch.allclose(given[0][1], mine[1 : k + 1, 64:], atol=1e-2), "the draft's row after would do as well"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("length", [1, 2, 65, 300])
+def test_features_are_read_in_the_engines_passes(low_precision, length):
+    """The same tokens at the same places, padding included, over as much of the cache, in the same order."""
+    k, seen = 5, []
+
+    def record(model):
+        def hook(module, args, kwargs):
+            tokens, pos, window, prefill = *args, kwargs.get("prefill", False)
+            seen.append((model, tokens.tolist(), pos.tolist(), window, prefill))
+
+        return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    target, draft = low_precision
+    prompt = torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    head = JudgeHead(torch.zeros(64), torch.tensor(9.0), 0.5, target.fingerprint, {})
+    hooks = [record(model) for model in low_precision]
+    tokens = Engine(target, draft, head, Settings("judge", speculate_k=k), [], 400).generate(prompt, 3 * (k + 1)).tokens
+    engine = {model: [call[1:] for call in seen if call[0] is model] for model in low_precision}
+    seen.clear()
+    for model in low_precision:
+        RowReader(model, k + 1, 400, drafts=model is draft).read(prompt + tokens[:-2], length - 1, length - 1, length + 15)
+    reader = {model: [call[1:] for call in seen if call[0] is model] for model in low_precision}
+    for hook in hooks:
+        hook.remove()
+    assert len(engine[target]) == 3 + {1: 0, 2: 1, 65: 1, 300: 2}[length]
+    assert [call[1:] for call in reader[target]] == [call[1:] for call in engine[target]]
+    assert reader[target][:-1] == engine[target][:-1]  # in the last pass the engine reads what it drafted past the end
+    assert reader[draft] == engine[draft][: len(reader[draft])] and len(engine[draft]) - len(reader[draft]) <= 2
 
 
 def test_the_mean_score_is_of_the_tokens_that_were_looked_at():
