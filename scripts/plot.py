@@ -68,9 +68,10 @@ FIELDS = {  # of an answer; `maybe` fields may be missing
     "rounds": is_count, "drafted": is_count, "accepted": is_count, "accepted_by_rule": is_count,
     "seconds_decode": lambda value: is_number(value) and 0 <= value <= MOST,
     "threshold": maybe(is_number), "speculate_k": lambda value: value in (None, "auto") or is_count(value),
-    "item": maybe(is_count), "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
+    "failed": maybe(is_text), "item": maybe(is_count),
+    "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
 }  # fmt: skip
-OPTIONAL = ("threshold", "speculate_k", "item", "final_answer")
+OPTIONAL = ("failed", "threshold", "speculate_k", "item", "final_answer")
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
@@ -156,6 +157,8 @@ def check_together(path: Path, records: list[dict]) -> None:
             raise InputError(f"{path}, line {number}: field 'right' is known for some answers of {record['rule']} alone.")
     for rule in scored:
         mine = [record for record in records if record["rule"] == rule]
+        if any("failed" in record for record in mine):
+            continue  # such answers have neither
         if sum(r["seconds_decode"] for r in mine) < 1e-9 or not any(r["tokens"] for r in mine):
             raise InputError(f"{path}: the answers of {rule} hold no tokens, or took no time; there is nothing to show of it.")
 

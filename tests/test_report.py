@@ -216,6 +216,16 @@ def test_what_is_read_and_written_is_regular(tmp_path, capsys):
     assert found.returncode == 2 and found.stderr.count("\n") == 1
 
 
+def test_failed_answers_are_shown_as_such(tmp_path):
+    """As evaluate.py records them: no token, no time. A rule may have no others."""
+    nothing = dict.fromkeys(("tokens", "cuts"), []) | dict.fromkeys(("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_decode"), 0)
+    failed = {k: v for k, v in RECORDS[1].items() if k not in ("p", "kl", "score", "top")} | nothing
+    failed |= {"text": "", "origin": "", "right": False, "answer_right": False, "failed": "Logits are <not> finite."}
+    page = make(tmp_path, [RECORDS[0], failed])
+    assert "1 of 2 answers failed and count as wrong, the first that of judge to item 0: Logits are &lt;not&gt; finite." in page
+    assert "(no answer: Logits are \\u003cnot> finite.)" in page and "not coloured" not in page and "come without" not in page
+
+
 def test_the_page_says_how_the_run_was_made(tmp_path):
     made = {"command": "python scripts/evaluate.py --limit 4", "machine": "2 cores", "commit": "abc1234", "date": "2026-11-25"}
     page = make(tmp_path, RECORDS, HEADER | made)
