@@ -17,6 +17,7 @@ from cli import InputError, Parser, one_line, run_script  # isort: skip  (first:
 import argparse
 import math
 import re
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -67,11 +68,10 @@ FIELDS = {  # of an answer; `maybe` fields may be missing
     "rounds": is_count, "drafted": is_count, "accepted": is_count, "accepted_by_rule": is_count,
     "seconds_decode": lambda value: is_number(value) and 0 <= value <= MOST,
     "threshold": maybe(is_number), "speculate_k": lambda value: value in (None, "auto") or is_count(value),
-    "item": maybe(is_count), "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
-    "turns": lambda value: value is None or isinstance(value, list) and all(
-        isinstance(turn, dict) and is_count(turn.get("new_tokens")) for turn in value),
+    "failed": maybe(is_text), "item": maybe(is_count),
+    "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
 }  # fmt: skip
-OPTIONAL = ("right", "answer_right", "threshold", "speculate_k", "item", "final_answer", "turns")
+OPTIONAL = ("failed", "threshold", "speculate_k", "item", "final_answer")
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
@@ -143,7 +143,9 @@ def check_tokens(record: dict, where: str) -> None:
     cuts = record.get("cuts")
     if cuts is not None and (not all(map(is_count, cuts)) or sum(cuts) != len(record["text"])):
         raise InputError(f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} characters.")
-    if turn_ends(record)[-1:] != [n]:
+    turns = record.get("turns") or []
+    good = isinstance(turns, list) and all(isinstance(turn, dict) and is_count(turn.get("new_tokens")) for turn in turns)
+    if not good or turn_ends(record)[-1:] != [n]:
         raise InputError(f"{where}: field 'turns' must name new_tokens that add up to the {n} tokens.")
 
 
@@ -155,6 +157,8 @@ def check_together(path: Path, records: list[dict]) -> None:
             raise InputError(f"{path}, line {number}: field 'right' is known for some answers of {record['rule']} alone.")
     for rule in scored:
         mine = [record for record in records if record["rule"] == rule]
+        if any("failed" in record for record in mine):
+            continue  # such answers have neither
         if sum(r["seconds_decode"] for r in mine) < 1e-9 or not any(r["tokens"] for r in mine):
             raise InputError(f"{path}: the answers of {rule} hold no tokens, or took no time; there is nothing to show of it.")
 
@@ -557,7 +561,8 @@ def round_parts(result: dict):
 
 def save(figure, path: Path, caption: str) -> None:
     """Writes the PNG, beside and renamed."""
-    figure.suptitle(one_line(caption)[:400], fontsize=7, wrap=True)
+    lines = textwrap.fill(one_line(caption)[:400], int(17 * figure.get_figwidth()))  # matplotlib's wrap reads $ as a formula
+    figure.suptitle(lines, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as fresh, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that the font lacks is a box

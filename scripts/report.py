@@ -260,6 +260,8 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
     text, cuts = record["text"], record.get("cuts")
     ends = list(accumulate(cuts)) if cuts else [len(text)]
     tokens = [pieces(text[begin:end]) for begin, end in zip([0, *ends], ends)]
+    if record.get("failed"):
+        tokens, cuts = [pieces(f"(no answer: {record['failed']})")], None
     final = record.get("final_answer")
     answer = {"r": rules.index(record["rule"]), "ok": -1 if record["right"] is None else int(record["right"]),
               "f": None if final is None else str(final),
@@ -299,6 +301,10 @@ def page_data(records: list[dict], rules: list[str]) -> str:
 def notes(records: list[dict]) -> str:
     """What is missing, and how to get it."""
     lines, n = [], len(records)
+    if failed := [record for record in records if record.get("failed")]:
+        lines.append(f"{len(failed)} of {n} answers failed and count as wrong, the first that of {failed[0]['rule']} to item "
+                     f"{failed[0]['index']}: {failed[0]['failed']}")  # fmt: skip
+        records = [record for record in records if not record.get("failed")]
     if bare := sum(not (record.get("origin") and record.get("cuts")) for record in records):
         lines.append(f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: they are of "
                      "transformers, or older than this report; run scripts/evaluate.py anew with another --out.")  # fmt: skip
