@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,10 +111,8 @@ class Slow(http.server.BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        try:
+        with suppress(OSError):  # the reader was killed
             super().handle()
-        except OSError:  # the reader was killed
-            pass
 
 
 @contextmanager
