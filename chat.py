@@ -92,8 +92,8 @@ class ChatTemplate:
         except RecursionError:
             raise InputError(f"{self.where}: the chat template is nested too deeply.") from None
         except Exception as error:  # a template is a program: anything may be wrong with it
-            reason = one_line(str(error)) or type(error).__name__
-            raise InputError(f"{self.where}: the chat template cannot be used for these messages: {reason.rstrip('.')}.") from None
+            reason = (one_line(str(error)) or type(error).__name__).rstrip(".")
+            raise InputError(f"{self.where}: the chat template cannot be used for these messages: {reason}.") from None
 
     def environment(self) -> jinja2.Environment:
         """Jinja as chat templates expect it (settings and functions are those of transformers' apply_chat_template)."""

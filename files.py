@@ -175,6 +175,27 @@ def check_writable(path: Path, flag: str = "") -> Path:
     return real
 
 
+def check_new_folder(out: Path, flag: str, beside: Path) -> None:
+    """Raises InputError for a folder that cannot be made, or is there, before any work is done for it. beside: the folder
+    that it is written to first, which may be there."""
+    try:
+        if os.path.lexists(out):
+            kind = "a link to nowhere" if not os.path.exists(out) else kind_of_file(os.stat(out).st_mode)
+            kind = "a file" if kind == "no regular file" else kind
+            raise InputError(f"{flag} {out} exists already and is {kind}; name a new folder.")
+        if os.path.lexists(beside) and (os.path.islink(beside) or not os.path.isdir(beside)):
+            raise InputError(f"{flag} {out}: {beside}, where it is written to first, is no folder; remove it.")
+        above = next(path for path in Path(os.path.abspath(out)).parents if os.path.lexists(path))
+        if not above.is_dir():
+            raise InputError(f"{flag} {out} cannot be made: {above} is no folder.")
+        if not os.access(beside if beside.exists() else above, os.W_OK | os.X_OK):
+            raise InputError(f"{flag} {out} cannot be made: nothing may be made in the folder {above}.")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{flag} {out} cannot be made: {getattr(error, 'strerror', None) or error}.") from None
+
+
 def check_not_input(out: Path, inputs: list[Path], flag: str = "--out") -> None:
     """Raises InputError where writing `out` would destroy one of the files that are read for it."""
     for path in inputs:
@@ -213,7 +234,7 @@ def lock(file, path: Path) -> None:
     import fcntl
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a file object or a descriptor, of a folder, too
     except BlockingIOError:
         raise InputError(f"{path} is being written by another process; wait for it, or name another file.") from None
 

@@ -424,7 +424,8 @@ class Engine:
         """Runs every step, which compiles it, captures the CUDA graphs, and measures what --speculate_k auto chooses by.
         Returns the seconds it took."""
         started = time.monotonic()
-        self.prefill([0] * (WINDOW + 1))  # as few rows as a last pass may have: products of few rows are tuned for them, too
+        # As few rows as a last pass may have: products of few rows are tuned for them, too
+        self.prefill([0] * min(WINDOW + 1, self.capacity))
         for m in self.sizes:
             for needed in (1, 1, self.capacity):  # again, and elsewhere: no step may depend on where it stands
                 self.buffers.pos.fill_(needed // 2)

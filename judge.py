@@ -309,8 +309,8 @@ RULES = {
 
 def check_threshold(name: str, threshold: float, what: str = "--threshold") -> float:
     """The threshold, or an InputError when it is outside the rule's range (or no whole number for topk)."""
-    rule = RULES[name]
-    if not rule.low <= threshold <= rule.high or (name == "topk" and not float(threshold).is_integer()):
+    rule, fits = RULES[name], name != "topk" or float(threshold).is_integer()
+    if not rule.low <= threshold <= rule.high or not math.isfinite(threshold) or not fits:
         kind = "a whole number of at least 1" if name == "topk" else f"between {rule.low:g} and {rule.high:g}"
         raise InputError(f"{what} {threshold} is outside the range of --verify {name}: {rule.knob} must be {kind}.")
     return threshold

@@ -305,7 +305,7 @@ class Workbench:
 
             return run
 
-        engine.steps = lambda visible, m: [clocked(step) for step in steps(visible, m)]
+        engine.steps = lambda *sizes: [clocked(step) for step in steps(*sizes)]
         try:
             result = engine.generate(prompt, self.args.max_new_tokens)
         finally:

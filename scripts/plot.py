@@ -309,7 +309,7 @@ def name_points(axis, rows: list[dict], x: list[float], y: list[float], span: tu
         left = x[group[0]] < span[0] / 2
         text = " to ".join(f"{rows[number]['threshold']:g}" for number in dict.fromkeys((group[0], group[-1])))
         axis.annotate(text, (x[group[0]], y[group[0]]), fontsize=7, textcoords="offset points", color=colour,
-                      ha="left" if left else "right", xytext=(5 if left else -5, 4 if place % 2 else -11))  # fmt: skip
+                      ha="left" if left else "right", xytext=(4 if left else -4, -20 if place % 2 else -11))  # fmt: skip
 
 
 def equal_risk(result: dict):
@@ -373,6 +373,7 @@ def by_delta(result: dict, key: str):
         (line,) = axis.plot(x, y, marker="o", label=name)
         name_points(axis, rows, x, y, (max(x, default=1), max(y, default=0) - min(y, default=0)), line.get_color())
     axis.set(xlabel=M_STAR, ylabel="right answers against plain, points")
+    axis.margins(0.12)
     axis.set_title(result["title"] + "; number: threshold", fontsize=10)
     axis.legend()
     return figure

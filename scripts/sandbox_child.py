@@ -32,6 +32,7 @@ def main() -> None:
     report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
+    os.close(null)
     if role == "answer":
         os.close(report)
     enter_namespaces(folder, limits["DISK"])
@@ -334,8 +335,8 @@ def enter_namespaces(folder: str, disk: int) -> None:
         return
     first = os.fork()  # a namespace's first process takes all others with it when it dies
     if first:
-        os.waitpid(first, 0)
-        os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+        os._exit(status if status >= 0 else 128 - status)
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: the parent's death is its own
 
 

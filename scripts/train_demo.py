@@ -267,9 +267,12 @@ def train_all(args: argparse.Namespace) -> None:
     """Runs the stages that are asked for, each from where it stopped."""
     stages = check_args(args)
     args.work.mkdir(parents=True, exist_ok=True)
-    with open(os.open(args.work, os.O_RDONLY)) as held:
+    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
+    try:
         lock(held, args.work)
         run_stages(args, stages)
+    finally:
+        os.close(held)
 
 
 def check_args(args: argparse.Namespace) -> list[str]:

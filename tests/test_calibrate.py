@@ -230,9 +230,9 @@ def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch)
 
 def test_mistakes_are_one_sentence(tmp_path, capsys):
     for more, word in (
-        ([], "Give one of --max_harm"), (["--max_harm", "2"], "between 0 and 1"), (["--max_harm", "0.1", "--walk", "a"], "numbers"),
+        ([], "Give one of --max_harm"), (["--max_harm", "2"], "--max_harm: '2' must be a number from"), (["--max_harm", "0.1", "--walk", "a"], "numbers"),
         (["--max_harm", "0.1", "--walk", "0.5,0.9"], "from the strictest delta to the loosest, which is 0.9,0.5"),
-        (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "between 0 and 1"),
+        (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "--confidence: '1'"),
         (["--max_false_accept", "0.1"], "--data"), (["--max_harm", "0.1", "--judge_path", "/no"], "no judge file /no"),
         (["--max_harm", "0.1", "--out", "judge.json"], "name it *.safetensors"), (["--max_harm", "0.1", "--checkpoint_path", "x"], "draft"),
         (["--max_harm", "0.1", "--out", "/no/such/file.safetensors"], "cannot be written"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, DEVICES, make_folder
+from conftest import DATA, DEVICES, TEMPLATES, make_folder
 
 import generate
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual
@@ -246,7 +246,7 @@ def test_compiled_markers_adaptive_m_and_draft_features(pair, device, monkeypatc
         engine = Engine(target, draft, head, Settings("judge", **settings, compile=compiled), [96], 300, Markers(table, 1))
         engine.warm_up()
         seen = []
-        engine.pace.choose = lambda window, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
+        engine.pace.choose = lambda window, most, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
         with torch._dynamo.config.patch(error_on_recompile=True):
             prompts = [torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 70, 240)]
             results = [engine.generate(prompt, 40) for prompt in prompts]
@@ -581,13 +581,10 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, 
 
 @pytest.mark.parametrize(("stdin", "word"), [(None, "closed"), (b"\xff\xfe", "UTF-8"), (b"", "nothing"), (b"\xef\xbb\xbf\n", "nothing")])
 def test_standard_input_that_holds_no_prompt_is_said(folders, capsys, monkeypatch, stdin, word):
-    monkeypatch.setattr(sys, "stdin", stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-    with pytest.raises(SystemExit) as stop:
-        main(command(folders, prompt="-"))
-    assert stop.value.code == 2 and word in capsys.readouterr().err
-    if stdin != b"\xef\xbb\xbf\n" and word != "nothing":
+    for flags in (command(folders, prompt="-"), command(folders, "--interactive", prompt=None))[: 1 if word == "nothing" else 2]:
+        monkeypatch.setattr(sys, "stdin", stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         with pytest.raises(SystemExit) as stop:
-            main(command(folders, "--interactive", prompt=None))
+            main(flags)
         assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
@@ -758,6 +755,7 @@ def test_a_folder_as_llama31_is_published_gives_what_transformers_gives(tmp_path
     for role in ("target", "draft"):
         (tmp_path / role / "original").mkdir()
         shutil.copy(DATA / "tokenizers" / "llama3" / "tokenizer.model", tmp_path / role / "original")
+        (tmp_path / role / "chat_template.jinja").write_text(TEMPLATES["llama 3.1"])
     flags = ["--draft_checkpoint_path", str(tmp_path / "draft")] if verify != "plain" else []
     main(["--checkpoint_path", str(tmp_path / "target"), *flags, "--verify", verify, "--chat", "--prompt", "Why is the sky blue?",
           "--max_new_tokens", "24", "--speculate_k", "4", "--device", "cpu", "--json"])  # fmt: skip

@@ -449,8 +449,8 @@ def test_a_damaged_cache_is_made_anew_from_where_it_is_damaged(pair, tmp_path, c
     damaged = [b"", b"x", contents[1][:40], contents[1][:-1], b"\xff" * 8 + contents[1][8:], save(tensors), save({}, metadata)]
     damaged += [save(tensors, {"next": text}) for text in ("", "x", "-1", "0", "3", "5", "7", "10", "9" * 5000, "6.0", "٦")]
     damaged += [save(tensors | change, metadata) for change in (
-        {"features": tensors["features"][:-1]}, {"features": tensors["features"][:, :-1]}, {"features": tensors["features"].half()},
-        {"features": torch.full_like(tensors["features"], math.nan)}, {"features": torch.zeros(())}, {"answer": tensors["place"]},
+        {"features": tensors["features"][:-1]}, {"features": tensors["features"][:, :-1].contiguous()}, {"features": tensors["features"].half()},
+        {"features": torch.full_like(tensors["features"], math.nan)}, {"features": torch.zeros(())}, {"answer": tensors["place"].clone()},
         {"answer": tensors["answer"].long()}, {"answer": torch.zeros((), dtype=torch.int32)}, {"place": tensors["place"] + 1},
         {"more": torch.zeros(1)},
     )]  # fmt: skip

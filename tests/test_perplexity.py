@@ -64,3 +64,14 @@ def test_mistakes(flags, sentence, capsys):
 
 def test_names_of_modes():
     assert scheme_named("none") is None and scheme_named("int4/128").group_size == 128 and scheme_named("fp8").mode == "fp8"
+
+
+def test_a_perplexity_that_is_no_number_is_one_sentence(tmp_path, capsys):
+    weights = make_folder(tmp_path / "model", seed=5, vocab_size=640, max_position_embeddings=128)
+    weights.model.norm.weight.data[3] = float("nan")
+    weights.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes((DEMO / "target" / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit) as end:
+        main(["--checkpoint_path", str(tmp_path / "model"), "--mode", "none", "--limit", "1", "--device", "cpu", "--stride", "32"])
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and "not finite" in captured.err

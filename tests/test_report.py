@@ -137,7 +137,7 @@ def test_broken_files_are_one_sentence(tmp_path, capsys):
             report.main([str(tmp_path / "r.jsonl"), "--out", str(out)])
         err = capsys.readouterr().err
         assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
-    for flags, word in (([str(tmp_path / "none.jsonl")], "No such file"), ([str(tmp_path)], "directory"), ([__file__], "line 1 is not"),
+    for flags, word in (([str(tmp_path / "none.jsonl")], "There is no file"), ([str(tmp_path)], "is a folder"), ([__file__], "line 1 is not"),
                         ([str(write(tmp_path / "r.jsonl")), "--out", "/no/such/folder/x"], "cannot be written"),
                         ([str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "r.jsonl")], "would be lost")):  # fmt: skip
         with pytest.raises(SystemExit) as stop:

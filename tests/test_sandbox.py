@@ -26,10 +26,14 @@ HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 
 @pytest.fixture(autouse=True)
 def forgets(monkeypatch, tmp_path):
-    """Each test starts without permission, and with folders for tested code that are its own."""
+    """Each test starts without permission, with folders for tested code that are its own, and leaves no outcome that
+    another child or interpreter gave."""
+    real = sandbox.CHILD, sandbox.sys.executable
     monkeypatch.setattr(sandbox, "code_is_allowed", False)
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
-    sandbox.outcome_of.cache_clear()
+    yield
+    if (sandbox.CHILD, sandbox.sys.executable) != real:
+        sandbox.outcome_of.cache_clear()
 
 
 PROMPT = 'import math\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: int) -> int:\n    """ One more than x. """\n'
@@ -66,6 +70,7 @@ def test_code_runs_only_when_allowed(tmp_path, monkeypatch):
 
 
 def test_a_machine_that_cannot_run_code_says_so(monkeypatch):
+    sandbox.outcome_of.cache_clear()
     monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
     with pytest.raises(InputError, match="cannot be done here"):
         verdict("    return x + 1\n")
@@ -165,11 +170,11 @@ def test_all_of_humanevals_own_solutions_pass_and_empty_bodies_fail():
 @pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs HumanEval.jsonl.gz")
 @pytest.mark.parametrize("form", SOLUTIONS)
 def test_humanevals_solutions_pass_in_every_form(form):
-    """22 problems, those with helper functions among them; JUDGE_FAST_ALL=1 takes all 164."""
+    """20 problems, those with helper functions among them; JUDGE_FAST_ALL=1 takes all 164."""
     sandbox.allow_code_execution()
     questions = read_task("humaneval", HUMANEVAL, chat=False)
     if not os.environ.get("JUDGE_FAST_ALL"):
-        questions = [questions[at] for at in sorted({32, 38, 50, *range(0, 164, 9)})]
+        questions = [questions[at] for at in sorted({32, 38, 50, *range(0, 164, 10)})]
     items = [q.content for q in questions]
     texts = [SOLUTIONS[form](item["prompt"], q.reference, item["entry_point"]) for q, item in zip(questions, items)]
     with ThreadPoolExecutor() as pool:
@@ -215,6 +220,23 @@ ATTACKS = {
     "call C": "import ctypes; ctypes.CDLL(None).getpid()",
     "raise a limit": "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (9, 9))",
     "leave": "import os; os._exit(0)",
+    "leave with another code": "import os; os._exit(7)",
+    "kill itself": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "kill by the signal module": "import os, signal; signal.pthread_kill(__import__('threading').main_thread().ident, 9)",
+    "trace the tester": "import ctypes; ctypes.CDLL(None).ptrace(16, {pid}, 0, 0)",
+    "write the tester's memory": "open('/proc/{pid}/mem', 'r+b').write(b'x')",
+    "write its own memory": "open('/proc/self/mem', 'r+b').seek(0)",
+    "read its own descriptors": "import os; os.listdir('/proc/self/fd')",
+    "open a folder as a place to begin from": "import os; os.open(os.path.dirname(os.__file__), os.O_RDONLY)",
+    "open from a library's folder": "import os; os.open('os.py', os.O_WRONLY, dir_fd=os.open(os.path.dirname(os.__file__), os.O_RDONLY | os.O_DIRECTORY))",
+    "call C by a cast": "import ctypes; ctypes.string_at(id(1), 8)",
+    "many files": "for n in range(1000): open(f'{{n}}', 'w').close()",
+    "600 MB of files": "for n in range(600):\n    with open(f'{{n}}', 'wb') as file:\n        for _ in range(16): file.write(bytes(1 << 16))",
+    "1,050 folders one in another": "import os\npath = '.'\nfor n in range(1050):\n    path += '/d'\n    os.mkdir(path)",
+    "change the folder": "import os; os.chdir('/')",
+    "rename": "import os; open('a', 'w').close(); os.rename('a', {outside!r})",
+    "truncate": "import os; os.truncate({outside!r}, 0)",
+    "change modes": "import os; os.chmod({outside!r}, 0)",
     "say what is expected and leave": "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'pass')\n    except OSError: pass\nos._exit(0)",
 }  # fmt: skip
 UNGUARDED = {  # these end by an exception of their own
@@ -222,6 +244,9 @@ UNGUARDED = {  # these end by an exception of their own
     "2 GB": "y = bytearray(2 << 30)",
     "10 GB in small pieces": "y = []\nwhile True: y.append(bytearray(1 << 26))",
     "a large file": "with open('x', 'wb') as file:\n    for _ in range(1000): file.write(bytes(1 << 20))",
+    "replace what assert raises": "import builtins; builtins.AssertionError = None; raise ValueError",
+    "end at exit": "import atexit, os, sys; atexit.register(os._exit, 0); sys.exit(0)",
+    "end in a thread": "import os, threading; threading.Thread(target=os._exit, args=(0,)).start(); threading.Event().wait(2); raise ValueError",
     "many open files": "y = [open('x', 'w') for _ in range(1000)]",
     "exit": "import sys; sys.exit(0)",
     "exit without code": "raise SystemExit",
@@ -231,8 +256,8 @@ UNGUARDED = {  # these end by an exception of their own
     "deep recursion": "def g(): g()\ng()",
 }
 CHILD = sandbox.CHILD
-NO_NAMESPACES = ("    enter_namespaces()\n", "")
-NO_HOOK = ("    forbid_events(folder)\n", "")
+NO_NAMESPACES = ('    enter_namespaces(folder, limits["DISK"])\n', "")
+NO_HOOK = ("    sys.addaudithook(hook)\n", "")
 NO_LANDLOCK = ("    lock_files(folder)\n", "")
 
 
@@ -274,7 +299,8 @@ def places(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "outside.txt").write_text("secret")
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path / "in"))
-    monkeypatch.setattr(sandbox, "TIMEOUT_S", 5.0)
+    monkeypatch.setattr(sandbox, "CPU_S", 3)
+    monkeypatch.setattr(sandbox, "WALL_S", 8.0)
     return {"home": str(Path.home()), "outside": str(tmp_path / "outside.txt"), "pid": os.getpid()}
 
 
@@ -286,9 +312,11 @@ def test_an_attack_is_stopped_and_wrong(name, layers, places, tmp_path, monkeypa
     if name in ATTACKS:
         action = action.format(**places)
     assert verdict(solution("pass")) == "pass"
-    if "loop" in name or name == "sleep":
-        monkeypatch.setattr(sandbox, "TIMEOUT_S", 0.5)
-    assert verdict(solution(action, name in ATTACKS)) == "fail"
+    loops = "loop" in name or name == "sleep"
+    if loops:
+        monkeypatch.setattr(sandbox, "CPU_S", 1)
+        monkeypatch.setattr(sandbox, "WALL_S", 2.0 if name == "sleep" else 8.0)
+    assert verdict(solution(action, name in ATTACKS)) == ("timeout" if loops else "fail")
     assert not running_below(tmp_path / "in") and not list((tmp_path / "in").iterdir())
     assert Path(places["outside"]).read_text() == "secret"
 
@@ -315,7 +343,7 @@ def test_the_attacks_work_where_nothing_stops_them(name, places, tmp_path, monke
 
 
 def permits_namespaces(monkeypatch) -> bool:
-    without(monkeypatch, NO_HOOK)
+    without(monkeypatch, NO_HOOK, NO_LANDLOCK)
     here = os.readlink("/proc/self/ns/net") if Path("/proc/self/ns/net").is_symlink() else ""
     look = f"import os\nassert os.getpid() == 1 or os.readlink('/proc/self/ns/net') != {here!r}"
     return verdict(solution(look, guarded=False)) == "pass"
@@ -345,13 +373,12 @@ def test_limits_alone_keep_from_forks(places, tmp_path, monkeypatch):
     assert verdict(solution("import os\nif os.fork() == 0: os._exit(0)", guarded=False)) == "fail"
 
 
-def test_only_the_childs_own_word_is_a_pass(places, monkeypatch):
+def test_only_the_tests_own_word_is_a_pass(places, monkeypatch):
     """Whatever else ends up in the report, it is no pass."""
-    without(monkeypatch, ("    os.write(report, word.encode())", '    os.write(report, b"pass")'))
-    sandbox.code_is_allowed = True
-    assert not sandbox.passes("")
-    without(monkeypatch, ("    os.write(report, word.encode())", "    os.write(report, word.encode() * 2)"))
-    assert not sandbox.passes("")
+    word = "json.dumps(run_tests(channel, *job)).encode()"
+    for other in ('b"pass"', f"2 * {word}", "b''", '\'["pass"]\'.encode()', '\'"pass"\'.encode()', "b'1' * (1 << 20)", "b'\\xff'"):
+        without(monkeypatch, (word, other))
+        assert sandbox.outcome_of(PROMPT, ITEM["test"], "f", BODY).verdict == "fail", other
 
 
 def test_tested_code_sees_nothing_of_this_process(places, monkeypatch):
@@ -374,3 +401,172 @@ def test_landlock_alone_hides_files(places, tmp_path, monkeypatch):
         "import ssl, hashlib, decimal, os\nos.makedirs('a', exist_ok=True)\nopen('a/b', 'w').write('x')\nos.rename('a/b', 'c')"
     )
     assert verdict(solution(good, guarded=False)) == "pass"
+
+
+# The verdict
+
+
+ONE_AND_FIVE = "assert candidate(1) == 2\nassert candidate(5) == 6"
+FORGERIES = {
+    "an __eq__ that says yes": "class Yes:\n    def __eq__(self, other): return True\n    __ne__ = lambda self, other: False\n    __hash__ = None\ndef f(x): return Yes()",
+    "a subclass of int": "class Yes(int):\n    def __eq__(self, other): return True\ndef f(x): return Yes(0)",
+    "one that says it is int": "class Yes:\n    __class__ = int\n    def __eq__(self, other): return True\ndef f(x): return Yes()",
+    "a subclass of float": "class Yes(float):\n    def __eq__(self, other): return True\ndef f(x): return Yes(0)",
+    "in a list": "class Yes:\n    def __eq__(self, other): return True\ndef f(x): return [Yes()]",
+    "a metaclass": "class Meta(type):\n    def __eq__(self, other): return True\n    __hash__ = type.__hash__\nclass Yes(metaclass=Meta): pass\ndef f(x): return Yes",
+    "a mock": "from unittest.mock import ANY\ndef f(x): return ANY",
+    "NaN": "def f(x): return float('nan')",
+    "frames": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for key, value in [*frame.f_locals.items(), *frame.f_globals.items()]:\n            if ''.join(['assert ', 'cand']) in str(value): return x + 1\n        frame = frame.f_back\n    return 0",
+    "all objects": "import gc\ndef f(x):\n    for each in gc.get_objects():\n        if type(each) in (dict, list, tuple) and ''.join(['assert ', 'cand']) in str(each)[:100000]: return x + 1\n    return 0",
+    "the checker's code": "import sys\nmain = sys.modules['__main__']\nmain.run_tests = lambda *_: ['pass', '']\nmain.encode = lambda *_, **__: True\nmain.said = lambda *_: {'value': True, 'verdict': 'pass'}\ndef f(x): return 0",
+    "the checker's code object": "import sys\nmain = sys.modules['__main__']\nmain.run_tests.__code__ = (lambda *_: ['pass', '']).__code__\nmain.merged.__code__ = (lambda *_: None).__code__\ndef f(x): return 0",
+    "json": "import json\njson.dumps = lambda *_, **__: '[\"pass\", \"\"]'\ndef f(x): return 0",
+    "builtins": "import builtins\nbuiltins.type = lambda x: int\nbuiltins.isinstance = lambda *_: True\nbuiltins.all = builtins.any = lambda *_: True\ndef f(x): return 0",
+    "no assertions": "import builtins\nbuiltins.AssertionError = type('Never', (Exception,), {})\ndef f(x): return 0",
+    "tracing": "import sys\nsys.settrace(lambda *_: None)\nsys.setprofile(lambda frame, event, arg: None)\ndef f(x): return 0",
+    "every open file": "import os\ndef f(x):\n    for n in range(64):\n        try: os.write(n, b'[\"pass\", \"\"]')\n        except OSError: pass\n    return 0",
+    "every open file, and away": "import os\nfor n in range(64):\n    try: os.write(n, b'[\"pass\", \"\"]\\n')\n    except OSError: pass\nos._exit(0)",
+    "at its end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): raise SystemExit(0)",
+    "a check of its own": "def check(candidate): pass\ndef f(x): return 0",
+    "an exception for the tests": "def f(x): raise AssertionError",
+    "another prompt": "def helper(x): return x\nimport os\nos.environ['VERDICT'] = 'pass'\ndef f(x): return 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [(), (NO_HOOK,)], ids=["all", "no hook"])
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_verdict_is_not_forged(name, layers, places, monkeypatch):
+    without(monkeypatch, *layers)
+    assert found_by(ONE_AND_FIVE, FORGERIES[name]).verdict == "fail"
+
+
+def test_what_can_still_be_forged(places):
+    """As the docstring says: inputs known by heart; NaN and errors where the tests take them for right."""
+    assert found_by(ONE_AND_FIVE, "def f(x): return {1: 2, 5: 6}[x]").verdict == "pass"
+    assert found_by("assert not abs(candidate(1) - 2) > 1e-6", "def f(x): return float('nan')").verdict == "pass"
+    assert found_by("try: candidate(1)\nexcept Exception: pass", "def f(x): raise ValueError").verdict == "pass"
+
+
+NESTED = "    y = []\n    for _ in range(100_000): y = [y]\n"
+SENT = {  # what a call writes itself, with the channel as n -> a word of the reason
+    "5\\n": "no answer", "[]\\n": "no answer", "{}\\n": "no answer", "null\\n": "no answer", "nonsense\\n": "no answer", "\\xff\\n": "no answer", '{"value": 2}\\n': "no answer",
+    '{"value": {"int": "zz"}, "arguments": 1}\\n': "no answer", '{"value": {"a": 1, "b": 2}, "arguments": [[1], {}]}\\n': "no answer", '{"raised": 5, "text": "", "arguments": [[1], {}]}\\n': "no answer",
+    '{"value": {"dict": [[[], 1]]}, "arguments": [[1], {}]}\\n': "no answer", '{"value": {"set": [[]]}, "arguments": [[1], {}]}\\n': "no answer", '{"argument": 7, "arguments": [[1], {}]}\\n': "no answer",
+    '{"value": {"eval": "1"}, "arguments": [[1], {}]}\\n': "no answer", '{"value": {"Decimal": "x"}, "arguments": [[1], {}]}\\n': "no answer", '{"ended": [1]}\\n': "[1]", '{"raised": ["SystemExit"], "text": "x", "arguments": [{"tuple": [1]}, {"dict": []}]}\\n': "Exception",
+    '{"value": 2, "arguments": [{"tuple": [1]}, {"dict": []}]}\\n{"value": 2}\\n': "more than one answer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", SENT)
+def test_what_is_no_answer_fails_with_the_reason(sent, places):
+    write = f"import os\ndef f(x):\n    for n in range(3, 64):\n        try: os.write(n, b'{sent}')\n        except OSError: continue\n    while True: pass"
+    found = found_by(ONE_AND_FIVE, write)
+    assert found.verdict == "fail" and SENT[sent] in found.reason
+
+
+@pytest.mark.parametrize("body, reason", [
+    ("    return 'x' * (1 << 30)", "MemoryError"), ("    return 'x' * (1 << 25)", "more than 16 MB"), ("    return [0] * (1 << 23)", "more than 16 MB"), ("    return 10 ** 100_000", "AssertionError"),
+    ("    return (1 << (1 << 26))", "more than 16 MB"), (NESTED + "    return y", "RecursionError"), ("    import sys; sys.setrecursionlimit(10**6)\n" + NESTED + "    return y", ""),
+    ("    y = []; y.append(y); return y", "RecursionError"), ("    return float('nan')", "AssertionError"), ("    yield x + 1", "type generator"), ("    return object()", "type object"),
+    ("    return type('T', (int,), {})(x + 1)", "type T"), ("    return print", "builtin_function"), ("    return '\\ud800'", "AssertionError"), ("    import os\n    os.closerange(3, 64)\n    return x + 1", "ended"),
+    ("    import os\n    for n in range(3, 64):\n        try:\n            while True: os.write(n, bytes(1 << 20))\n        except OSError: pass", "more than 16 MB"),
+    ("    return [[]] * (1 << 19)", "AssertionError"), ("    raise SystemExit", "ended"), ("    raise KeyError(x)", "KeyError"), ("    raise type('Own', (ValueError,), {})('so')", "ValueError: Own: so"),
+    ("    return (lambda: (_ for _ in ()).throw(StopIteration))()", ""), ("    x.append(1)", "AttributeError"), ("    return y", "NameError"), ("    return x + 1\nf = 5", "not callable"), ("    return x + 1\ndel f", "defines no f"),
+    ("    return x + 1\nraise ValueError('top')", "ValueError: top"), ("    return x +", "SyntaxError"), ("    return f(x)", "RecursionError"), ("    open('/etc/passwd')", "ended at open"),
+])  # fmt: skip
+def test_an_answer_beyond_all_bounds_fails_with_the_reason(body, reason, places):
+    found = found_by(ONE_AND_FIVE, "def f(x):\n" + body)
+    assert found.verdict == "fail" and reason in found.reason, found
+
+
+@pytest.mark.parametrize("value", [
+    "None", "True", "0", "-5", "2 ** 63", "-(2 ** 70)", "10 ** 4000", "0.1", "-0.0", "1e308", "float('inf')", "1 + 2j", "'\\ud800\\x00\\U0001f600'", "b'\\xff'", "bytearray(b'a')", "(1, (2,), [3])",
+    "{1, 'a'}", "frozenset([1])", "{(1, 2): [3], None: {4: 5}}", "[]", "()", "set()", "{}", "range(3, 0, -1)", "[[1.5, None], {'a': (True, False)}]",
+    "__import__('decimal').Decimal('1.10')", "__import__('fractions').Fraction(1, 3)",
+])  # fmt: skip
+def test_plain_values_cross_as_they_are(value, places):
+    tests = f"x = {value}\ny = candidate(x)\nassert repr(y) == repr(x) and type(y) is type(x)\nassert candidate(1) != x or x == 1\nassert candidate(x=x) == x"
+    assert found_by(tests, f"def f(x):\n    assert x == 1 or type(x) is type({value}) and repr(x) == repr({value})\n    return x") == ("pass", "")
+    assert found_by(f"assert candidate(0) == {value}", f"def f(x): return {value}") == ("pass", "")
+
+
+@pytest.mark.parametrize("tests, answer", [
+    ("x = [3, 1, 2]\nassert candidate(x) is None and x == [1, 2, 3]", "def f(x): x.sort()"), ("x = [3, 1]\ncandidate(x)\nassert x == [3, 1]", "def f(x): return sorted(x)"),
+    ("x = [1]\nassert candidate(x) is x and x == [1, 2]", "def f(x):\n    x.append(2)\n    return x"), ("x = [1]\nassert candidate(x) is not x", "def f(x): return list(x)"),
+    ("row = [0, 0]\nx = [row, [1]]\ncandidate(x)\nassert row == [7, 0] and x[0] is row and x == [[7, 0], [1], 9]", "def f(x):\n    x[0][0] = 7\n    x.append(9)"),
+    ("x = {'a': [1], 'b': 2}\ninner = x['a']\ncandidate(x)\nassert x == {'a': [1, 5], 'c': 3} and inner == [1, 5]", "def f(x):\n    x['a'].append(5)\n    del x['b']\n    x['c'] = 3"),
+    ("x, y = {1, 2}, bytearray(b'ab')\ncandidate(x, y=y)\nassert x == {2} and y == b'b'", "def f(x, y):\n    x.discard(1)\n    del y[0]"), ("x = ([1], 2)\ncandidate(x)\nassert x == ([1, 3], 2)", "def f(x): x[0].append(3)"),
+    ("try:\n    candidate(0)\nexcept ZeroDivisionError as error:\n    assert 'by zero' in str(error)\nelse:\n    assert False", "def f(x): return 1 / x"),
+    ("try:\n    candidate(0)\nexcept LookupError:\n    return\nassert False", "class Own(KeyError): pass\ndef f(x): raise Own"), ("assert candidate() == 1 and candidate() == 2", "n = 0\ndef f():\n    global n\n    n += 1\n    return n"),
+    ("assert candidate('aab') == {'a': 2, 'b': 1}", "from collections import Counter\ndef f(x): return Counter(x)"), ("assert candidate() == {}", "from collections import defaultdict\ndef f(): return defaultdict(list)"),
+    ("assert g(2) == 4 and candidate(2) == 3", "def f(x): return x + 1\ndef g(x): return 2 * x"), ("assert candidate.__name__ == 'f' and callable(candidate)", "def f(): pass"),
+    ("def g(): return 5\nassert candidate(g()) == 6", "def f(x): return x + 1"), ("assert candidate(10 ** 5000) == 10 ** 5000 + 1", "def f(x): return x + 1"), ("x = list(range(100000))\nassert candidate(x) == x", "def f(x): return x"),
+])  # fmt: skip
+def test_arguments_results_and_errors_are_as_in_one_process(tests, answer, places):
+    assert found_by(tests, answer) == ("pass", "")
+
+
+def test_what_cannot_cross_is_said_and_not_right(places):
+    for passed in ("lambda x: x", "print", "open", "object()", "[len]", "iter([1])", "type('T', (), {})()", "[0] * (1 << 23)"):
+        found = found_by(f"try: assert candidate({passed}) is None\nexcept BaseException: pass", "def f(x): pass")
+        assert found.verdict == "unchecked" and "cannot leave their process" in found.reason, passed
+    question = Question(0, "", "", "code", "", {"prompt": "", "entry_point": "f", "test": "def check(c): assert c(len) is None"})
+    assert verdict("```\ndef f(x): pass\n```", question) == "unchecked"
+    found = found_by("x = []\ncandidate(x)", "def f(x): x.append(lambda: 1)")
+    assert found.verdict == "fail" and "changed a value of type function" in found.reason
+
+
+def test_tests_that_leave_or_fail_are_no_pass(places):
+    for tests in ("import os; os._exit(0)", "raise SystemExit", "import sys; sys.exit(0)", "open('/etc/passwd')", "assert False", "1 / 0", "while True: pass", "candidate("):
+        assert found_by(tests, "def f(): pass").verdict == ("timeout" if "while" in tests else "fail"), tests
+
+
+def test_the_prompts_helpers_are_the_tests_own(places):
+    prompt = "def g(x):\n    return 2 * x\n\n\ndef f(x):\n    '''half of it'''\n"
+    assert found_by("assert candidate(g(4)) == 4", "def g(x): return 0\ndef f(x): return x // 2", prompt) == ("pass", "")
+    assert found_by("assert g(candidate(4)) == 4", "def g(x): return x\ndef f(x): return x", prompt).verdict == "fail"
+    for text in ("Write f.", "boom", "def f(x):\n", "def f(x):", "def f(x):\n\t", "import no_such_module\ndef f(x):\n"):
+        assert found_by("assert candidate(1) == 1", "def f(x): return x", text).verdict == ("fail" if "import" in text else "pass"), text
+
+
+def test_time_is_processor_time(places, monkeypatch):
+    """Waiting is not using: a program that is kept waiting for longer than CPU_S passes; one that computes for so long does not."""
+    monkeypatch.setattr(sandbox, "CPU_S", 1)
+    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(1.5)\ndef f(x): return x + 1") == ("pass", "")
+    assert found_by(ONE_AND_FIVE, "def f(x):\n    while True: pass") == ("timeout", "it used more than 1 s of processor time")
+    assert found_by(ONE_AND_FIVE, "while True: pass\ndef f(x): return x").verdict == "timeout"
+    monkeypatch.setattr(sandbox, "WALL_S", 1.5)
+    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(9)") == ("timeout", "it took more than 1.5 s")
+
+
+def test_a_right_program_passes_on_a_busy_machine(places):
+    """Eight programs at once and as many that only burn time."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            work = "def f(x):\n    for n in range(10 ** 6): pass\n    return x + {}"
+            found = list(pool.map(lambda n: found_by(ONE_AND_FIVE, work.format(f"1 + 0 * {n}")), range(8)))
+    finally:
+        for each in burners:
+            each.kill()
+            each.wait()
+    assert set(found) == {("pass", "")}
+
+
+def test_the_disk_is_bounded_where_a_program_gets_around_the_hook(places, monkeypatch):
+    """By a file system of its own, of 64 MB."""
+    if not permits_namespaces(monkeypatch):
+        pytest.skip("this system permits no namespaces")
+    without(monkeypatch, NO_HOOK)
+    fill = "n = 0\ntry:\n    while n < 200:\n        with open(str(n), 'wb') as file: file.write(bytes(1 << 20))\n        n += 1\nexcept OSError: pass\ndef f(x): return n"
+    assert found_by("assert 50 <= candidate(0) <= 64", fill) == ("pass", "")
+    nodes = "import os\nn = 0\ntry:\n    while n < 5000:\n        os.mkdir(str(n))\n        n += 1\nexcept OSError: pass\ndef f(x): return n"
+    assert found_by("assert 500 <= candidate(0) <= 1000", nodes) == ("pass", "")
+
+
+def test_folders_of_any_depth_are_cleared_away(places, tmp_path, monkeypatch):
+    """Where they are on the disk: without namespaces, and past the hook."""
+    without(monkeypatch, NO_HOOK, NO_NAMESPACES)
+    deep = "import os\nfor n in range(1100):\n    os.mkdir('d')\n    open('.hidden', 'w').close()\n    os.symlink('/', 'link')\n    os.chmod('d', 0o700)\n    os.chdir('d')\nos.chmod('.', 0)\ndef f(x): return x + 1"
+    assert found_by(ONE_AND_FIVE, deep) == ("pass", "")
+    assert not list((tmp_path / "in").iterdir())
