@@ -5,16 +5,21 @@
 
 A text's answer is the last \\boxed{...}; without one what follows the last "answer is" or "answer:", to the end of the
 formula, sentence or line; without that its last number. Two answers are the same when, after what is only typography is
-taken away ($, \\left, \\dfrac, units, degrees, the commas of 1,234, "x =" in front), they are the same text, or the same
-value: both are evaluated, letters at three arbitrary points, so 2k+2 is 2(k+1) and \\frac{\\sqrt3}{3} is 1/\\sqrt{3}; 0.33 is
-not \\frac13. Tuples, intervals and matrices are compared place by place; lists without brackets, {sets}, unions and the two
-values of a \\pm in any order; equations up to a factor.
+taken away ($, \\left, \\dfrac, units, degrees, %, the commas of 1,234, "x =" in front), they are the same text, or the same
+value: both are evaluated, as fractions as far as that goes, letters at three arbitrary points, so 2k+2 is 2(k+1) and
+\\frac{\\sqrt3}{3} is 1/\\sqrt{3}; 0.33 is not \\frac13, but 0.\\overline{3} is. Tuples, intervals and matrices are compared place by
+place; lists without brackets (also with "and", "or"), {sets}, unions and the two values of a \\pm in any order; equations up
+to a factor; inequalities as intervals. Words and numbers beside a number do not multiply it: 3 \\text{ and } 4 is a list, and
+1 2 is no product. A number in another base is only what is written alike, and so is what is too long or too large to compute
+with: the time is bounded whatever the text.
 """
 
 import cmath
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 
 ANSWER_IS = re.compile(r"(?i:\banswer[*_\s]*(?:is\b|:)[*:\s]*)")
 LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?")
@@ -22,10 +27,30 @@ FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "log": cmath.
              "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
              "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}  # fmt: skip
 SIGNS = {
-    "\u2212": "-", "\u00b7": "\\cdot ", "\u00d7": "\\cdot ", "\\times": "\\cdot ", "\u03c0": "\\pi ",
-    "\u221a": "\\sqrt ", "\u221e": "\\infty ", "\u222a": "\\cup ", "\u00b0": "", "\u00b1": "\\pm ", "{,}": ",",
-    "\\lbrace": "\\{", "\\rbrace": "\\}", "\\div": "/", "**": "^",
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), "\u00b7": "\\cdot ", "\u00d7": "\\cdot ", "\\times": "\\cdot ",
+    "\u03c0": "\\pi ", "\u221a": "\\sqrt ", "\u221e": "\\infty ", "\u222a": "\\cup ", "\u00b0": "", "\u00b1": "\\pm ", "{,}": ",",
+    "\\lbrace": "\\{", "\\rbrace": "\\}", "\\div": "/", "**": "^", "\u00f7": "/", "\u2044": "/", "\u2205": "\\emptyset ",
+    "\\varnothing": "\\emptyset ", "\\lvert": "|", "\\rvert": "|", "\\vert": "|", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ",
+    "\u03b8": "\\theta ", "\u2208": "\\in ", "<=": "\\le ", ">=": "\\ge ", "\\lt": "<", "\\gt": ">", "\\dots": "\\ldots",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2026": "\\ldots", "...": "\\ldots",
+    **{char: "^" + digit for char, digit in zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789")},
+    **{char: f"\\frac{above}{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
 }  # fmt: skip
+LETTERS = {"alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu",
+           "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Delta", "Gamma", "Lambda", "Omega", "Phi", "Pi",
+           "Psi", "Sigma", "Theta", "Xi", "ell", "infty"}  # fmt: skip
+NAME = re.compile(r"((?:\\?[a-zA-Z]|\\[a-z]{2,}|\\angle\s*[A-Z]+|[A-Z]{2,3})(?:_\w)?(?:\^\{?-1\}?)?(?:\([a-zA-Z]\))?|\([a-z](?:,\s*[a-z])+\))"
+                  r"\s*(?:=|\\in(?![a-zA-Z]))\s*(?=\S)")  # fmt: skip
+WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
+RELATION = re.compile(r"(\\le|\\ge|\\ne|<|>)(?![a-zA-Z])")
+LONGEST = 2000  # characters; what is longer is compared as text
+MOST_STEPS = 3000  # comparisons of parts, likewise
+MOST_BITS = 4096  # of a power that is computed exactly
+MOST_FACTORIAL = 500
+
+
+class TooMuch(Exception):
+    """A comparison would take too long."""
 
 
 def final_math(text: str) -> str | None:
@@ -58,53 +83,152 @@ def group_at(text: str, at: int) -> str | None:
 
 def same_math(a: str, b: str) -> bool:
     """Whether two answers say the same; what counts as that is on top."""
-    return same(tidy(a), tidy(b))
+    if max(len(a), len(b)) > LONGEST:
+        return a.split() == b.split()
+    try:
+        a, b = tidy(a), tidy(b)
+        left = [MOST_STEPS]
+        if same(a, b, left):
+            return True
+        (name, inner), (other, others) = named(a), named(b)
+        alike = not (name and other) or name == other or max(len(name), len(other)) > 2
+        return alike and (inner, others) != (a, b) and same(inner, others, left)
+    except (TooMuch, RecursionError):
+        return squeezed(a) == squeezed(b)
 
 
 def tidy(text: str) -> str:
     """An answer without what is only typography."""
     for sign, ours in SIGNS.items():
         text = text.replace(sign, ours)
+    text = re.sub(r"\^(\d)\^(\d)", r"^{\1\2}", text)
     text = re.sub(r",\\!\s*", ",", text)
     text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\q?quad", " ", text)
     text = re.sub(r"\$|\\\$|\\%|%|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:degree|circ)(?![a-zA-Z])|\\[()\[\]]", " ", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|infty|cup)(?![a-zA-Z])", r"\\\1 ", text)
+    text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|infty|cup|theta)(?![a-zA-Z])", r"\\\1 ", text)
+    text = re.sub(r"(?<![a-zA-Z])infinity(?![a-zA-Z])", r"\\infty ", text)
+    text = re.sub(r"\\(le|ge|ne)(?:q|qslant)?(?![a-zA-Z])", r"\\\1 ", text)
     text = re.sub(r"\\(?:operatorname|mathrm|textbf|textit|mathbf|mbox|rm|bf)(?![a-zA-Z])", r"\\text", text)
-    text = text.strip().rstrip(".").strip()
-    without = re.sub(r"\\text\s*\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\}))?", " ", text).strip()  # units
-    text = without or re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
+    text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
+    text = re.sub(r"\(?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(.*?)\\end\s*\{array\}\s*\)?", r"\\begin{pmatrix}\1\\end{pmatrix}", text, flags=re.DOTALL)
+    text = separated(text.strip().rstrip(".").strip())
+    without = re.sub(r"\\text\s*\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\}))?(?!\s*\\between)", " ", text).strip()  # units
+    text = without or WORDS.sub(r"\1", text).strip()
+    text = text.replace("\\between", "")
     amount = re.fullmatch(r"(.*[\d}])\s*(?<![a-zA-Z\\])(?:[a-zA-Z]{2,}|[a-zA-Z]{2,}\s[a-zA-Z ]+)(?:\^\s*(?:\d|\{\d\}))?", text)
     if amount and "\\begin" not in text and not re.search(r"\\[a-zA-Z]*\s*[a-zA-Z]*$", text):
         text = amount[1]
-    text = re.sub(r"\s+(?:and|or)\s+", ", ", text.strip())
-    text = re.sub(r"^[a-zA-Z](?:\([a-z]\))?\s*(?:=(?!.*=)|\\in(?![a-zA-Z]))\s*", "", text.strip())
-    if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
-        text = text.replace(",", "")
-    return re.sub(r"_\{(\w)\}", r"_\1", text.strip())
+    text = re.sub(r",?\s+(?:and|or)\s+(?:also\s+)?", lambda found: joined(found[0], text), text.strip())
+    text = re.sub(r"_\{(\w+)\}", r"_\1", text.strip())
+    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?|[-+]?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?", text):
+        text = re.sub("[, ]", "", text)
+    return text
 
 
-def same(a: str, b: str) -> bool:
-    """`same_math` of tidy texts, part by part."""
+def separated(text: str) -> str:
+    """With words between two values as what they are: "and" and "or" outside of \\text, others marked as \\between them."""
+
+    def between(found: re.Match) -> str:
+        before, after = text[: found.start()].rstrip(), text[found.end() :].lstrip()
+        if not re.search(r"[\w})\]!|]$", before) or not re.match(r"[\w({\[|]|\\(?!cdot|cup|pm|le|ge|ne|in|text|end|\\|\})", after):
+            return found[0]
+        word = found[1].strip(" ,;")
+        return f" {word or 'and'} " if word in ("and", "or", "") else f"\\text{{{word}}}\\between "
+
+    return WORDS.sub(between, text)
+
+
+def joined(word: str, text: str) -> str:
+    """A comma for "and" and "or", but a union for the "or" of inequalities."""
+    return r" \cup " if "or" in word and RELATION.search(text) else ", "
+
+
+def named(text: str) -> tuple[str, str]:
+    """("x", "5") of x = 5 and of x = 2+3 = 5; ("x", "1, 2") of x = 1, x = 2; ("x", "[2,5)") of 2 \\le x < 5; else ("", text)."""
+    if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1 or len(parts := split(text, ",")) > 1:
+        pairs = [named(part) for part in parts]
+        names, inner = {name for name, _ in pairs}, [each for _, each in pairs]
+        if len(names) > 1 or names == {""}:
+            found = NAME.match(text)
+            return (squeezed(found[1]), text[found.end() :]) if found and "=" not in text[found.end() :] else ("", text)
+        if RELATION.search(text) and "\\cup" not in text:
+            inner = [both(*inner)] if len(inner) == 2 else [text]
+        return names.pop(), (r"\cup " if "\\cup" in text else ", ").join(inner)
+    if RELATION.search(text):
+        return interval(text)
+    found = NAME.match(text)
+    return (squeezed(found[1]), text[found.end() :].split("=")[-1].strip()) if found else ("", text)
+
+
+def interval(text: str) -> tuple[str, str]:
+    """The letter and the interval of an inequality; ("", text) of what is none of one letter between or beside bounds."""
+    pieces = [piece.strip() for piece in RELATION.split(text)]
+    if len(pieces) == 3 and re.fullmatch(r"[a-zA-Z]|\\[a-z]+", pieces[2]) and not re.fullmatch(r"[a-zA-Z]|\\[a-z]+", pieces[0]):
+        pieces = [*pieces[2:], {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]), pieces[0]]
+    if len(pieces) == 5 and pieces[1] in (">", "\\ge") and pieces[3] in (">", "\\ge"):
+        pieces = [pieces[4], "<" if pieces[3] == ">" else "\\le", pieces[2], "<" if pieces[1] == ">" else "\\le", pieces[0]]
+    letter = pieces[2] if len(pieces) == 5 else pieces[0]
+    if len(pieces) not in (3, 5) or not re.fullmatch(r"[a-zA-Z]|\\[a-z]+", letter):
+        return "", text
+    if len(pieces) == 5:
+        if not {pieces[1], pieces[3]} <= {"<", "\\le"}:
+            return "", text
+        return letter, f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}"
+    bound = pieces[2]
+    return letter, {"<": f"(-\\infty,{bound})", "\\le": f"(-\\infty,{bound}]", ">": f"({bound},\\infty)", "\\ge": f"[{bound},\\infty)",
+                    "\\ne": f"(-\\infty,{bound})\\cup ({bound},\\infty)"}[pieces[1]]  # fmt: skip
+
+
+def both(one: str, other: str) -> str:
+    """What two half-lines, one from below and one from above, have in common; other intervals stay a list."""
+    if one.startswith("(-\\infty"):
+        one, other = other, one
+    (_, lower), (_, upper) = structure(one), structure(other)
+    if lower[1:] == ["\\infty"] and upper[:1] == ["-\\infty"]:
+        return f"{one[0]}{lower[0]},{upper[1]}{other[-1]}"
+    return f"{one}, {other}"
+
+
+def same(a: str, b: str, left: list[int]) -> bool:
+    """`same_math` of tidy texts, part by part. left: [steps that it may take]. Raises TooMuch."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise TooMuch
     (kind, parts), (other, others) = structure(a), structure(b)
     if kind != other:
         return False
     if kind == "":
         return squeezed(a) == squeezed(b) or same_value(a, b)
-    if kind in ("list", "union"):  # in any order
-        rest = list(others)
-        for part in parts:
-            found = next((i for i, each in enumerate(rest) if same(part, each)), None)
-            if found is None:
-                return False
-            del rest[found]
-        return not rest
-    return len(parts) == len(others) and all(map(same, parts, others))
+    if len(parts) != len(others):
+        return False
+    if kind not in ("list", "union"):
+        return all(same(part, each, left) for part, each in zip(parts, others))
+    common = Counter(map(squeezed, parts)) & Counter(map(squeezed, others))
+    rest = without_these(others, Counter(common))
+    for part in without_these(parts, Counter(common)):  # in any order
+        found = next((i for i, each in enumerate(rest) if same(part, each, left)), None)
+        if found is None:
+            return False
+        del rest[found]
+    return True
+
+
+def without_these(parts: list[str], common: Counter) -> list[str]:
+    """The parts less those that are counted there, as often as they are."""
+    kept = []
+    for part in parts:
+        if common[squeezed(part)]:
+            common[squeezed(part)] -= 1
+        else:
+            kept.append(part)
+    return kept
 
 
 def squeezed(text: str) -> str:
     """For comparing as text: without space; a word or one letter in brackets, (C), without its case and those."""
-    text = re.sub(r"\s+|(?<=\\frac)\{(?=\w\}\{\w\})", "", text)
+    text = re.sub(r"\s+|(?<=\\frac)\{(?=\w\}\{\w\})", "", WORDS.sub(r"\1", text))
+    text = re.sub(r"\^\{(\w)\}", r"^\1", text)
     word = re.fullmatch(r"\(?([a-zA-Z])\)?|([a-zA-Z]{2,})", text)
     return (word[1] or word[2]).lower() if word else text
 
@@ -115,7 +239,7 @@ def structure(text: str) -> tuple[str, list[str]]:
         return "union", parts
     if matrix := re.fullmatch(r"\\begin\s*\{([bpv]?matrix)\}(.*)\\end\s*\{\1\}", text, re.DOTALL):
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
-        return f"matrix {len(rows)}", [cell.strip() for row in rows for cell in row.split("&")]
+        return f"{'v' * (matrix[1] == 'vmatrix')}matrix {len(rows)}", [cell.strip() for row in rows for cell in row.split("&")]
     if text.startswith("\\{") and text.endswith("\\}"):
         return "list", plus_minus(split(text[2:-2], ","))
     if len(parts := split(text, ",")) > 1 or len(plus_minus([text])) > 1:
@@ -151,26 +275,37 @@ def same_value(a: str, b: str) -> bool:
     if not all(len(side) == len(sides[0]) <= 2 for side in sides):
         return False
     values = [[evaluate("-".join(f"({part})" for part in side), point) for side in sides] for point in range(3)]
-    if any(x is None or not cmath.isfinite(x) for pair in values for x in pair):
+    if any(x is None for pair in values for x in pair):
         return False
     if len(sides[0]) == 1:
-        return all(abs(x - y) <= 1e-9 * max(abs(x), abs(y)) for x, y in values)
+        return all(equal(x, y) for x, y in values)
     ratios = [x / y if y else None for x, y in values]
-    return None not in ratios and all(abs(ratio - ratios[0]) <= 1e-9 * abs(ratios[0]) for ratio in ratios)
+    return None not in ratios and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
 
 
-def evaluate(text: str, point: int) -> complex | None:
-    """The value of a formula, with its letters at one of three arbitrary points; None for what is no formula."""
+Value = Fraction | complex
+
+
+def equal(x: Value, y: Value) -> bool:
+    """Exactly for fractions, else to nine digits."""
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x == y
+    return abs(x - y) <= 1e-9 * max(abs(x), abs(y))
+
+
+def evaluate(text: str, point: int) -> Value | None:
+    """The value of a formula, with its letters at one of three arbitrary points; None for what is no formula, or not finite."""
     try:
         parser = Formula(text, point)
         value = parser.sum()
-        return value if parser.at == len(parser.text) else None
+        finite = isinstance(value, Fraction) or cmath.isfinite(value)
+        return value if finite and parser.at == len(parser.text) and abs(value) < 1e300 else None
     except (ValueError, ArithmeticError, RecursionError):
         return None
 
 
 class Formula:
-    """A parser by recursive descent that evaluates as it reads."""
+    """A parser by recursive descent that evaluates as it reads, exactly where it can."""
 
     def __init__(self, text: str, point: int):
         self.text, self.point, self.at = text.strip(), point, 0
@@ -191,82 +326,152 @@ class Formula:
             return found
         raise ValueError(f"no {pattern} at {self.at} of {self.text}")
 
-    def sum(self) -> complex:
+    def sum(self) -> Value:
         value = self.product()
         while sign := self.take(r"[+-]"):
             value += self.product() * (1 if sign[0] == "+" else -1)
         self.peek("")
         return value
 
-    def product(self) -> complex:
+    def product(self) -> Value:
         value = self.signed()
         while True:
             if self.take(r"\*|\\cdot(?![a-zA-Z])"):
                 value *= self.signed()
             elif self.take("/"):
                 value /= self.signed()
-            elif self.peek(r"[\da-zA-Z.({]|\\(?!cdot|cup|pm|\})[a-zA-Z]"):
+            elif self.peek(r"[a-zA-Z({]|\\(?!cdot|cup|pm|\})[a-zA-Z]") or self.peek(r"[\d.]") and not self.after_number():
                 value *= self.power()
             else:
                 return value
 
-    def signed(self) -> complex:
+    def after_number(self) -> bool:
+        """Whether a digit stands before this place: two numbers beside each other are no product."""
+        return self.text[: self.at].rstrip()[-1:].isdigit()
+
+    def signed(self) -> Value:
         if sign := self.take(r"[+-]"):
             return self.signed() * (1 if sign[0] == "+" else -1)
         return self.power()
 
-    def power(self) -> complex:
+    def power(self) -> Value:
         value = self.atom()
+        while marks := self.take(r"!{1,2}(?![!=])"):
+            value = factorial(value, len(marks[0]))
         if self.take(r"\^"):
             number = self.take(r"-?\d+")
-            exponent = float(number[0]) if number else self.argument()
-            value **= exponent
+            return raised(value, whole(number[0]) if number else self.argument())
         return value
 
-    def argument(self) -> complex:
+    def argument(self) -> Value:
         """Of a command: a group, or one digit, letter or command."""
         digit = self.take(r"\d")
-        return float(digit[0]) if digit else self.atom()
+        return Fraction(digit[0]) if digit else self.atom()
 
-    def group(self, opening: str, closing: str) -> complex:
+    def group(self, opening: str, closing: str) -> Value:
         self.need(opening)
         value = self.sum()
         self.need(closing)
         return value
 
-    def atom(self) -> complex:
-        if number := self.take(r"\d+(?:\.\d+)?|\.\d+"):
-            if self.peek("_"):
-                raise ValueError("a number in another base")
-            if "." not in number[0] and self.peek(r"\\frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d)"):
-                return float(number[0]) + self.atom()  # a mixed number
-            return float(number[0])
-        if self.peek(r"\("):
-            return self.group(r"\(", r"\)")
-        if self.peek(r"\{"):
-            return self.group(r"\{", r"\}")
+    def atom(self) -> Value:
+        if self.peek(r"\.?\d"):
+            return self.number()
+        for opening, closing in ((r"\(", r"\)"), (r"\{", r"\}")):
+            if self.peek(opening):
+                return self.group(opening, closing)
+        if self.peek(r"\|"):
+            return abs(self.group(r"\|", r"\|"))
         if command := self.take(r"\\([a-zA-Z]+)"):
             return self.command(command[1])
-        return self.letter(self.need(r"[a-zA-Z](?!_)")[0])
+        return self.letter(self.need(r"[a-zA-Z]")[0])
 
-    def command(self, name: str) -> complex:
+    def number(self) -> Value:
+        """Digits, with a period that repeats or a fraction behind them where they have one."""
+        digits = self.take(r"(\d*)(?:\.(\d*))?")
+        if self.peek("_"):
+            raise ValueError("a number in another base")
+        value = whole(digits[1] + (digits[2] or "") or "0") / 10 ** len(digits[2] or "")
+        if digits[2] is not None and (period := self.take(r"\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")):
+            period = period[1] or period[2]
+            return value + whole(period) / (10 ** len(digits[2]) * (10 ** len(period) - 1))
+        if digits[2] is None and self.peek(r"\\frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d)"):
+            return value + self.atom()  # a mixed number
+        if digits[2] is None and (part := self.take(r"(?<=\s)(\d+)\s*/\s*(\d+)(?!\d)")):
+            return value + whole(part[1]) / whole(part[2])
+        return value
+
+    def command(self, name: str) -> Value:
         if name == "frac":
             return self.argument() / self.argument()
         if name == "sqrt":
-            root = self.group(r"\[", r"\]") if self.peek(r"\[") else 2
-            return self.argument() ** (1 / root)
+            return self.root()
+        if name in ("binom", "dbinom", "tbinom"):
+            return chosen(self.argument(), self.argument())
         if name in FUNCTIONS:
             return self.function(FUNCTIONS[name])
-        return math.pi if name == "pi" else self.letter("\\" + name)
+        if name == "pi":
+            return math.pi
+        if name not in LETTERS:
+            raise ValueError(f"\\{name} is no value")
+        return self.letter("\\" + name)
 
-    def function(self, of: Callable) -> complex:
+    def root(self) -> Value:
+        """Of a number, real where there is a real one."""
+        degree = self.group(r"\[", r"\]") if self.peek(r"\[") else Fraction(2)
+        value = self.argument()
+        if isinstance(value, Fraction) and value < 0 and degree in (3, 5, 7, 9):
+            return -raised(-value, 1 / degree)
+        return raised(value, 1 / degree)
+
+    def function(self, of: Callable) -> Value:
+        base = self.argument() if self.take("_") else None
         number = self.take(r"\^\s*(?:\{(\d)\}|(\d))")
         value = of(self.product() if not self.peek(r"[({]") else self.atom())
+        value = value if base is None or of is not cmath.log else value / cmath.log(base)
         return value ** int(number[1] or number[2]) if number else value
 
-    def letter(self, name: str) -> complex:
-        """i and e, or an arbitrary value for a name."""
+    def letter(self, name: str) -> Value:
+        """i and e, or an arbitrary value for a name, with its index."""
+        if index := self.take(r"_(\w)"):
+            name += index[0]
         if name in "ie":
             return 1j if name == "i" else math.e
         seed = sum(ord(char) * 31**i for i, char in enumerate(name)) * 7919 + self.point * 104729
-        return 0.5 + seed % 10007 / 10007
+        return Fraction(5003 + seed % 10007, 10007)
+
+
+def whole(digits: str) -> Fraction:
+    """A number of digits. Raises ValueError for one that is too long to compute with."""
+    if len(digits) > MOST_BITS // 4:
+        raise ValueError("too many digits")
+    return Fraction(int(digits))
+
+
+def raised(value: Value, exponent: Value) -> Value:
+    """A power: exact where that is whole and not too large. Raises ArithmeticError for what is too large altogether."""
+    if isinstance(value, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+        if abs(exponent) * bits <= MOST_BITS:
+            return value ** int(exponent)
+    if isinstance(value, Fraction) and isinstance(exponent, Fraction) and exponent == Fraction(1, 2) and value >= 0:
+        above, below = math.isqrt(value.numerator), math.isqrt(value.denominator)
+        if above**2 == value.numerator and below**2 == value.denominator:
+            return Fraction(above, below)
+    return float_of(value) ** float_of(exponent)
+
+
+def float_of(value: Value) -> complex:
+    return float(value) if isinstance(value, Fraction) else value
+
+
+def factorial(value: Value, step: int) -> Fraction:
+    """value! or, with step 2, value!!. Raises ValueError for what has none, or too large a one."""
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MOST_FACTORIAL:
+        raise ValueError("no factorial")
+    return Fraction(math.prod(range(int(value), 0, -step)))
+
+
+def chosen(n: Value, k: Value) -> Fraction:
+    """n over k. Raises ValueError as `factorial`."""
+    return factorial(n, 1) / factorial(k, 1) / factorial(n - k, 1)

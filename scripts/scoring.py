@@ -4,10 +4,12 @@
 
 The checkers, and what each takes for a text's final answer:
 
-`number`  the first number after the last "####" (with nothing but a unit behind it), "answer is", "answer:" or
-          "\\boxed{"; without such a mark, or a number after it, the last number of the text. 1,234 is one number;
-          currency, % and units are ignored, 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac{1}{2} and 0.5. Words are
-          not read.
+`number`  the number next to the last "####" (with nothing but a unit behind it), "answer is", "answer:", heading "Answer" or
+          "\\boxed{"; of 2+3=5 that after the last "="; where words come first, the last number of that sentence, or of the
+          paragraph under "Answer:". A mark without a number leaves it to the mark before, and last to the last number of
+          the text. 1,234, 1 234, 1,00,000, 1'234 and 1.234.567 are one number; currency, %, units and ordinals are
+          ignored; 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac12 and 0.5, 2 1/2 and 2.5, 1.5e3, 1.5 x 10^3 and
+          1500. (-5) and negative 5 are -5, (5) is 5. Exponents are no numbers of their own (25 m^2). Words are not read.
 `math`    what scripts/math_answers.py says: the last \\boxed{...}, else what follows "answer is"; right when it means the same.
 `choice`  the letter A to J after the last "answer is", "answer:", "option is" or "choice is", or in "\\boxed{"; without
           one the last bold letter (**B**, **B. Paris**); without one the last letter that stands alone ("A train" and
@@ -61,16 +63,37 @@ class Checker:
     is_right: Callable[[Question, str], bool | None]  # None: there is no right and wrong
 
 
-# An optional sign (no minus between two numbers), then digits that no letter precedes.
+# An optional sign (no minus between two numbers), then digits that no letter precedes, with the fraction of a mixed number,
+# a fraction's denominator, or an exponent.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-)?\$?(?P<digits>(?<![A-Za-z0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-    r"|(?<![A-Za-z0-9.])\.[0-9]+)(?:/(?P<below>[1-9][0-9]*)(?![0-9/]))?"
+    r"(?P<sign>(?<![\w)\]}])-|(?i:\bnegative\s+))?[$€£¥₹]?(?P<digits>(?<![A-Za-z0-9^_])(?<![\^_]\{)(?<!\^-)(?<!\^\{-)"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+    r"|(?<![A-Za-z0-9.])\.[0-9]+)"
+    r"(?:(?: (?P<above>[0-9]{1,6}))?/(?P<below>[1-9][0-9]*)(?![0-9/])"
+    r"|[eE](?P<e>[+-]?[0-9]+)(?![\w.])|\s?(?:[x×*·]|\\times|\\cdot)\s?10\s?\^\{?(?P<ten>-?[0-9]+)\}?|\^\{?(?P<power>-?[0-9]+)\}?)?"
 )
-FRACTION = re.compile(r"\\[dt]?frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}")
+FRACTION = re.compile(r"([0-9]?)\s?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 NUMBER_MARK = re.compile(
-    r"####(?=[ \t*$-]*[0-9.](?:[0-9,.]*[0-9])?[ \t]*[%\w]*[.*]*[ \t]*$)|\\boxed\s*\{|(?i:\banswer[*_\s]*(?:is\b|:))",
+    r"####(?=[ \t*$€£-]*(?:[0-9](?:[0-9,.]*[0-9])?|\.[0-9]+)(?: ?[0-9]*/[0-9]+)?[ \t]*[%€£\w]*[.*]*[ \t]*$)|\\(?:boxed|fbox)\s*\{"
+    r"|(?i:\banswer(?:\s+(?:to|for)\s[^.\n]{1,80}?)?[*_\s]*(?:\b(?:is|was|equals|would\sbe|should\sbe|must\sbe)\b|=))"
+    r"|(?P<headed>(?i:\banswer[*_\s]*:|^[#*_ \t]*(?:(?:the|final)\s){0,2}answer[*_. \t]*$))",
     re.MULTILINE,
 )
+NEXT_TO = re.compile(
+    r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! ]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?|(?:about|around|exactly"
+    r"|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a total of)\b)*"
+)
+CLAUSE_END = re.compile(r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n")
+SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
+MOST_DIGITS = 1000  # beyond, numbers are compared as they are written
+TYPOGRAPHY = {
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), **dict(zip("０１２３４５６７８９．，", "0123456789.,")),
+    **{char: "^" + plain for char, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")}, "\u2044": "/", "\u2019": "'",
+    **{char: f" {above}/{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
+}  # fmt: skip
+BETWEEN_GROUPS = re.compile(r"(?<=[0-9])(?:[\u00a0\u2007\u2009\u202f'_]|\\[,!;: ]|\{,\}|~)(?=[0-9]{3}(?![0-9]))")
+SPACED_GROUPS = re.compile(r"(?<![\w.,/^])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")
+DOTTED_GROUPS = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]{1,2}(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3})(?![.,]?[0-9]))")
 LETTER_AFTER_MARK = re.compile(
     r"(?:(?i:\banswer[*_\s]*(?:is\b|:)|\b(?:option|choice) is\b)|\\boxed(?=\s*\{))(?:\\[a-z]+\{|\W)*(?i:(?:option|choice)\W+)?"
     r"(?:([A-J])(?![\w'])|(?<=\()([a-j])(?=\)))"
@@ -81,21 +104,89 @@ LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
 
 def final_number(text: str) -> str | None:
     """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on top."""
-    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
-    text = FRACTION.sub(r"\1/\2", text)
-    marks = list(NUMBER_MARK.finditer(text))
-    found = NUMBER.search(text, marks[-1].end()) if marks else None
-    numbers = [found] if found else list(NUMBER.finditer(text))
-    return one_spelling(numbers[-1]) if numbers else None
+    text = plain(text)
+    for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
+        if found := number_after(text, mark):
+            return one_spelling(found)
+    last = None
+    for last in NUMBER.finditer(text):
+        pass
+    return one_spelling(last) if last else None
+
+
+def plain(text: str) -> str:
+    """A text in ASCII's signs, without the separators of thousands that are no commas, and with \\frac12 as 1/2."""
+    for char, ours in TYPOGRAPHY.items():
+        text = text.replace(char, ours)
+    text = re.sub(r"\^([0-9])((?:\^[0-9])+)", lambda found: f"^{{{found[1]}{found[2].replace('^', '')}}}", text.replace("⁻^", "^-"))
+    text = BETWEEN_GROUPS.sub("", text.replace("{,}", ",").replace("\\$", "$").replace("\\!", ""))
+    text = SPACED_GROUPS.sub(lambda found: found[0].replace(" ", ""), text)
+    text = DOTTED_GROUPS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
+    return FRACTION.sub(lambda found: f"{found[1] and found[1] + ' '}{found[2] or found[3]}/{found[4] or found[5]}", text)
+
+
+def number_after(text: str, mark: re.Match) -> re.Match | None:
+    """The number that a mark gives: next to it, after the "=" that follows there, or the last of what it is said in."""
+    begin, end = mark.end(), len(text)
+    if mark[0].endswith("{"):
+        begin, end = mark.end(), closing(text, mark.end())
+    elif mark["headed"] is not None:
+        begin = NEXT_TO.match(text, begin).end()
+        blank = re.compile(r"\n\s*\n").search(text, begin)
+        end = blank.start() if blank else end
+    elif sentence := SENTENCE_END.search(text, NEXT_TO.match(text, begin).end()):
+        end = sentence.start()
+    if not (first := NUMBER.match(text, NEXT_TO.match(text, begin, end).end(), end)):
+        return next(iter([*NUMBER.finditer(text, begin, end)][-1:]), None)
+    clause = CLAUSE_END.search(text, first.end(), end)
+    equals = max(text.rfind(sign, first.end(), clause.start() if clause else end) for sign in "=≈")
+    return equals >= 0 and NUMBER.search(text, equals, end) or first
+
+
+def closing(text: str, at: int) -> int:
+    """Where the braces that opened before `at` close."""
+    depth = 1
+    for brace in re.compile(r"(?<!\\)[{}]").finditer(text, at):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return brace.start()
+    return len(text)
 
 
 def one_spelling(number: re.Match) -> str:
-    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3."""
-    value = Fraction(number["digits"].replace(",", "")) / int(number["below"] or 1)
-    value = -value if number["sign"] else value
-    places = next((n for n in range(len(number[0])) if (value * 10**n).denominator == 1), None)
-    if not places:
-        return str(value)  # whole, or with no end as a decimal
+    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as written."""
+    sign, digits, below = "-" if number["sign"] else "", number["digits"].replace(",", ""), number["below"] or "1"
+    exponent = number["e"] or number["ten"] or "0"
+    power = number["power"] or "1"
+    if max(len(digits), len(below)) > MOST_DIGITS or max(len(exponent), len(power)) > 4:
+        return sign + as_written(digits, below, exponent, power)
+    value, size = Fraction(digits), max(abs(int(exponent)), abs(int(power)) * len(digits))
+    if size > MOST_DIGITS or not value and int(power) < 0:
+        return sign + as_written(digits, below, exponent, power)
+    value = value ** int(power) * Fraction(10) ** int(exponent)
+    value = value + Fraction(int(number["above"]), int(below)) if number["above"] else value / int(below)
+    return decimal(-value if sign else value)
+
+
+def as_written(digits: str, below: str, exponent: str, power: str) -> str:
+    """Without zeros that say nothing."""
+    whole, _, places = digits.partition(".")
+    text = (whole.lstrip("0") or "0") + ("." + places.rstrip("0")).rstrip(".")
+    for mark, value in (("/", below.lstrip("0")), ("e", exponent), ("^", power)):
+        text += mark + value if value not in ("0", "1") else ""
+    return text
+
+
+def decimal(value: Fraction) -> str:
+    """A number with an end as a decimal as that, others as a fraction."""
+    below, twos, fives = value.denominator, 0, 0
+    while below % 2 == 0:
+        below, twos = below // 2, twos + 1
+    while below % 5 == 0:
+        below, fives = below // 5, fives + 1
+    places = max(twos, fives)
+    if below > 1 or not places:
+        return str(value)
     digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
     return ("-" if value < 0 else "") + f"{digits[:-places]}.{digits[-places:]}"
 
