@@ -39,7 +39,7 @@ from judge import files_in
 from model import DTYPES, ModelArgs, pick_device, run_dtype
 from quantize import load_model
 from scripts.results import is_count, is_text, is_verdict, resume
-from scripts.scoring import CHECKERS, Question
+from scripts.scoring import CHECKERS, UNDECIDED, Question
 from scripts.tasks import add_question_flags, questions_of
 from scripts.train_demo import annotated
 from tokenizer import Tokenizer, load_tokenizer
@@ -141,15 +141,16 @@ def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop
 
 
 WHY_NOT = {"length": "cut off", "not finite": "not finite"}  # stop reason -> why the answer is dropped
-DROPPED = ("cut off", "no answer", "not finite")
+DROPPED = ("cut off", "no answer", "not finite", *UNDECIDED)
 
 
 def record(args: argparse.Namespace, job: Job, tokens: int, text: str, stop_reason: str) -> dict:
     """A line of OUT.all: the answer and what its checker says of it."""
     question, checker = job.question, CHECKERS[job.question.checker]
     dropped = WHY_NOT.get(stop_reason)
-    if dropped is None and (not text.strip() or checker.final_answer(question, text) is None):
-        dropped = "no answer"
+    if dropped is None:
+        found = checker.final_answer(question, text) if text.strip() else None
+        dropped = "no answer" if found is None else found if found in UNDECIDED else None
     return {"question": question.id, "model": job.model, "prompt": question.prompt, "response": text,
             "reference": question.reference, "right": None if dropped else checker.is_right(question, text),
             "dropped": dropped, "tokens": tokens, "source": source_of(args, job)}  # fmt: skip
@@ -241,7 +242,7 @@ def write_chosen(out: Path, lines: list[str]) -> None:
 def print_summary(args: argparse.Namespace, questions: int, records: list[dict], chosen: list[dict]) -> None:
     """What each source gave, what was chosen, and why the rest was not."""
     kinds = ("right", "wrong", "cut off", "no answer")
-    kinds += ("not finite",) if any(record["dropped"] == "not finite" for record in records) else ()
+    kinds += tuple(kind for kind in DROPPED if kind not in kinds and any(record["dropped"] == kind for record in records))
     print(f"{'source':35} answers" + "".join(f"{kind:>{max(8, len(kind) + 2)}}" for kind in kinds))
     for source in dict.fromkeys(record["source"] for record in records):
         mine = [record for record in records if record["source"] == source]

@@ -7,11 +7,11 @@ A text's answer is the last \\boxed{...}; without one what follows the last "ans
 formula, sentence or line; without that its last number. Two answers are the same when, after what is only typography is
 taken away ($, \\left, \\dfrac, units, degrees, %, the commas of 1,234, "x =" in front), they are the same text, or the same
 value: both are evaluated, as fractions as far as that goes, letters at three arbitrary points, so 2k+2 is 2(k+1) and
-\\frac{\\sqrt3}{3} is 1/\\sqrt{3}; 0.33 is not \\frac13, but 0.\\overline{3} is. Tuples, intervals and matrices are compared place by
-place; lists without brackets (also with "and", "or"), {sets}, unions and the two values of a \\pm in any order; equations up
-to a factor; inequalities as intervals. Words and numbers beside a number do not multiply it: 3 \\text{ and } 4 is a list, and
-1 2 is no product. A number in another base is only what is written alike, and so is what is too long or too large to compute
-with: the time is bounded whatever the text.
+\\frac{\\sqrt3}{3} is 1/\\sqrt{3}; 0.33 is not \\frac13, but 0.\\overline{3} is. Tuples, intervals and matrices are compared
+place by place; lists without brackets (also with "and", "or"), {sets}, unions and the two values of a \\pm in any order;
+equations up to a factor; inequalities as intervals. Words and numbers beside a number do not multiply it: 3 \\text{ and } 4
+is a list, and 1 2 is no product. A number in another base is only what is written alike, and so is what is too long or too
+large to compute with: the time is bounded whatever the text.
 """
 
 import cmath
@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 ANSWER_IS = re.compile(r"(?i:\banswer[*_\s]*(?:is\b|:)[*:\s]*)")
 LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?")
@@ -27,22 +28,29 @@ FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "log": cmath.
              "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
              "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}  # fmt: skip
 SIGNS = {
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), "\u00b7": "\\cdot ", "\u00d7": "\\cdot ", "\\times": "\\cdot ",
-    "\u03c0": "\\pi ", "\u221a": "\\sqrt ", "\u221e": "\\infty ", "\u222a": "\\cup ", "\u00b0": "", "\u00b1": "\\pm ", "{,}": ",",
-    "\\lbrace": "\\{", "\\rbrace": "\\}", "\\div": "/", "**": "^", "\u00f7": "/", "\u2044": "/", "\u2205": "\\emptyset ",
-    "\\varnothing": "\\emptyset ", "\\lvert": "|", "\\rvert": "|", "\\vert": "|", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ",
-    "\u03b8": "\\theta ", "\u2208": "\\in ", "<=": "\\le ", ">=": "\\ge ", "\\lt": "<", "\\gt": ">", "\\dots": "\\ldots",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2026": "\\ldots", "...": "\\ldots",
-    **{char: "^" + digit for char, digit in zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789")},
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), **dict.fromkeys("\u00a0\u2009\u202f", " "),
+    **dict.fromkeys(("\u00b7", "\u00d7", "\\times"), "\\cdot "), **dict.fromkeys(("\u2026", "...", "\\dots"), "\\ldots"),
+    **dict.fromkeys(("\\div", "\u00f7", "\u2044"), "/"), **dict.fromkeys(("\\lvert", "\\rvert", "\\vert"), "|"),
+    **dict.fromkeys(("\u2205", "\\varnothing"), "\\emptyset "), **dict.fromkeys(("\u2264", "<="), "\\le "),
+    **dict.fromkeys(("\u2265", ">="), "\\ge "), "\u2260": "\\ne ", "\\lt": "<", "\\gt": ">", "\u2208": "\\in ", "\u00b0": "",
+    "\u03c0": "\\pi ", "\u03b8": "\\theta ", "\u221a": "\\sqrt ", "\u221e": "\\infty ", "\u222a": "\\cup ", "\u00b1": "\\pm ",
+    "{,}": ",", "\\lbrace": "\\{", "\\rbrace": "\\}", "**": "^",
+    **{char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")},
     **{char: f"\\frac{above}{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
 }  # fmt: skip
-LETTERS = {"alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu",
-           "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Delta", "Gamma", "Lambda", "Omega", "Phi", "Pi",
-           "Psi", "Sigma", "Theta", "Xi", "ell", "infty"}  # fmt: skip
-NAME = re.compile(r"((?:\\?[a-zA-Z]|\\[a-z]{2,}|\\angle\s*[A-Z]+|[A-Z]{2,3})(?:_\w)?(?:\^\{?-1\}?)?(?:\([a-zA-Z]\))?|\([a-z](?:,\s*[a-z])+\))"
-                  r"\s*(?:=|\\in(?![a-zA-Z]))\s*(?=\S)")  # fmt: skip
+LETTERS = re.compile(
+    "alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|(?:var)?phi|chi|psi|omega"
+    "|Delta|Gamma|Lambda|Omega|Phi|Pi|Psi|Sigma|Theta|Xi|ell|infty"
+)
+NAME = re.compile(
+    r"((?:\\?[a-zA-Z]|\\[a-z]{2,}|\\angle\s*[A-Z]+|[A-Z]{2,3})(?:_\w)?(?:\^\{?-1\}?)?(?:\([a-zA-Z]\))?"
+    r"|\([a-z](?:,\s*[a-z])+\))\s*(?:=|\\in(?![a-zA-Z]))\s*(?=\S)"
+)
+ARRAY = re.compile(r"\(?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(.*?)\\end\s*\{array\}\s*\)?", re.DOTALL)
+GROUPED = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d{1,2}(?:,\d{2})+,\d{3})(?:\.\d+)?")
 WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
-RELATION = re.compile(r"(\\le|\\ge|\\ne|<|>)(?![a-zA-Z])")
+BEGINS_VALUE = re.compile(r"[\w({\[|]|\\(?!cdot|cup|pm|le|ge|ne|in|text|end|\\|\})")
+RELATION = re.compile(r"(\\(?:le|ge|ne)(?![a-zA-Z])|[<>])")
 LONGEST = 2000  # characters; what is longer is compared as text
 MOST_STEPS = 3000  # comparisons of parts, likewise
 MOST_BITS = 4096  # of a power that is computed exactly
@@ -97,8 +105,10 @@ def same_math(a: str, b: str) -> bool:
         return squeezed(a) == squeezed(b)
 
 
+@lru_cache(maxsize=1024)
 def tidy(text: str) -> str:
     """An answer without what is only typography."""
+    text = re.sub("\u221a(\\d+(?:\\.\\d+)?)", r"\\sqrt{\1}", text)
     for sign, ours in SIGNS.items():
         text = text.replace(sign, ours)
     text = re.sub(r"\^(\d)\^(\d)", r"^{\1\2}", text)
@@ -111,7 +121,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\(le|ge|ne)(?:q|qslant)?(?![a-zA-Z])", r"\\\1 ", text)
     text = re.sub(r"\\(?:operatorname|mathrm|textbf|textit|mathbf|mbox|rm|bf)(?![a-zA-Z])", r"\\text", text)
     text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
-    text = re.sub(r"\(?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(.*?)\\end\s*\{array\}\s*\)?", r"\\begin{pmatrix}\1\\end{pmatrix}", text, flags=re.DOTALL)
+    text = ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = separated(text.strip().rstrip(".").strip())
     without = re.sub(r"\\text\s*\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\}))?(?!\s*\\between)", " ", text).strip()  # units
     text = without or WORDS.sub(r"\1", text).strip()
@@ -121,7 +131,7 @@ def tidy(text: str) -> str:
         text = amount[1]
     text = re.sub(r",?\s+(?:and|or)\s+(?:also\s+)?", lambda found: joined(found[0], text), text.strip())
     text = re.sub(r"_\{(\w+)\}", r"_\1", text.strip())
-    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?|[-+]?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?", text):
+    if GROUPED.fullmatch(text):
         text = re.sub("[, ]", "", text)
     return text
 
@@ -130,11 +140,13 @@ def separated(text: str) -> str:
     """With words between two values as what they are: "and" and "or" outside of \\text, others marked as \\between them."""
 
     def between(found: re.Match) -> str:
-        before, after = text[: found.start()].rstrip(), text[found.end() :].lstrip()
-        if not re.search(r"[\w})\]!|]$", before) or not re.match(r"[\w({\[|]|\\(?!cdot|cup|pm|le|ge|ne|in|text|end|\\|\})", after):
-            return found[0]
         word = found[1].strip(" ,;")
-        return f" {word or 'and'} " if word in ("and", "or", "") else f"\\text{{{word}}}\\between "
+        before, after = text[: found.start()].rstrip(), text[found.end() :].lstrip()
+        if before and after and word in ("and", "or", "and also"):
+            return f" {word} "
+        if not re.search(r"[\w})\]!|]$", before) or not BEGINS_VALUE.match(after):
+            return found[0]
+        return f"\\text{{{word}}}\\between " if word else " and "
 
     return WORDS.sub(between, text)
 
@@ -144,8 +156,9 @@ def joined(word: str, text: str) -> str:
     return r" \cup " if "or" in word and RELATION.search(text) else ", "
 
 
+@lru_cache(maxsize=1024)
 def named(text: str) -> tuple[str, str]:
-    """("x", "5") of x = 5 and of x = 2+3 = 5; ("x", "1, 2") of x = 1, x = 2; ("x", "[2,5)") of 2 \\le x < 5; else ("", text)."""
+    r"""("x", "5") of x = 5 and x = 2+3 = 5; ("x", "1, 2") of x = 1, x = 2; ("x", "[2,5)") of 2 \le x < 5; else ("", text)."""
     if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1 or len(parts := split(text, ",")) > 1:
         pairs = [named(part) for part in parts]
         names, inner = {name for name, _ in pairs}, [each for _, each in pairs]
@@ -157,8 +170,9 @@ def named(text: str) -> tuple[str, str]:
         return names.pop(), (r"\cup " if "\\cup" in text else ", ").join(inner)
     if RELATION.search(text):
         return interval(text)
-    found = NAME.match(text)
-    return (squeezed(found[1]), text[found.end() :].split("=")[-1].strip()) if found else ("", text)
+    if found := NAME.match(text):
+        return squeezed(found[1]), text[found.end() :].split("=")[-1].strip()
+    return "", text if re.search(r"[a-zA-Z]", text) else text.split("=")[-1].strip()  # 5 of 2+3 = 5
 
 
 def interval(text: str) -> tuple[str, str]:
@@ -176,8 +190,9 @@ def interval(text: str) -> tuple[str, str]:
             return "", text
         return letter, f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}"
     bound = pieces[2]
-    return letter, {"<": f"(-\\infty,{bound})", "\\le": f"(-\\infty,{bound}]", ">": f"({bound},\\infty)", "\\ge": f"[{bound},\\infty)",
-                    "\\ne": f"(-\\infty,{bound})\\cup ({bound},\\infty)"}[pieces[1]]  # fmt: skip
+    below, above = f"(-\\infty,{bound}", f"{bound},\\infty)"
+    return letter, {"<": below + ")", "\\le": below + "]", ">": "(" + above, "\\ge": "[" + above,
+                    "\\ne": f"{below})\\cup ({above}"}[pieces[1]]  # fmt: skip
 
 
 def both(one: str, other: str) -> str:
@@ -227,7 +242,8 @@ def without_these(parts: list[str], common: Counter) -> list[str]:
 
 def squeezed(text: str) -> str:
     """For comparing as text: without space; a word or one letter in brackets, (C), without its case and those."""
-    text = re.sub(r"\s+|(?<=\\frac)\{(?=\w\}\{\w\})", "", WORDS.sub(r"\1", text))
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "\\\\between", WORDS.sub(r"\1", text))
+    text = re.sub(r"\s+|(?<=\\frac)\{(?=\w\}\{\w\})", "", text)
     text = re.sub(r"\^\{(\w)\}", r"^\1", text)
     word = re.fullmatch(r"\(?([a-zA-Z])\)?|([a-zA-Z]{2,})", text)
     return (word[1] or word[2]).lower() if word else text
@@ -277,10 +293,13 @@ def same_value(a: str, b: str) -> bool:
     values = [[evaluate("-".join(f"({part})" for part in side), point) for side in sides] for point in range(3)]
     if any(x is None for pair in values for x in pair):
         return False
-    if len(sides[0]) == 1:
-        return all(equal(x, y) for x, y in values)
-    ratios = [x / y if y else None for x, y in values]
-    return None not in ratios and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
+    try:
+        if len(sides[0]) == 1:
+            return all(equal(x, y) for x, y in values)
+        ratios = [x / y if y else None for x, y in values]
+        return None not in ratios and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
+    except ArithmeticError:  # a fraction beyond what floats hold, beside one
+        return False
 
 
 Value = Fraction | complex
@@ -293,13 +312,14 @@ def equal(x: Value, y: Value) -> bool:
     return abs(x - y) <= 1e-9 * max(abs(x), abs(y))
 
 
+@lru_cache(maxsize=1024)
 def evaluate(text: str, point: int) -> Value | None:
     """The value of a formula, with its letters at one of three arbitrary points; None for what is no formula, or not finite."""
     try:
         parser = Formula(text, point)
         value = parser.sum()
         finite = isinstance(value, Fraction) or cmath.isfinite(value)
-        return value if finite and parser.at == len(parser.text) and abs(value) < 1e300 else None
+        return value if finite and parser.at == len(parser.text) else None
     except (ValueError, ArithmeticError, RecursionError):
         return None
 
@@ -329,7 +349,7 @@ class Formula:
     def sum(self) -> Value:
         value = self.product()
         while sign := self.take(r"[+-]"):
-            value += self.product() * (1 if sign[0] == "+" else -1)
+            value = bounded(value + self.product() * (1 if sign[0] == "+" else -1))
         self.peek("")
         return value
 
@@ -337,11 +357,11 @@ class Formula:
         value = self.signed()
         while True:
             if self.take(r"\*|\\cdot(?![a-zA-Z])"):
-                value *= self.signed()
+                value = bounded(value * self.signed())
             elif self.take("/"):
-                value /= self.signed()
+                value = bounded(value / self.signed())
             elif self.peek(r"[a-zA-Z({]|\\(?!cdot|cup|pm|\})[a-zA-Z]") or self.peek(r"[\d.]") and not self.after_number():
-                value *= self.power()
+                value = bounded(value * self.power())
             else:
                 return value
 
@@ -375,7 +395,7 @@ class Formula:
         return value
 
     def atom(self) -> Value:
-        if self.peek(r"\.?\d"):
+        if self.peek(r"\.?\d|\.\\(?:overline|bar|dot)"):
             return self.number()
         for opening, closing in ((r"\(", r"\)"), (r"\{", r"\}")):
             if self.peek(opening):
@@ -394,6 +414,8 @@ class Formula:
         value = whole(digits[1] + (digits[2] or "") or "0") / 10 ** len(digits[2] or "")
         if digits[2] is not None and (period := self.take(r"\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")):
             period = period[1] or period[2]
+            if self.peek(r"\d"):
+                raise ValueError("digits behind a period")
             return value + whole(period) / (10 ** len(digits[2]) * (10 ** len(period) - 1))
         if digits[2] is None and self.peek(r"\\frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d)"):
             return value + self.atom()  # a mixed number
@@ -412,7 +434,7 @@ class Formula:
             return self.function(FUNCTIONS[name])
         if name == "pi":
             return math.pi
-        if name not in LETTERS:
+        if not LETTERS.fullmatch(name):
             raise ValueError(f"\\{name} is no value")
         return self.letter("\\" + name)
 
@@ -446,6 +468,13 @@ def whole(digits: str) -> Fraction:
     if len(digits) > MOST_BITS // 4:
         raise ValueError("too many digits")
     return Fraction(int(digits))
+
+
+def bounded(value: Value) -> Value:
+    """The same. Raises ValueError for a fraction too long to compute with."""
+    if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_BITS:
+        raise ValueError("too long a fraction")
+    return value
 
 
 def raised(value: Value, exponent: Value) -> Value:

@@ -23,6 +23,7 @@ The checkers, and what each takes for a text's final answer:
 import hashlib
 import re
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -66,7 +67,7 @@ class Checker:
 # An optional sign (no minus between two numbers), then digits that no letter precedes, with the fraction of a mixed number,
 # a fraction's denominator, or an exponent.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-|(?i:\bnegative\s+))?[$€£¥₹]?(?P<digits>(?<![A-Za-z0-9^_])(?<![\^_]\{)(?<!\^-)(?<!\^\{-)"
+    r"(?P<sign>(?<![\w)\]}])-|(?i:\bnegative\s+))?[$€£¥₹]?(?P<digits>(?<![A-Za-z0-9^])(?<![\w)}]_)(?<![\^_]\{)(?<!\^-)(?<!\^\{-)"
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
     r"|(?<![A-Za-z0-9.])\.[0-9]+)"
     r"(?:(?: (?P<above>[0-9]{1,6}))?/(?P<below>[1-9][0-9]*)(?![0-9/])"
@@ -74,14 +75,15 @@ NUMBER = re.compile(
 )
 FRACTION = re.compile(r"([0-9]?)\s?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 NUMBER_MARK = re.compile(
-    r"####(?=[ \t*$€£-]*(?:[0-9](?:[0-9,.]*[0-9])?|\.[0-9]+)(?: ?[0-9]*/[0-9]+)?[ \t]*[%€£\w]*[.*]*[ \t]*$)|\\(?:boxed|fbox)\s*\{"
+    r"####(?=[ \t*$€£-]*(?:[0-9](?:[0-9,.]*[0-9])?|\.[0-9]+)(?: ?[0-9]*/[0-9]+)?[ \t]*[%€£\w]*[.*]*[ \t]*$)"
+    r"|\\(?:boxed|fbox)\s*\{"
     r"|(?i:\banswer(?:\s+(?:to|for)\s[^.\n]{1,80}?)?[*_\s]*(?:\b(?:is|was|equals|would\sbe|should\sbe|must\sbe)\b|=))"
     r"|(?P<headed>(?i:\banswer[*_\s]*:|^[#*_ \t]*(?:(?:the|final)\s){0,2}answer[*_. \t]*$))",
     re.MULTILINE,
 )
 NEXT_TO = re.compile(
-    r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! ]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?|(?:about|around|exactly"
-    r"|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a total of)\b)*"
+    r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! ]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?"
+    r"|(?:about|around|exactly|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a total of)\b)*"
 )
 CLAUSE_END = re.compile(r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n")
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
@@ -93,10 +95,12 @@ TYPOGRAPHY = {
 }  # fmt: skip
 BETWEEN_GROUPS = re.compile(r"(?<=[0-9])(?:[\u00a0\u2007\u2009\u202f'_]|\\[,!;: ]|\{,\}|~)(?=[0-9]{3}(?![0-9]))")
 SPACED_GROUPS = re.compile(r"(?<![\w.,/^])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")
-DOTTED_GROUPS = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]{1,2}(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3})(?![.,]?[0-9]))")
+DOTTED_GROUPS = re.compile(
+    r"(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]{1,2}(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3})(?![.,]?[0-9]))"
+)
 LETTER_AFTER_MARK = re.compile(
-    r"(?:(?i:\banswer[*_\s]*(?:is\b|:)|\b(?:option|choice) is\b)|\\boxed(?=\s*\{))(?:\\[a-z]+\{|\W)*(?i:(?:option|choice)\W+)?"
-    r"(?:([A-J])(?![\w'])|(?<=\()([a-j])(?=\)))"
+    r"(?:(?i:\banswer[*_\s]*(?:is\b|:)|\b(?:option|choice) is\b)|\\boxed(?=\s*\{))(?:\\[a-z]+\{|\W){0,60}"
+    r"(?i:(?:option|choice)\W+)?(?:([A-J])(?![\w'])|(?<=\()([a-j])(?=\)))"
 )
 BOLD_LETTER = re.compile(r"\*\*\(?([A-J])(?:[).:]+\s|[).:]*\*\*)")
 LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
@@ -108,17 +112,16 @@ def final_number(text: str) -> str | None:
     for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
         if found := number_after(text, mark):
             return one_spelling(found)
-    last = None
-    for last in NUMBER.finditer(text):
-        pass
-    return one_spelling(last) if last else None
+    last = deque(NUMBER.finditer(text), maxlen=1)
+    return one_spelling(last[0]) if last else None
 
 
 def plain(text: str) -> str:
     """A text in ASCII's signs, without the separators of thousands that are no commas, and with \\frac12 as 1/2."""
     for char, ours in TYPOGRAPHY.items():
         text = text.replace(char, ours)
-    text = re.sub(r"\^([0-9])((?:\^[0-9])+)", lambda found: f"^{{{found[1]}{found[2].replace('^', '')}}}", text.replace("⁻^", "^-"))
+    raised = re.compile(r"\^-?[0-9](?:\^[0-9])+")  # a superscript of several signs, each changed alone
+    text = raised.sub(lambda found: f"^{{{found[0].replace('^', '')}}}", text.replace("⁻^", "^-"))
     text = BETWEEN_GROUPS.sub("", text.replace("{,}", ",").replace("\\$", "$").replace("\\!", ""))
     text = SPACED_GROUPS.sub(lambda found: found[0].replace(" ", ""), text)
     text = DOTTED_GROUPS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
@@ -137,7 +140,8 @@ def number_after(text: str, mark: re.Match) -> re.Match | None:
     elif sentence := SENTENCE_END.search(text, NEXT_TO.match(text, begin).end()):
         end = sentence.start()
     if not (first := NUMBER.match(text, NEXT_TO.match(text, begin, end).end(), end)):
-        return next(iter([*NUMBER.finditer(text, begin, end)][-1:]), None)
+        last = deque(NUMBER.finditer(text, begin, end), maxlen=1)
+        return last[0] if last else None
     clause = CLAUSE_END.search(text, first.end(), end)
     equals = max(text.rfind(sign, first.end(), clause.start() if clause else end) for sign in "=≈")
     return equals >= 0 and NUMBER.search(text, equals, end) or first
@@ -217,6 +221,7 @@ def math_is_right(question: Question, text: str) -> bool:
     return found is not None and same_math(found, question.reference)
 
 
+UNDECIDED = ("timeout", "unchecked")  # of the checker `code`: not right, but a program that no test has found wrong
 CHECKERS = {
     "number": compared_by(final_number),
     "math": Checker(lambda question, text: final_math(text), math_is_right),

@@ -174,7 +174,7 @@ def test_humanevals_solutions_pass_in_every_form(form):
     sandbox.allow_code_execution()
     questions = read_task("humaneval", HUMANEVAL, chat=False)
     if not os.environ.get("JUDGE_FAST_ALL"):
-        questions = [questions[at] for at in sorted({32, 38, 50, *range(0, 164, 10)})]
+        questions = [questions[at] for at in sorted({32, 38, 135, *range(0, 164, 10)})]
     items = [q.content for q in questions]
     texts = [SOLUTIONS[form](item["prompt"], q.reference, item["entry_point"]) for q, item in zip(questions, items)]
     with ThreadPoolExecutor() as pool:
@@ -465,7 +465,7 @@ def test_what_is_no_answer_fails_with_the_reason(sent, places):
 
 
 @pytest.mark.parametrize("body, reason", [
-    ("    return 'x' * (1 << 30)", "MemoryError"), ("    return 'x' * (1 << 25)", "more than 16 MB"), ("    return [0] * (1 << 23)", "more than 16 MB"), ("    return 10 ** 100_000", "AssertionError"),
+    ("    return 'x' * (1 << 30)", "MemoryError"), ("    return 'x' * (1 << 25)", "more than 16 MB"), ("    return [10**9] * (1 << 21)", "more than 16 MB"), ("    return 10 ** 100_000", "AssertionError"),
     ("    return (1 << (1 << 26))", "more than 16 MB"), (NESTED + "    return y", "RecursionError"), ("    import sys; sys.setrecursionlimit(10**6)\n" + NESTED + "    return y", ""),
     ("    y = []; y.append(y); return y", "RecursionError"), ("    return float('nan')", "AssertionError"), ("    yield x + 1", "type generator"), ("    return object()", "type object"),
     ("    return type('T', (int,), {})(x + 1)", "type T"), ("    return print", "builtin_function"), ("    return '\\ud800'", "AssertionError"), ("    import os\n    os.closerange(3, 64)\n    return x + 1", "ended"),
@@ -536,7 +536,7 @@ def test_time_is_processor_time(places, monkeypatch):
     assert found_by(ONE_AND_FIVE, "def f(x):\n    while True: pass") == ("timeout", "it used more than 1 s of processor time")
     assert found_by(ONE_AND_FIVE, "while True: pass\ndef f(x): return x").verdict == "timeout"
     monkeypatch.setattr(sandbox, "WALL_S", 1.5)
-    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(9)") == ("timeout", "it took more than 1.5 s")
+    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(9)\ndef f(x): return x") == ("timeout", "it took more than 1.5 s")
 
 
 def test_a_right_program_passes_on_a_busy_machine(places):
