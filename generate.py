@@ -43,7 +43,7 @@ from judge import (
     rule_mask,
 )
 from model import DTYPES, PREFILL_ROWS, WINDOW, ModelArgs, Transformer, pick_device, run_dtype
-from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, weight_bytes
+from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, temporary_bytes, weight_bytes
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 from tp import load_model
 
@@ -815,11 +815,14 @@ def check_memory(
 ) -> None:
     """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on `device`."""
     weights = sum(weight_bytes(args, dtype, scheme) for args, scheme in zip(models, schemes))
+    rows = PREFILL_ROWS[device.type]
+    extra = max(temporary_bytes(args, dtype, scheme, device, rows) for args, scheme in zip(models, schemes))
     caches = sum(args.cache_bytes(capacity, dtype) for args in models)
     free = free_memory(device)
-    if free is not None and weights + caches > free:
+    if free is not None and weights + caches + extra > free:
+        packing = f", and {extra / 1e9:.1f} GB for a time while weights are quantised and prompts read" if extra else ""
         raise InputError(
-            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights and {caches / 1e9:.1f} GB of caches, "
+            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of caches{packing}, "
             f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter --cache_length."
         )
 

@@ -66,9 +66,9 @@ from quantize import (
     scheme_of,
     weight_bytes,
 )
-from scripts.experiments import commit, machine
 from scripts.peers import Peers, timed
 from scripts.plot import range_of
+from scripts.results import commit, machine
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone

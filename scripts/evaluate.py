@@ -37,6 +37,7 @@ from files import Lines, check_not_input, check_writable
 from generate import (
     DEMO,
     Engine,
+    NotFinite,
     Settings,
     capacity_for,
     check_settings,
@@ -56,6 +57,7 @@ from scripts.results import (
     check_model_answers,
     check_parts,
     check_same_questions,
+    how_made,
     merge,
     part,
     rank_and_size,
@@ -64,7 +66,7 @@ from scripts.results import (
 )
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, question_header, questions_of
-from scripts.token_details import NotFinite, as_fields, token_details
+from scripts.token_details import as_fields, token_details
 from scripts.turns import answer_turns, cut, failed_turn, turn_ids
 from tokenizer import load_tokenizer
 
@@ -176,7 +178,7 @@ class Bench:
     def write(self, *records: dict) -> None:
         """Appends to the file of answers, which begins with the header."""
         if self.lines is not None:
-            header = () if self.begun else (self.header,)
+            header = () if self.begun else (self.header | how_made(),)
             self.begun = True
             for line in (*header, *records):
                 self.lines.add(line)

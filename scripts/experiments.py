@@ -29,9 +29,7 @@ from cli import InputError, Parser, Progress, number, run_script, whole  # isort
 import argparse
 import json
 import math
-import platform
 import random
-import subprocess
 import time
 from pathlib import Path
 
@@ -75,34 +73,12 @@ from scripts.demo_task import (
 from scripts.evaluate import Bench, Variant, add_engine_flags, difference, label, name_models, shares_of, summarise
 from scripts.intervals import interval
 from scripts.perplexity import perplexity, read_texts
+from scripts.results import commit, machine
 from scripts.tasks import MOST, load_questions
 from tokenizer import decode, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DELTA = 0.8  # the shipped judge's threshold
-
-
-def machine() -> str:
-    """Processor or GPU, cores, torch."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].split(":")[1].strip() if names else platform.processor()
-    return f"{torch.get_num_threads()} of {os.cpu_count()} cores of {name}, torch {torch.__version__}"
-
-
-def commit() -> str:
-    """The commit that ran, with a + when the tree had changes."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "-uno", "--", "*.py", "checkpoints")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:

@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 
 from files import read_text
-from generate import DEMO
+from generate import DEMO, NotFinite
 from model import DTYPES, ModelArgs, Transformer, pick_device, run_dtype
 from quantize import MODES, load_model, scheme_named
 from scripts.demo_task import problems, write_answer
 from scripts.tasks import MOST
-from scripts.token_details import NotFinite
 from tokenizer import load_tokenizer
 
 MOST_NATS = 700  # a token, of which a perplexity can still be written as a number

@@ -10,12 +10,17 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
 
 from cli import InputError, shortened, whole
 from files import Lines, check_folder, check_not_input, check_writable, parse_object, read_bytes, write_file
@@ -99,13 +104,51 @@ CONSISTENT: dict[str, Callable[[dict], bool]] = {
 }
 
 
+MADE = ("command", "machine", "commit")  # of a header: how a run was made, which another run may do otherwise
+
+
+def how_made() -> dict:
+    """What a header says beside the settings."""
+    command = shlex.join(os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:]))
+    return dict(zip(MADE, (command, machine(), commit())))
+
+
+def machine() -> str:
+    """Processor or GPU, cores, torch."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor()
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores of {name}, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """The commit that ran, with a + when the tree had changes."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "-uno", "--", ":/*.py", ":/checkpoints")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def unlike(header: dict, other: dict) -> list[str]:
+    """The settings in which two headers differ."""
+    return [key for key in header | other if key not in MADE and header.get(key) != other.get(key)]
+
+
 def check_header(path: Path, lines: list[dict], rest: bytes, header: dict) -> None:
     """Raises InputError where a file's lines, and the half one after them, are not of a run with this header."""
-    if not lines and not json.dumps(header).encode().startswith(rest):
+    begin = json.dumps(header).encode().removesuffix(b"}")  # how a run was made follows
+    if not lines and not (begin.startswith(rest) or rest.startswith(begin)):
         raise InputError(f"{path} is not a results file of this script (no header); name another --out.")
-    if lines and lines[0] != header:
-        differ = ", ".join(key for key in header | lines[0] if lines[0].get(key) != header.get(key))
-        raise InputError(f"{path} holds results of other settings ({differ}); name another --out or remove it.")
+    if lines and (differ := unlike(header, lines[0])):
+        raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
 
 
 def parse_lines(path: Path, text: bytes) -> list[tuple[str, dict]]:
@@ -126,19 +169,6 @@ def resume(lines: Lines, header: dict, check: Callable[[dict, str], dict] = chec
     found = parse_lines(lines.path, lines.content)
     check_header(lines.path, [line for _, line in found[:1]], lines.rest, header)
     return [check(record, where) for where, record in found[1:]]
-
-
-def read_results(path: Path, header: dict) -> list[dict]:
-    """As `resume`, of a file that nobody has locked, and cuts off half a line; for scripts that append by themselves."""
-    if not path.exists():
-        return []
-    text = read_bytes(path)
-    whole_lines = text[: text.rfind(b"\n") + 1]  # a killed run may leave half a line
-    found = [line for _, line in parse_lines(path, whole_lines)]
-    check_header(path, found[:1], text[len(whole_lines) :], header)
-    if text != whole_lines:
-        os.truncate(path, len(whole_lines))
-    return found[1:]
 
 
 def by_key(path: Path, records: list[dict], known: dict | None = None) -> dict[tuple, dict]:
@@ -201,8 +231,7 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
         if "target" not in first:
             raise InputError(f"{path} is not a part of a run, or its run had not begun.")
         header = header or first
-        if first != header:
-            differ = [key for key in header | first if first.get(key) != header.get(key)]
+        if differ := unlike(header, first):
             raise InputError(f"{path} is of other settings than {part(out, 0, size)} ({', '.join(differ)}).")
         found = by_key(path, [check_answer(record, where) for where, record in records], found)
     check_same_questions(out, found, questions)

@@ -22,13 +22,12 @@ from pathlib import Path
 
 import torch
 
-from generate import Paint, check_settings, load_pair, threshold_of
+from generate import NotFinite, Paint, check_settings, load_pair, threshold_of
 from judge import RULES, Encoded, RowReader, encode_items, rule_mask
 from model import pick_device, run_dtype
 from scripts.evaluate import Variant, add_engine_flags, label, name_models, parse_rules, schemes_of, settings_for
 from scripts.public_tasks import json_lines
 from scripts.tasks import MOST
-from scripts.token_details import NotFinite
 from tokenizer import Decoder, Tokenizer, load_tokenizer
 
 

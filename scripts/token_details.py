@@ -13,14 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-import generate
 import tp
-from cli import InputError
+from generate import NotFinite
 from judge import JudgeHead
 from model import Transformer
 from tokenizer import Decoder, Tokenizer
 
-NotFinite = getattr(generate, "NotFinite", None) or type("NotFinite", (InputError,), {})
 ROWS = 64  # of logits in memory at a time: a large vocabulary's are half a megabyte a row
 
 

@@ -17,7 +17,7 @@ from cli import InputError
 from files import Lines
 from scripts import evaluate, turns
 from scripts.evaluate import main, own_device, parse_rules, print_table, share_of, summarise
-from scripts.results import by_key, check_parts, check_same_questions, merge, part, rank_and_size, read_results, resume
+from scripts.results import by_key, check_parts, check_same_questions, merge, part, rank_and_size, resume
 from scripts.scoring import Question
 from scripts.token_details import NotFinite
 
@@ -91,12 +91,24 @@ def test_quantised_models_answer_and_say_so(tmp_path, capsys):
     assert stop.value.code == 2 and "--verify hf runs the folders as they are" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_whoever_made_the_file(tmp_path):
+    """How a run was made stands in the header, and is no setting; half a header of such a run is one."""
+    path, settings = tmp_path / "r.jsonl", {"task": "demo", "limit": 3}
+    whole = json.dumps(settings | {"command": "evaluate.py --limit 3", "machine": "another", "commit": "abc"}) + "\n"
+    for content in ("", whole, whole[:20], whole[:-30]):
+        path.write_text(content)
+        assert resume(Lines(path), settings) == []
+    path.write_text(whole)
+    with pytest.raises(InputError, match=r"other settings \(limit\)"):
+        resume(Lines(path), settings | {"limit": 4})
+
+
 def test_a_foreign_file_is_not_overwritten(tmp_path):
     path = tmp_path / "notes.txt"
     for content in ("my notes\n", "my notes", '{"my": "only copy, no newline"}', "[1]\n[2]\n", '{"task": "other"}\n'):
         path.write_text(content)
         with pytest.raises(InputError, match="notes.txt"):
-            read_results(path, {"task": "demo"})
+            resume(Lines(path), {"task": "demo"})
         assert path.read_text() == content
 
 
