@@ -14,6 +14,7 @@ if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", 
 
 import argparse
 import errno
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
     def error(self, message: str):
+        message = re.sub(r"^argument (\S+): (?=.* must be )", r"\1 ", message)  # as in "--seed 1.5 must be a whole number"
         print(one_line(f"{self.prog}: {message}; see --help."), file=sys.stderr)
         sys.exit(2)
 
@@ -87,8 +89,15 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def shortened(text: str) -> str:
-    """What a user typed, quoted, without the middle of what is very long."""
-    return repr(text if len(text) <= 60 else f"{text[:30]}...{text[-10:]}")
+    """What a user typed, without the middle of what is very long, and quoted unless it is a plain word."""
+    text = text if len(text) <= 60 else f"{text[:30]}...{text[-10:]}"
+    return text if re.fullmatch(r"[\x21-\x7e]+", text) else repr(text)
+
+
+def shortened_value(value) -> str:
+    """A value from a file, as Python writes it, without the end of what is very long."""
+    text = repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of hundreds of digits"
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 class Progress:

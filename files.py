@@ -12,6 +12,7 @@ import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cli import InputError
 
@@ -22,20 +23,20 @@ MOST_JSON = 512 << 20  # of one JSON object
 # In
 
 
-def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> bytes:
-    """A regular file's content. what: comes before the path in the sentence, as a flag's name.
+@contextlib.contextmanager
+def opened(path: str | Path, what: str = "") -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, open for reading without a buffer, and its size in bytes. what: comes before the path in the sentence.
 
-    Raises InputError for a file that is missing, unreadable, no regular file, or larger than `most` bytes.
+    Raises InputError for a file that is missing, unreadable or no regular file, and where reading it fails.
     """
     what = f"{what} {path}".lstrip()
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a FIFO would wait
+        # a FIFO would wait for its writer
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{what} is {kind_of_file(status.st_mode)}; name a regular file.")
-            if status.st_size > most:
-                raise InputError(f"{what} has {status.st_size / 1e9:.1f} GB, more than the {most / 1e9:.1f} GB that are read.")
-            return file.read()
+            yield file, status.st_size
     except FileNotFoundError:
         raise InputError(f"There is no file {what}.") from None
     except IsADirectoryError:
@@ -44,6 +45,41 @@ def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> byte
         if isinstance(error, InputError):
             raise
         raise InputError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> bytes:
+    """A regular file's content. what: comes before the path in the sentence, as a flag's name.
+
+    Raises InputError as `opened`, and for a file larger than `most` bytes.
+    """
+    with opened(path, what) as (file, size):
+        if size > most:
+            what = f"{what} {path}".lstrip()
+            raise InputError(f"{what} has {size / 1e9:.1f} GB, more than the {most / 1e9:.1f} GB that are read.")
+        return file.read()
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """A folder to read a checkpoint from. Raises InputError with the true cause where it cannot be read."""
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        raise InputError(f"There is no checkpoint folder {folder}; name a Hugging Face snapshot folder.") from None
+    except NotADirectoryError:
+        raise InputError(f"{folder} is no folder; name a Hugging Face snapshot folder.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    return Path(folder)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, also behind links. Raises InputError where that cannot be told."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def kind_of_file(mode: int) -> str:
@@ -139,11 +175,51 @@ def check_writable(path: Path, flag: str = "") -> Path:
     return real
 
 
+def check_new_folder(out: Path, flag: str, beside: Path) -> None:
+    """Raises InputError for a folder that cannot be made, or is there, before any work is done for it. beside: the folder
+    that it is written to first, which may be there."""
+    try:
+        if os.path.lexists(out):
+            kind = "a link to nowhere" if not os.path.exists(out) else kind_of_file(os.stat(out).st_mode)
+            kind = "a file" if kind == "no regular file" else kind
+            raise InputError(f"{flag} {out} exists already and is {kind}; name a new folder.")
+        if os.path.lexists(beside) and (os.path.islink(beside) or not os.path.isdir(beside)):
+            raise InputError(f"{flag} {out}: {beside}, where it is written to first, is no folder; remove it.")
+        above = next(path for path in Path(os.path.abspath(out)).parents if os.path.lexists(path))
+        if not above.is_dir():
+            raise InputError(f"{flag} {out} cannot be made: {above} is no folder.")
+        if not os.access(beside if beside.exists() else above, os.W_OK | os.X_OK):
+            raise InputError(f"{flag} {out} cannot be made: nothing may be made in the folder {above}.")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{flag} {out} cannot be made: {getattr(error, 'strerror', None) or error}.") from None
+
+
 def check_not_input(out: Path, inputs: list[Path], flag: str = "--out") -> None:
     """Raises InputError where writing `out` would destroy one of the files that are read for it."""
     for path in inputs:
         if path.exists() and out.exists() and os.path.samefile(path, out):
             raise InputError(f"{flag} {out} is one of the inputs, which would be lost; name another file.")
+
+
+def check_folder(path: Path, flag: str = "") -> None:
+    """Raises InputError for a folder in which no files can be made; one that is missing is made later, with those above it."""
+    what, here = f"{flag} {path}".lstrip(), Path(os.path.abspath(path))
+    while True:
+        try:
+            status = os.stat(here)
+            break
+        except FileNotFoundError:
+            if here.is_symlink():
+                raise InputError(f"{what} cannot be written: {here} is a link to nothing.") from None
+            here = here.parent
+        except (OSError, ValueError) as error:
+            raise InputError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{what} cannot be written: {here} is no folder.")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise InputError(f"{what} cannot be written: nothing may be made in the folder {here}.")
 
 
 def beside(path: Path) -> Path:
@@ -158,7 +234,7 @@ def lock(file, path: Path) -> None:
     import fcntl
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a file object or a descriptor, of a folder, too
     except BlockingIOError:
         raise InputError(f"{path} is being written by another process; wait for it, or name another file.") from None
 

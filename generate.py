@@ -8,7 +8,7 @@ logits, judge scores, the rule, how many tokens are accepted, the target's own n
 one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is visible.
 """
 
-from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import gc
@@ -18,6 +18,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import kernels
 import tp
-from files import check_writable
+from files import check_writable, replacing
 from judge import (
     RULES,
     Drift,
@@ -41,15 +42,19 @@ from judge import (
     read_calibration,
     rule_mask,
 )
-from model import DTYPES, ModelArgs, Transformer, pick_device, run_dtype
-from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, weight_bytes
+from model import DTYPES, PREFILL_ROWS, WINDOW, ModelArgs, Transformer, pick_device, run_dtype
+from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, temporary_bytes, weight_bytes
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
 from tp import load_model
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
-WINDOW = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
-PREFILL_ROWS = {"cpu": 256, "cuda": 2048}  # that a pass over the prompt reads, a multiple of WINDOW
+DEMO_FORMS = (
+    'the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How '
+    'many apples now?" and "The list is [5,17,23,8]. Sort it. Drop the first. Add 4 to each. What is the largest?" (more by '
+    "scripts/demo_task.py); it answers everything else, and wrong."
+)
+MOST_TOKENS = 10**8  # bound of flags that count tokens
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
 TINY = 1e-20
 
@@ -69,6 +74,7 @@ class Settings:
     relax_between: tuple[str, str] | None = None  # the rule applies only between these texts, `standard` elsewhere
     impose: int | None = None  # for benchmarks: accept so many draft tokens a round, whatever they are
     check_ranks: bool = False  # compare tokens and positions of all ranks every round
+    debug_numerics: bool = False  # where logits are not finite, say where that begins
 
     @property
     def needs_probabilities(self) -> bool:
@@ -85,7 +91,8 @@ class Buffers:
     drafted: Tensor  # (M,) draft tokens of this round
     draft_logits: Tensor  # (M, V), or (1, 1) when neither rule nor sampling needs them
     draft_hidden: Tensor  # (M, dim of the draft), or (1, 1) when the judge does not read it
-    step: Tensor  # (1,) number of the next draft token
+    step: Tensor  # (1,) number of the next draft token; after the draft loop, how many there are this round
+    flawed: Tensor  # (1,) whether the draft's logits were not finite this round
     uniforms: Tensor  # (2 M + 1,) random numbers of this round: drafting, accepting, the target's own token
     threshold: Tensor  # ()
     stop_ids: Tensor  # (n,)
@@ -100,7 +107,8 @@ class Buffers:
 @dataclass
 class Round:
     """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the target's.
-    score: the sum of the judge's scores of the accepted tokens and the first rejected one, which are `scored`."""
+    score: the sum of the judge's scores of the accepted tokens and the first rejected one, which are `scored`.
+    flawed: whether the logits were not finite, + 1 the target's, + 2 the draft's."""
 
     tokens: list[int]
     accepted: int
@@ -108,6 +116,11 @@ class Round:
     drafted: int = 0
     score: float = 0.0
     scored: int = 0
+    flawed: int = 0
+
+
+class NotFinite(InputError):
+    """Logits were NaN or infinite: nothing that is decoded from them means anything."""
 
 
 @dataclass
@@ -164,22 +177,31 @@ def pick(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> Tensor:
-    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns the token, (1,).
+    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns (2,): the token, and whether the logits were
+    not finite.
 
     visible: only its length counts, how much of the cache the step may look at; a tensor, so that one graph serves all.
     """
     _, logits = model(b.tokens[b.pos][None], b.pos, len(visible))
-    token = choose(logits[0], b.uniforms[:1], s, model.args.vocab_size)
+    token, peak = choose(logits[0], b.uniforms[:1], s, model.args.vocab_size)
     b.tokens[b.pos + 1] = token
     b.pos += 1
-    return token
+    return torch.cat([token, not_finite(peak)])
 
 
-def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> Tensor:
-    """The next token (1,) from logits (1, V), or a rank's part of them: the most likely one, or a sample."""
+def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The next token (1,) from logits (1, V), or a rank's part of them: the most likely one, or a sample; and the largest
+    logit (1,)."""
     if s.temperature == 0:
         return tp.most_likely(logits, vocab_size)
-    return pick(distribution(tp.whole(logits, vocab_size), s.temperature, s.top_k), uniform)
+    logits = tp.whole(logits, vocab_size)
+    return pick(distribution(logits, s.temperature, s.top_k), uniform), logits.amax(-1)
+
+
+def not_finite(peaks: Tensor) -> Tensor:
+    """(1,): 1 where a row's largest logit is NaN or infinite, as it is if any of its logits is NaN or +inf. A NaN or an
+    infinity anywhere in a model reaches the logits as NaN. peaks: (T,)."""
+    return (~peaks.isfinite()).any().long()[None]
 
 
 def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, first: bool) -> None:
@@ -190,6 +212,7 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, fir
     """
     if first:
         b.step.zero_()
+        b.flawed.zero_()
         pos = (b.pos + torch.arange(-1, 1, device=b.pos.device)).clamp(min=0)
         ids = b.tokens[pos]
     else:
@@ -201,7 +224,8 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, fir
         b.draft_logits[b.step] = logits
     if b.draft_hidden.numel() > 1:
         b.draft_hidden[b.step] = hidden[0, -1:]
-    b.drafted[b.step] = choose(logits, b.uniforms[b.step], s, model.args.vocab_size)
+    b.drafted[b.step], peak = choose(logits, b.uniforms[b.step], s, model.args.vocab_size)
+    b.flawed |= not_finite(peak)
     b.step += 1
 
 
@@ -210,9 +234,10 @@ def verify_step(
 ) -> Tensor:
     """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's next token.
 
-    Returns int64 (2 M + 3,), all that the host needs: how many were accepted; the M + 1 tokens committed (those past
+    Returns int64 (2 M + 4,), all that the host needs: how many were accepted; the M + 1 tokens committed (those past
     the accepted ones and the target's own are padding); for each draft token whether the rule alone let it through; the
-    sum of the judge's scores (in millionths) of the accepted tokens and the first rejected one.
+    sum of the judge's scores (in millionths) of the accepted tokens and the first rejected one; whether the logits were
+    not finite (+ 1 the target's, + 2 the draft's). Of a short round only the `step` tokens that were drafted can pass.
     """
     m = len(b.drafted)
     ids = torch.cat([b.tokens[b.pos], b.drafted])
@@ -223,7 +248,8 @@ def verify_step(
     scores = head.score(hidden[0, 1:], b.draft_hidden) if head is not None else None  # the judge reads the token's own row
     if markers is not None:
         allowed, regions = markers.walk(b.region, b.drafted)
-    standard, p, q = standard_test(logits, b, s, allowed, model.args.vocab_size)
+    most_likely, peaks = tp.most_likely(logits, model.args.vocab_size)
+    standard, p, q = standard_test(logits, most_likely, b, s, allowed)
     if s.verify == "standard":
         relaxed = standard
     elif s.verify == "ensemble" and s.temperature > 0:
@@ -231,11 +257,12 @@ def verify_step(
     else:
         relaxed = rule_mask(s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob)
         relaxed = relaxed if allowed is None else relaxed & allowed
-    accepted = (standard | relaxed).long().cumprod(0).sum(0, keepdim=True)  # (1,)
+    index = torch.arange(m + 1, device=ids.device)
+    passed = (standard | relaxed) & (index[:-1] < b.step)
+    accepted = passed.long().cumprod(0).sum(0, keepdim=True)  # (1,)
     if s.impose is not None:
         accepted = accepted.clamp(min(s.impose, m), min(s.impose, m))
     own = p[accepted] if s.temperature == 0 else pick(residual(p, q, accepted), b.uniforms[2 * m :])
-    index = torch.arange(m + 1, device=ids.device)
     committed = torch.where(index < accepted, torch.cat([b.drafted, own]), own)
     b.tokens[b.pos + 1 + index] = committed
     b.pos += accepted + 1
@@ -243,24 +270,24 @@ def verify_step(
         b.region.copy_(markers.table[regions[accepted], own])
     score = torch.zeros_like(accepted)
     if scores is not None:
-        score = (scores.masked_fill(index[:-1] > accepted, 0).sum(0, keepdim=True) * 1e6).long()
-    return torch.cat([accepted, committed, (relaxed & ~standard).long(), score])
+        unseen = (index[:-1] > accepted) | (index[:-1] >= b.step)
+        score = (scores.masked_fill(unseen, 0).sum(0, keepdim=True) * 1e6).long()
+    return torch.cat([accepted, committed, (relaxed & ~standard).long(), score, not_finite(peaks) + 2 * b.flawed])
 
 
 def standard_test(
-    logits: Tensor, b: Buffers, s: Settings, allowed: Tensor | None, vocab_size: int
+    logits: Tensor, most_likely: Tensor, b: Buffers, s: Settings, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The standard test, bool (M,), and what the target's own token comes from: greedy, the most likely tokens (M + 1,);
+    """The standard test, bool (M,), and what the target's own token comes from: greedy, `most_likely` tokens (M + 1,);
     when sampling, p (M + 1, V) and q (M, V).
 
     `ensemble` puts its mixture in the place of p, in allowed rows; the last row stays the target's.
     """
     m, ensemble = len(b.drafted), s.verify == "ensemble"
     if s.temperature == 0:
-        own = tp.most_likely(logits, vocab_size)
-        standard = own[:-1] == b.drafted  # the row before the token
+        standard = most_likely[:-1] == b.drafted  # the row before the token
         if not ensemble:
-            return standard, own, None
+            return standard, most_likely, None
         p, q = logits.softmax(-1), b.draft_logits.softmax(-1)
     else:
         p, q = (distribution(x, s.temperature, s.top_k) for x in (logits, b.draft_logits))
@@ -293,7 +320,8 @@ class Slot:
     report: Tensor  # pinned on CUDA
     uniforms: Tensor
     event: torch.cuda.Event | None  # the report is there
-    m: int = 0
+    m: int = 0  # draft tokens that the verification has room for, 0 of a plain step
+    drafts: int = 0  # of them made this round
 
 
 @dataclass
@@ -329,19 +357,21 @@ class Engine:
         check_settings(settings, draft is not None, head is not None)
         self.target, self.head, self.settings = target, head, settings
         self.draft = None if settings.verify == "plain" else draft
+        self.ahead = RULES[settings.verify].ahead if settings.verify in RULES else 0
         self.device = target.device
         self.overlap = self.device.type == "cuda"  # launch a round before the last one is read
         self.markers = markers.to(self.device) if markers is not None else None
         self.stop_ids = stop_ids
         self.generator = torch.Generator().manual_seed(0)
         self.length = length
-        self.context = min(model.args.max_position for model in (target, self.draft) if model is not None)
+        self.context = smallest_context(target.args, self.draft and self.draft.args)
         self.allocate()
         if settings.compile and self.device.type == "cpu":
             check_compiler()
             kernels.use_cpu_kernels()
         self.plain_step, self.draft_step = self.compiled(plain_step), self.compiled(draft_step)
-        self.use_sizes(SIZES if settings.adaptive and self.draft is not None else (settings.speculate_k,))
+        sizes = tuple(m for m in SIZES if m <= settings.speculate_k) if settings.adaptive and self.draft is not None else ()
+        self.use_sizes(sizes or (settings.speculate_k,))
 
     def use_sizes(self, sizes: tuple[int, ...]) -> None:
         """Prepares verification for these M, none above speculate_k."""
@@ -369,15 +399,16 @@ class Engine:
             tokens=torch.zeros(capacity, **long), pos=torch.zeros(1, **long),
             drafted=torch.zeros(s.speculate_k, **long), draft_logits=torch.zeros(shape, device=device),
             draft_hidden=torch.zeros(hidden, device=device, dtype=self.draft.dtype if keep_hidden else None),
-            step=torch.zeros(1, **long), uniforms=torch.zeros(2 * s.speculate_k + 1, device=device),
+            step=torch.zeros(1, **long), flawed=torch.zeros(1, **long),
+            uniforms=torch.zeros(2 * s.speculate_k + 1, device=device),
             threshold=torch.tensor(threshold_of(s, self.head), device=device),
             stop_ids=torch.tensor(self.stop_ids, **long), region=torch.zeros(1, **long),
         )  # fmt: skip
         self.ruler = torch.zeros(capacity, device=device)  # its slices say how much of the cache a step may look at
         cuda = device.type == "cuda"
-        size = 2 * s.speculate_k + 3
+        size = 2 * s.speculate_k + 1
         self.slots = [
-            Slot(torch.zeros(size, dtype=torch.long, pin_memory=cuda), torch.zeros(size - 2, pin_memory=cuda),
+            Slot(torch.zeros(size + 3, dtype=torch.long, pin_memory=cuda), torch.zeros(size, pin_memory=cuda),
                  torch.cuda.Event() if cuda else None)
             for _ in range(2)
         ]  # fmt: skip
@@ -393,6 +424,8 @@ class Engine:
         """Runs every step, which compiles it, captures the CUDA graphs, and measures what --speculate_k auto chooses by.
         Returns the seconds it took."""
         started = time.monotonic()
+        # As few rows as a last pass may have: products of few rows are tuned for them, too
+        self.prefill([0] * min(WINDOW + 1, self.capacity))
         for m in self.sizes:
             for needed in (1, 1, self.capacity):  # again, and elsewhere: no step may depend on where it stands
                 self.buffers.pos.fill_(needed // 2)
@@ -453,31 +486,33 @@ class Engine:
         if self.device.type == "cuda":
             return self.ruler
         visible = self.ruler[: -(-needed // WINDOW) * WINDOW]
-        if self.settings.compile:
+        if self.settings.compile and self.capacity > WINDOW:  # else there is only one length
             torch._dynamo.mark_dynamic(visible, 0)
         return visible
 
-    def steps(self, visible: Tensor, m: int) -> list:
-        """What a round launches, in order: the draft loop and the verification, or the plain step. The last one reports."""
+    def steps(self, visible: Tensor, m: int, drafts: int = 0) -> list:
+        """What a round launches, in order: the draft loop (of `drafts` tokens, default m) and the verification of m, or the
+        plain step. The last one reports."""
         b, s = self.buffers, self.settings
         if self.draft is None:
             return [lambda: self.plain_step(self.target, b, s, visible)]
 
         def draft() -> None:
-            for i in range(m):
+            for i in range(drafts or m):
                 self.draft_step(self.draft, b, s, visible, i == 0)
 
         verify, part = self.verify_steps[m]
         return [draft, lambda: verify(self.target, self.head, part, s, visible, self.markers)]
 
     @torch.inference_mode()
-    def launch(self, needed: int, m: int = 0) -> Slot:
-        """Starts a round of m draft tokens (default speculate_k) that may look at positions below `needed`; waits for
-        nothing."""
+    def launch(self, needed: int, m: int = 0, most: int = 0) -> Slot:
+        """Starts a round of m draft tokens (default speculate_k), or only of the `most` that can still be used, which may look
+        at positions below `needed`; waits for nothing. A captured draft loop always makes m."""
         b, m = self.buffers, m or self.settings.speculate_k
+        drafts = m if self.graphs or not most else min(m, most)
         slot = self.slots[0]
         self.slots.reverse()
-        slot.m = m if self.draft is not None else 0
+        slot.m, slot.drafts = (m, drafts) if self.draft is not None else (0, 0)
         if self.settings.temperature > 0:
             slot.uniforms.copy_(torch.rand(slot.uniforms.shape, generator=self.generator))
             b.uniforms.copy_(slot.uniforms, non_blocking=True)
@@ -486,7 +521,7 @@ class Engine:
                 captured.graph.replay()
             report = captured.output
         else:
-            for step in self.steps(self.visible(needed), m):
+            for step in self.steps(self.visible(needed), m, drafts):
                 report = step()
         slot.report[: len(report)].copy_(report, non_blocking=True)
         if slot.event is not None:
@@ -499,10 +534,11 @@ class Engine:
             slot.event.synchronize()
         report, m = slot.report.tolist(), slot.m
         if m == 0:
-            return Round(report[:1], 0, [])
+            return Round(report[:1], 0, [], flawed=report[1])
         accepted, by_rule = report[0], [bool(x) for x in report[m + 2 : m + 2 + report[0]]]
-        scored = min(accepted + 1, m) if self.head is not None else 0
-        return Round(report[1 : accepted + 2], accepted, by_rule, m, report[2 * m + 2] / 1e6, scored)
+        scored = min(accepted + 1, slot.drafts) if self.head is not None else 0
+        score, flawed = report[2 * m + 2] / 1e6, report[2 * m + 3]
+        return Round(report[1 : accepted + 2], accepted, by_rule, slot.drafts, score, scored, flawed)
 
     def round(self, needed: int, m: int = 0) -> Round:
         """One round, launched and read."""
@@ -514,25 +550,49 @@ class Engine:
         Stops exactly at the first stop token (which is put out) or after max_new_tokens. keep: as in `prefill`.
         With `overlap` a round is under way before the last one is read; one that lies past the end is thrown away.
         """
-        check_prompt(prompt, max_new_tokens, self.length, self.context)
+        check_prompt(prompt, max_new_tokens, self.length, *self.context)
         if self.settings.adaptive and not self.pace.seconds:
             self.warm_up()
         started = time.monotonic()
         self.prefill(prompt, keep)
         self.sync()
         result.seconds_prefill, began = time.monotonic() - started, time.monotonic()
-        pos, most, ahead = len(prompt) - 1, self.settings.speculate_k + 1, None
+        pos, rows, ahead = len(prompt) - 1, self.settings.speculate_k + 1, None
         while len(result.tokens) < max_new_tokens and result.stop_reason == "length":
-            current = ahead or self.launch(pos + most, self.pace.choose(pos + most))
-            another = self.overlap and len(result.tokens) + 1 < max_new_tokens  # this round puts out at least one
-            ahead = self.launch(pos + 2 * most, self.pace.choose(pos + 2 * most)) if another else None
+            left = max_new_tokens - len(result.tokens)
+            current = ahead or self.launch(pos + rows, *self.size_of_round(pos + rows, left))
+            another = self.overlap and left > 1  # this round gives at least one token
+            ahead = self.launch(pos + 2 * rows, *self.size_of_round(pos + 2 * rows, left - 1)) if another else None
             got = self.collect(current)
+            if got.flawed:
+                self.stop_at_not_finite(got.flawed, prompt + result.tokens)
             if self.settings.check_ranks:
                 tp.check_round(pos, got.accepted, got.tokens)
             pos += len(got.tokens)
             result.seconds_decode = time.monotonic() - began
             fresh = self.count(got, result, max_new_tokens)
             yield from fresh
+
+    def size_of_round(self, needed: int, left: int) -> tuple[int, int]:
+        """M of a round that looks at positions below `needed`, and how many draft tokens can be used, of `left` to come."""
+        most = left + self.ahead
+        return self.pace.choose(needed, most), most
+
+    def stop_at_not_finite(self, flawed: int, ids: list[int]) -> None:
+        """Raises NotFinite. The caches are cleared, since a NaN there outlives every mask."""
+        role, model = ("target", self.target) if flawed & 1 else ("draft", self.draft)
+        text = f"The {role}'s logits are not finite (NaN or infinite) after {len(ids)} tokens, in {kind_of(model)}"
+        if self.settings.debug_numerics:
+            text += f"; {first_not_finite(model, ids)}"
+        else:
+            text += "; --debug_numerics says where that begins"
+        for each in (self.target, self.draft):
+            if each is not None:
+                each.clear_caches()
+        advice = "its weights may be damaged or not made for this type"
+        if model.dtype == torch.float16:
+            advice = "fp16 ends at 65504, --precision bf16 and fp32 do not"
+        raise NotFinite(f"{text} ({advice}).")
 
     def count(self, got: Round, result: Result, max_new_tokens: int) -> list[tuple[int, str]]:
         """Adds a round to `result`; returns its tokens up to the end, with their origin."""
@@ -590,19 +650,48 @@ class Pace:
             windows.append(min(2 * windows[-1], capacity))
         return windows
 
-    def choose(self, needed: int) -> int:
-        """The M of the next round, which looks at up to `needed` positions."""
+    def choose(self, needed: int, most: int = 1 << 30) -> int:
+        """The M of the next round, which looks at up to `needed` positions, of which `most` draft tokens can be used."""
         if len(self.sizes) == 1:
             return self.sizes[0]
+        sizes = [m for m in self.sizes if m <= most] or self.sizes[:1]
         window = min((window for window, _ in self.seconds if window >= needed), default=max(self.seconds)[0])
         overall = (sum(self.passed) + self.STRENGTH * self.PRIOR) / (sum(self.reached) + self.STRENGTH)
         expected, chance, best = 1.0, 1.0, (0.0, 0)
         for place, (reached, passed) in enumerate(zip(self.reached, self.passed), 1):
             chance *= (passed + self.STRENGTH * overall) / (reached + self.STRENGTH)
             expected += chance
-            if place in self.sizes:
+            if place in sizes:
                 best = max(best, (expected / self.seconds[window, place], place))
         return best[1]
+
+
+def first_not_finite(model: Transformer, ids: list[int]) -> str:
+    """Where numbers first stop being finite when `ids` are read in one pass, by module, or in which weights: a clause."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.float().isfinite().all():
+            return f"the weight {name} holds NaN or infinity"
+    found = []
+
+    def look(name: str) -> Callable:
+        def hook(module, inputs, output) -> None:
+            numbers = output[0] if isinstance(output, tuple) else output
+            if not found and not numbers.isfinite().all():
+                row = int((~numbers.isfinite()).flatten(2).any(-1)[0].nonzero()[0])
+                largest = inputs[0].abs().amax().item() if inputs[0].is_floating_point() else 0
+                found.append(f"first the output of {name} at position {row} (its input reaches {largest:.3g})")
+
+        return hook
+
+    modules = [(name, module) for name, module in model.named_modules() if name and not isinstance(module, torch.nn.ModuleList)]
+    handles = [module.register_forward_hook(look(name)) for name, module in modules]
+    try:
+        with torch.inference_mode():
+            model(torch.tensor([ids], device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "a pass over the whole text in eager code does not show it"
 
 
 def check_compiler() -> None:
@@ -674,13 +763,22 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
         check_threshold(settings.verify, settings.threshold)
 
 
-def check_prompt(prompt: list[int], max_new_tokens: int, length: int, context: int) -> None:
-    """Raises InputError when the prompt is empty, or prompt and output do not fit the model's context or the cache."""
+def smallest_context(target: ModelArgs, draft: ModelArgs | None) -> tuple[int, str]:
+    """The tokens that a sequence may have, and whose limit that is."""
+    if draft is not None and draft.max_position < target.max_position:
+        return draft.max_position, "the draft's context"
+    return target.max_position, "the target's context"
+
+
+def check_prompt(
+    prompt: list[int], max_new_tokens: int, length: int, context: int, whose: str = "the model's context"
+) -> None:
+    """Raises InputError when the prompt is empty, or prompt and output do not fit the context, `whose` it is, or the cache."""
     if not prompt:
         raise InputError("The prompt is empty; give at least one token.")
     if max_new_tokens < 1:
         raise InputError(f"--max_new_tokens {max_new_tokens} is too small: put out at least 1 token.")
-    for size, what in ((context, "the model's context"), (length, "the cache")):
+    for size, what in ((context, whose), (length, "the cache")):
         if len(prompt) + max_new_tokens > size:
             raise InputError(
                 f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit {what} of {size}; "
@@ -717,11 +815,14 @@ def check_memory(
 ) -> None:
     """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on `device`."""
     weights = sum(weight_bytes(args, dtype, scheme) for args, scheme in zip(models, schemes))
+    rows = PREFILL_ROWS[device.type]
+    extra = max(temporary_bytes(args, dtype, scheme, device, rows) for args, scheme in zip(models, schemes))
     caches = sum(args.cache_bytes(capacity, dtype) for args in models)
     free = free_memory(device)
-    if free is not None and weights + caches > free:
+    if free is not None and weights + caches + extra > free:
+        packing = f", and {extra / 1e9:.1f} GB for a time while weights are quantised and prompts read" if extra else ""
         raise InputError(
-            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights and {caches / 1e9:.1f} GB of caches, "
+            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of caches{packing}, "
             f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter --cache_length."
         )
 
@@ -729,44 +830,53 @@ def check_memory(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Without a target it names the demo pair, its judge and a demo problem."""
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("models").add_argument
     add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")
     add("--draft_checkpoint_path", type=Path, help="the draft, a folder with the same vocabulary")
     add("--judge_path", type=Path, help="judge.safetensors, made by judge.py for this target")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+    add_mode_flags(parser)
+    add = parser.add_argument_group("what to say").add_argument
+    add("--prompt", help="text, a whole number for a synthetic prompt of that many tokens, or - for standard input")
+    add("--chat", action="store_true", help="put the prompt into the folder's chat format")
+    add("--interactive", action="store_true", help="ask for prompts and stream the answers; Ctrl-C stops an answer")
+    add("--max_new_tokens", type=whole(1, MOST_TOKENS), default=200, help="tokens of an answer, at most")
+    add("--cache_length", type=whole(1, MOST_TOKENS), help="tokens that the cache holds (default: what this run needs)")
+    add("--num_samples", type=whole(1, MOST_TOKENS), default=1, help="answers to the prompt")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top_k", type=whole(0, MOST_TOKENS), help="sample from the K most likely tokens; 0: from all (default: all)")
+    add("--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="of sampling")
+    add = parser.add_argument_group("verification").add_argument
     add("--verify", choices=["plain", *RULES], help="default: judge if there is one, standard if there is a draft")
     add("--threshold", type=float, help="the rule's knob: delta, tau, K, ... (default: the judge's own, or the rule's)")
     add("--min_prob", type=float, default=0.0, help="no rule accepts a token that the target gives less than this")
     add("--relax_between", nargs=2, metavar=("BEGIN", "END"), help="the rule applies only between these two texts")
     add("--calibration", type=Path, help="a file by judge.py calibrate: its rule, its threshold, its guarantee")
     add("--speculate_k", type=read_k, default=16, help="M, draft tokens a round, or auto: chosen as it goes")
-    add("--prompt", help="text, a whole number for a synthetic prompt of that many tokens, or - for standard input")
-    add("--chat", action="store_true", help="put the prompt into Llama 3.1's chat format")
-    add("--interactive", action="store_true", help="ask for prompts and stream the answers")
-    add("--max_new_tokens", type=int, default=200)
-    add("--cache_length", type=int, help="tokens that the cache holds (default: what this run needs)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top_k", type=int)
-    add("--num_samples", type=int, default=1)
-    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("speed and output").add_argument
     add("--compile", action="store_true", help="compile the step functions with torch.compile")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add_mode_flags(parser)
-    tp.add_flags(parser)
     add("--profile", type=Path, help="write a Chrome trace of the last sample to this file")
     add("--json", action="store_true", help="print one JSON object a sample, and nothing else, on standard output")
+    add("--marks", action="store_true", help="show by brackets who accepted each token, where output is no terminal, too")
+    add("--debug_numerics", action="store_true", help="where logits are not finite, say where in the model that begins")
+    tp.add_flags(parser)
     parser.set_defaults(compare=False)  # the demo decodes its prompt once more plainly
     args = parser.parse_args(argv)
-    if args.checkpoint_path is None:  # no target named: the demo pair
-        args.checkpoint_path = DEMO / "target"
-        args.draft_checkpoint_path = args.draft_checkpoint_path or DEMO / "draft"
-        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
-        if args.prompt is None and not args.interactive:
-            args.prompt = DEMO_PROMPT
-            args.compare = True
+    if args.checkpoint_path is None:
+        name_demo(args)
     if args.verify is None and not args.calibration:
         args.verify = "plain" if not args.draft_checkpoint_path else "judge" if args.judge_path else "standard"
     return args
+
+
+def name_demo(args: argparse.Namespace) -> None:
+    """No target is named: the demo pair, its judge, and one of the problems that it knows."""
+    args.checkpoint_path = DEMO / "target"
+    args.draft_checkpoint_path = args.draft_checkpoint_path or DEMO / "draft"
+    args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+    if args.prompt is None and not args.interactive:
+        args.prompt, args.compare = DEMO_PROMPT, True
 
 
 def load_pair(
@@ -831,20 +941,25 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that a command line asks for; flags that a script lacks take their defaults."""
+    """The settings that a command line asks for; flags that a script lacks take their defaults.
+
+    M is at most what an answer can use: --max_new_tokens, and what the rule looks at beyond.
+    """
     auto = args.speculate_k == "auto"
     between = tuple(args.relax_between) if getattr(args, "relax_between", None) else None
-    return Settings(args.verify, args.threshold, max(SIZES) if auto else args.speculate_k, args.temperature, args.top_k,
-                    args.compile, args.min_prob, auto, between,
-                    check_ranks=getattr(args, "check_ranks", False))  # fmt: skip
+    budget = (getattr(args, "max_new_tokens", None) or 1 << 30) + (RULES[args.verify].ahead if args.verify in RULES else 0)
+    return Settings(args.verify, args.threshold, min(max(SIZES) if auto else args.speculate_k, budget), args.temperature,
+                    args.top_k or None, args.compile, args.min_prob, auto, between,
+                    check_ranks=getattr(args, "check_ranks", False),
+                    debug_numerics=getattr(args, "debug_numerics", False))  # fmt: skip
 
 
 def read_k(text: str) -> int | str:
     """--speculate_k: a whole number, or "auto"."""
     try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+        return text if text == "auto" else whole(1, 1024)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a whole number from 1 to 1024, or auto") from None
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
@@ -854,23 +969,34 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
         raise InputError("There is no prompt; give --prompt, or --interactive.")
     if text == "-":
         text = tp.first(read_stdin)
-        if not text:
-            raise InputError("--prompt - found no UTF-8 text on standard input.")
     elif text.isascii() and text.isdigit():
         if len(text) > 7:
-            raise InputError(f"--prompt {text[:20]}... asks for too long a synthetic prompt; at most 9999999 tokens.")
+            raise InputError(f"--prompt {shortened(text)} asks for too long a synthetic prompt; at most 9999999 tokens.")
         generator = torch.Generator().manual_seed(args.seed % 2**63)
         ids = torch.randint(0, min(256, tokenizer.vocab_size), (int(text),), generator=generator).tolist()
         return [tokenizer.bos_id, *ids][: int(text)]
     return encode_prompt(args, tokenizer, text)
 
 
+MOST_INPUT = 64 << 20  # bytes of a prompt on standard input; no context holds more
+
+
 def read_stdin() -> str:
-    """Standard input, without the line's end that `echo` adds; empty where it is no text."""
+    """Standard input as UTF-8, without a byte-order mark and the line's end that `echo` adds. Raises InputError where it is
+    closed, endless, empty or no text."""
+    if sys.stdin is None:
+        raise InputError("--prompt - finds standard input closed.")
     try:
-        return sys.stdin.read().removesuffix("\n").removesuffix("\r")
-    except (UnicodeDecodeError, AttributeError, OSError):
-        return ""
+        content = getattr(sys.stdin, "buffer", None)
+        content = content.read(MOST_INPUT + 1) if content else sys.stdin.read(MOST_INPUT + 1).encode()
+        text = content.decode("utf-8-sig")
+    except UnicodeError as error:
+        raise InputError(f"--prompt - found no UTF-8 text on standard input: {error}.") from None
+    if len(content) > MOST_INPUT:
+        raise InputError(f"--prompt - found more than {MOST_INPUT >> 20} MiB on standard input.")
+    if not (text := text.removesuffix("\n").removesuffix("\r")):
+        raise InputError("--prompt - found nothing on standard input.")
+    return text
 
 
 def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -884,7 +1010,8 @@ def as_json(engine: Engine, result: Result, text: str) -> str:
     """One sample as one line of JSON."""
     s, n = engine.settings, RULES.get(engine.settings.verify)
     return json.dumps({
-        "prompt_tokens": result.prompt_tokens, "tokens": result.tokens, "text": text, "stop_reason": result.stop_reason,
+        "prompt_tokens": result.prompt_tokens, "tokens": result.tokens, "origin": "".join(result.origin), "text": text,
+        "stop_reason": result.stop_reason,
         "rounds": result.rounds, "drafted": result.drafted, "accepted": result.accepted,
         "accepted_by_rule": result.accepted_by_rule, "mean_accepted": result.mean_accepted,
         "seconds_prefill": result.seconds_prefill, "seconds_decode": result.seconds_decode,
@@ -897,7 +1024,8 @@ def as_json(engine: Engine, result: Result, text: str) -> str:
 
 
 class Paint:
-    """Text with each token marked by who accepted it: colours on a terminal, plain marks elsewhere or with NO_COLOR.
+    """Text with each token marked by who accepted it: by colours on a terminal, by brackets with `marks` or NO_COLOR, not at
+    all elsewhere, where the answer itself is wanted.
 
     The target's own token is marked alike after a rejection (t) and after full acceptance (b).
     """
@@ -905,16 +1033,17 @@ class Paint:
     COLOURS = {"a": ("\033[32m", "\033[0m"), "r": ("\033[33m", "\033[0m"), "t": ("\033[31m", "\033[0m")}
     MARKS = {"a": ("", ""), "r": ("{", "}"), "t": ("<", ">")}
 
-    def __init__(self, stream):
-        coloured = stream.isatty() and not os.environ.get("NO_COLOR")
-        self.marks = self.COLOURS if coloured else self.MARKS
+    def __init__(self, stream, drafted: bool = True, marks: bool = False):
+        terminal = stream.isatty()
+        self.on = drafted and (terminal or marks)
+        self.marks = self.COLOURS if terminal and not marks and not os.environ.get("NO_COLOR") else self.MARKS
         a, r, t = (self.marks[letter] for letter in "art")
         self.legend = (
             f"{a[0]}accepted draft tokens{a[1]}, {r[0]}let through by the rule alone{r[1]}, {t[0]}the target's own{t[1]}"
         )
 
     def token(self, text: str, letter: str) -> str:
-        opening, closing = self.marks["t" if letter == "b" else letter]
+        opening, closing = self.marks["t" if letter == "b" else letter] if self.on else ("", "")
         return f"{opening}{text}{closing}" if text else ""
 
 
@@ -946,30 +1075,33 @@ def summary(name: str, result: Result) -> str:
     return f"{line}, prefill {result.seconds_prefill:.3f} s"
 
 
-def run_samples(
-    args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], plainly: bool, drift: Drift
-) -> None:
-    """Generates --num_samples answers and prints them; `plainly`: once more without a draft, for comparison."""
-    paint = Paint(sys.stdout)
+def run_samples(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], drift: Drift) -> None:
+    """Generates --num_samples answers and prints them: the answer on standard output, figures on standard error."""
+    paint = Paint(sys.stdout, engine.draft is not None, args.marks)
     for sample in range(args.num_samples):
         last = sample + 1 == args.num_samples
-        if args.profile and last:
-            with torch.profiler.profile() as trace:
-                result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
-            if tp.is_first():
-                trace.export_chrome_trace(str(args.profile))
-        else:
+        with profile(args.profile) if args.profile and last else nullcontext():
             result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
         warn_of_drift(drift, result)
         if args.json:
             print(as_json(engine, result, answer_text(tokenizer, result.tokens)), flush=True)
             continue
-        print(paint_tokens(tokenizer, result, paint) + "\n")
-        if engine.draft is not None and last:
-            print(paint.legend)
-        print(summary(name_of(engine), result))
-    if plainly and not args.json:
-        compare_plainly(args, engine, prompt, result)
+        print(paint_tokens(tokenizer, result, paint), flush=True)
+        if paint.on and last:
+            print(f"\n{paint.legend}", file=sys.stderr)
+        print(summary(name_of(engine), result), file=sys.stderr)
+    if args.compare and not args.json and engine.draft is not None:
+        compare_plainly(args, engine, prompt)
+
+
+@contextmanager
+def profile(path: Path) -> Iterator[None]:
+    """Writes a Chrome trace of what runs inside."""
+    with torch.profiler.profile() as trace:
+        yield
+    if tp.is_first():
+        with replacing(path) as fresh:
+            trace.export_chrome_trace(str(fresh))
 
 
 def warn_of_drift(drift: Drift, result: Result) -> None:
@@ -984,30 +1116,48 @@ def live_statistics(result: Result) -> dict[str, float]:
     return watched if result.mean_score is None else watched | {"mean_score": result.mean_score}
 
 
-def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int], result: Result) -> None:
-    """Decodes the same prompt without a draft and prints the ratio of speeds."""
-    settings = replace(engine.settings, verify="plain", threshold=None, adaptive=False, relax_between=None)
+COMPARED = 5  # pairs of runs that a ratio of speeds is the median of, after one that warms up
+
+
+def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int]) -> None:
+    """Decodes the same prompt without a draft and with it, by turns, and prints passes of the target and speeds of both."""
+    settings = replace(engine.settings, verify="plain", threshold=None, adaptive=False, relax_between=None, min_prob=0.0)
     plain_engine = Engine(engine.target, None, None, settings, engine.stop_ids, engine.length)
     if args.compile:
         plain_engine.warm_up()
-    plain = plain_engine.generate(prompt, args.max_new_tokens, args.seed)
-    print(summary("plain", plain))
-    same = "the same text" if plain.tokens == result.tokens else "another text"
-    text = "" if args.temperature else f", with {same}"
-    print(f"{args.verify} is {result.tokens_per_second / plain.tokens_per_second:.2f} times as fast as plain{text}.")
+    ratios = []
+    for turn in range(COMPARED + 1):
+        fast, plain = (each.generate(prompt, args.max_new_tokens, args.seed) for each in (engine, plain_engine))
+        if turn:
+            ratios.append(fast.tokens_per_second / plain.tokens_per_second)
+    ratios.sort()
+    same = "" if args.temperature else f", {'the same text' if plain.tokens == fast.tokens else 'another text'}"
+    print(summary("plain", plain), file=sys.stderr)
+    print(f"{args.verify}: {fast.rounds} passes of the target for {len(fast.tokens)} tokens, plain: {plain.rounds} for "
+          f"{len(plain.tokens)}{same}; {ratios[COMPARED // 2]:.2f} times as fast (median of {COMPARED} runs by turns, "
+          f"{ratios[0]:.2f} to {ratios[-1]:.2f}).", file=sys.stderr)  # fmt: skip
 
 
 def ask() -> str | None:
-    """A line from a person, None at end of input."""
+    """A line from a person, None at end of input. Raises InputError for input that is closed or no text."""
+    if sys.stdin is None:
+        raise InputError("--interactive finds standard input closed.")
     try:
-        return input("> ")
+        return input("> ").strip()
     except EOFError:
         return None
+    except UnicodeError as error:
+        raise InputError(f"--interactive found no UTF-8 text on standard input: {error}.") from None
 
 
 def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, drift: Drift) -> None:
-    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full."""
-    paint, messages = Paint(sys.stdout), []
+    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full.
+
+    Ctrl-C stops the answer, of which what was shown is kept; while a prompt is asked for it ends the program.
+    """
+    paint, messages = Paint(sys.stdout, engine.draft is not None, args.marks), []
+    if paint.on:
+        print(paint.legend, file=sys.stderr)
     engine.generator.manual_seed(args.seed % 2**63)
     while True:
         text = tp.first(ask)
@@ -1030,14 +1180,21 @@ def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, dr
 def stream_answer(
     args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint
 ) -> tuple[str, Result]:
-    """Prints one answer as it comes, as long as there is room for it, and returns it."""
-    room = min(engine.length, engine.context) - len(prompt)
-    result, decoder = Result(len(prompt)), Decoder(tokenizer)
-    for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room)), result):
-        if token not in tokenizer.stop_ids:
-            print(paint.token(decoder.push(token), letter), end="", flush=True)
-    print(decoder.flush() + "\n" + summary(name_of(engine), result))
-    return answer_text(tokenizer, result.tokens), result
+    """Prints one answer as it comes, as long as there is room for it or until Ctrl-C, and returns what was shown."""
+    room = min(engine.length, engine.context[0]) - len(prompt)
+    result, decoder, shown = Result(len(prompt)), Decoder(tokenizer), []
+    try:
+        for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room)), result):
+            shown.append(token)
+            if token not in tokenizer.stop_ids:
+                print(paint.token(decoder.push(token), letter), end="", flush=True)
+    except KeyboardInterrupt:
+        if tp.LINK is not None:  # torchrun ends all ranks
+            raise
+        result.stop_reason = "interrupt"
+    print(decoder.flush(), flush=True)
+    print(summary(name_of(engine), result), file=sys.stderr)
+    return answer_text(tokenizer, shown), result
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -1055,11 +1212,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--judge_path needs a draft; name one with --draft_checkpoint_path.")
     if args.min_prob and args.verify in ("plain", "standard"):
         raise InputError(f"--min_prob is a floor under a rule, but --verify {args.verify} has none; leave it out.")
-    for flag in ("max_new_tokens", "num_samples", "cache_length"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise InputError(f"--{flag} {value} is too small: at least 1.")
-    if args.interactive and (args.json or args.profile or args.prompt or args.num_samples != 1):
+    if args.interactive and (args.json or args.profile or args.prompt is not None or args.num_samples != 1):
         raise InputError("--interactive goes without --json, --profile, --prompt and --num_samples.")
     if args.profile:
         check_writable(args.profile, "--profile")
@@ -1070,32 +1223,41 @@ def run(args: argparse.Namespace) -> None:
     tp.check_flags(args)
     check_args(args)
     tokenizer = load_tokenizer(args.checkpoint_path)
+    if args.chat:
+        tokenizer.check_chat()
     prompt = [] if args.interactive else read_prompt(args, tokenizer)
     if not args.interactive:
-        context = ModelArgs.from_folder(args.checkpoint_path).max_position
-        check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context)
+        draft = args.draft_checkpoint_path if args.verify != "plain" else None
+        shapes = [ModelArgs.from_folder(folder) if folder else None for folder in (args.checkpoint_path, draft)]
+        context, whose = smallest_context(*shapes)
+        check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
     engine = load_engine(args, len(prompt), tokenizer)
     if engine.head is not None and bool(engine.head.info.get("chat")) != args.chat:
         forms = ["without the chat format", "in the chat format"]
         trained, runs = forms[not args.chat], forms[args.chat]
         print(f"Note: {args.judge_path} was trained {trained}, and this run is {runs}.", file=sys.stderr)
+    if args.checkpoint_path == DEMO / "target":
+        print(f"question: {args.prompt}" if args.compare else f"Note: {DEMO_FORMS}", file=sys.stderr)
     drift = announce(args, engine)
     if args.compile:
         print(f"compiled and warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
     if args.interactive:
         chat_loop(args, engine, tokenizer, drift)
     else:
-        run_samples(args, engine, tokenizer, prompt, args.compare and args.verify != "plain", drift)
+        run_samples(args, engine, tokenizer, prompt, drift)
 
 
-def conditions(engine: Engine, chat: bool, max_new_tokens: int) -> dict:
-    """What a calibrated bound holds under: another run must agree in all of it (and may put out more tokens)."""
+def conditions(engine: Engine, chat: bool, max_new_tokens: int, speculate_k: int | str | None = None) -> dict:
+    """What a calibrated bound holds under: another run must agree in all of it.
+
+    speculate_k: as asked for, where the engine's is lower since no answer can use more.
+    """
     s, draft = engine.settings, engine.draft
     named = " ".join(filter(None, (draft.fingerprint, draft.quantization))) if draft else None  # quantised it is another
     between = list(s.relax_between) if s.relax_between else None
     return {"verify": s.verify, "target": engine.target.fingerprint, "draft": named,
-            "speculate_k": "auto" if s.adaptive else s.speculate_k, "temperature": s.temperature, "top_k": s.top_k,
-            "min_prob": s.min_prob, "relax_between": between, "chat": chat, "max_new_tokens": max_new_tokens,
+            "speculate_k": speculate_k or ("auto" if s.adaptive else s.speculate_k), "temperature": s.temperature,
+            "top_k": s.top_k, "min_prob": s.min_prob, "relax_between": between, "chat": chat, "max_new_tokens": max_new_tokens,
             "dtype": kind_of(engine.target)}  # fmt: skip
 
 
@@ -1111,21 +1273,19 @@ def announce(args: argparse.Namespace, engine: Engine) -> Drift:
         calibration = read_calibration(args.calibration)
     elif engine.head is not None:
         calibration = engine.head.info.get("calibration")
-    if calibration is None:
+    if calibration is None and args.verify in ("plain", "standard"):
         return Drift(None)
-    run = conditions(engine, args.chat, args.max_new_tokens)
-    covered, text = describe_guarantee(calibration, run, threshold_of(engine.settings, engine.head))
+    run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
+    threshold = threshold_of(engine.settings, engine.head)
+    covered, text = describe_guarantee(calibration, run, threshold)
     print(text, file=sys.stderr)
-    same = covered and threshold_of(engine.settings, engine.head) == calibration["threshold"]  # a stricter one accepts less
+    same = covered and threshold == calibration["threshold"]  # a stricter one accepts less
     return Drift(calibration if same else None)
 
 
 def main(argv: list[str] | None = None) -> None:
     with tp.ranks("generate.py"):
-        args = parse_args(argv)
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
-        run_script("generate.py", lambda: run(args))
+        run_script("generate.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

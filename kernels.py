@@ -34,6 +34,7 @@ FLAGS = (
 )
 MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
 cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTorch's products
+why_not = ""  # what kept it from being built
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def use_cpu_kernels() -> None:
 
     Where that fails, one line on stderr says so and products stay with PyTorch.
     """
-    global cpu_kernels
+    global cpu_kernels, why_not
     if cpu_kernels is not None:
         return
     try:
@@ -65,8 +66,8 @@ def use_cpu_kernels() -> None:
     except (OSError, RuntimeError, AttributeError, subprocess.CalledProcessError) as error:
         failed = isinstance(error, subprocess.CalledProcessError)
         reason = (error.stderr.strip() or "the compiler failed without a word") if failed else str(error)
-        line = f"kernels.cpp could not be built or loaded, products are PyTorch's: {reason.splitlines()[0]}"
-        print(line, file=sys.stderr)
+        why_not = reason.splitlines()[0]
+        print(f"kernels.cpp could not be built or loaded, products are PyTorch's: {why_not}", file=sys.stderr)
         return
     torch.library.register_fake("judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
     torch.library.register_fake("judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n))
@@ -81,10 +82,9 @@ def build(source: Path) -> Path:
     command = [get_cpp_compiler(), *FLAGS.split(), native_flag(), f"-I{root / 'include'}"]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     key = hashlib.sha256(f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()).hexdigest()[:16]
-    folder = cache_folder()
+    folder = usable_cache()
     library = folder / f"{source.stem}-{key}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             fresh = Path(beside) / library.name
             subprocess.run([*command, str(source), *links, "-o", str(fresh)], check=True, capture_output=True, text=True)
@@ -96,6 +96,25 @@ def build(source: Path) -> Path:
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "judge-fast"
+
+
+def usable_cache() -> Path:
+    """`cache_folder`, made where it is missing; where it cannot be written, one of this user's own among temporary files."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        reason = "permission denied"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    own = Path(tempfile.gettempdir()) / f"judge-fast-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    status = own.lstat()  # a stranger may have made it: what lies there is loaded and run
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not own.is_dir() or own.is_symlink():
+        raise OSError(f"{folder} cannot be written ({reason}), and {own} is not this user's own")
+    print(f"{folder} cannot be written ({reason}): kernels are kept in {own}.", file=sys.stderr)
+    return own
 
 
 def native_flag() -> str:
@@ -301,7 +320,7 @@ def write_tilings(device: torch.device) -> None:
     """Keeps the choices, beside those of other processes. Where that fails, the next process measures again."""
     path = tilings_file(device)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # no other folder will do: the next process looks here
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
             json.dump(read_tilings(device) | tilings, beside)
         os.replace(beside.name, path)

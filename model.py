@@ -7,9 +7,9 @@ layout of those weights. Nothing here knows about drafts or judges.
 
 import functools
 import hashlib
-import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,15 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import kernels
-from cli import InputError, Progress
-from files import read_json
+from cli import InputError, Progress, shortened_value
+from files import checkpoint_folder, is_file, opened, parse_object, read_json
 
 if TYPE_CHECKING:
     from tp import Shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WINDOW = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
+PREFILL_ROWS = {"cpu": 256, "cuda": 2048}  # that a pass over the prompt reads, a multiple of WINDOW
 
 
 def pick_device(name: str) -> torch.device:
@@ -81,7 +83,8 @@ class ModelArgs:
         """Reads the fields of a Hugging Face Llama configuration, in the spelling of transformers 4 or 5."""
         refuse_unknown(config, where)
         dim, n_head = (read_field(config, name, int, where) for name in ("hidden_size", "num_attention_heads"))
-        rope_theta, rope_scaling = read_rope(config, where)
+        context = read_field(config, "max_position_embeddings", int, where, 2048)
+        rope_theta, rope_scaling = read_rope(config, where, context)
         args = cls(
             dim=dim,
             n_layer=read_field(config, "num_hidden_layers", int, where),
@@ -89,8 +92,8 @@ class ModelArgs:
             n_kv_head=read_field(config, "num_key_value_heads", int, where, n_head),
             intermediate_size=read_field(config, "intermediate_size", int, where),
             vocab_size=read_field(config, "vocab_size", int, where),
-            head_dim=read_field(config, "head_dim", int, where, dim // n_head),
-            max_position=read_field(config, "max_position_embeddings", int, where, 2048),
+            head_dim=read_field(config, "head_dim", int, where, max(1, dim // n_head)),
+            max_position=context,
             norm_eps=read_field(config, "rms_norm_eps", float, where, 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -101,6 +104,8 @@ class ModelArgs:
                 f"{where}: {args.n_head} heads over {args.n_kv_head} KV heads of size {args.head_dim} do not fit: "
                 "heads must be a multiple of KV heads, and the head size even."
             )
+        if dim % n_head:
+            raise InputError(f"{where}: hidden_size={dim} must be a multiple of num_attention_heads={n_head}.")
         return args
 
     @property
@@ -142,54 +147,73 @@ def preset(name: str) -> ModelArgs:
     return ModelArgs(dim, n_layer, n_head, n_kv_head, intermediate, 128256, head_dim, rope_scaling=rope, tie_embeddings=tied)
 
 
+MOST = {  # no Llama is larger, by far; what is would fill memory or take minutes before the first weight is missed
+    "num_hidden_layers": 10_000, "n_layers": 10_000, "rms_norm_eps": 1.0, "norm_eps": 1.0, "rope_theta": 1e30, "factor": 1e9,
+    "low_freq_factor": 1e9, "high_freq_factor": 1e9, "max_position_embeddings": 2**40,
+    "original_max_position_embeddings": 2**40,
+}  # fmt: skip
+
+
 def read_field(config: dict, name: str, kind: type, where: str, default=None):
-    """A field of a configuration: a positive int or float, or a bool. Without a default it must be there."""
+    """A field of a configuration: a positive int or float up to MOST (default 2^24), or a bool.
+
+    Without a default it must be there; null is no value except where another field gives it (KV heads, head size).
+    """
     value = config.get(name)
-    if value is None:
+    if value is None and (name not in config or name in ("num_key_value_heads", "n_kv_heads", "head_dim")):
         if default is None:
             raise InputError(f"{where} has no field {name!r}, which every Llama configuration has.")
         return default
+    most = MOST.get(name, 2**24)
     if kind is bool:
         good, needed = isinstance(value, bool), "true or false"
     else:
         types, needed = ((int, float), "a positive number") if kind is float else (int, "a positive whole number")
-        good = isinstance(value, types) and not isinstance(value, bool) and 0 < value < float("inf")
+        good = isinstance(value, types) and not isinstance(value, bool) and 0 < value <= most
+        needed += f" of at most {most}"
     if not good:
-        raise InputError(f"{where}: {name}={value!r} must be {needed}.")
+        raise InputError(f"{where}: {name}={shortened_value(value)} must be {needed}.")
     return kind(value)
 
 
 def refuse_unknown(config: dict, where: str) -> None:
     """Raises InputError naming the first setting of `config` that would change the arithmetic and is not built."""
     names = config.get("architectures") or config.get("model_type", "none")
-    architecture = names[0] if isinstance(names, list) else names
+    architecture = names[0] if isinstance(names, list) and names else names
     if architecture not in ("LlamaForCausalLM", "llama"):
-        raise InputError(f"{where}: architecture {architecture!r} is not implemented; LlamaForCausalLM is.")
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+        raise InputError(f"{where}: architecture {shortened_value(architecture)} is not implemented; LlamaForCausalLM is.")
+    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "partial_rotary_factor": 1.0, "transformers_weights": "model.safetensors"}  # fmt: skip
     for field, value in only.items():
-        if config.get(field, value) != value:
-            raise InputError(f"{where}: {field}={config[field]!r} is not implemented; {value!r} is.")
+        absent = (value, None) if field in ("partial_rotary_factor", "transformers_weights") else (value,)
+        if config.get(field, value) not in absent:
+            raise InputError(f"{where}: {field}={shortened_value(config[field])} is not implemented; {value!r} is.")
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise InputError(f"{where}: quantization method {method!r} is not implemented; use unquantised weights.")
+        raise InputError(f"{where}: quantization method {shortened_value(method)} is not implemented; use unquantised weights.")
 
 
-def read_rope(config: dict, where: str) -> tuple[float, tuple[float, float, float, int] | None]:
-    """RoPE base and Llama-3.1 scaling from `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+def read_rope(config: dict, where: str, context: int) -> tuple[float, tuple[float, float, float, int] | None]:
+    """RoPE base and Llama-3.1 scaling from `rope_scaling` (transformers 4) or `rope_parameters` (5).
+
+    Where a folder has both, `rope_scaling` counts, and of `rope_parameters` nothing, as in transformers.
+    """
     for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise InputError(f"{where}: {name}={config[name]!r} must be an object.")
-    new = config.get("rope_parameters") or {}
-    scaling = new or config.get("rope_scaling") or {}
-    theta = read_field(new, "rope_theta", float, where, read_field(config, "rope_theta", float, where, 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+        found = config.get(name) or {}
+        if not isinstance(found, dict) or any(isinstance(value, (dict, list)) for value in found.values()):
+            raise InputError(f"{where}: {name}={shortened_value(found)} must be an object of plain values.")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = read_field(rope if "rope_theta" in rope else config, "rope_theta", float, where, 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise InputError(f"{where}: RoPE type {kind!r} is not implemented; 'default' and 'llama3' are.")
-    low, high = (read_field(scaling, name, float, where) for name in ("low_freq_factor", "high_freq_factor"))
-    original = read_field(scaling, "original_max_position_embeddings", int, where)
-    return theta, (read_field(scaling, "factor", float, where), low, high, original)
+        raise InputError(f"{where}: RoPE type {shortened_value(kind)} is not implemented; 'default' and 'llama3' are.")
+    factor, low, high = (read_field(rope, name, float, where) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise InputError(f"{where}: high_freq_factor={high} must be above low_freq_factor={low}.")
+    original = "original_max_position_embeddings"
+    return theta, (factor, low, high, read_field(config if original in config else rope, original, int, where, context))
 
 
 def rope_table(args: ModelArgs, length: int, device: torch.device) -> Tensor:
@@ -359,6 +383,12 @@ class Transformer(nn.Module):
             layer.attention.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
+    def clear_caches(self) -> None:
+        """Zeroes the KV caches."""
+        for layer in self.layers:
+            layer.attention.k_cache.zero_()
+            layer.attention.v_cache.zero_()
+
     def forward(
         self, tokens: Tensor, pos: Tensor | None = None, window: int | None = None, n_logits: int | None = None,
         prefill: bool = False,
@@ -423,32 +453,39 @@ def empty_model(args: ModelArgs, local: ModelArgs | None = None) -> Transformer:
 
 
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:
-    """Maps every tensor name of a snapshot folder to its file. Raises InputError naming what is missing or broken."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"There is no checkpoint folder {folder}; name a Hugging Face snapshot folder.")
+    """Maps every tensor name of a snapshot folder to its file. Raises InputError naming what is missing or broken.
+
+    As in transformers a model.safetensors comes before an index, and an index names files: their own headers say what
+    is in them.
+    """
+    folder = checkpoint_folder(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise InputError(f"{index} has no 'weight_map' from tensor names to files.")
-        files = {name: folder / file for name, file in weight_map.items()}
-        for name, file in files.items():
-            if not file.exists():
-                raise InputError(f"{file} is missing, which {index.name} names for {name}.")
-        return files
-    if not single.exists():
+    if is_file(single):
+        return dict.fromkeys(safetensors_header(single)[1], single)
+    if not index.exists():
         raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
-    with open_safetensors(single) as handle:
-        return dict.fromkeys(handle.keys(), single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index} has no 'weight_map' from tensor names to files.")
+    files: dict[str, Path] = {}
+    for file in sorted(set(weight_map.values())):
+        if not is_file(folder / file):
+            name = next(name for name, other in weight_map.items() if other == file)
+            raise InputError(f"{folder / file} is missing, which {index.name} names for {name}.")
+        for name in safetensors_header(folder / file)[1]:
+            if name in files:
+                raise InputError(f"{folder / file} and {files[name]} both hold {name}; one of them must go.")
+            files[name] = folder / file
+    return files
 
 
 def open_safetensors(path: Path):
-    """Opens a safetensors file for reading by tensor. Raises InputError naming a truncated or foreign file."""
+    """Opens a safetensors file for reading by tensor. Raises InputError naming what is wrong with the file."""
+    safetensors_header(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or not a safetensors file: {error}.") from None
+        raise InputError(f"{path} is not a safetensors file that can be read: {error}.") from None
 
 
 def weight_plan(args: ModelArgs) -> dict[str, tuple[str, int, tuple[int, ...]]]:
@@ -489,20 +526,20 @@ def load_model(
     truncated.
     """
     folder = Path(folder)
-    args, files = ModelArgs.from_folder(folder), checkpoint_files(folder)
+    args = ModelArgs.from_folder(folder)
+    files = find_weights(folder, args)
     local, plan = shard.local(args) if shard else args, weight_plan(args)
     places = weight_plan(local)
-    check_names(plan, files, folder, args.tie_embeddings)
     model, handles, progress = empty_model(args, local), {}, Progress(f"loading {folder}", len(plan))
     digest, following = new_digest(args), [*(ours for ours, _, _ in list(plan.values())[1:]), None]
     for (name, (ours, _, shape)), after in zip(plan.items(), following):
-        file = files[name]
+        file, stored = files[name]
         if file not in handles:
             handles[file] = open_safetensors(file)
         part = shard.part(args, name) if shard else ()
-        tensor = read_tensor(handles[file], name, shape, file, part=part)
+        tensor = read_tensor(handles[file], stored, shape, file, part=part)
         dtype = dtype or tensor.dtype
-        digest.update(sample_of(tensor, shape, Stored(file, name) if part else None))
+        digest.update(sample_of(tensor, shape, Stored(file, stored) if part else None))
         model.bytes_read += tensor.nbytes + (SAMPLES * tensor.itemsize if part else 0)
         _, row, local_shape = places[name]
         fill(materialise(model, ours, dtype, device)[row : row + local_shape[0]], tensor)
@@ -515,6 +552,60 @@ def load_model(
     return model.eval()
 
 
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, str]]:
+    """Published tensor name -> (its file, its name there), of all of `weight_plan`.
+
+    As in transformers a name may lack the prefix "model.", or have it once too often, and a tied model may hold the LM
+    head instead of the embedding. Raises InputError for a tensor that is missing, unexpected or there under two names,
+    and for a tied model whose LM head holds other values than its embedding.
+    """
+    files = checkpoint_files(folder)
+    check_layers(files, args, folder)
+    plan, found = weight_plan(args), {}
+    for name, file in files.items():
+        spellings = (name.removeprefix("model."), "model." + name)
+        real = next((other for other in spellings if other in plan or other == LM_HEAD), name)
+        if real in found:
+            raise InputError(f"{folder} holds {real} twice: as {found[real][1]} and as {name}.")
+        found[real] = file, name
+    if args.tie_embeddings and LM_HEAD in found:
+        head = found.pop(LM_HEAD)
+        if EMBEDDING in found:
+            check_tied(*(Stored(*place) for place in (found[EMBEDDING], head)), folder)
+        found.setdefault(EMBEDDING, head)
+    for name in plan:
+        if name not in found:
+            untied = name == LM_HEAD and "; if the embedding is the LM head, tie_word_embeddings must be true"
+            raise InputError(f"{folder} has no tensor {name}, which its config.json calls for{untied or ''}.")
+    for name, (file, stored) in found.items():
+        if name not in plan and not name.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{file} has an unexpected tensor {stored}, which its config.json does not call for.")
+    return found
+
+
+def check_layers(files: dict[str, Path], args: ModelArgs, folder: str | Path) -> None:
+    """Raises InputError at once where config.json calls for more layers than the folder has."""
+    numbers = [match[1] for name in files if (match := re.match(r"(?:model\.)*layers\.(\d{1,9})\.", name))]
+    n_layer = max(map(int, numbers), default=-1) + 1
+    if n_layer < args.n_layer:
+        raise InputError(f"{folder} has tensors of {n_layer} layers, but its config.json calls for {args.n_layer}.")
+
+
+def check_tied(embedding: "Stored", head: "Stored", folder: str | Path) -> None:
+    """Raises InputError where a tied model holds both, with different values: which of them was meant, no one can say."""
+    rows = max(1, (1 << 22) // max(1, *embedding.shape))  # some MB at a time
+    same = embedding.shape == head.shape and all(
+        torch.equal(*(stored.part((slice(at, at + rows),)).float() for stored in (embedding, head)))
+        for at in range(0, embedding.shape[0], rows)
+    )
+    if not same:
+        raise InputError(f"{folder}: config.json says tie_word_embeddings, but {LM_HEAD} differs from {EMBEDDING}; "
+                         "set it to false, or remove the tensor that is not meant.")  # fmt: skip
+
+
 def new_digest(args: ModelArgs):
     """What a fingerprint begins with: the settings that no weight shows."""
     return hashlib.sha256(repr((args.rope_theta, args.rope_scaling, args.norm_eps)).encode())
@@ -522,12 +613,13 @@ def new_digest(args: ModelArgs):
 
 def fingerprint_of(folder: str | Path) -> str:
     """The fingerprint that `load_model` gives, without loading."""
-    args, files, handles = ModelArgs.from_folder(folder), checkpoint_files(folder), {}
-    digest = new_digest(args)
+    args, handles = ModelArgs.from_folder(folder), {}
+    digest, files = new_digest(args), find_weights(folder, args)
     for name, (_, _, shape) in weight_plan(args).items():
-        handle = handles.setdefault(files[name], None) or open_safetensors(files[name])
-        handles[files[name]] = handle
-        digest.update(sample_of(read_tensor(handle, name, shape, files[name]), shape))
+        file, stored = files[name]
+        if file not in handles:
+            handles[file] = open_safetensors(file)
+        digest.update(sample_of(read_tensor(handles[file], stored, shape, file), shape))
     return digest.hexdigest()[:16]
 
 
@@ -566,7 +658,7 @@ class Stored:
         size = self.dtype.itemsize
         content, at = bytearray(size * sum(count for _, count in spans)), 0
         view = memoryview(content)
-        with self.file.open("rb", buffering=0) as file:
+        with opened(self.file) as (file, _):
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # read nothing ahead
             for first, count in spans:
@@ -590,12 +682,70 @@ class Stored:
         return self.read(spans).view(len(rows), len(columns), *self.shape[2:])
 
 
-@functools.lru_cache(maxsize=1024)
+MOST_HEADER = 100_000_000  # bytes, as the format's own readers have it
+ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
+              "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
+
+
 def safetensors_header(file: Path) -> tuple[int, dict]:
-    """Where a file's data begin, and its header: 8 bytes of length, then JSON."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        return 8 + length, json.loads(opened.read(length))
+    """Where a file's data begin, and its tensors by name: {"dtype", "shape", "data_offsets"}.
+
+    Raises InputError with the true cause where the file cannot be read, is cut off, or its header does not fit it.
+    """
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        status = None  # reading it says why
+    return read_header(file, status and (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1024)
+def read_header(file: Path, identity: tuple | None) -> tuple[int, dict]:
+    """`safetensors_header`, read once as long as the file stays the same."""
+    with opened(file) as (stream, size):
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise InputError(f"{file} is the pointer that Git LFS keeps in its place; download the file itself.")
+        if size >= 8 and length > MOST_HEADER:
+            raise InputError(f"{file} is not a safetensors file: its header would have {length} bytes.")
+        if size < 8 or 8 + length > size:
+            raise InputError(f"{file} is truncated: it has {size} bytes, and its header ends beyond them.")
+        content = stream.read(length)
+    header = parse_object(content, f"the header of {file}")
+    header.pop("__metadata__", None)
+    check_entries(header, size - 8 - length, file)
+    return 8 + length, header
+
+
+def check_entries(header: dict, size: int, file: Path) -> None:
+    """Raises InputError for the first entry that does not lie where the one before it ends, or is not of its shape's size."""
+    for name, entry in header.items():
+        if not is_entry(entry):
+            raise InputError(f"{file}: the header's entry of tensor {name} is not of the form dtype, shape, data_offsets.")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        if begin != end:
+            raise InputError(f"{file}: tensor {name} begins at byte {begin} of the data, but the one before it ends at {end}.")
+        needed = math.prod(entry["shape"]) * ITEM_BYTES.get(entry["dtype"], 0)
+        if entry["dtype"] in ITEM_BYTES and stop - begin != needed:
+            raise InputError(f"{file}: tensor {name}, {entry['dtype']} of shape {entry['shape']}, has {stop - begin} bytes, "
+                             f"but takes {needed}.")  # fmt: skip
+        end = stop
+    if end > size:
+        raise InputError(f"{file} is truncated: its tensors have {end} bytes, of which {size} are there.")
+    if end < size:
+        raise InputError(f"{file} has {size - end} bytes after its last tensor; it is damaged.")
+
+
+def is_entry(entry) -> bool:
+    """Whether a header's entry has a type, a shape of up to 8 sizes, and two offsets in order."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("dtype"), str)):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    whole = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in (shape, offsets))
+    return whole and len(shape) <= 8 and len(offsets) == 2 and offsets[0] <= offsets[1]
 
 
 def fill(place: Tensor, tensor: Tensor) -> None:
@@ -603,16 +753,6 @@ def fill(place: Tensor, tensor: Tensor) -> None:
     if place.shape != tensor.shape:
         place.zero_()
     place[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
-
-
-def check_names(plan: dict, files: dict[str, Path], folder: Path, tied: bool) -> None:
-    """Raises InputError for the first tensor that the folder lacks or that a Llama does not have."""
-    for name in plan:
-        if name not in files:
-            raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")
-    for name, file in files.items():
-        if name not in plan and not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight"):
-            raise InputError(f"{file} has an unexpected tensor {name}, which its config.json does not call for.")
 
 
 def read_tensor(

@@ -9,26 +9,31 @@ columns. Activations stay as they are; kernels.py says how the products are done
 --quantize_lm_head, the LM head are not quantised; nor is the judge.
 """
 
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, shortened_value, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
+import contextlib
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import kernels
 import model as plain
+from files import check_new_folder, lock, read_json, replacing, write_file
 from model import ModelArgs, Transformer
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 MODES = ("int8", "int4", "fp8")
 PACKING = 1  # how the numbers lie in the files; a reader refuses any other
 ROWS, COLUMNS = 16, 32  # packed weights are padded to multiples of these
+SLICE = 1 << 22  # numbers that are dequantised or quantised at a time: a copy of a whole matrix in fp32 would be GB
 CLIPS = torch.linspace(1.0, 0.6, 9)  # what the search tries: shares of a group's range
 TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
@@ -59,9 +65,11 @@ class Scheme:
 def check_scheme(scheme: Scheme) -> None:
     """Raises InputError for what is not built."""
     if scheme.mode not in MODES:
-        raise InputError(f"--mode {scheme.mode} is not known; known are {', '.join(MODES)}.")
-    if scheme.group_size not in (32, 64, 128):
-        raise InputError(f"--group_size {scheme.group_size} must be 32, 64 or 128.")
+        raise InputError(f"--mode {shortened_value(scheme.mode)} is not known; known are {', '.join(MODES)}.")
+    if type(scheme.group_size) is not int or scheme.group_size not in (32, 64, 128):
+        raise InputError(f"--group_size {shortened_value(scheme.group_size)} must be 32, 64 or 128.")
+    if not all(type(flag) is bool for flag in (scheme.symmetric, scheme.lm_head, scheme.dynamic)):
+        raise InputError("symmetric, lm_head and dynamic must be true or false.")
     if scheme.mode != "int4" and (scheme.symmetric or scheme.group_size != 32):
         raise InputError(f"--group_size and --symmetric concern --mode int4, not {scheme.mode}.")
     if scheme.dynamic and scheme.mode != "fp8":
@@ -88,20 +96,32 @@ def quantize(weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tenso
     the former. whole_row: where these are some columns of a weight, gives the largest of all columns from the largest of
     these (N,), so that their scales are those of the whole rows.
     """
-    if not weight.isfinite().all():
+    unit, columns = unit_of(scheme), weight.shape[1] + -weight.shape[1] % unit_of(scheme)
+    parts = list(weight.split(slice_rows(columns)))
+    peaks = torch.cat([part.float().abs().amax(1) for part in parts])
+    if not peaks.isfinite().all():
         raise InputError("A weight that is to be quantised holds a NaN or an infinite number; mend the checkpoint.")
-    unit = unit_of(scheme)
-    wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % unit))
+
+    def wide(part: Tensor) -> Tensor:
+        return torch.nn.functional.pad(part.float(), (0, columns - weight.shape[1]))
+
     if scheme.mode == "int4":
-        some = max(1, (1 << 18) // wide.shape[1])  # rows whose search stays in the cache
-        found = [quantize_groups(rows.unflatten(1, (-1, unit)), scheme.symmetric) for rows in wide.split(some)]
-        q, scales = (torch.cat(parts) for parts in zip(*found))
-        return pack_int4(q.flatten(1)), scales
+        some = max(1, (1 << 18) // columns)  # rows whose search stays in the cache
+        found = [quantize_groups(wide(rows).unflatten(1, (-1, unit)), scheme.symmetric) for rows in weight.split(some)]
+        packed, scales = zip(*((pack_int4(q.flatten(1)), scales) for q, scales in found))
+        return torch.cat(packed), torch.cat(scales)
     largest = 127.0 if scheme.mode == "int8" else 448.0
-    peaks = wide.abs().amax(1)
     scales = ((whole_row(peaks) if whole_row is not None else peaks) / largest).clamp(min=1e-30)
-    q = wide / scales[:, None]
-    return (q.round() if scheme.mode == "int8" else q).to(TYPES[scheme.mode]), scales
+    packed = torch.empty(len(weight), columns, dtype=TYPES[scheme.mode], device=weight.device)
+    for part, into, scale in zip(parts, packed.split(slice_rows(columns)), scales.split(slice_rows(columns))):
+        q = wide(part).div_(scale[:, None])
+        into.copy_(q.round_() if scheme.mode == "int8" else q)
+    return packed, scales
+
+
+def slice_rows(columns: int) -> int:
+    """Rows of a matrix that are worked on at a time."""
+    return max(ROWS, SLICE // max(1, columns) // ROWS * ROWS)
 
 
 def unit_of(scheme: Scheme) -> int:
@@ -176,9 +196,31 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
     """What packed weights (as `quantize` gives) stand for, fp32 (N, K')."""
     if weight.dtype != torch.uint8:
-        return weight.float() * scales[:, None]
+        return weight.float().mul_(scales[:, None])
     q = unpack_int4(weight).float().unflatten(1, (scales.shape[1], -1))
-    return (q * scales[..., :1].float() + scales[..., 1:].float()).flatten(1)
+    return q.mul_(scales[..., :1].float()).add_(scales[..., 1:].float()).flatten(1)
+
+
+def product_in_slices(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
+    """x (..., k) of any type times packed weights (N, K'), in x's type -> (..., n). Dequantises SLICE numbers at a time."""
+    y, k = x.new_empty(*x.shape[:-1], n), x.shape[-1]
+    some = slice_rows(weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1))
+    for begin in range(0, n, some):
+        end = min(n, begin + some)
+        part = dequantize(weight[begin:end], scales[begin:end])[:, :k].to(x.dtype)
+        y[..., begin:end] = nn.functional.linear(x, part)
+    return y
+
+
+@torch.library.custom_op("judge_fast::many_rows", mutates_args=())
+def many_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
+    """`product_in_slices`, as one operation of a compiled step."""
+    return product_in_slices(x, weight, scales, n)
+
+
+@many_rows.register_fake
+def many_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
 
 
 def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,8 +263,7 @@ class QuantLinear(nn.Module):
             return kernels.cpu_kernels.linear_quantized(x, self.weight, self.scales, self.n_out)
         if x.numel() // self.n_in <= kernels.MOST_ROWS:
             return kernels.few_rows(x, self.weight, self.scales, self.n_out)
-        whole = dequantize(self.weight, self.scales)[: self.n_out, : self.n_in]
-        return nn.functional.linear(x, whole.to(x.dtype))
+        return many_rows(x, self.weight, self.scales, self.n_out)
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -258,15 +299,25 @@ def quantize_model(model: Transformer, scheme: Scheme) -> Transformer:
 
 def prepare(device: torch.device, scheme: Scheme) -> None:
     """Builds what products of packed weights need; raises InputError where that cannot be had."""
+    check_device(device, scheme)
     if scheme.dynamic:
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-            raise InputError("--dynamic_activations needs a GPU that multiplies fp8 (compute capability 8.9); leave it out.")
-    elif device.type == "cpu":
+        return
+    if device.type == "cpu":
         kernels.use_cpu_kernels()
         if kernels.cpu_kernels is None:
-            raise InputError("Quantised weights on a CPU need kernels.cpp, which could not be built; install a C++ compiler.")
+            raise InputError(f"Quantised weights on a CPU need kernels.cpp, which could not be built: {kernels.why_not}.")
     elif kernels.triton is None:
         raise InputError("Quantised weights on a GPU need the package triton; pip install triton.")
+
+
+def check_device(device: torch.device, scheme: Scheme | None) -> None:
+    """Raises InputError for a scheme whose numbers a GPU does not have: fp8 begins with compute capability 8.9."""
+    if scheme is None or scheme.mode != "fp8" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        found = ".".join(map(str, capability))
+        raise InputError(f"--mode fp8 needs a GPU of compute capability 8.9 or more; {device} has {found}: use int8 or int4.")
 
 
 def load_model(
@@ -317,18 +368,21 @@ def check_lm_head(args: ModelArgs, scheme: Scheme) -> None:
 def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
     """Scheme and the unquantised model's fingerprint of a folder that `convert` wrote; None for any other."""
     path = folder / "config.json"
-    found = plain.read_json(path).get("judge_fast")
+    found = read_json(path).get("judge_fast")
     if found is None:
         return None
     if not isinstance(found, dict) or found.get("packing") != PACKING:
-        packing = found.get("packing") if isinstance(found, dict) else found
-        raise InputError(f"{path}: weights packed as {packing!r} cannot be read, only as {PACKING}; quantise them again.")
+        packing = shortened_value(found.get("packing") if isinstance(found, dict) else found)
+        raise InputError(f"{path}: weights packed as {packing} cannot be read, only as {PACKING}; quantise them again.")
     try:
-        scheme = Scheme(**found["scheme"])
+        scheme, fingerprint = Scheme(**found["scheme"]), found["fingerprint"]
         check_scheme(scheme)
-        return scheme, str(found["fingerprint"])
+        if not (isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{16}", fingerprint)):
+            raise InputError("its fingerprint is none.")
+        return scheme, fingerprint
     except (KeyError, TypeError, InputError) as error:
-        raise InputError(f"{path}: the entry judge_fast is not one that quantize.py writes ({error}).") from None
+        reason = shortened_value(str(error))
+        raise InputError(f"{path}: the entry judge_fast is not one that quantize.py writes ({reason}).") from None
 
 
 def grouped_plan(args: ModelArgs) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -367,6 +421,7 @@ def load_quantized(
     """Loads a folder that `convert` wrote."""
     args, files = ModelArgs.from_folder(folder), plain.checkpoint_files(folder)
     check_lm_head(args, scheme)
+    plain.check_layers(files, args, folder)
     local = shard.local(args) if shard else args
     model, groups, handles = plain.empty_model(args, local), grouped_plan(args), {}
     progress, places = Progress(f"loading {folder}", len(groups)), plain.weight_plan(local)
@@ -414,18 +469,91 @@ def load_quantized(
 def convert(source: Path, out: Path, scheme: Scheme) -> None:
     """Writes a quantised copy of a folder, one layer a file; a killed run goes on where it stopped.
 
-    All is written to `out`.partial, which is renamed at the end. Memory: the largest layer.
+    All is written to `out`.partial, which is renamed at the end; meanwhile no other process writes there. Memory: the
+    largest layer. Raises InputError, before any work, for an `out` that is there, save where a run was killed when it had
+    only to tidy up.
     """
     check_scheme(scheme)
-    args, files = ModelArgs.from_folder(source), plain.checkpoint_files(source)
+    args = ModelArgs.from_folder(source)
     check_lm_head(args, scheme)
     if read_scheme(source) is not None:
         raise InputError(f"{source} is quantised already; name the published folder.")
-    plain.check_names(plain.weight_plan(args), files, source, args.tie_embeddings)
-    if out.exists():
-        raise InputError(f"--out {out} exists already; name a new folder.")
+    work = out.with_name(out.name + ".partial")
+    if is_complete(out, work, source, scheme):
+        print(f"{out} is complete: {scheme}; an earlier run had written all of it.", file=sys.stderr)
+        return
+    check_new_folder(out, "--out", beside=work)
+    files = plain.find_weights(source, args)
     entry = {"scheme": asdict(scheme), "packing": PACKING, "fingerprint": plain.fingerprint_of(source)}
-    work = start_or_resume(out.with_name(out.name + ".partial"), entry)
+    with start_or_resume(work, entry, out):
+        index = write_shards(source, work, args, files, scheme)
+        finish(source, work, index, entry)
+        try:
+            os.replace(work, out)  # what is missing before it is made again, after it nothing is
+            (out / SETTINGS).unlink()
+        except OSError as error:
+            raise InputError(f"{out} cannot be written: {error.strerror}.") from None
+    read = {file for file, _ in files.values()}, set(plain.checkpoint_files(out).values())
+    sizes = [sum(file.stat().st_size for file in found) for found in read]
+    print(f"{out}: {scheme}, {sizes[1] / 1e9:.3f} GB of weights, of {sizes[0] / 1e9:.3f} GB", file=sys.stderr)
+
+
+SETTINGS = "settings.json"  # what an unfinished run is doing
+
+
+def is_complete(out: Path, work: Path, source: Path, scheme: Scheme) -> bool:
+    """Whether a run was killed between the folder's new name and the end: removes what it would have. Raises InputError
+    where the folder is complete and nothing is left to do."""
+    if not os.path.isfile(out / "config.json"):
+        return False
+    entry = {"scheme": asdict(scheme), "packing": PACKING}
+    try:
+        found = read_json(out / "config.json").get("judge_fast")
+        same = isinstance(found, dict) and {name: found.get(name) for name in entry} == entry
+        if not same or found.get("fingerprint") != plain.fingerprint_of(source):
+            return False
+        plain.checkpoint_files(out)
+    except InputError:
+        return False
+    if not (out / SETTINGS).is_file():
+        raise InputError(f"--out {out} exists already, and is complete: the {scheme} weights of this very model.")
+    (out / SETTINGS).unlink()
+    return True
+
+
+@contextlib.contextmanager
+def start_or_resume(work: Path, entry: dict, out: Path) -> Iterator[None]:
+    """Holds the folder of an unfinished run with the same settings, or a new one, for this process alone."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        held = os.open(work, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{work} cannot be written: {error.strerror}.") from None
+    try:
+        lock(held, work)
+        if out.exists() or not work.exists():  # another process has finished it between our first look and the lock
+            raise InputError(f"--out {out} exists already; name a new folder.")
+        ours = [path.name for path in work.iterdir() if path.name != SETTINGS and not is_scrap(path.name)]
+        if ours and (not (work / SETTINGS).is_file() or read_json(work / SETTINGS) != entry):
+            raise InputError(f"{work} is left of a run with other settings or another model; remove it.")
+        for path in work.iterdir():
+            if is_scrap(path.name):
+                path.unlink()
+        write_file(work / SETTINGS, json.dumps(entry).encode())
+        yield
+    except OSError as error:
+        raise InputError(f"{work} cannot be written: {error.strerror}.") from None
+    finally:
+        os.close(held)
+
+
+def is_scrap(name: str) -> bool:
+    """Whether a file is what a killed run left of one that it was writing, by us or by safetensors."""
+    return name.endswith(".tmp") or name.startswith(".tmp")
+
+
+def write_shards(source: Path, work: Path, args: ModelArgs, files: dict, scheme: Scheme) -> dict[str, str]:
+    """One file a layer and one for the rest, those that are there already left as they are -> tensor name to file."""
     shards: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
     for name, (ours, _, shape) in plain.weight_plan(args).items():
         layer = ours.split(".")[1] if ours.startswith("layers.") else "other"
@@ -435,62 +563,47 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
         file = work / f"model-{number:05}-of-{len(shards):05}.safetensors"
         if not file.exists():
             write_shard(file, tensors, files, scheme)
-        with plain.open_safetensors(file) as handle:
-            index |= dict.fromkeys(handle.keys(), file.name)
+        index |= dict.fromkeys(plain.safetensors_header(file)[1], file.name)
         progress.step()
-    finish(source, work, index, entry)
-    try:
-        os.replace(work, out)  # what is missing before it is made again, after it nothing is
-        (out / "settings.json").unlink()
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}.") from None
-    sizes = [sum(file.stat().st_size for file in set(found.values())) for found in (files, plain.checkpoint_files(out))]
-    print(f"{out}: {scheme}, {sizes[1] / 1e9:.3f} GB of weights, of {sizes[0] / 1e9:.3f} GB", file=sys.stderr)
+    return index
 
 
-def start_or_resume(work: Path, entry: dict) -> Path:
-    """The folder of an unfinished run with the same settings, or a new one."""
-    settings = work / "settings.json"
-    try:
-        begun = work.exists() and any(work.iterdir())
-        if begun and (not settings.exists() or plain.read_json(settings) != entry):
-            raise InputError(f"{work} is left of a run with other settings or another model; remove it.")
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{work} cannot be written: {error.strerror}.") from None
-    plain.write_file(settings, json.dumps(entry).encode())
-    return work
-
-
-def write_shard(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], files: dict[str, Path], scheme: Scheme) -> None:
+def write_shard(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], files: dict, scheme: Scheme) -> None:
     """One file of quantised and unquantised tensors, written beside and renamed."""
     content = {}
     for ours, name, shape in tensors:
-        tensor = plain.read_tensor(plain.open_safetensors(files[name]), name, shape, files[name])
+        path, stored = files[name]
+        tensor = plain.read_tensor(plain.open_safetensors(path), stored, shape, path)
         if is_quantized(ours, scheme):
             content |= dict(zip((name, name + "_scale"), quantize(tensor, scheme)))
         else:
             content[name] = tensor
-    beside = file.with_suffix(".tmp")
-    try:
-        save_file(content, beside, metadata={"format": "pt"})
-        os.replace(beside, file)
-    except OSError as error:
-        raise InputError(f"{file} cannot be written: {error.strerror}.") from None
+    write_tensors(file, content)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file with the permissions of the umask, written beside and renamed. Raises InputError on a full disk."""
+    with replacing(file) as fresh:
+        try:
+            save_file(tensors, fresh, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"{error}; free some space, then the same command goes on") from None
 
 
 def finish(source: Path, work: Path, index: dict[str, str], entry: dict) -> None:
     """Index, configuration, and what else the published folder has beside its weights."""
-    for file in source.iterdir():
+    for file in [*source.iterdir(), source / "original" / "tokenizer.model"]:
         weights = file.name.startswith("model.safetensors") or file.suffix in (".safetensors", ".bin", ".pth")
-        if file.is_file() and not weights and file.name != "config.json":
+        if file.is_file() and not weights and file.name not in ("config.json", SETTINGS):
+            place = work / file.relative_to(source)
             try:
-                shutil.copyfile(file, work / file.name)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)
             except OSError as error:
-                raise InputError(f"{work / file.name} cannot be written: {error.strerror}.") from None
-    plain.write_file(work / "model.safetensors.index.json", json.dumps({"weight_map": index}, indent=1).encode())
-    config = plain.read_json(source / "config.json") | {"judge_fast": entry}
-    plain.write_file(work / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+                raise InputError(f"{place} cannot be written: {error.strerror}.") from None
+    write_file(work / "model.safetensors.index.json", json.dumps({"weight_map": index}, indent=1).encode())
+    config = read_json(source / "config.json") | {"judge_fast": entry}
+    write_file(work / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def memory_line(name: str, model: Transformer) -> str:
@@ -515,13 +628,29 @@ def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> 
     return total
 
 
+def temporary_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, device: torch.device, rows: int = 2048) -> int:
+    """The most bytes that loading and reading a prompt, `rows` at a time, take beside the weights as `weight_bytes` counts
+    them: a layer before it is quantised, and what is dequantised at a time."""
+    if scheme is None:
+        return 0
+    largest = most_of_slice = 0
+    for ours, tensors in grouped_plan(args).items():
+        if is_quantized(ours, scheme):
+            n, k = sum(shape[0] for _, shape in tensors), tensors[0][1][1]
+            k += -k % unit_of(scheme)
+            largest = max(largest, n * k)
+            most_of_slice = max(most_of_slice, min(n + -n % ROWS, slice_rows(k)) * (k * 10 + rows * dtype.itemsize))
+    packing = 8 if device.type == "cpu" else 2  # copies while a matrix is put into tiles, or padded
+    return largest * (dtype.itemsize + packing) + most_of_slice
+
+
 def add_mode_flags(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """The flags that name a scheme."""
     add = parser.add_argument
     add("--mode", choices=MODES, required=required, help="quantise the weights so")
     if not required:
         add("--draft_mode", choices=MODES, help="quantise the draft's weights so")
-    add("--group_size", type=int, default=32, help="int4: columns that share a scale: 32, 64 or 128")
+    add("--group_size", type=whole(1, 1024), default=32, help="int4: columns that share a scale: 32, 64 or 128")
     add("--symmetric", action="store_true", help="int4: scales without offsets")
     add("--quantize_lm_head", action="store_true", help="the LM head, too")
     add("--dynamic_activations", action="store_true", help="fp8: quantise activations, too, token by token")

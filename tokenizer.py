@@ -1,12 +1,14 @@
-"""Text to ids and back: tiktoken (Llama 3), SentencePiece (Llama 2 and the demo pair), chat format, stop tokens.
+"""Text to ids and back: tiktoken (Llama 3), SentencePiece (Llama 2 and the demo pair), chat templates, stop tokens.
 
-`load_tokenizer(folder)` takes what a published folder holds: `tokenizer.model` or `original/tokenizer.model` in either
-format, else Llama 3's `tokenizer.json`. Text is always plain text: "<|eot_id|>" typed by a user becomes ordinary
-tokens, never the control token; only `encode_chat` writes control tokens.
+`load_tokenizer(folder)` takes what a published folder holds: Llama 3's `tokenizer.json`, or `tokenizer.model` or
+`original/tokenizer.model` in either format. Text is always plain text: "<|eot_id|>" typed by a user becomes ordinary
+tokens, never the control token; only `encode_chat` writes control tokens, those that the folder's own chat template has.
 """
 
 import base64
+import binascii
 import codecs
+import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -15,8 +17,9 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from cli import InputError
-from files import read_json
+from chat import ChatTemplate, chat_source
+from cli import InputError, one_line, shortened_value
+from files import checkpoint_folder, read_bytes, read_json
 
 # Llama 3's pre-tokeniser, as its tokenizer files define it.
 SPLIT = (
@@ -28,24 +31,108 @@ CONTROL = {  # offset after the 128,000 ordinary tokens; the other offsets below
     "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10,
 }  # fmt: skip
 N_CONTROL = 256
-CHAT_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's own default
+MOST_TEXT = 256 << 20  # bytes of a tokenizer file
+MOST_ID = 2**24
 
 
-class TiktokenTokenizer:
+class TokenizerBase:
+    """What both kinds share: names of control tokens, stop tokens, the chat format."""
+
+    vocab_size: int
+    bos_id: int
+    stop_ids: list[int]
+    chat: "ChatTemplate | None" = None
+    no_chat = "This tokenizer was loaded without a folder, and so without a chat template"
+
+    def __init__(self, control: dict[str, int]):
+        self.control = control  # name -> id
+        self.control_of_id = {id: name.encode() for name, id in control.items()}
+        self.names: re.Pattern | None = None
+        self.end_of_turn: int | None = None
+
+    def add_names(self, added: dict[int, str]) -> None:
+        """Names that the folder gives to tokens; they replace those known so far."""
+        self.control_of_id |= {id: name.encode() for id, name in added.items()}
+        self.control = {name.decode(): id for id, name in self.control_of_id.items()}
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def piece(self, id: int) -> str | None:
+        """A token of the vocabulary as its file writes it; None for others."""
+        raise NotImplementedError
+
+    def encode_piece(self, text: str, first: bool) -> list[int]:
+        """Ids of plain text in a chat. first: it begins the chat, else it follows a control token."""
+        return self.encode(text)
+
+    def check_chat(self) -> None:
+        """Raises InputError where this folder has no chat template, or one that cannot be used; else makes the chat format's
+        own end of turn a stop token, whichever others the folder names. To be called before stop_ids are handed on."""
+        if self.chat is None:
+            raise InputError(f"{self.no_chat}; run it without --chat.")
+        if self.names is None:
+            self.names = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))))
+            self.end_of_turn = next(iter(self.control_in(self.chat.after_answer())), None)
+        if self.end_of_turn is not None and self.end_of_turn not in self.stop_ids:
+            self.stop_ids = [*self.stop_ids, self.end_of_turn]
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The folder's chat format for [{"role", "content"}, ...], up to where the assistant's answer begins.
+
+        The ids are those of transformers' apply_chat_template, but that control tokens come from the template alone: where
+        a message spells one, it stays plain text. Raises InputError as `check_chat`, and where the template refuses these
+        messages.
+        """
+        for message in messages:
+            check_text(message["content"])
+        self.check_chat()
+        return self.encode_parts(self.chat.render(messages, self.control_in), True)
+
+    def encode_parts(self, parts: list[tuple[str, bool]], first: bool) -> list[int]:
+        """Ids of texts and whether control tokens are to be read out of them. first: they begin a chat."""
+        ids, plain = [], ""
+        for text, own in parts:
+            begin = 0
+            for match in self.names.finditer(text) if own else ():
+                plain += text[begin : match.start()]
+                ids += [*(self.encode_piece(plain, first and not ids) if plain else []), self.control[match[0]]]
+                plain, begin = "", match.end()
+            plain += text[begin:]
+        return ids + (self.encode_piece(plain, first and not ids) if plain else [])
+
+    def encode_next(self, turn: str) -> list[int]:
+        """What comes between an answer, whose ids stay as they were decoded, and the next one: the end that the template
+        gives an answer, the user's next `turn`, and how an answer begins."""
+        check_text(turn)
+        self.check_chat()
+        answer = "An answer"
+        said = [("user", "A question"), ("assistant", answer), ("user", turn)]
+        parts = self.chat.render([{"role": role, "content": content} for role, content in said], self.control_in)
+        at = next((i for i, (text, own) in enumerate(parts) if text == answer and not own), None)
+        if at is None:
+            raise InputError(f"{self.chat.where}: the chat template leaves out an answer, or changes it.")
+        return self.encode_parts(parts[at + 1 :], False)
+
+    def control_in(self, text: str) -> list[int]:
+        """The control tokens in a template's text."""
+        return [self.control[match[0]] for match in self.names.finditer(text)]
+
+
+class TiktokenTokenizer(TokenizerBase):
     """Llama 3's tokenizer, from byte-pair ranks: {token bytes: id}."""
 
-    def __init__(self, ranks: dict[bytes, int], dated_chat: bool = True, where: str = "the tokenizer file"):
+    def __init__(self, ranks: dict[bytes, int], where: str = "the tokenizer file"):
         base = len(ranks)
-        if set(ranks.values()) != set(range(base)) or not all(bytes([byte]) in ranks for byte in range(256)):
+        whole = set(ranks.values()) == set(range(base)) and b"" not in ranks
+        if not whole or not all(bytes([byte]) in ranks for byte in range(256)):
             raise InputError(f"{where} is not a whole vocabulary: it needs every single byte, and ranks from 0 without gaps.")
-        self.control = {name: base + offset for name, offset in CONTROL.items()}
+        super().__init__({name: base + offset for name, offset in CONTROL.items()})
         self.model = tiktoken.Encoding("llama3", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.token_of_id = {id: token for token, id in ranks.items()}
-        self.control_of_id = {id: name.encode() for name, id in self.control.items()}
         self.vocab_size = base + N_CONTROL
         self.bos_id = self.control["<|begin_of_text|>"]
         self.stop_ids = [self.control[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
-        self.dated_chat = dated_chat
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without begin-of-text."""
@@ -53,57 +140,68 @@ class TiktokenTokenizer:
         parts = re.split(r"(\s{50000})", text)  # tiktoken's regular expression overflows on longer runs of space
         return [id for part in parts for id in self.model.encode_ordinary(part)]
 
+    def piece(self, id: int) -> str | None:
+        return self.token_of_id[id].decode(errors="replace") if id in self.token_of_id else None
+
     def token_bytes(self, id: int, first: bool = False) -> bytes:
-        """The bytes that a token stands for; control tokens by their names."""
+        """The bytes that a token stands for; control tokens by their names, and ids beyond the tokenizer by their number."""
         if id in self.token_of_id:
             return self.token_of_id[id]
         return self.control_of_id.get(id, f"<|reserved_{id}|>".encode())
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Llama 3.1's chat format for [{"role", "content"}, ...], up to where the assistant's answer begins.
 
-        As in the template published with the models, content is trimmed, and 3.1 always has a system message that
-        begins with two dates (Llama 3 has none unless given).
-        """
-        turns = [(message["role"], message["content"].strip()) for message in messages]
-        if self.dated_chat:
-            system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-            turns.insert(0, ("system", CHAT_DATES + system))
-        ids = [self.bos_id]
-        for role, content in turns:
-            ids += [*self.header(role), *self.encode("\n\n" + content), self.control["<|eot_id|>"]]
-        return [*ids, *self.header("assistant"), *self.encode("\n\n")]
-
-    def header(self, role: str) -> list[int]:
-        return [self.control["<|start_header_id|>"], *self.encode(role), self.control["<|end_header_id|>"]]
+NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: normalizer_spec { add_dummy_prefix: false }
 
 
-class SentencePieceTokenizer:
-    """Llama 2's tokenizer; the demo pair's is of the same form."""
+class SentencePieceTokenizer(TokenizerBase):
+    """Llama 2's tokenizer; the demo pair's is of the same form. where: names its file in a sentence.
 
-    def __init__(self, path: Path):
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self.model.vocab_size()
-        self.bos_id = self.model.bos_id()
-        self.stop_ids = [self.model.eos_id()]
+    legacy: text after a control token is read with a space before it, as Llama 2's own code does.
+    """
+
+    def __init__(self, content: bytes, where: str = "the tokenizer file", legacy: bool = True):
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.inner = self.model if legacy else sentencepiece.SentencePieceProcessor(model_proto=content + NO_PREFIX)
+            self.vocab_size, self.bos_id = self.model.vocab_size(), self.model.bos_id()
+            self.stop_ids = [self.model.eos_id()]
+            self.bytes_of_id = [self.read_piece(id) for id in range(self.vocab_size)]
+            self.pieces = [self.model.id_to_piece(id) for id in range(self.vocab_size)]
+            self.model.encode("probe")
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
+            raise InputError(f"{where} is not a whole SentencePiece file: {one_line(str(error)).rstrip('.')}.") from None
+        if not (0 <= self.bos_id < self.vocab_size and 0 <= self.stop_ids[0] < self.vocab_size):
+            raise InputError(f"{where} has no begin-of-text or no end-of-text piece; a Llama's tokenizer has both.")
+        ids = range(self.vocab_size)
+        super().__init__({self.pieces[id]: id for id in ids if self.model.is_control(id) or self.model.is_unknown(id)})
+
+    def read_piece(self, id: int) -> bytes:
+        """The bytes of a piece, as text that goes on."""
+        piece = self.model.id_to_piece(id)
+        if self.model.is_control(id):
+            return piece.encode()
+        return bytes([int(piece[3:5], 16)]) if self.model.is_byte(id) else piece.replace("\u2581", " ").encode()
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without begin-of-text."""
         check_text(text)
         return self.model.encode(text)
 
-    def token_bytes(self, id: int, first: bool = False) -> bytes:
-        """The bytes that a token stands for. `first`: it begins the text, so the space put before all text goes."""
-        if self.model.is_control(id):
-            return self.model.id_to_piece(id).encode()
-        piece = self.model.id_to_piece(id)
-        if self.model.is_byte(id):
-            return bytes([int(piece[3:5], 16)])
-        text = piece.replace("\u2581", " ")
-        return (text.removeprefix(" ") if first else text).encode()
+    def encode_piece(self, text: str, first: bool) -> list[int]:
+        check_text(text)
+        return (self.model if first else self.inner).encode(text)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        raise InputError("This checkpoint's tokenizer has no Llama-3 chat format; run it without --chat.")
+    def piece(self, id: int) -> str | None:
+        return self.pieces[id] if id < self.vocab_size else None
+
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
+        """The bytes that a token stands for; ids beyond the tokenizer by their number. `first`: it begins the text, so the
+        space put before all text goes."""
+        if not 0 <= id < self.vocab_size:
+            return self.control_of_id.get(id, f"<|reserved_{id}|>".encode())
+        text = self.bytes_of_id[id]
+        spaced = first and not self.model.is_control(id) and not self.model.is_byte(id)
+        return text.removeprefix(b" ") if spaced else text
 
 
 Tokenizer = TiktokenTokenizer | SentencePieceTokenizer
@@ -142,69 +240,175 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int], at_start: bool = False) -> 
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a snapshot folder, with the stop tokens of its generation_config.json or config.json.
+    """The tokenizer of a snapshot folder, with its chat template and the stop tokens of its generation_config.json or, where
+    that names none, of its config.json.
 
-    Raises InputError when there is none, or none of a kind that is implemented.
+    As in transformers a tokenizer.json comes first. Raises InputError when there is no tokenizer, none of a kind that is
+    implemented, when two contradict each other, and for whatever is damaged.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"There is no checkpoint folder {folder}; name a Hugging Face snapshot folder.")
-    models = [path for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if path.is_file()]
-    if models:
-        tokenizer = read_model_file(models[0], has_dated_chat(folder))
-    elif (folder / "tokenizer.json").exists():
-        path = folder / "tokenizer.json"
-        tokenizer = TiktokenTokenizer(ranks_of_json(path), has_dated_chat(folder), str(path))
-        for token in read_json(path).get("added_tokens") or []:  # names of its own, as <think> of reasoning models
-            tokenizer.control_of_id[token["id"]] = token["content"].encode()
+    folder = checkpoint_folder(folder)
+    settings = read_optional(folder / "tokenizer_config.json")
+    file = next((path for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if there(path)), None)
+    whole = folder / "tokenizer.json"
+    content = read_json(whole) if there(whole) else None
+    if content is not None and (is_llama3(content) or file is None):
+        tokenizer = TiktokenTokenizer(ranks_of_json(content, str(whole)), str(whole))
+    elif file is not None:
+        tokenizer = read_model_file(file, settings.get("legacy") is True)
+        check_agreement(tokenizer, content, file, whole)
     else:
         raise InputError(f"{folder} has no tokenizer.model, original/tokenizer.model or tokenizer.json.")
-    for name in ("generation_config.json", "config.json"):
-        stops = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
-        if stops is not None:
-            tokenizer.stop_ids = stops if isinstance(stops, list) else [stops]
-            good = [type(stop) is int and 0 <= stop < tokenizer.vocab_size for stop in tokenizer.stop_ids]
-            if not good or not all(good):
-                raise InputError(f"{folder / name}: eos_token_id={stops!r} must name tokens below {tokenizer.vocab_size}.")
+    add_names(tokenizer, added_tokens(folder, content, settings))
+    config = read_optional(folder / "config.json")
+    for name, found in (("generation_config.json", read_optional(folder / "generation_config.json")), ("config.json", config)):
+        if found.get("eos_token_id") is not None:
+            tokenizer.stop_ids = read_stops(found["eos_token_id"], tokenizer, config, folder / name)
             break
+    source, where = chat_source(folder, settings)
+    if source is None:
+        tokenizer.no_chat = where
+    else:
+        tokenizer.chat = ChatTemplate(source, where, special_tokens(folder, settings, tokenizer))
     return tokenizer
 
 
-def read_model_file(path: Path, dated_chat: bool) -> Tokenizer:
+def there(path: Path) -> bool:
+    """Whether a path exists, as whatever: opening what is no file says so."""
+    return os.path.lexists(path)
+
+
+def read_optional(path: Path) -> dict:
+    """The JSON object in a file, {} where there is none."""
+    return read_json(path) if there(path) else {}
+
+
+def read_stops(stops, tokenizer: Tokenizer, config: dict, where: Path) -> list[int]:
+    """A folder's stop tokens. A model may have more tokens than its tokenizer (Llama 2's with a chat format of its own)."""
+    size = config.get("vocab_size")
+    limit = max(tokenizer.vocab_size, size if type(size) is int and size <= MOST_ID else 0)
+    found = stops if isinstance(stops, list) else [stops]
+    if not found or len(found) > 1000 or not all(type(stop) is int and 0 <= stop < limit for stop in found):
+        raise InputError(f"{where}: eos_token_id={shortened_value(stops)} must name tokens below {limit}.")
+    return list(dict.fromkeys(found))
+
+
+def read_model_file(path: Path, legacy: bool) -> Tokenizer:
     """A `tokenizer.model`: lines of base64 and rank are tiktoken's, anything else SentencePiece's."""
-    content = path.read_bytes()
+    content = read_bytes(path, most=MOST_TEXT)
     if not re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", content):
         try:
-            return SentencePieceTokenizer(path)
-        except (RuntimeError, OSError):
+            sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, OSError, ValueError):
             raise InputError(f"{path} is neither a tiktoken nor a SentencePiece file.") from None
+        return SentencePieceTokenizer(content, str(path), legacy)
     try:
         pairs = [line.split() for line in content.splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    except ValueError:
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error):
         raise InputError(f"{path} looks like a tiktoken file, but has a line that is not 'base64 rank'.") from None
-    return TiktokenTokenizer(ranks, dated_chat, str(path))
+    return TiktokenTokenizer(ranks, str(path))
 
 
-def has_dated_chat(folder: Path) -> bool:
-    """Whether the folder's chat template is that of Llama 3.1 and later (also assumed when it has none)."""
-    template = folder / "chat_template.jinja"
-    if template.exists():
-        return "Cutting Knowledge Date" in template.read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    text = read_json(settings).get("chat_template") if settings.exists() else None
-    return text is None or "Cutting Knowledge Date" in str(text)
-
-
-def ranks_of_json(path: Path) -> dict[bytes, int]:
-    """Llama 3's byte-pair ranks from Hugging Face's tokenizer.json, where an ordinary token's id is its rank."""
-    content = read_json(path)
+def check_agreement(tokenizer: Tokenizer, content: dict | None, file: Path, whole: Path) -> None:
+    """Raises InputError where a tokenizer.json, which transformers would read, has other tokens than tokenizer.model."""
+    if content is None:
+        return
     model = content.get("model") if isinstance(content.get("model"), dict) else {}
-    patterns = re.findall(r'"Regex": "((?:[^"\\]|\\.)*)"', path.read_text(encoding="utf-8")[:20_000_000])
-    if model.get("type") != "BPE" or not any(codecs.decode(p, "unicode_escape") == SPLIT for p in patterns):
-        raise InputError(f"{path} is not Llama 3's byte-level BPE; only that form of tokenizer.json is implemented.")
+    vocab, pieces = model.get("vocab"), getattr(tokenizer, "pieces", None)
+    if isinstance(vocab, list):  # of pieces and scores
+        firsts = [entry[0] if isinstance(entry, list) and entry else None for entry in vocab]
+        vocab = {piece: id for id, piece in enumerate(firsts) if isinstance(piece, str)}
+    if pieces is None or not isinstance(vocab, dict) or any(vocab.get(piece) != id for id, piece in enumerate(pieces)):
+        raise InputError(f"{whole} is neither Llama 3's byte-level BPE nor of the same tokens as {file}; one of them must go.")
+
+
+def is_llama3(content: dict) -> bool:
+    """Whether a tokenizer.json is Llama 3's byte-level BPE, in all that decides about ids but the vocabulary."""
+    model, pre = content.get("model"), content.get("pre_tokenizer")
+    if not isinstance(model, dict) or not isinstance(pre, dict) or content.get("normalizer") is not None:
+        return False
+    steps = pre.get("pretokenizers")
+    if not isinstance(steps, list) or [isinstance(step, dict) for step in steps] != [True, True]:
+        return False
+    split, level = steps
+    plain = not any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+    return (
+        model.get("type") == "BPE" and plain and split.get("type") == "Split" and split.get("pattern") == {"Regex": SPLIT}
+        and split.get("behavior") == "Isolated" and not split.get("invert")
+        and level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and not level.get("use_regex", True)
+    )  # fmt: skip
+
+
+def ranks_of_json(content: dict, where: str) -> dict[bytes, int]:
+    """Llama 3's byte-pair ranks from Hugging Face's tokenizer.json, where an ordinary token's id is its rank."""
+    if not is_llama3(content):
+        raise InputError(f"{where} is not Llama 3's byte-level BPE; only that form of tokenizer.json is implemented.")
+    vocab, merges = content["model"].get("vocab"), content["model"].get("merges")
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
-    return {bytes(byte_of[char] for char in token): id for token, id in model["vocab"].items()}
+    try:
+        ranks = {bytes(byte_of[char] for char in token): id for token, id in vocab.items()}
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        made = [vocab[left + right] for left, right in pairs]
+        if not all(type(id) is int for id in ranks.values()) or len(ranks) != len(vocab):
+            raise ValueError
+        whole = made == sorted(made) and len(set(made)) + 256 == len(vocab)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{where}: the vocabulary or the merges are damaged.") from None
+    if not whole:
+        raise InputError(f"{where}: the merges are not those of the vocabulary.")
+    return ranks
+
+
+def added_tokens(folder: Path, content: dict | None, settings: dict) -> list[tuple[object, object, str]]:
+    """(id, name, where) of all tokens that a folder adds to its vocabulary, as its files say it."""
+    found = []
+    if content is not None and content.get("added_tokens") is not None:
+        where, entries = f"{folder / 'tokenizer.json'}: added_tokens", content["added_tokens"]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{where} is not a list of objects.")
+        found += [(entry.get("id"), entry.get("content"), where) for entry in entries]
+    where, entries = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder", settings.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{where} is not an object of objects.")
+    for id, entry in entries.items():
+        good = id.isascii() and id.isdecimal() and len(id) < 10
+        found.append((int(id) if good else id, entry.get("content"), where))
+    if content is None and not entries:
+        path = folder / "added_tokens.json"
+        found += [(id, name, str(path)) for name, id in read_optional(path).items()]
+    return found
+
+
+def add_names(tokenizer: Tokenizer, found: list[tuple[object, object, str]]) -> None:
+    """Gives a tokenizer the names of added tokens. Raises InputError for ids and names that are none, or are double."""
+    names: dict[int, str] = {}
+    ids: dict[str, int] = {}
+    for id, name, where in found:
+        if type(id) is not int or not 0 <= id < MOST_ID or not isinstance(name, str) or not name:
+            raise InputError(f"{where}: id {shortened_value(id)} and content {shortened_value(name)} are no token.")
+        if names.setdefault(id, name) != name or ids.setdefault(name, id) != id:
+            raise InputError(f"{where}: token {shortened_value(name)} of id {id} has two ids, or its id two names.")
+        piece = tokenizer.piece(id)
+        if piece is not None and name not in (piece, piece.replace("\u2581", " ")):
+            raise InputError(f"{where}: token {id} is {shortened_value(name)}, but {shortened_value(piece)} in the vocabulary.")
+    tokenizer.add_names(names)
+
+
+def special_tokens(folder: Path, settings: dict, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a template may call bos_token and so on: as the folder says, else the tokenizer's own first and last token."""
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    older = read_optional(folder / "special_tokens_map.json")
+    own = {name: tokenizer.control_of_id.get(id, b"").decode() for name, id in
+           (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.stop_ids[0]))}  # fmt: skip
+    tokens = {}
+    for name in names:
+        value = settings.get(name, older.get(name, own.get(name)))
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{folder / 'tokenizer_config.json'}: {name}={shortened_value(value)} is no token.")
+        if value is not None:
+            tokens[name] = value
+    return tokens
 
 
 @lru_cache

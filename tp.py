@@ -20,6 +20,7 @@ The hidden state is the same on every rank after each all-reduce, and with it ju
 Sampling draws from the same host generator everywhere.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -44,6 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import cli
 import quantize
 from cli import InputError
 from model import ModelArgs, Transformer
@@ -236,14 +238,17 @@ def whole(logits: Tensor, vocab_size: int) -> Tensor:
     return all_gather(logits).transpose(0, 1).flatten(1)[:, :vocab_size]
 
 
-def most_likely(logits: Tensor, vocab_size: int) -> Tensor:
-    """The argmax (T,) over the vocabulary, the lowest of equals, from whole logits (T, vocab_size) or this rank's part."""
+def most_likely(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The argmax (T,) over the vocabulary, the lowest of equals, and its logit (T,) (NaN if any of the row is), from whole
+    logits (T, vocab_size) or this rank's part."""
     if logits.shape[-1] == vocab_size:
-        return logits.argmax(-1)
+        index = logits.argmax(-1)
+        return index, logits.gather(-1, index[:, None]).squeeze(-1)
     value, index = logits.max(-1)
     pairs = all_gather(torch.stack([value.double(), (index + RANK * logits.shape[-1]).double()], -1))  # fp64 holds both
     best = pairs[..., 0].argmax(0, keepdim=True)
-    return pairs[..., 1].gather(0, best)[0].long()
+    peak, index = pairs.gather(0, best[..., None].expand(1, -1, 2))[0].unbind(-1)
+    return index.long(), peak
 
 
 def load_model(
@@ -414,10 +419,14 @@ def ranks(name: str):
     Whatever ends one rank ends all, with exit code 2 and one sentence from rank 0.
     """
     global LINK, STORE
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         yield
         return
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        rank, world = check_environment()
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)  # every rank says it: they have not met
+        sys.exit(2)
     if rank > 0:
         aloud = os.fdopen(os.dup(2), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print from C++
@@ -440,6 +449,23 @@ def ranks(name: str):
     LINK.leave()
     if GROUP:
         dist.destroy_process_group()
+
+
+def check_environment() -> tuple[int, int]:
+    """Rank and world size as torchrun sets them. Raises InputError naming the variable that is missing or no such number."""
+    found = {}
+    for name, low, high in (("WORLD_SIZE", 1, 2**16), ("RANK", 0, 2**16), ("LOCAL_RANK", 0, 2**16), ("MASTER_PORT", 0, 65535)):
+        if name not in os.environ and name == "LOCAL_RANK":
+            continue  # ranks that were started by hand may lack it
+        try:
+            found[name] = cli.whole(low, high)(os.environ.get(name, ""))
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{name}={error} in the environment of a rank; start ranks by torchrun, or unset it.") from None
+    if not os.environ.get("MASTER_ADDR"):
+        raise InputError("MASTER_ADDR is not in the environment of a rank; start ranks by torchrun, or unset RANK.")
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise InputError(f"RANK={found['RANK']} must be below WORLD_SIZE={found['WORLD_SIZE']}; start ranks by torchrun.")
+    return found["RANK"], found["WORLD_SIZE"]
 
 
 def meet() -> dist.Store:

@@ -22,8 +22,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
-import errno
-import fcntl
 import hashlib
 import json
 import re
@@ -37,12 +35,13 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
-from files import check_writable, write_file
-from judge import encode_answer
+from files import Lines, check_not_input, check_writable, read_json_lines, write_file
+from judge import encode_answer, files_in, is_span
 from tokenizer import Tokenizer, load_tokenizer
 
 HELP = """
-Mark every token that makes the answer wrong; an answer without marks counts as right.
+Mark every token that makes the answer wrong; an answer without marks counts as right (where the checker calls it wrong,
+enter is asked for a second time).
 
 left right, h l     one token back, on             space, m   mark the token, or the selection; again: unmark
 up down, k j        one line up, down              v          begin a selection, or drop it
@@ -57,6 +56,7 @@ q, Ctrl-C           quit; every mark is kept already
 Any other key closes this page.
 """
 FOOTER = "space mark  v select  u undo  enter done, next  p back  s skip  q quit  ? help"
+DOUBT = "nothing is marked, but the checker calls it wrong: enter again if it is right"
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~])")  # one key, as terminals send arrows and the like
 ESCAPE_BEGUN = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|O)?")
 KEYS = {b"\r": "n", b"\n": "n", b" ": "m", b"\x03": "q", b"\x1b[5~": "page up", b"\x1b[6~": "page down"}
@@ -68,32 +68,18 @@ Row = list[tuple[int, str]]  # (number of the token, what is shown of it), from 
 
 def read_items(path: Path) -> list[dict]:
     """The answers to mark. Raises InputError naming file, line and field of whatever is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"--data {path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--data {path} is not UTF-8: {error}.") from None
-    items = [read_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    items = [read_item(item, where) for where, item in read_json_lines(path, "--data")]
     if not items:
         raise InputError(f"--data {path} holds no answers; give JSON lines with prompt and response.")
     return items
 
 
-def read_item(line: str, where: str) -> dict:
+def read_item(item: dict, where: str) -> dict:
     """One answer. Raises InputError beginning with `where`."""
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON: {error}.") from None
-    if not isinstance(item, dict):
-        raise InputError(f"{where} is no JSON object.")
     for name, kind in (("prompt", str), ("response", str), ("reference", str), ("right", bool)):
         value, optional = item.get(name), name in ("reference", "right")
         if not isinstance(value, kind) and not (optional and value is None):
             raise InputError(f"{where}: field {name!r} must be a {kind.__name__}.")
-        if kind is str and value and any("\ud800" <= char <= "\udfff" for char in value):
-            raise InputError(f"{where}: field {name!r} is not valid Unicode: it has half of a surrogate pair.")
     if not (length := len(item["response"])):
         raise InputError(f"{where}: field 'response' is empty.")
     if item.get("errors") is not None and not are_spans(item["errors"], length):
@@ -103,10 +89,7 @@ def read_item(line: str, where: str) -> dict:
 
 def are_spans(errors: object, length: float = float("inf")) -> bool:
     """Whether this is a list of [start, end] with 0 <= start < end <= length."""
-    if not isinstance(errors, list):
-        return False
-    pairs = [span for span in errors if isinstance(span, list) and len(span) == 2 and {type(n) for n in span} == {int}]
-    return len(pairs) == len(errors) and all(0 <= start < end <= length for start, end in pairs)
+    return isinstance(errors, list) and all(is_span(span, length) for span in errors)
 
 
 def answer_key(item: dict) -> str:
@@ -122,43 +105,33 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path, self.records = path, {}  # answer_key: {"errors", "done"}
+        self.lines = Lines(path)
         try:
-            self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  (open and locked until the process ends)
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path} is in use by another annotate.py; one at a time can write to an --out.") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}.") from None
-        self.file.seek(0)
-        content = self.file.read()
-        whole = content[: content.rfind(b"\n") + 1]  # a crash may leave half a line, of a change that was never shown
-        for number, line in enumerate(whole.splitlines(), 1):
-            self.read_record(line, number)
-        if not whole and not b'{"answer": "'.startswith(content[:12]):
-            raise InputError(f"{path} is no journal of this script; name another --out.")
-        self.file.truncate(len(whole))
+            for record in self.lines.objects():
+                self.take(record)
+            if not self.lines.content and not b'{"answer": "'.startswith(self.lines.rest[:12]):
+                raise InputError("it has no whole line.")
+        except InputError as error:
+            self.lines.close()
+            raise InputError(f"{path} is no journal of this script ({str(error)[:-1]}); name another --out.") from None
 
-    def read_record(self, line: bytes, number: int) -> None:
-        """Takes one line in, or raises InputError naming it."""
-        try:
-            record = json.loads(line)
-            key = record.pop("answer")
-            if record.keys() != {"errors", "done"} or not are_spans(record["errors"]) or type(record["done"]) is not bool:
-                raise ValueError
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            raise InputError(f"{self.path}, line {number} is no record of this script; name another --out.") from None
+    def take(self, record: dict) -> None:
+        """Takes one line in. Raises InputError for one that is no record."""
+        key, record = record.get("answer"), {name: value for name, value in record.items() if name != "answer"}
+        good = isinstance(key, str) and record.keys() == {"errors", "done"}
+        if not good or not are_spans(record["errors"]) or type(record["done"]) is not bool:
+            raise InputError("a line is no record.")
         self.records[key] = record
 
     def put(self, key: str, errors: list[list[int]], done: bool) -> None:
         """Records an answer's state; it is on the disk when this returns."""
         record = {"errors": errors, "done": done}
         try:
-            line = json.dumps({"answer": key, **record}).encode() + b"\n"
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written, so the last change is not kept: {error.strerror}.") from None
+            self.lines.add({"answer": key, **record})
+            os.fsync(self.lines.file.fileno())
+        except (InputError, OSError) as error:
+            reason = error if isinstance(error, InputError) else f"{self.path} cannot be written: {error.strerror}."
+            raise InputError(f"The last change is not kept: {reason}") from None
         self.records[key] = record
 
     def is_done(self, key: str) -> bool:
@@ -353,7 +326,7 @@ class Session:
                 self.queue.setdefault(key, item)
         self.keys = list(self.queue)
         self.states: dict[str, Marking] = {}
-        self.position, self.top, self.follows, self.helps = -1, 0, True, False
+        self.position, self.top, self.follows, self.helps, self.doubts = -1, 0, True, False, False
         self.go_on()
 
     @property
@@ -385,12 +358,15 @@ class Session:
         """Does what the key says; False for quit. A change is in the journal when this returns."""
         if key == "q":
             return False
+        doubted, self.doubts = self.doubts, False
         if self.helps or key == "?":
             self.helps = not self.helps
         elif key in ("page up", "page down"):
             self.top, self.follows = self.top + max(height - 4, 1) * (1 if key == "page down" else -1), False
         elif key == "p":
             self.go_to(max(self.position - 1, 0))
+        elif self.state and key == "n" and self.queue[self.key].get("right") is False and not (self.state.marks or doubted):
+            self.doubts = True  # the checker and this person differ: asked once
         elif self.state and key == "n":
             self.journal.put(self.key, self.state.errors, True)
             self.write_out()
@@ -414,8 +390,8 @@ class Session:
         lines = [json.dumps(item | {"errors": errors[key]}) + "\n" for key, item in self.items if key in errors]
         try:
             write_file(self.out, "".join(lines).encode())
-        except OSError as error:
-            raise InputError(f"--out {self.out} cannot be written: {error.strerror}; {self.journal.path} has it all.") from None
+        except InputError as error:
+            raise InputError(f"--out: {str(error)[:-1]}; {self.journal.path} has it all.") from None
 
     def summary(self) -> str:
         done = [key for key in self.keys if self.journal.is_done(key)]
@@ -447,7 +423,8 @@ class Session:
             head = f"answer {self.position + 1} of {len(self.keys)}: {len(state.marks)} marked"
             head += ", done" * self.journal.is_done(self.key) + ", selecting" * (state.anchor is not None)
             head += f", {item['source']}" if item.get("source") else ""
-        head, foot = (wrap_text(text.replace("\n", " "), width)[0] for text in (head, FOOTER))
+        foot = DOUBT if self.doubts else FOOTER
+        head, foot = (wrap_text(text.replace("\n", " "), width)[0] for text in (head, foot))
         lines = [head, *rows[:body], *[[]] * (body - len(rows)), foot]
         return [paint(row, state, self.colour) for row in lines[:height]]
 
@@ -514,10 +491,12 @@ def run(session: Session) -> None:
 
 def annotate(args: argparse.Namespace) -> None:
     """Checks everything that can be wrong, then marks until quit."""
-    items, journal_path = read_items(args.data), args.out.with_name(args.out.name + ".marks")
+    items = read_items(args.data)
     check_writable(args.out, "--out")
-    if args.out.resolve() == args.data.resolve():
-        raise InputError(f"--out {args.out} is --data itself; name another --out.")
+    journal_path = args.out.with_name(args.out.name + ".marks")
+    for path in (args.out, journal_path):
+        check_writable(path, "--out")
+        check_not_input(path, [args.data, *files_in([args.checkpoint_path])])
     if args.out.exists() and not journal_path.exists():
         raise InputError(f"--out {args.out} exists, but not its journal {journal_path}; name another --out or remove it.")
     tokenizer = load_tokenizer(args.checkpoint_path)

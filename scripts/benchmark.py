@@ -5,20 +5,28 @@
     python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out benchmarks/mine.json
 
 Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see the machine in
-the same state. `--accept N` imposes how many draft tokens every round accepts, so that the speed at a known m* can be
+the same state; a step is timed right after one that is not, as in decoding, where the step before has left in the caches
+what they hold. `--accept N` imposes how many draft tokens every round accepts, so that the speed at a known m* can be
 measured without the weights that reach it; such figures are marked "imposed". A table for people; the last line is JSON.
+
+The table gives median, least and most of the repeats, from 20 repeats on the quartiles in place of the extremes. A part is
+marked noisy where these lie further apart than a quarter of the median. The JSON holds every single time.
 """
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import copy
 import json
+import re
+import shlex
+import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,11 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from files import check_writable, write_file
-from generate import DEMO, Engine, Pace, Settings, capacity_for, capture, check_memory, check_pair
+from files import check_not_input, check_writable, write_file
+from generate import DEMO, Engine, Pace, Settings, capacity_for, capture, check_memory, check_pair, threshold_of
 from judge import RULES, JudgeHead, load_judge
 from model import (
     DTYPES,
+    PRESETS,
     ModelArgs,
     Transformer,
     causal_mask,
@@ -57,11 +66,18 @@ from quantize import (
     scheme_of,
     weight_bytes,
 )
-from scripts.experiments import commit, machine
 from scripts.peers import Peers, timed
+from scripts.plot import range_of
+from scripts.results import commit, machine
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = 2  # of the JSON; 1 (without the field) had no settings as fields, and ms_p10 and ms_p90 for the extremes
+QUARTILES_FROM = 20  # repeats; quartiles of fewer would be single samples, or lie between two
+NOISY = 0.25  # of the median: a part whose times spread further is marked
+DIMENSIONS = re.compile("([0-9]+)x([0-9]+)")
+MOST = 2**40  # of any count on the command line; what fits is checked against models and memory
 
 
 @dataclass
@@ -70,6 +86,7 @@ class Part:
 
     name: str
     action: Callable[[], float]  # runs it once and returns the seconds
+    at: tuple[int, int] | None = None  # positions of the first and the last token that it reads or makes
     bytes: float = 0.0
     flops: float = 0.0
     tokens: int = 0
@@ -79,14 +96,19 @@ class Part:
 
 def shape_of(name: str) -> ModelArgs:
     """A preset's arguments; DIMxLAYERS: heads of 64, a quarter as many KV heads, 4 DIM in between, 32,000 tokens."""
-    dim, x, layers = name.partition("x")
-    if not (x and dim.isdecimal() and layers.isdecimal()):
-        return preset(name)
-    if int(dim) < 64 or int(dim) % 64 or not int(layers):
-        raise InputError(f"--preset {name}: DIM must be a multiple of 64, and there must be layers.")
-    heads = int(dim) // 64
+    if not (found := DIMENSIONS.fullmatch(name)):
+        return preset(name if len(name) <= 60 else shortened(name))
+    dim, layers = (int(digits) if len(digits) < 7 else MOST for digits in found.groups())
+    if not 64 <= dim <= 2**16 or dim % 64 or not 1 <= layers <= 1024:
+        raise InputError(f"--preset {shortened(name)}: DIM must be a multiple of 64, up to 65536, and LAYERS 1 to 1024.")
+    heads = dim // 64
     kv = heads // 4 if heads % 4 == 0 else heads
-    return ModelArgs(int(dim), int(layers), heads, kv, 4 * int(dim), 32000, 64)
+    return ModelArgs(dim, layers, heads, kv, 4 * dim, 32000, 64)
+
+
+def is_preset(name: str) -> bool:
+    """Whether a name is one that `shape_of` reads, and not a folder's."""
+    return name in PRESETS or DIMENSIONS.fullmatch(name) is not None
 
 
 def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]:
@@ -111,9 +133,10 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
 
 
 def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
-    """An action that runs several times back to back and returns the seconds of one."""
+    """An action that runs several times back to back, after once that does not count, and returns the seconds of one."""
 
     def run() -> float:
+        action()
         return timed(lambda: [action() for _ in range(times)], device) / times
 
     return run
@@ -210,26 +233,22 @@ class Workbench:
         target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
         for position in a.positions:
             at, read = f" at {position}", self.read_bytes(target, 0, position)
-            parts.append(
-                Part("plain step" + at, repeated(self.step(self.plain, k, 0, position), inner, self.device), read, tokens=1)
-            )
+
+            def add(name: str, action: Callable, size: float, rows: int = 1, position=position, at=at, **more) -> None:
+                run = repeated(action, inner, self.device)
+                parts.append(Part(name.format(at=at), run, (position, position + rows - 1), size, **more))
+
+            add("plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)
             for length, engine in self.others.items():
-                name = f"plain step{at}, with a cache of {length}"
-                parts.append(Part(name, repeated(self.step(engine, k, 0, position), inner, self.device), read, tokens=1))
+                add(f"plain step{{at}}, with a cache of {length}", self.step(engine, k, 0, position), read, tokens=1)
             if self.fast is None:
                 continue
             small = self.read_bytes(self.draft.args, 1, position)
-            loop = repeated(self.step(self.fast, k, 0, position), inner, self.device)
-            parts.append(Part(f"draft loop, M = {k}" + at, loop, small * k))
+            add(f"draft loop, M = {k}{{at}}", self.step(self.fast, k, 0, position), small * k, k)
             for m in self.fast.sizes:
                 rows = self.read_bytes(target, 0, position, m + 1)
-                parts.append(
-                    Part(f"verify {m + 1} rows" + at, repeated(self.step(self.fast, m, 1, position), inner, self.device), rows)
-                )
-            both = read + small * k
-            parts.append(
-                Part(f"round, M = {k}" + at, repeated(lambda p=position: self.whole_round(p), inner, self.device), both)
-            )
+                add(f"verify {m + 1} rows{{at}}", self.step(self.fast, m, 1, position), rows, m + 1)
+            add(f"round, M = {k}{{at}}", lambda p=position: self.whole_round(p), read + small * k, k + 1)
         for length in a.prefill:
             parts.append(self.prefill_part(length))
         return parts + self.generations()
@@ -250,8 +269,8 @@ class Workbench:
         prompt = synthetic(length + 1, a.vocab_size)
         matrices = a.n_params - a.vocab_size * a.dim * (1 if a.tie_embeddings else 2)
         flops = 2 * matrices * length + 2 * a.n_layer * a.n_head * a.head_dim * length**2
-        run = repeated(lambda: self.plain.prefill(prompt), 1, self.device)
-        return Part(f"prefill of {length} tokens", run, flops=flops, tokens=length)
+        return Part(f"prefill of {length} tokens", lambda: timed(lambda: self.plain.prefill(prompt), self.device),
+                    (0, length - 1), flops=flops, tokens=length)  # fmt: skip
 
     def generations(self) -> list[Part]:
         """Whole generations from a short prompt, ours and, with --peers, transformers'."""
@@ -269,7 +288,7 @@ class Workbench:
             if self.draft is not None:
                 parts.append(Part("transformers generate, assisted", peers.assisted, note=imposed(a)))
         for part in parts:
-            part.tokens = a.max_new_tokens
+            part.tokens, part.at = a.max_new_tokens, (a.prompt_tokens, a.prompt_tokens + a.max_new_tokens - 1)
         return parts
 
     def generate_fast(self, prompt: list[int]) -> float:
@@ -286,7 +305,7 @@ class Workbench:
 
             return run
 
-        engine.steps = lambda visible, m: [clocked(step) for step in steps(visible, m)]
+        engine.steps = lambda *sizes: [clocked(step) for step in steps(*sizes)]
         try:
             result = engine.generate(prompt, self.args.max_new_tokens)
         finally:
@@ -297,7 +316,8 @@ class Workbench:
         return result.seconds_decode
 
     def round_figures(self, rows: list[dict]) -> dict:
-        """Of the speculative generations: tokens a round, and the share of a round's time that no step accounts for."""
+        """Of the speculative generations: the share of a round's time that no step accounts for, and tokens a round, in how
+        many rounds. The last round counts unless the generation's end cuts it."""
         if self.fast is None:
             return {}
         a, result = self.args, self.result
@@ -308,15 +328,21 @@ class Workbench:
             at, k = f" at {a.positions[0]}", a.speculate_k
             steps = ms[f"draft loop, M = {k}{at}"] + ms[f"verify {k + 1} rows{at}"]
             overhead = 1 - steps / (ms[f"generate, {a.verify}"] / result.rounds)
-        return {"host_overhead": overhead, "tokens_a_round": len(result.tokens) / result.rounds}
+        whole_ones = re.findall("[ar]*[tb]", "".join(result.origin))
+        mean = statistics.mean(map(len, whole_ones)) if whole_ones else None
+        return {"host_overhead": overhead, "tokens_a_round": mean, "rounds": len(whole_ones),
+                "rounds_cut": result.rounds - len(whole_ones)}  # fmt: skip
 
     def trace(self, path: Path) -> None:
-        """Writes a Chrome trace of one round, or of a plain step where there is no draft."""
+        """Writes a Chrome trace of one round, or of a plain step where there is no draft, packed for .gz."""
         engine = self.fast or self.plain
         engine.buffers.pos.fill_(self.args.positions[0])
         with torch.profiler.profile() as trace:
             engine.round(self.args.positions[0] + self.args.speculate_k + 1, self.args.speculate_k)
-        trace.export_chrome_trace(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / ("trace.json.gz" if path.suffix == ".gz" else "trace.json")
+            trace.export_chrome_trace(str(made))
+            write_file(path, made.read_bytes())
 
 
 def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
@@ -466,9 +492,15 @@ def measure(parts: list[Part], repeats: int) -> Iterator[None]:
 
 
 def summarise(part: Part, limit: float) -> dict:
-    """A part as figures; limit: bytes a second that the machine reaches."""
-    low, median, high = torch.tensor(part.seconds).double().quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
-    row = {"part": part.name, "ms": 1e3 * median, "ms_p10": 1e3 * low, "ms_p90": 1e3 * high, "n": len(part.seconds)}
+    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM repeats."""
+    n, median = len(part.seconds), statistics.median(part.seconds)
+    row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
+           "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
+    if n >= QUARTILES_FROM:
+        low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
+        row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
+    row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
+    row |= {"noisy": None if n < 3 else row["spread"] > NOISY, "samples_ms": [1e3 * second for second in part.seconds]}
     if part.bytes:
         row |= {"bytes": part.bytes, "gb_per_s": part.bytes / median / 1e9, "share_of_limit": part.bytes / median / limit}
     if part.flops:
@@ -480,18 +512,37 @@ def summarise(part: Part, limit: float) -> dict:
 
 def as_table(rows: list[dict]) -> str:
     """A Markdown table."""
-    lines = ["| part | ms (median) | 10% to 90% | GB | GB/s | share of limit | tokens/s | |", "|" + "---|" * 8]
+    n = rows[0]["n"]
+    between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
+    lines = [f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
+             "|" + "---|" * 9]  # fmt: skip
     for row in rows:
-        cells = [row["part"], f"{row['ms']:.3f}", f"{row['ms_p10']:.3f} to {row['ms_p90']:.3f}"]
+        low, high = range_of(row)
+        first, last = row["positions"] or ("", "")
+        cells = [row["part"], f"{first}" if first == last else f"{first} to {last}", f"{row['ms']:.3f}",
+                 f"{low:.3f} to {high:.3f}"]  # fmt: skip
         cells += (
             [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
             if "bytes" in row
             else [""] * 3
         )
         cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
-        cells += [row.get("note", "") + (f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else "")]
+        speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
+        cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", noise(rows)])
+
+
+def noise(rows: list[dict]) -> str:
+    """A sentence on how far the times can be trusted."""
+    n, noisy = rows[0]["n"], sum(bool(row["noisy"]) for row in rows)
+    if n < 3:
+        return f"How noisy these times are is not known: {n} of at least 3 repeats."
+    between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
+    if not noisy:
+        return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
+    return (f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of their median. "
+            "Measure them again on an idle machine before anything is built on a difference.")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -504,18 +555,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--draft_preset", help="a draft, likewise")
     add("--judge_path", type=Path, help="a judge (random weights get one of zeros)")
     add("--verify", choices=list(RULES), help="the rule of the rounds (default: judge; standard for folders without one)")
-    add("--speculate_k", type=int, default=16, help="M, draft tokens a round")
-    add("--rows", type=int, nargs="*", default=[], help="verify so many rows, too, beside M + 1")
-    add("--accept", type=int, help="impose how many draft tokens each round accepts")
-    add("--positions", type=int, nargs="+", default=[500], help="where to measure steps and rounds")
-    add("--cache_length", type=int, nargs="+", help="positions that the cache holds (default: what the run needs); with"
-        " several, the plain step is measured with each")  # fmt: skip
+    add("--speculate_k", type=whole(1, 1024), default=16, help="M, draft tokens a round")
+    add("--rows", type=whole(2, 1025), nargs="*", default=[], help="verify so many rows, one of them the last known token's,"
+        " too, beside M + 1")  # fmt: skip
+    add("--accept", type=whole(0, 1024), help="impose how many draft tokens each round accepts")
+    add("--positions", type=whole(1, MOST), nargs="+", help="where to measure steps and rounds (default: 500, or where the"
+        " last round ends with the context)")  # fmt: skip
+    add("--cache_length", type=whole(1, MOST), nargs="+", help="positions that the cache holds (default: what the run needs);"
+        " with several, the plain step is measured with each")  # fmt: skip
     add_mode_flags(parser)
     add("--modes", nargs="+", help="measure the target in each of these, taking turns: none, int8, fp8, int4, int4/128")
-    add("--prefill", type=int, nargs="*", default=[512], help="prompt lengths to read")
-    add("--prompt_tokens", type=int, default=64, help="prompt of the whole generations")
-    add("--max_new_tokens", type=int, default=200, help="tokens of the whole generations")
-    add("--repeats", type=int, default=9, help="times to measure each part")
+    add("--prefill", type=whole(1, MOST), nargs="*", help="prompt lengths to read (default: 512, or the context)")
+    add("--prompt_tokens", type=whole(1, MOST), help="prompt of the whole generations (default: 64, or an"
+        " eighth of the context)")  # fmt: skip
+    add("--max_new_tokens", type=whole(1, MOST), help="tokens of the whole generations (default: 200, or to the context's end)")
+    add("--repeats", type=whole(1, 10**6), default=9, help="times to measure each part")
     add("--attention", action="store_true", help="measure ways to attend, at 512, 4k and 32k positions, and nothing else")
     add("--products", action="store_true", help="measure a layer's products, unquantised and quantised, and nothing else")
     add("--peers", action="store_true", help="run transformers on the same weights, taking turns")
@@ -540,44 +594,69 @@ def check_args(args: argparse.Namespace) -> None:
     for ours, theirs in (("checkpoint_path", "preset"), ("draft_checkpoint_path", "draft_preset")):
         if getattr(args, ours) and getattr(args, theirs):
             raise InputError(f"--{ours} and --{theirs} both name a model; give one of them.")
-    for flag in ("speculate_k", "max_new_tokens", "repeats", "prompt_tokens"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)} is too small: at least 1.")
+    modes_of(args)
+    if len(set(args.modes or [])) < len(args.modes or []):
+        raise InputError("--modes names a mode twice.")
     if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
         raise InputError("--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset.")
-    if args.accept is not None and not 0 <= args.accept <= args.speculate_k:
+    if args.accept is not None and args.accept > args.speculate_k:
         raise InputError(f"--accept {args.accept} must be between 0 and --speculate_k {args.speculate_k}.")
-    if not all(2 <= rows <= 1025 for rows in args.rows):
-        raise InputError("--rows counts the rows of a verification: 2 to 1025, one of them a draft token's.")
     if args.judge_path and args.preset:
         raise InputError("--judge_path: random weights have no judge; leave it out, and one of zeros is computed.")
     if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
         raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
     if args.modes and (args.mode or args.attention or args.products):
         raise InputError("--modes names how the target is quantised; leave --mode, --attention and --products out.")
-    if args.peers and (args.max_new_tokens < 2 or args.mode or args.draft_mode or args.modes):
+    if args.peers and (args.max_new_tokens == 1 or args.mode or args.draft_mode or args.modes):
         raise InputError(
             "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, --max_new_tokens."
         )
     if (args.attention or args.products) and (args.profile or args.peers):
         raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
     check_lengths(args)
-    for path, flag in ((args.out, "--out"), (args.profile, "--profile")):
-        if path is not None:
-            check_writable(path, flag)
+    check_outputs(args)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError where a file that is to be written cannot be, is an input, or is named twice."""
     if args.out is not None and args.out.suffix != ".json":
         raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
+    outputs = [(args.out, "--out"), (args.out and args.out.with_suffix(".md"), "--out, its table"), (args.profile, "--profile")]
+    folders = [folder for folder in (args.checkpoint_path, args.draft_checkpoint_path) if folder is not None]
+    inputs = [file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]]
+    real: list[Path] = []
+    for path, flag in outputs:
+        if path is not None:
+            real.append(check_writable(path, flag))
+            check_not_input(path, [*set(inputs), *filter(None, [args.judge_path])], flag)
+    if len(set(real)) < len(real):
+        raise InputError(f"--profile {args.profile} names a file that --out writes; name another one.")
+
+
+def fit_lengths(args: argparse.Namespace) -> int:
+    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context; returns it."""
+    context = min(shape.max_position for shape in shapes_of(args) if shape is not None)
+    args.positions = list(dict.fromkeys(args.positions or [max(1, min(500, context - rows_ahead(args)))]))
+    args.prefill = list(dict.fromkeys([min(512, context)] if args.prefill is None else args.prefill))
+    args.prompt_tokens = args.prompt_tokens or max(1, min(64, context // 8))
+    args.max_new_tokens = args.max_new_tokens or max(1, min(200, context - args.prompt_tokens))
+    return context
+
+
+def rows_ahead(args: argparse.Namespace) -> int:
+    """Rows that a step or a verification reads from its position on."""
+    return max([args.speculate_k + 1, *args.rows]) if has_draft(args) else 1
 
 
 def check_lengths(args: argparse.Namespace) -> None:
     """Raises InputError where positions, prompts or caches do not fit the models, or the models one another."""
-    target, draft = shapes_of(args)
-    if min([*args.positions, *args.prefill]) < 1:
-        raise InputError("--positions and --prefill count tokens: at least 1.")
-    context = min(shape.max_position for shape in (target, draft) if shape is not None)
+    context, (target, draft) = fit_lengths(args), shapes_of(args)
     longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
     if longest > context:
         raise InputError(f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}.")
+    if (reached := max(args.positions) + rows_ahead(args)) > context:
+        raise InputError(f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach {reached} tokens, "
+                         f"but the context is {context}.")  # fmt: skip
     for length in args.cache_length or []:
         if length < needed_length(args):
             raise InputError(f"--cache_length {length} is too short for this run, which needs {needed_length(args)}.")
@@ -629,10 +708,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 def make_report(args, argv: list[str], parts: list[Part], bench: Workbench | None, read: float, copy: float) -> dict:
     """All that was measured so far. read, copy: bytes a second."""
-    limit, dtype = copy if args.device.type == "cuda" else read, run_dtype(args.precision, args.device)
+    limit = copy if args.device.type == "cuda" else read
     report = {
-        "command": " ".join(["python scripts/benchmark.py", *argv]), "machine": machine(), "commit": commit(),
-        "dtype": str(dtype).removeprefix("torch."), "imposed_acceptance": args.accept,
+        "schema": SCHEMA, "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": machine(), "commit": commit(), **settings_of(args, bench),
         "read_gb_per_s": read / 1e9, "copy_gb_per_s": copy / 1e9, "limit": "copy" if args.device.type == "cuda" else "read",
         "rows": [summarise(part, limit) for part in parts],
     }  # fmt: skip
@@ -642,9 +721,47 @@ def make_report(args, argv: list[str], parts: list[Part], bench: Workbench | Non
     return report | {"startup": bench.startup} | figures
 
 
+def printable(text: str) -> str:
+    """An argument that is no UTF-8 with question marks for what is not."""
+    return text.encode(errors="replace").decode()
+
+
+def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
+    """What was measured, as fields. Rule, threshold, M and imposed acceptance are those of the rounds, None without any."""
+    drafts = bench is not None and bench.fast is not None
+    head = bench.head if drafts else None
+    schemes = (scheme_of(args), scheme_of(args, "draft_"))
+    dtype = str(run_dtype(args.precision, args.device)).removeprefix("torch.")
+    return {
+        "model": model_name(args.checkpoint_path, args.preset),
+        "draft_model": model_name(args.draft_checkpoint_path, args.draft_preset), "rule": args.verify if drafts else None,
+        "threshold": threshold_of(bench.fast.settings, head) if drafts else None,
+        "speculate_k": args.speculate_k if drafts else None, "imposed_acceptance": args.accept,
+        "mode": schemes[0] and str(schemes[0]), "draft_mode": schemes[1] and str(schemes[1]), "modes": modes_of(args),
+        "compile": args.compile, "precision": dtype, "dtype": dtype, "device": str(args.device), "torch": torch.__version__,
+        "prompt_tokens": args.prompt_tokens, "max_new_tokens": args.max_new_tokens, "repeats": args.repeats,
+    }  # fmt: skip
+
+
+def model_name(folder: Path | None, name: str | None) -> str | None:
+    """A preset's name or a folder, one of this repository from its root on, so that it is found on other machines."""
+    if folder is not None and folder.resolve().is_relative_to(ROOT):
+        folder = folder.resolve().relative_to(ROOT)
+    return printable(str(folder)) if folder is not None else name
+
+
+def modes_of(args: argparse.Namespace) -> dict[str, str | None] | None:
+    """Each of --modes -> how it quantises the target. Raises InputError for an unknown one."""
+    if not args.modes:
+        return None
+    schemes = {name: scheme_named(name if len(name) < 20 else shortened(name)) for name in args.modes}
+    return {name: scheme and str(replace(scheme, lm_head=args.quantize_lm_head)) for name, scheme in schemes.items()}
+
+
 def as_text(report: dict) -> str:
     """The report as Markdown."""
-    lines = [f"`{report['command']}`; {report['machine']}; commit {report['commit']}; {report['dtype']}.", ""]
+    made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
+    lines = [f"`{report['command']}`; {made}.", ""]
     lines.append(
         f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} GB/s (reads and "
         f"writes); the limit is {report['limit']}."
@@ -656,10 +773,11 @@ def as_text(report: dict) -> str:
         else:
             speed, cat = (found["bytes"] / found[key] / 1e9 for key in ("load_seconds", "cat_seconds"))
             lines.append(f"- loading {name}: {found['bytes'] / 1e9:.3f} GB at {speed:.2f} GB/s (`cat` {cat:.2f} GB/s)")
-    for name in ("host_overhead", "tokens_a_round"):
-        if report.get(name) is not None:
-            value = f"{report[name]:.2%}" if name == "host_overhead" else f"{report[name]:.2f}"
-            lines.append(f"- {name.replace('_', ' ')}: {value}")
+    if report.get("host_overhead") is not None:
+        lines.append(f"- host overhead: {report['host_overhead']:.2%}")
+    if report.get("tokens_a_round") is not None:
+        cut = ", without the last, which the generation's end cuts (its time is in the tokens/s)" * bool(report["rounds_cut"])
+        lines.append(f"- tokens a round: {report['tokens_a_round']:.2f} in {report['rounds']} rounds{cut}")
     return "\n".join(lines)
 
 

@@ -8,35 +8,37 @@ there is a choice; a person then marks the wrong spans (scripts/annotate.py). A 
 `{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A right answer has no errors, []; a wrong
 one has null, which judge.py refuses until somebody has put [start, end] there.
 
-An answer that --max_new_tokens cut off, or that gives no final answer, is dropped. Every answer, dropped or not, goes to
-OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the same files. --out is written
-once, at the end, and never over anything else: annotations put into it are safe. Demo questions are training problems,
-never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar, also the steps that a right
-answer takes back.
+An answer that --max_new_tokens cut off, that gives no final answer, or whose logits are not finite, is dropped. Every
+answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the
+same files. --out is written once, at the end, and never over anything else: annotations put into it are safe. Demo
+questions are training problems, never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar,
+also the steps that a right answer takes back.
 """
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from files import check_writable, write_file
-from generate import Engine, Settings, answer_text, check_prompt, check_settings, encode_prompt
+from files import Lines, check_not_input, check_writable, read_bytes, write_file
+from generate import Engine, NotFinite, Result, Settings, answer_text, check_prompt, check_settings, encode_prompt
+from judge import files_in
 from model import DTYPES, ModelArgs, pick_device, run_dtype
 from quantize import load_model
-from scripts.results import read_results
+from scripts.results import is_count, is_text, is_verdict, resume
 from scripts.scoring import CHECKERS, UNDECIDED, Question
 from scripts.tasks import add_question_flags, questions_of
 from scripts.train_demo import annotated
@@ -57,7 +59,7 @@ def read_temperatures(text: str) -> list[float]:
     try:
         temperatures = [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--temperature {text} is not a list of numbers, as in 0,0.8.") from None
+        raise InputError(f"--temperature {shortened(text)} is not a list of numbers, as in 0,0.8.") from None
     for temperature in temperatures:
         check_settings(Settings("plain", temperature=temperature), False, False)
         if temperatures.count(temperature) > 1:
@@ -92,7 +94,7 @@ def folder_digest(folder: Path) -> str:
     """What tells one checkpoint from another without reading it whole: names, sizes and ends of its files."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".jinja", ".model", ".safetensors"):
+        if path.suffix in (".json", ".jinja", ".model", ".safetensors") and path.is_file():
             with path.open("rb") as file:
                 size = file.seek(0, 2)
                 file.seek(max(0, size - 65536))
@@ -115,8 +117,9 @@ def seed_of(args: argparse.Namespace, job: Job) -> int:
     return int(hashlib.sha256(f"{args.seed} {job.question.id} {job.sample}".encode()).hexdigest()[:15], 16)
 
 
-def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list) -> Iterator[tuple[Job, object]]:
-    """(job, the engine's Result) for all of `todo`, with one model loaded at a time."""
+def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list) -> Iterator[tuple[Job, Result]]:
+    """(job, the engine's Result) for all of `todo`, with one model loaded at a time; it stopped with "not finite" where the
+    logits were."""
     for at, its_jobs in groupby(todo, key=lambda job: job.model):
         model = load_model(args.checkpoint_path[at], args.device, args.dtype)
         length = max(map(len, prompts[at].values())) + args.max_new_tokens
@@ -126,18 +129,26 @@ def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop
             if args.compile:
                 print(f"{args.checkpoint_path[at]}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
             for job in jobs:
-                yield job, engine.generate(prompts[at][job.question.id], args.max_new_tokens, seed_of(args, job))
+                prompt = prompts[at][job.question.id]
+                try:
+                    result = engine.generate(prompt, args.max_new_tokens, seed_of(args, job))
+                except NotFinite:
+                    result = Result(len(prompt), stop_reason="not finite")
+                yield job, result
         del model, engine  # before the next is loaded
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def record(args: argparse.Namespace, job: Job, tokens: int, text: str, cut_off: bool) -> dict:
+WHY_NOT = {"length": "cut off", "not finite": "not finite"}  # stop reason -> why the answer is dropped
+DROPPED = ("cut off", "no answer", "not finite", *UNDECIDED)
+
+
+def record(args: argparse.Namespace, job: Job, tokens: int, text: str, stop_reason: str) -> dict:
     """A line of OUT.all: the answer and what its checker says of it."""
     question, checker = job.question, CHECKERS[job.question.checker]
-    if cut_off:
-        dropped = "cut off"
-    else:
+    dropped = WHY_NOT.get(stop_reason)
+    if dropped is None:
         found = checker.final_answer(question, text) if text.strip() else None
         dropped = "no answer" if found is None else found if found in UNDECIDED else None
     return {"question": question.id, "model": job.model, "prompt": question.prompt, "response": text,
@@ -145,21 +156,31 @@ def record(args: argparse.Namespace, job: Job, tokens: int, text: str, cut_off: 
             "dropped": dropped, "tokens": tokens, "source": source_of(args, job)}  # fmt: skip
 
 
+def check_record(record: dict, where: str) -> dict:
+    """A line of OUT.all. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
+    kinds = {"question": is_text, "model": is_count, "prompt": is_text, "response": is_text, "reference": is_text,
+             "right": is_verdict, "dropped": lambda value: value in (None, *DROPPED), "tokens": is_count,
+             "source": is_text}  # fmt: skip
+    if wrong := next((name for name, kind in kinds.items() if name not in record or not kind(record[name])), None):
+        raise InputError(f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out.")
+    return record
+
+
 def source_of(args: argparse.Namespace, job: Job) -> str:
     return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
 
 
-def answer_all(args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, header: dict) -> list[dict]:
-    """Makes the answers that are still missing, writing each to OUT.all as it is done."""
+def answer_all(
+    args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, lines: Lines, begin: list[dict]
+) -> list[dict]:
+    """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after `begin`."""
     records, progress = [], Progress("answers", len(todo))
-    with open(args.work, "a", encoding="utf-8") as out:
-        if not out.tell():
-            print(json.dumps(header), file=out, flush=True)
-        for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
-            text = answer_text(tokenizers[job.model], result.tokens)
-            records.append(record(args, job, len(result.tokens), text, result.stop_reason == "length"))
-            print(json.dumps(records[-1]), file=out, flush=True)
-            progress.step()
+    for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
+        text = answer_text(tokenizers[job.model], result.tokens)
+        records.append(record(args, job, len(result.tokens), text, result.stop_reason))
+        for line in (*(begin if len(records) == 1 else ()), records[-1]):
+            lines.add(line)
+        progress.step()
     return records
 
 
@@ -213,25 +234,31 @@ def line_of(record: dict, problems: dict) -> str:
 def write_chosen(out: Path, lines: list[str]) -> None:
     """Writes --out, but never over other content: that may be hours of annotation."""
     content = ("\n".join(lines) + "\n").encode()
-    if out.exists() and out.read_bytes() != content:
+    if out.exists() and read_bytes(out) != content:
         raise InputError(f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another --out.")
     write_file(out, content)
 
 
 def print_summary(args: argparse.Namespace, questions: int, records: list[dict], chosen: list[dict]) -> None:
-    """What each source gave, and what was chosen."""
-    print("source                              answers   right   wrong  cut off  no answer")
+    """What each source gave, what was chosen, and why the rest was not."""
+    kinds = ("right", "wrong", "cut off", "no answer")
+    kinds += tuple(kind for kind in DROPPED if kind not in kinds and any(record["dropped"] == kind for record in records))
+    print(f"{'source':35} answers" + "".join(f"{kind:>{max(8, len(kind) + 2)}}" for kind in kinds))
     for source in dict.fromkeys(record["source"] for record in records):
         mine = [record for record in records if record["source"] == source]
-        kinds = Counter(r["dropped"] or ("right" if r["right"] else "wrong") for r in mine)
-        counts = (len(mine), kinds["right"], kinds["wrong"], kinds["cut off"], kinds["no answer"])
-        print(f"{source:35} {counts[0]:7} {counts[1]:7} {counts[2]:7} {counts[3]:8} {counts[4]:10}")
+        count = Counter(r["dropped"] or ("right" if r["right"] else "wrong") for r in mine)
+        print(f"{source:35} {len(mine):7}" + "".join(f"{count[kind]:{max(8, len(kind) + 2)}}" for kind in kinds))
     right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
         f"{args.out}: {tuples}{len(chosen)} answers ({right} right, {len(chosen) - right} wrong), "
         f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, {dropped} dropped."
     )
+    texts = len(different(records))
+    others = {f"{len(records) - dropped - texts} with the text of another": len(records) - dropped - texts,
+              f"{texts - len(chosen)} beside a pair or without one (--no-tuples keeps them)": texts - len(chosen)}  # fmt: skip
+    if said := [what for what, count in ({f"{dropped} dropped": dropped} | others).items() if count]:
+        print(f"Not written there, but in {args.work}: {', '.join(said)}.")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -239,16 +266,15 @@ def check_args(args: argparse.Namespace) -> None:
     args.temperature = read_temperatures(args.temperature)
     args.device = pick_device(args.device)
     args.dtype = run_dtype(args.precision, args.device)
+    inputs = [*filter(None, (args.data, args.shots_data, Path(args.questions or ""))), *files_in(args.checkpoint_path)]
     check_writable(args.out, "--out")
     args.work = args.out.with_name(args.out.name + ".all")
-    for flag in ("samples", "max_new_tokens", "right", "wrong"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)} is too small: at least 1.")
-    folders = [folder.resolve() for folder in args.checkpoint_path]
-    if len(set(folders)) < len(folders):
-        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
-    if args.annotate_demo and args.questions.partition(":")[0] != "demo":
-        raise InputError(f"--annotate_demo knows the demo's problems only, not --questions {args.questions}.")
+    for path in (args.out, args.work):
+        check_writable(path, "--out")
+        check_not_input(path, inputs)
+    named = args.questions or args.task or "demo"
+    if args.annotate_demo and named.partition(":")[0] != "demo":
+        raise InputError(f"--annotate_demo knows the demo's problems only, not {named}.")
 
 
 def build(args: argparse.Namespace) -> None:
@@ -256,24 +282,34 @@ def build(args: argparse.Namespace) -> None:
     check_args(args)
     questions = questions_of(args, held_out=False, stops=False)
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
+    folders = [folder.resolve() for folder in args.checkpoint_path]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
-    records = read_results(args.work, header)
-    if [record.get("question") for record in records] != [job.question.id for job in jobs[: len(records)]]:
-        raise InputError(f"{args.work} is not in this run's order (do two runs write it?); remove it, or name another --out.")
+    with closing(Lines(args.work)) as lines:
+        records = all_records(args, jobs, prompts, tokenizers, lines, header)
+        models = len(args.checkpoint_path)
+        chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
+        if not chosen:
+            raise InputError(
+                "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a "
+                f"weaker checkpoint or a higher --temperature, or see {args.work} for what was dropped."
+            )
+        demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
+        write_chosen(args.out, [line_of(record, demo) for record in chosen])
+    print_summary(args, len(questions), records, chosen)
+
+
+def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict) -> list:
+    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of another run."""
+    records = resume(lines, header, check_record)
+    if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
+        raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
     if len(records) < len(jobs) and args.out.exists():
         raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
-    records += answer_all(args, jobs[len(records) :], prompts, tokenizers, header)
-    models = len(args.checkpoint_path)
-    chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
-    if not chosen:
-        raise InputError(
-            "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a weaker "
-            f"checkpoint or a higher --temperature, or see {args.work} for what was dropped."
-        )
-    demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
-    write_chosen(args.out, [line_of(record, demo) for record in chosen])
-    print_summary(args, len(questions), records, chosen)
+    begin = [] if lines.content else [header]
+    return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines, begin)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -282,12 +318,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint_path", type=Path, nargs="+", required=True, help="the models' folders; they are loaded in turn")
     add_question_flags(add)
     add("--temperature", default="0,0.8", help="each model answers at each of these")
-    add("--samples", type=int, default=1, help="answers a question at each temperature above 0")
-    add("--max_new_tokens", type=int, default=400)
+    add("--samples", type=whole(1, 10_000), default=1, help="answers a question at each temperature above 0")
+    add("--max_new_tokens", type=whole(1, 10_000_000), default=400, help="after which an answer is cut off, and dropped")
     add("--chat", action="store_true", help="put questions into Llama 3.1's chat format, as judge.py train --chat will")
     add("--tuples", action=argparse.BooleanOptionalAction, default=True, help="keep right and wrong pairs, not all answers")
-    add("--right", type=int, default=1, help="right answers in a tuple, at most")
-    add("--wrong", type=int, default=1, help="wrong answers in a tuple, at most")
+    add("--right", type=whole(1, 10_000), default=1, help="right answers in a tuple, at most")
+    add("--wrong", type=whole(1, 10_000), default=1, help="wrong answers in a tuple, at most")
     add("--annotate_demo", action="store_true", help="mark errors by the demo's grammar instead of leaving that open")
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

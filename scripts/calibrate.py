@@ -6,7 +6,9 @@
 
 Judge decoding gives up speculative decoding's promise of the target's own output. This gives another one back: "with 95%
 confidence, at most 2% of questions like these are answered wrong because of the rule". Harm is a question that plain
-decoding answers right and the rule wrong. Thresholds are walked from the strictest to the loosest, each is tested with
+decoding answers right and the rule wrong. An answer that --max_new_tokens cut off, or whose logits are not finite, could
+have come to be right or wrong, and counts as whichever makes a harm: so the bound also holds where more tokens may be put
+out, and no failure makes it better. Thresholds are walked from the strictest to the loosest, each is tested with
 the exact binomial (Clopper-Pearson) bound, and the walk stops at the first that fails: testing in a fixed order needs no
 correction for the number of thresholds (Learn then Test, arXiv 2110.01052), whereas picking the best one afterwards
 would void the bound.
@@ -23,32 +25,35 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, number, run_script, shortened  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from files import check_writable, write_file
+from files import check_folder, check_not_input, check_writable, write_file
 from generate import Result, check_settings, conditions, kind_of, live_statistics
 from judge import (
     LABEL_POLICIES,
+    MOST_SHOWN,
     RULES,
     JudgeHead,
     TrainSettings,
     check_threshold,
     encode_items,
     extract_features,
+    files_in,
     load_judge,
     prompt_key,
     read_answers,
     read_calibration,
+    read_safetensors,
+    upper_bound,
 )
 from model import pick_device, run_dtype
 from quantize import load_model
@@ -58,25 +63,24 @@ from scripts.tasks import add_question_flags, questions_of
 from tokenizer import load_tokenizer
 
 
-def upper_bound(harms: int, n: int, confidence: float) -> float:
-    """Clopper-Pearson's upper bound of a share: the largest p for which at most `harms` of n is not too unlikely."""
-    if harms >= n:
-        return 1.0
-    choose = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(harms + 1)]
-    low, high = harms / n, 1.0
-    for _ in range(60):  # bisection
-        p = (low + high) / 2
-        at_most = sum(math.exp(c + k * math.log(p) + (n - k) * math.log1p(-p)) for k, c in enumerate(choose)) if p < 1 else 0
-        low, high = (p, high) if at_most > 1 - confidence else (low, p)
-    return high
-
-
 def most_harms(n: int, max_harm: float, confidence: float) -> int:
     """The largest number of harms of n whose upper bound is within max_harm; -1 when not even none is."""
-    harms = -1
-    while harms + 1 < n and upper_bound(harms + 1, n, confidence) <= max_harm:
-        harms += 1
-    return harms
+    fits, fails = -1, n
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if upper_bound(middle, n, confidence) <= max_harm else (fits, middle)
+    return fits
+
+
+def least_n(harms: int, max_harm: float, confidence: float) -> int:
+    """The fewest units of which so many may be harmed."""
+    low = n = harms + 1  # of which all harmed, so that the bound is 1
+    while upper_bound(harms, n, confidence) > max_harm:
+        low, n = n, 2 * n
+    while n - low > 1:
+        middle = (low + n) // 2
+        low, n = (low, middle) if upper_bound(harms, middle, confidence) <= max_harm else (middle, n)
+    return n
 
 
 def fixed_sequence(
@@ -97,29 +101,44 @@ def fixed_sequence(
     return passed
 
 
-def by_generating(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeHead | None]:
+def has_ended(question: Question, record: dict) -> bool:
+    """Whether an answer came to its own end: neither cut off nor failed."""
+    return record.get("stop_reason", "stop") == "stop" or any(stop in record["text"] for stop in question.stops)
+
+
+def is_harmed(question: Question, plain: dict, ours: dict) -> bool:
+    """Whether plain decoding is right and the rule wrong, or would be with the answers' missing ends at their worst."""
+    may_be_right = plain["right"] or not has_ended(question, plain)
+    return may_be_right and not (ours["right"] and has_ended(question, ours))
+
+
+def by_generating(args: argparse.Namespace, walk: list[float], questions: list[Question]) -> tuple[dict, JudgeHead | None]:
     """Calibrates on questions; what is to be written, and the judge if there is one."""
-    questions = questions_of(args)
     bench = Bench(argparse.Namespace(**vars(args) | {"out": args.answers}), questions, args.verify == "judge")
     head = bench.models[2]
-    questions = without_trained(questions, bench, head)
+    questions, cut_off = without_trained(questions, bench, head), {}
 
     def harms_at(threshold: float, limit: int) -> int:
-        harms, progress = 0, Progress(f"{args.verify}={threshold:g}", len(questions))
+        harms, cut_off[threshold] = 0, 0
+        progress = Progress(f"{args.verify}={threshold:g}", len(questions))
         for question in questions:
             plain, ours = bench.answer(question, Variant("plain")), bench.answer(question, Variant(args.verify, threshold))
-            harms += plain["right"] and not ours["right"]
+            if is_harmed(question, plain, ours):
+                harms, cut_off[threshold] = harms + 1, cut_off[threshold] + (not (plain["right"] and has_ended(question, ours)))
             if harms > limit:  # fails already
                 break
             progress.step()
         state = f"more than {limit}" if harms > limit else f"{harms}"
-        print(f"{RULES[args.verify].knob} {threshold:g}: {state} of {len(questions)} harmed", file=sys.stderr)
+        ends = f", {cut_off[threshold]} of them because an answer was cut off or failed" if cut_off[threshold] else ""
+        print(f"{RULES[args.verify].knob} {threshold:g}: {state} of {len(questions)} harmed{ends}", file=sys.stderr)
         return harms
 
     passed = fixed_sequence(walk, harms_at, len(questions), args.max_harm, args.confidence)
     result = {"kind": "harm", "max_harm": args.max_harm, **figures(passed, len(questions), args.confidence)}
     result["data"] = hashlib.sha256("".join(question.id for question in questions).encode()).hexdigest()[:16]
-    result["conditions"] = conditions(bench.engine(Variant(args.verify, walk[0])), args.chat, args.max_new_tokens)
+    result |= described(args, [question.asked or question.prompt for question in questions])
+    engine = bench.engine(Variant(args.verify, walk[0]))
+    result["conditions"] = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
     if passed:
         mine = [bench.answer(question, Variant(args.verify, passed[-1][0])) for question in questions]
         plain = [bench.answer(question, Variant("plain")) for question in questions]
@@ -127,12 +146,22 @@ def by_generating(args: argparse.Namespace, walk: list[float]) -> tuple[dict, Ju
             raise InputError("Plain decoding has none of these questions right, so that no rule could harm one; "
                              "look at --checker and --max_new_tokens.")  # fmt: skip
         result |= {
+            "cut_off": cut_off[passed[-1][0]],
             "live": live_ranges(mine),
-            "mean_accepted": sum(r["accepted"] for r in mine) / sum(r["rounds"] for r in mine),
+            "mean_accepted": sum(r["accepted"] for r in mine) / max(1, sum(r["rounds"] for r in mine)),
             "plain_right": sum(r["right"] for r in plain),
             "right": sum(r["right"] for r in mine),
         }
     return result, head
+
+
+def described(args: argparse.Namespace, prompts: list[str]) -> dict:
+    """What says of which questions a bound holds: where they are from, and three of them, shortened."""
+    name = Path(args.questions).name if args.questions else args.task or "demo"
+    name += f", {args.data.name}" if args.data else ""
+    lines = [" ".join(prompts[at].split()) for at in sorted({0, len(prompts) // 2, len(prompts) - 1}) if prompts]
+    short = [line if len(line) <= 100 else line[:60] + "..." + line[-37:] for line in lines]
+    return {"questions": name[:MOST_SHOWN], "examples": short}
 
 
 def without_trained(questions: list[Question], bench: Bench, head: JudgeHead | None) -> list[Question]:
@@ -197,8 +226,11 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
     passed = fixed_sequence(walk, harms_at, n, args.max_false_accept, args.confidence)
     result = {"kind": "false_accept", "max_harm": args.max_false_accept, **figures(passed, n, args.confidence)}
     result["data"] = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
+    result |= described(args, list(dict.fromkeys(answer.item["prompt"] for answer in encoded if "prompt" in answer.item)))
     result["conditions"] = {"verify": "judge", "target": target.fingerprint, "chat": args.chat,
                             "dtype": kind_of(target)}  # fmt: skip
+    if head.draft_weight is not None:
+        result["conditions"]["draft"] = " ".join(filter(None, (draft.fingerprint, draft.quantization)))
     return result, head
 
 
@@ -206,10 +238,10 @@ def walk_of(args: argparse.Namespace) -> list[float]:
     """The thresholds to walk, as given or the rule's own. Raises InputError when they are out of range or out of order."""
     rule = RULES[args.verify]
     try:
-        walk = [float(part) for part in args.walk.split(",")] if args.walk else list(rule.walk)
+        walk = [float(part) for part in args.walk.split(",")] if args.walk is not None else list(rule.walk)
     except ValueError:
         raise InputError(
-            f"--walk {args.walk} must be numbers with commas between, from the strictest to the loosest."
+            f"--walk {shortened(args.walk)} must be numbers with commas between, from the strictest to the loosest."
         ) from None
     for threshold in walk:
         check_threshold(args.verify, threshold, "--walk")
@@ -227,10 +259,6 @@ def check_args(args: argparse.Namespace) -> None:
     name_models(args)
     if (args.max_harm is None) == (args.max_false_accept is None):
         raise InputError("Give one of --max_harm (on questions) and --max_false_accept (on labelled answers).")
-    share = args.max_harm if args.max_false_accept is None else args.max_false_accept
-    for name, value in (("--max_harm or --max_false_accept", share), ("--confidence", args.confidence)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} {value} must be between 0 and 1.")
     if args.max_false_accept is not None and (args.verify != "judge" or args.data is None or args.speculate_k == "auto"):
         raise InputError("--max_false_accept is for --verify judge, with --data and a fixed --speculate_k.")
     if args.verify == "judge" and not (args.judge_path and args.judge_path.is_file()):
@@ -239,52 +267,72 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.max_harm is not None and args.speculate_k == "auto":
         raise InputError("A bound needs a fixed --speculate_k: with auto the output depends on the machine's timing.")
-    if args.verify != "judge" and args.out is not None and args.out.exists():
-        read_calibration(args.out)  # nothing else is overwritten
     if args.out is None and args.verify != "judge":
         raise InputError(f"--verify {args.verify} needs --out, a JSON file for generate.py --calibration.")
+    check_outputs(args)
+    check_settings(settings_for(args, Variant(args.verify)), True, True)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError where --out or --answers cannot be written, or would replace something else."""
     args.out = args.out or args.judge_path
     if args.verify == "judge" and args.out.suffix != ".safetensors":
         raise InputError(f"--out {args.out} will be a judge's file with its calibration in it; name it *.safetensors.")
     check_writable(args.out, "--out")
-    args.answers = args.answers or args.out.with_name(
-        f"{args.out.name}.{'features' if args.max_harm is None else 'answers.jsonl'}"
-    )
-    if args.max_harm is not None:
+    named = [args.data, args.shots_data, Path(args.questions) if args.questions else None]
+    inputs = [*filter(None, named), *files_in([args.checkpoint_path, args.draft_checkpoint_path])]
+    check_not_input(args.out, inputs)
+    if args.out.exists() and args.verify != "judge":
+        read_calibration(args.out)  # nothing else is overwritten
+    elif args.out.exists() and "judge" not in read_safetensors(args.out)[0]:
+        raise InputError(f"--out {args.out} is there already, and is not a judge's file; name another one.")
+    kind = "features" if args.max_harm is None else "answers.jsonl"
+    args.answers = args.answers or args.out.with_name(f"{args.out.name}.{kind}")
+    if args.max_harm is None:
+        check_folder(args.answers, "--answers")
+    else:
         check_writable(args.answers, "--answers")
-    check_settings(settings_for(args, Variant(args.verify)), True, True)
+        check_not_input(args.answers, [*inputs, args.out, *filter(None, [args.judge_path])], "--answers")
+    if args.answers.resolve() == args.out.resolve():
+        raise InputError(f"--answers {args.answers} is --out itself; name another one.")
 
 
 def calibrate(args: argparse.Namespace) -> dict:
     """Walks, prints what was found, writes it, and returns it."""
     check_args(args)
-    walk = walk_of(args)
-    result, head = by_labels(args, walk) if args.max_harm is None else by_generating(args, walk)
+    walk, head = walk_of(args), None
+    share = args.max_harm or args.max_false_accept
+    questions = questions_of(args) if args.max_harm is not None else None
+    if questions is not None and most_harms(len(questions), share, args.confidence) < 0:
+        result = {"max_harm": share, **figures([], len(questions), args.confidence)}  # no need to load or decode anything
+    else:
+        result, head = by_labels(args, walk) if questions is None else by_generating(args, walk, questions)
     event = "harmed" if args.max_false_accept is None else "with a wrong token let through"
-    what = f"at most {100 * result['max_harm']:.6g}% {event} with {100 * args.confidence:.6g}% confidence"
+    what = f"at most {100 * share:.6g}% {event} with {100 * args.confidence:.6g}% confidence"
     if result["threshold"] is None:
-        least = math.ceil(math.log(1 - args.confidence) / math.log1p(-result["max_harm"]))
-        print(f"No threshold of {args.verify} qualifies: {what}, on {result['n']} (without a single harm it takes {least}); "
-              "nothing is written.")  # fmt: skip
+        least = [least_n(harms, share, args.confidence) for harms in range(3)]
+        print(f"No threshold of {args.verify} qualifies: {what}, on {result['n']} (without a single harm it takes {least[0]}, "
+              f"with one {least[1]}, with two {least[2]}); nothing is written.")  # fmt: skip
         return result
     knob = RULES[args.verify].knob
-    print(f"{args.verify}: {what} up to {knob} {result['threshold']:g} "
-          f"({result['harms']} of {result['n']}, upper bound {result['bound']:.2%})")  # fmt: skip
     if head is not None:
         replace(head, threshold=result["threshold"], info=head.info | {"calibration": result}).save(args.out)
     else:
         write_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"{args.verify}: {what} up to {knob} {result['threshold']:g} "
+          f"({result['harms']} of {result['n']}, upper bound {result['bound']:.2%}); written to {args.out}")  # fmt: skip
     return result
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="judge.py calibrate")
     add = parser.add_argument
     add("--verify", choices=[name for name in RULES if name != "standard"], default="judge", help="the rule to calibrate")
-    add("--max_harm", type=float, help="largest share of questions that may be answered wrong because of the rule")
-    add("--max_false_accept", type=float, help="instead: largest share of wrong answers with a wrong token let through")
-    add("--confidence", type=float, default=0.95)
+    share = number(1e-6, 0.999999)
+    add("--max_harm", type=share, help="largest share of questions that may be answered wrong because of the rule")
+    add("--max_false_accept", type=share, help="instead: largest share of wrong answers with a wrong token let through")
+    add("--confidence", type=share, default=0.95, help="with which the bound holds")
     add("--walk", help="thresholds from the strictest to the loosest, with commas between (default: the rule's own)")
     add("--label_policy", choices=LABEL_POLICIES, default=TrainSettings.policy, help="which tokens of --data count as wrong")
     add("--out", type=Path, help="what to write: a judge (default: --judge_path itself) or, for another rule, JSON")

@@ -4,7 +4,8 @@
 
 Meta splits each matrix over the shards and pairs the even and odd halves of a head for RoPE; the published folders hold
 whole matrices and pair its first and second half. Shards are memory-mapped, and one file is written a layer, so that
-memory holds one layer at a time. The folder is written beside and renamed at the end.
+memory holds one layer at a time. The folder is written beside and renamed at the end. Meta's folders have no chat template:
+for --chat put the published chat_template.jinja into the new one.
 """
 
 import os
@@ -14,15 +15,16 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from files import read_json
+from files import check_folder, check_new_folder, is_file, lock, opened, read_json, write_file
 from model import LLAMA31_ROPE, LLAMA32_ROPE, ModelArgs, read_field, weight_plan
+from quantize import is_scrap, write_tensors
 
 NAMES = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
@@ -34,19 +36,32 @@ TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "
 
 def open_shards(folder: Path) -> list[dict[str, Tensor]]:
     """Meta's shards in order, memory-mapped, without running any pickled code."""
-    paths = sorted(folder.glob("consolidated.*.pth"))
+    paths = sorted(check_folder(folder).glob("consolidated.*.pth"))
     if not paths:
         raise InputError(f"{folder} has no consolidated.*.pth; name a folder as Meta publishes it.")
-    shards = []
-    for path in paths:
-        try:
-            shards.append(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} cannot be read as a checkpoint of plain tensors: {reason}") from None
-    if len(shards) > 16:
-        raise InputError(f"{folder} has {len(shards)} shards; Meta publishes at most 16.")
-    return shards
+    if len(paths) > 16:
+        raise InputError(f"{folder} has {len(paths)} shards; Meta publishes at most 16.")
+    for number, path in enumerate(paths):
+        if path.name != f"consolidated.{number:02}.pth":
+            raise InputError(f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing.")
+    return [open_shard(path) for path in paths]
+
+
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """One shard: tensors by name."""
+    with opened(path):
+        pass  # else a pipe would be waited for, and a file that may not be read called broken
+    try:
+        shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} cannot be read as a checkpoint of plain tensors: {reason}") from None
+    if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
+        raise InputError(f"{path} holds no tensors by name.")
+    for name, tensor in shard.items():
+        if isinstance(tensor, Tensor) and not (tensor.layout == torch.strided and tensor.is_floating_point()):
+            raise InputError(f"{path}: {name} is {tensor.dtype}, but weights are floating-point numbers.")
+    return shard
 
 
 def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
@@ -58,14 +73,17 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
     if missing:
         raise InputError(f"{folder}/consolidated.{missing[0]:02}.pth has no tensor {name}.")
     parts = [shard[name] for shard in shards]
-    if parts[0].shape == shape:
+    if parts[0].shape == shape and (len(shape) == 1 or all(torch.equal(part, parts[0]) for part in parts)):
         return parts[0].clone()
-    repeats = max(1, sum(part.shape[0] for part in parts) // shape[0]) if name.endswith((".wk.weight", ".wv.weight")) else 1
-    for dim in range(len(shape)):
-        others_fit = all(part.shape[d] == shape[d] for part in parts for d in range(len(shape)) if d != dim)
-        if others_fit and sum(part.shape[dim] for part in parts[::repeats]) == shape[dim]:
-            return torch.cat(parts[::repeats], dim)
-    found = ", ".join(str(tuple(part.shape)) for part in parts)
+    if all(part.dim() == len(shape) and part.dtype == parts[0].dtype for part in parts):
+        kv = name.endswith((".wk.weight", ".wv.weight"))
+        repeats = max(1, sum(part.shape[0] for part in parts) // shape[0]) if kv else 1
+        alike = all(torch.equal(part, parts[i // repeats * repeats]) for i, part in enumerate(parts)) if repeats > 1 else True
+        for dim in range(len(shape) if alike else 0):
+            others_fit = all(part.shape[d] == shape[d] for part in parts for d in range(len(shape)) if d != dim)
+            if others_fit and sum(part.shape[dim] for part in parts[::repeats]) == shape[dim]:
+                return torch.cat(parts[::repeats], dim)
+    found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
     raise InputError(f"{folder}: the parts of {name} have shapes {found}, which do not make {shape}.")
 
 
@@ -79,26 +97,30 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
     """`config.json` from Meta's params.json and the tensors' shapes."""
     where = f"{folder}/params.json"
     dim, n_layers, n_heads = (read_field(params, name, int, where) for name in ("dim", "n_layers", "n_heads"))
+    scaled = params.get("use_scaled_rope", False)
+    if dim % n_heads or not isinstance(scaled, bool):
+        raise InputError(f"{where}: dim={dim} must be a multiple of n_heads={n_heads}, and use_scaled_rope true or false.")
     first = shards[0]
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
-        if not isinstance(first.get(name), Tensor):
-            raise InputError(f"{folder}/consolidated.00.pth has no tensor {name}.")
-    vocab = params.get("vocab_size", -1)
-    if vocab <= 0:  # Llama 2 says -1
+        if not isinstance(first.get(name), Tensor) or first[name].dim() != 2:
+            raise InputError(f"{folder}/consolidated.00.pth has no matrix {name}.")
+    if params.get("vocab_size", -1) == -1:  # as Llama 2 says
         vocab = first["output.weight"].shape[0] * len(shards)
+    else:
+        vocab = read_field(params, "vocab_size", int, where)
     llama3 = vocab > 100000
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": dim,
         "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
         "num_hidden_layers": n_layers, "num_attention_heads": n_heads,
-        "num_key_value_heads": params.get("n_kv_heads") or n_heads, "head_dim": dim // n_heads,
+        "num_key_value_heads": read_field(params, "n_kv_heads", int, where, n_heads), "head_dim": dim // n_heads,
         "vocab_size": vocab, "rms_norm_eps": read_field(params, "norm_eps", float, where),
         "rope_theta": read_field(params, "rope_theta", float, where, 10000.0),
         "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
-        "max_position_embeddings": 131072 if params.get("use_scaled_rope") else 8192 if llama3 else 4096,
+        "max_position_embeddings": 131072 if scaled else 8192 if llama3 else 4096,
         "bos_token_id": 128000 if llama3 else 1, "eos_token_id": [128001, 128008, 128009] if llama3 else 2,
     }  # fmt: skip
-    if params.get("use_scaled_rope"):
+    if scaled:
         # Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3
         factor, low, high, original = LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
         config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
@@ -108,38 +130,73 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
 
 def convert(source: Path, out: Path) -> None:
     """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or broken."""
-    if out.exists() or not out.absolute().parent.is_dir():
-        raise InputError(f"{out} exists already, or lies in no folder; name a new folder.")
+    beside = out.with_name(out.name + ".tmp")
+    check_new_folder(out, "--out", beside)
     shards, params = open_shards(source), read_json(source / "params.json")
     config = make_config(params, shards, source)
-    beside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    check_names(shards, config, source)
+    beside.mkdir(parents=True, exist_ok=True)
+    held = os.open(beside, os.O_RDONLY)
     try:
-        write_weights(shards, config, source, beside)
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in ("tokenizer.model", "tokenizer.json"):
-            for path in (source / name, source.parent / name):
-                if path.exists() and not (beside / name).exists():
-                    shutil.copy(path, beside / name)
-        os.replace(beside, out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        lock(held, beside)
+        clear(beside)
+        try:
+            write_weights(shards, config, source, beside)
+            write_file(beside / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+            copy_tokenizer(source, beside)
+            os.replace(beside, out)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    finally:
+        os.close(held)
+
+
+OURS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)")
+
+
+def clear(beside: Path) -> None:
+    """Removes what a killed run left; raises InputError where there is anything else."""
+    for path in beside.iterdir():
+        if not OURS.fullmatch(path.name) and not is_scrap(path.name):
+            raise InputError(f"{beside}, where the folder is written to first, holds {path.name}, which is not ours.")
+    for path in beside.iterdir():
+        path.unlink()
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Meta puts it into the folder of a size, or beside these folders."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        for path in (source / name, source.parent / name):
+            if is_file(path) and not (folder / name).exists():
+                shutil.copyfile(path, folder / name)
+
+
+def names_of(config: dict) -> list[dict[str, str]]:
+    """For each layer, and for the rest: Meta's name -> the published one."""
+    layers = [{f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in NAMES.items()}
+              for i in range(config["num_hidden_layers"])]  # fmt: skip
+    return [*layers, {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in TOP.items()}]
+
+
+def check_names(shards: list[dict[str, Tensor]], config: dict, source: Path) -> None:
+    """Raises InputError, before anything is written, for tensors that are missing, or that params.json does not call for."""
+    called = {ours for names in names_of(config) for ours in names}
+    for number, shard in enumerate(shards):
+        where = f"{source}/consolidated.{number:02}.pth"
+        for name in [name for name in called if name not in shard][:1]:
+            raise InputError(f"{where} has no tensor {name}.")
+        for name in shard:
+            if name not in called and name != "rope.freqs":
+                raise InputError(f"{where} has an unexpected tensor {name}, which params.json does not call for.")
 
 
 def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, folder: Path) -> None:
     """One safetensors file a layer and one for the rest, and their index."""
-    n_layers, weight_map, total = config["num_hidden_layers"], {}, 0
-    progress = Progress(f"converting {source}", n_layers + 1)
+    groups, weight_map, total = names_of(config), {}, 0
+    progress = Progress(f"converting {source}", len(groups))
     shapes = {name: shape for name, (_, _, shape) in weight_plan(ModelArgs.from_hf_config(config)).items()}
-    for number in range(n_layers + 1):
-        if number < n_layers:
-            names = {
-                f"layers.{number}.{ours}.weight": f"model.layers.{number}.{theirs}.weight" for ours, theirs in NAMES.items()
-            }
-        else:
-            names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in TOP.items()}
+    for number, names in enumerate(groups, 1):
         tensors = {}
         for ours, theirs in names.items():
             tensor = join(shards, ours, shapes[theirs], source)
@@ -147,12 +204,12 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
                 tensor = half_split(tensor, config["head_dim"])
             tensors[theirs] = tensor.contiguous()
             total += tensor.nbytes
-        file = f"model-{number + 1:05}-of-{n_layers + 1:05}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        write_tensors(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         progress.step()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_file(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,6 +27,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from files import check_folder, check_writable, lock, read_bytes
+
 TABLE = Path(__file__).with_suffix(".tsv")
 SOURCE = "https://raw.githubusercontent.com"
 TIMEOUT_S = 30
@@ -67,55 +69,57 @@ def is_below(file: File, name: str) -> bool:
 
 
 def digest_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def fetch(file: File, folder: Path, source: str) -> None:
     """Downloads one file, or verifies the one that is there. Raises InputError; what has come stays in NAME.part."""
     path = folder / file.file
-    if path.exists():
+    if os.path.lexists(path):
         if digest_of(path) != file.sha256:
             raise InputError(f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away.")
         return
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        receive(file, part, file.url(source))
+        with open(check_writable(part), "a+b") as out:
+            lock(out, part)
+            try:
+                receive(file, out, file.url(source))
+            finally:
+                if not out.tell():
+                    part.unlink()  # nothing came
+            if digest_of(part) != file.sha256:
+                part.unlink()
+                raise InputError(f"{file.url(source)} gave another file than the one in download.tsv (its sha256 differs); "
+                                 "nothing is kept.")  # fmt: skip
+            os.replace(part, path)
     except OSError as error:
         raise InputError(f"{part} cannot be written: {error.strerror or error}.") from None
-    if digest_of(part) != file.sha256:
-        part.unlink()
-        raise InputError(f"{file.url(source)} gave another file than the one in download.tsv (its sha256 differs); "
-                         "nothing is kept.")  # fmt: skip
-    os.replace(part, path)
 
 
-def receive(file: File, part: Path, url: str) -> None:
-    """Appends what is missing of a file to `part`. Raises InputError when not all came."""
-    size = int(file.bytes)
-    have = part.stat().st_size if part.exists() else 0
+def receive(file: File, out, url: str) -> None:
+    """Appends what is missing of a file to `out`. Raises InputError when not all came."""
+    size, have = int(file.bytes), out.seek(0, os.SEEK_END)
     if have >= size:
         return
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer, open(part, "r+b" if have else "wb") as out:
-            out.seek(have if answer.status == 206 else 0)  # a server may not know of ranges, and begin anew
-            out.truncate()
-            while out.tell() <= size and (block := answer.read(BLOCK)):
-                out.write(block)
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            have = have if answer.status == 206 else 0
+            out.truncate(have)  # a server may not know of ranges, and begin anew
+            while have <= size and (block := answer.read(BLOCK)):
+                have += out.write(block)
+            out.flush()
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} cannot be had: the server answers {error.code} {error.reason}.") from None
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}; run it again to go on."
         ) from None
-    if (got := part.stat().st_size) < size:
-        raise InputError(f"{url} broke off after {got} of {size} bytes; run it again to go on.")
+    if have < size:
+        raise InputError(f"{url} broke off after {have} of {size} bytes; run it again to go on.")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -127,6 +131,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.names:
         raise InputError("Name what to fetch, as in: python scripts/download.py gsm8k mmlu; --list shows all.")
     files = chosen(files, args.names)
+    for file in files:
+        check_folder((args.out / file.file).parent, "--out")
     for repository, licence in dict.fromkeys((file.repository, file.licence) for file in files):
         print(f"from {repository}: {licence}", file=sys.stderr)
     progress = Progress("files", len(files))

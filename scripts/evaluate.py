@@ -1,7 +1,7 @@
 """Accuracy, accepted tokens and speed of several verification rules on the same questions, in one run.
 
     python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile
-    python scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl --verify topk --threshold topk=2,topk=3,topk=5
+    python scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl ... --verify topk --threshold topk=2,topk=3,topk=5
     torchrun --nproc_per_node 8 scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl     # then once:
     python scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl --merge 8
 
@@ -9,20 +9,23 @@ Every question is answered by every rule before the next question, so that all r
 One JSON line an answer goes to --out and is flushed; a killed run resumes from there. What questions may be is in
 scripts/tasks.py, how they are put in scripts/public_tasks.py, and how they are checked in scripts/scoring.py.
 Of several processes (torchrun) each has its own engine, answers every so-many-th question and keeps its part beside --out.
+An answer whose logits are not finite is recorded as failed (no text, not right) and the run goes on: the table counts it, a
+line on standard error says how many there were, and the exit code is then 2.
 """
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, number, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,10 +33,11 @@ from typing import NamedTuple
 import torch
 
 import tp
-from files import check_writable
+from files import Lines, check_not_input, check_writable
 from generate import (
     DEMO,
     Engine,
+    NotFinite,
     Settings,
     capacity_for,
     check_settings,
@@ -47,23 +51,27 @@ from quantize import Scheme, add_mode_flags, scheme_of
 from scripts.intervals import interval, mcnemar, mean_interval, paired_interval, pass_at_k
 from scripts.public_tasks import TASKS
 from scripts.results import (
+    MOST_PROCESSES,
+    PEERS,
     by_key,
+    check_model_answers,
     check_parts,
     check_same_questions,
+    how_made,
     merge,
     part,
     rank_and_size,
-    read_results,
+    resume,
     write_model_answers,
 )
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, question_header, questions_of
 from scripts.token_details import as_fields, token_details
-from scripts.turns import answer_turns, cut, turn_ids
+from scripts.turns import answer_turns, cut, failed_turn, turn_ids
 from tokenizer import load_tokenizer
 
 SEEDS = 1_000_003  # between the samples of a question
-PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
+MOST_TOKENS = 10_000_000  # of an answer, and of a vocabulary
 
 
 class Variant(NamedTuple):
@@ -88,10 +96,8 @@ def parse_rules(names: str, thresholds: str | None) -> list[Variant]:
         name, _, k = word.partition("@")
         if name not in ("plain", *RULES, *PEERS):
             raise InputError(f"--verify {name} is not a rule; known are {', '.join(('plain', *RULES, *PEERS))}.")
-        number = int(k) if k.isascii() and k.isdecimal() else None
-        if k and not (number or k == "auto"):
-            raise InputError(f"--verify {word} must name M after the @, a whole number or auto.")
-        rules += [Variant(name, value, number or k or None) for value in given.get(name, [None])]
+        m = read_m(word, k)
+        rules += [Variant(name, value, m) for value in given.get(name, [None])]
         taken.add(name)
     given = {name: values for name, values in given.items() if name not in taken}
     if given:
@@ -100,6 +106,16 @@ def parse_rules(names: str, thresholds: str | None) -> list[Variant]:
     if len(set(labels)) < len(labels):
         raise InputError(f"--verify or --threshold names {max(labels, key=labels.count)} twice.")
     return rules
+
+
+def read_m(word: str, m: str) -> int | str | None:
+    """M of a word such as "judge@8", None where it names none."""
+    if m in ("", "auto"):
+        return m or None
+    try:
+        return whole(1, 1024)(m)
+    except argparse.ArgumentTypeError:
+        raise InputError(f"--verify {word} must name M after the @, a whole number or auto, at most 1024.") from None
 
 
 def label(rule: Variant) -> str:
@@ -119,11 +135,21 @@ class Bench:
         self.prompts = {index: parts[0] for index, parts in self.parts.items()}
         needs = (sum(map(len, parts)) + len(parts) * args.max_new_tokens for parts in self.parts.values())
         self.length = max(needs, default=args.max_new_tokens + 1)
-        context = ModelArgs.from_folder(args.checkpoint_path).max_position
-        if self.length > context:
-            raise InputError(
-                f"A prompt and --max_new_tokens {args.max_new_tokens} need {self.length} tokens, but the context is {context}."
-            )
+        check_context(args, self.parts, self.length)
+        self.lines = Lines(args.out) if args.out and tp.is_first() else None  # locked before there is any work
+        try:
+            self.load(args, needs_judge, largest_k)
+            records = tp.first(lambda: resume(self.lines, self.header)) if args.out else []
+            self.begun = self.lines is not None and bool(self.lines.content)
+            self.done = by_key(args.out, records)
+            check_same_questions(args.out, self.done, questions)
+            self.check_threshold()
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, args: argparse.Namespace, needs_judge: bool, largest_k: int) -> None:
+        """Loads the models, with caches for the largest M: engines come one by one, and share them."""
         judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
         capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k))
         self.models = load_pair(
@@ -132,30 +158,36 @@ class Bench:
         )  # fmt: skip
         for model in self.models[:2]:
             if model is not None:
-                model.setup_caches(capacity)  # at once for the largest M: engines come one by one, and share them
-        header, head = make_header(args, *self.models), self.models[2]
-        records = tp.first(lambda: read_results(args.out, header)) if args.out else []
-        self.done = by_key(args.out, records)
-        check_same_questions(args.out, self.done, questions)
-        stale = [r["threshold"] for (rule, _), r in self.done.items() if head and str(rule).split("@")[0] == "judge"]
-        if any(threshold != head.threshold for threshold in stale):
-            raise InputError(
-                f"{args.out} holds answers at the judge's threshold {stale[0]}, which is now {head.threshold}; remove it."
-            )
-        out = args.out if tp.is_first() else None
-        self.file = open(out or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 open as long as there are answers
-        lock(self.file, out)
-        if not (out and self.file.tell()):
-            self.write(header)
+                model.setup_caches(capacity)
+        self.header = make_header(args, *self.models)
 
-    def write(self, line: dict) -> None:
-        print(json.dumps(line), file=self.file, flush=True)
+    def check_threshold(self) -> None:
+        """Raises InputError for answers of the judge at another threshold than its own of now."""
+        head = self.models[2]
+        mine = [r.get("threshold") for (rule, _), r in self.done.items() if head and rule.split("@")[0] == "judge"]
+        if stale := [threshold for threshold in mine if threshold != head.threshold]:
+            raise InputError(f"{self.args.out} holds answers at the judge's threshold {stale[0]}, which is now "
+                             f"{head.threshold}; remove it.")  # fmt: skip
+
+    def close(self) -> None:
+        """Lets go of the file of answers; one that nothing was written to is removed."""
+        if self.lines is not None:
+            self.lines.close()
+            self.lines = None
+
+    def write(self, *records: dict) -> None:
+        """Appends to the file of answers, which begins with the header."""
+        if self.lines is not None:
+            header = () if self.begun else (self.header | how_made(),)
+            self.begun = True
+            for line in (*header, *records):
+                self.lines.add(line)
 
     def engine(self, rule: Variant):
         """The engine for a rule, set to its threshold; made and warmed up at first use."""
         key = rule.name, rule.k
         if key not in self.engines and rule.name in PEERS:
-            self.engines[key] = peer(self.args, rule.name, self.tokenizer)
+            self.engines[key] = peer(self.args, rule, self.tokenizer)
         elif key not in self.engines:
             engine = Engine(*self.models, settings_for(self.args, rule), self.tokenizer.stop_ids, self.length)
             print(f"{label(rule)}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
@@ -184,6 +216,7 @@ class Bench:
         todo = [(q, rule) for q in questions for rule in rules if (label(rule), q.index) not in self.done]
         for rule in dict.fromkeys(rule for _, rule in todo):
             self.engine(rule)  # warm-ups first: no answer waits for another rule's
+        self.write()
         progress = Progress("answers", len(todo))
         for question, rule in todo:
             self.answer(question, rule)
@@ -191,16 +224,15 @@ class Bench:
         return [self.done[label(rule), question.index] for question in questions for rule in rules]
 
 
-def lock(file, path: Path | None) -> None:
-    """Raises InputError when another process writes this file: the two would give each answer twice."""
-    if path is None or os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"{path} is being written by another process; wait for it, or name another --out.") from None
+def check_context(args: argparse.Namespace, parts: dict[int | str, list[list[int]]], needed: int) -> None:
+    """Raises InputError where a prompt and its answers, `needed` tokens at most, do not fit the target's context."""
+    context = ModelArgs.from_folder(args.checkpoint_path).max_position
+    if needed > context:
+        room = min((context - sum(map(len, each))) // len(each) for each in parts.values()) if parts else 0
+        most = f"; with {room} the longest fits" if room > 0 else ""
+        raise InputError(
+            f"A prompt and --max_new_tokens {args.max_new_tokens} need {needed} tokens, but the context is {context}{most}."
+        )
 
 
 def settings_for(args: argparse.Namespace, rule: Variant) -> Settings:
@@ -209,20 +241,20 @@ def settings_for(args: argparse.Namespace, rule: Variant) -> Settings:
     return settings_of(argparse.Namespace(**vars(args) | more))
 
 
-def peer(args: argparse.Namespace, name: str, tokenizer):
+def peer(args: argparse.Namespace, rule: Variant, tokenizer):
     """transformers on the same folders: (prompt, max_new_tokens) -> (tokens, seconds of prefill, seconds of decoding)."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
-        raise InputError(f"--verify {name} needs the package transformers; pip install -r requirements-dev.txt.") from None
+        raise InputError(f"--verify {rule.name} needs the package transformers; pip install -r requirements-dev.txt.") from None
     disable_progress_bar()
     load = {"dtype": run_dtype(args.precision, args.device), "local_files_only": True}
     target = AutoModelForCausalLM.from_pretrained(args.checkpoint_path, **load).to(args.device).eval()
     more = {"do_sample": False, "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.stop_ids[0]}
-    if name == "hf-assisted":
+    if rule.name == "hf-assisted":
         draft = AutoModelForCausalLM.from_pretrained(args.draft_checkpoint_path, **load).to(args.device).eval()
-        draft.generation_config.num_assistant_tokens = args.speculate_k
+        draft.generation_config.num_assistant_tokens = settings_for(args, rule).speculate_k
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0
         more["assistant_model"] = draft
@@ -245,12 +277,16 @@ def answer(
     """One question by one rule: the engine's JSON record with what the checker says. parts, more: see `answer_turns`."""
     item, _, sample = str(question.index).partition(".")
     seed = int(item) + SEEDS * int(sample or 0)
-    record = answer_turns(engine, parts, question, args.max_new_tokens, seed, tokenizer, more)
-    checker, text = CHECKERS[question.checker], cut(record["text"], question.stops)
-    found, right = tp.first(lambda: (checker.final_answer(question, text), checker.is_right(question, text)))
+    try:
+        record = answer_turns(engine, parts, question, args.max_new_tokens, seed, tokenizer, more)
+        checker, text = CHECKERS[question.checker], cut(record["text"], question.stops)
+        found, right = tp.first(lambda: (checker.final_answer(question, text), checker.is_right(question, text)))
+    except NotFinite as error:
+        record, found = failed_turn(engine, parts, question, str(error)), None
+        right = None if question.checker == "none" else False
     reference = str(question.content.answer) if question.checker == "demo" else None
     return {"index": question.index, "rule": label(rule), "family": question.group, "right": right,
-            "answer_right": right if reference is None else found == reference, "final_answer": found,
+            "answer_right": right if reference is None or right is None else found == reference, "final_answer": found,
             "question": question.asked or question.prompt, **({"item": int(item)} if sample else {}), **record}  # fmt: skip
 
 
@@ -264,17 +300,20 @@ def summarise(records: list[dict], rules: list[str]) -> list[dict]:
     for rule in rules:
         mine = [record for record in records if record["rule"] == rule]
         rounds, drafted = sum(r["rounds"] for r in mine), sum(r["drafted"] for r in mine)
-        timed = sum(len(r["tokens"]) - (rule in PEERS) for r in mine)  # the peers' first token counts as prefill
+        tokens = sum(len(r["tokens"]) for r in mine)
+        timed = tokens - len(mine) * (rule in PEERS)  # the peers' first token counts as prefill
+        seconds, failed = sum(r["seconds_decode"] for r in mine), sum("failed" in r for r in mine)
         row = {"rule": rule, "n": len({r.get("item", r["index"]) for r in mine}), **accuracy_of(mine, shares[rule])}
         row |= {
             "mean_accepted": sum(r["accepted"] for r in mine) / rounds if drafted else None,
-            "by_rule_share": sum(r["accepted_by_rule"] for r in mine) / sum(len(r["tokens"]) for r in mine),
-            "tokens_per_second": timed / sum(r["seconds_decode"] for r in mine),
+            "by_rule_share": sum(r["accepted_by_rule"] for r in mine) / tokens if tokens else 0.0,
+            "tokens_per_second": timed / seconds if seconds else 0.0,
+            **({"failed": failed} if failed else {}),
         }
         rows.append(row)
     plain = next((row for row in rows if row["rule"] == "plain"), None)
     for row in rows:
-        row["ratio"] = row["tokens_per_second"] / plain["tokens_per_second"] if plain else None
+        row["ratio"] = row["tokens_per_second"] / plain["tokens_per_second"] if plain and plain["tokens_per_second"] else None
         if plain and row is not plain:
             row |= difference(shares[row["rule"]], shares["plain"])
     return rows
@@ -292,15 +331,18 @@ def shares_of(records: list[dict], rule: str) -> dict[int, list[bool]]:
 def accuracy_of(records: list[dict], shares: dict[int, list[bool]]) -> dict:
     """Accuracy, its interval (Wilson's, or with several samples the normal one over items), by family, and pass@k."""
     if not shares:
-        return {"accuracy": None, "interval": None, "by_family": {}, "answer_accuracy": None}
+        return {"accuracy": None, "interval": None, "by_family": {}, "answer_accuracy": None, "answer_interval": None}
     means = [sum(rights) / len(rights) for rights in shares.values()]
     samples = min(map(len, shares.values()))
+    records = [record for record in records if record["right"] is not None]
     families = {f: [r["right"] for r in records if r["family"] == f] for f in sorted({r["family"] for r in records})}
+    answers = [r["answer_right"] for r in records]
     return {
         "accuracy": sum(means) / len(means),
         "interval": interval(sum(means), len(means)) if samples == 1 else mean_interval(means),
         "by_family": {f: sum(x) / len(x) for f, x in families.items()},
-        "answer_accuracy": sum(r["answer_right"] for r in records) / len(records),
+        "answer_accuracy": sum(answers) / len(answers),
+        "answer_interval": interval(sum(answers), len(answers)) if samples == 1 else None,
         **{f"pass@{k}": sum(pass_at_k(len(x), sum(x), k) for x in shares.values()) / len(shares)
            for k in (1, 10, 100) if 1 < samples >= k},
     }  # fmt: skip
@@ -336,7 +378,10 @@ def print_table(rows: list[dict]) -> None:
         "right": [share(row["accuracy"]) for row in rows], "95% interval": [span(row["interval"]) for row in rows],
         "- plain": ["-" if row.get("difference") is None else f"{100 * row['difference']:+.1f}" for row in rows],
         "95% interval ": [span(row.get("difference_interval"), "+.1f") for row in rows],
+        "lost": [str(row.get("lost", "-")) for row in rows], "won": [str(row.get("won", "-")) for row in rows],
+        "failed": [str(row.get("failed", "-")) for row in rows],
         "answer": [share(row["answer_accuracy"]) for row in rows],
+        "95% interval  ": [span(row.get("answer_interval")) for row in rows],
         **{name: [share(row.get(name)) for row in rows] for name in ("pass@10", "pass@100")},
         "m*": ["-" if row["mean_accepted"] is None else f"{row['mean_accepted']:.2f}" for row in rows],
         "by rule": [share(row["by_rule_share"]) for row in rows],
@@ -344,7 +389,7 @@ def print_table(rows: list[dict]) -> None:
         "x plain": ["-" if row["ratio"] is None else f"{row['ratio']:.2f}" for row in rows],
     }  # fmt: skip
     if columns["answer"] == columns["right"]:
-        del columns["answer"]
+        del columns["answer"], columns["95% interval  "]
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
     widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
     for line in (list(columns), *zip(*columns.values())):
@@ -352,8 +397,16 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
 
 
-def evaluate(args: argparse.Namespace) -> list[dict]:
-    """Answers what is not yet in --out, rule by rule on each question, and returns the summary rows.
+def check_failed(records: list[dict]) -> None:
+    """Raises InputError that says how many answers failed, of which rules, and why the first one did."""
+    if failed := [record for record in records if "failed" in record]:
+        rules = ", ".join(f"{n} of {rule}" for rule, n in Counter(record["rule"] for record in failed).items())
+        raise InputError(f"{len(failed)} of {len(records)} answers failed ({rules}) and count as not right; the first, to "
+                         f"question {failed[0]['index']}: {failed[0]['failed']}")  # fmt: skip
+
+
+def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their summary rows.
 
     As one of several processes only its share, into its own part of --out, and rows of that; with --merge nothing is answered.
     """
@@ -361,6 +414,7 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     labels = [label(rule) for rule in rules]
     rank, size = share_of(args)
     check_args(args, rules, size)
+    check_outputs(args, labels, rank, size)
     questions = with_samples(questions_of(args, scored=False), args.samples)
     if args.merge:
         records = merge(args.out, args.merge, labels, questions)
@@ -368,20 +422,35 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
         records = answer_share(args, rules, questions, rank, size)
     if args.model_answers and (args.merge or size == 1) and tp.is_first():
         write_model_answers(args.model_answers, records, questions)
-    return summarise(records, labels) if records else []
+    return records, summarise(records, labels) if records else []
 
 
 def answer_share(args: argparse.Namespace, rules: list[Variant], questions: list[Question], rank: int, size: int) -> list[dict]:
     """The records of every `size`-th question from `rank` on."""
-    if size > 1:
-        check_parts(args.out, size)
-        args.out = part(args.out, rank, size)
-        if args.device.type == "cuda" and tp.LINK is None:
-            args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    questions = questions[rank::size]
+    args.out, questions = own_out(args, rank, size), questions[rank::size]
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
-    bench = Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)
-    return bench.answer_all(questions, rules)
+    with closing(Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)) as bench:
+        return bench.answer_all(questions, rules)
+
+
+def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
+    """Where this process writes: --out, or its part of it."""
+    return part(args.out, rank, size) if size > 1 else args.out
+
+
+def own_device(name: str) -> str:
+    """--device of this process: of several with an engine each, the GPU of its number on its machine.
+
+    Raises InputError where torchrun's LOCAL_RANK is no such number.
+    """
+    if tp.LINK is not None or rank_and_size()[1] == 1 or not name.startswith("cuda"):
+        return tp.own_device(name)
+    given, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    try:
+        return f"cuda:{whole(0, count - 1)(given)}"
+    except argparse.ArgumentTypeError:
+        raise InputError(f"LOCAL_RANK {shortened(given)} in the environment names none of the {count} GPUs of this machine; "
+                         "start one process a GPU.") from None  # fmt: skip
 
 
 def share_of(args: argparse.Namespace) -> tuple[int, int]:
@@ -389,12 +458,15 @@ def share_of(args: argparse.Namespace) -> tuple[int, int]:
     together, this process's."""
     if args.part is None:
         return (0, 1) if args.tp else rank_and_size()
-    number, _, size = args.part.partition("/")
-    if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
-        raise InputError(f"--part {args.part} is not of the form I/N, as in 0/4, with I below N.")
+    index, _, size = args.part.partition("/")
+    try:
+        size = whole(1, MOST_PROCESSES)(size)
+        index = whole(0, size - 1)(index)
+    except argparse.ArgumentTypeError:
+        raise InputError(f"--part {args.part} is not of the form I/N, as in 0/4, with I below N.") from None
     if rank_and_size()[1] > 1 and not args.tp:
         raise InputError("--part under torchrun needs --tp: without it torchrun's processes are the parts.")
-    return int(number), int(size)
+    return index, size
 
 
 def with_samples(questions: list[Question], samples: int) -> list[Question]:
@@ -407,26 +479,22 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
     name_models(args)
     if args.max_new_tokens is None:
         args.max_new_tokens = TASKS[args.task].max_new_tokens[args.chat] if args.task in TASKS else 200
-    if args.samples < 1 or (args.samples > 1 and not args.temperature):
-        raise InputError(f"--samples {args.samples} must be at least 1, and above that needs a --temperature above 0.")
-    if args.merge is not None and (args.merge < 1 or size > 1):
+    if args.samples > 1 and not args.temperature:
+        raise InputError(f"--samples {args.samples} needs a --temperature above 0: all would be the same.")
+    if args.merge is not None and size > 1:
         raise InputError(f"--merge {args.merge}: give the number of processes that ran, and no torchrun.")
     if (args.merge or size > 1) and not args.out:
         raise InputError("Several processes need --out: each keeps its share beside it, and --merge joins them there.")
-    if args.merge and args.out.exists():
-        raise InputError(f"--out {args.out} is there already; name the --out of the run, or remove what was merged before.")
     if args.model_answers and (args.task not in TASKS or TASKS[args.task].checker != "none"):
         raise InputError("--model_answers is FastChat's form, for --task mt_bench and spec_bench.")
     if args.tp and tp.LINK is None:
         raise InputError("--tp is for several processes that run one model together; start them with torchrun.")
     tp.check_flags(args)
-    args.device = pick_device(tp.own_device(args.device))
-    tp.connect(args.device, args.all_reduce)
-    if args.out:
-        check_writable(args.out, "--out")
     for rule in rules:
         if rule.name not in PEERS:
             check_settings(settings_for(args, rule), True, args.judge_path is not None)
+        elif rule.threshold is not None:
+            raise InputError(f"--verify {rule.name} has no threshold; leave --threshold out.")
         elif settings_for(args, rule).adaptive:
             raise InputError(f"--verify {rule.name} needs a number for --speculate_k.")
         elif args.temperature:
@@ -435,6 +503,22 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
             raise InputError(f"--verify {rule.name} runs in one process; leave --tp out.")
         elif any(schemes_of(args)):
             raise InputError(f"--verify {rule.name} runs the folders as they are; leave --mode and --draft_mode out.")
+    args.device = pick_device(own_device(args.device))
+    tp.connect(args.device, args.all_reduce)
+
+
+def check_outputs(args: argparse.Namespace, labels: list[str], rank: int, size: int) -> None:
+    """Raises InputError where what is to be written cannot be, or would replace an input, before anything is loaded."""
+    inputs = [Path(path) for path in (args.data, args.shots_data, args.questions, args.judge_path) if path]
+    if args.merge and os.path.lexists(args.out):
+        raise InputError(f"--out {args.out} is there already; name the --out of the run, or remove what was merged before.")
+    if args.out and size > 1:
+        check_parts(args.out, size)
+    for path in filter(None, (args.out, own_out(args, rank, size))):
+        check_writable(path, "--out")
+        check_not_input(path, inputs)
+    if args.model_answers:
+        check_model_answers(args.model_answers, labels, [*inputs, *filter(None, [args.out])])
 
 
 def make_header(args: argparse.Namespace, target: Transformer, draft: Transformer, head: JudgeHead | None) -> dict:
@@ -451,7 +535,7 @@ def make_header(args: argparse.Namespace, target: Transformer, draft: Transforme
 
 
 def report(args: argparse.Namespace) -> None:
-    rows = evaluate(args)
+    records, rows = evaluate(args)
     if args.json:
         print(json.dumps({"questions": args.questions or args.task or "demo", "rows": rows}))
     elif rows:
@@ -460,6 +544,7 @@ def report(args: argparse.Namespace) -> None:
     if size > 1 and (rank == 0 or args.part):
         more = "without --part" if args.part else "without torchrun"
         print(f"When all {size} parts are done: the same command, {more}, with --merge {size}", file=sys.stderr)
+    check_failed(records)
 
 
 def add_engine_flags(parser: Parser) -> None:
@@ -469,11 +554,11 @@ def add_engine_flags(parser: Parser) -> None:
     add("--draft_checkpoint_path", type=Path, help="the draft")
     add("--judge_path", type=Path, help="judge.safetensors of this target, for the rule judge")
     add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
-    add("--min_prob", type=float, default=0.0)
+    add("--min_prob", type=number(0, 1), default=0.0, help="no rule accepts a token that the target gives less than this")
     add("--speculate_k", type=read_k, default=16, help="M, or auto")
-    add("--max_new_tokens", type=int, default=200)
-    add("--temperature", type=float, default=0.0)
-    add("--top_k", type=int)
+    add("--max_new_tokens", type=whole(1, MOST_TOKENS), default=200)
+    add("--temperature", type=number(0, 1000), default=0.0)
+    add("--top_k", type=whole(0, MOST_TOKENS))
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
@@ -504,12 +589,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--threshold", help="rule=number, ...; several for one rule run it several times")
     add("--out", type=Path, help="results, JSON lines; resumed when it exists")
     add("--details", action="store_true", help="keep probability, KL and score of each token, for report.py (not timed)")
-    add("--samples", type=int, default=1, help="answers a question and rule, for pass@k; needs a --temperature")
+    add("--samples", type=whole(1, 10_000), default=1, help="answers a question and rule, for pass@k; needs a --temperature")
     add("--model_answers", type=Path, help="of mt_bench and spec_bench: write FastChat's answer files, one a rule, here")
     add("--tp", action="store_true", help="torchrun's processes run one model together, not a share of the questions each")
     add("--part", metavar="I/N", help="answer every N-th question from the I-th on (0 to N - 1): one of N runs, for --merge N")
     tp.add_flags(parser)
-    add("--merge", type=int, help="merge the parts of so many processes into --out, and answer nothing")
+    add("--merge", type=whole(1, MOST_PROCESSES), help="merge the parts of so many processes into --out, and answer nothing")
     add("--json", action="store_true", help="print the summary as one JSON object")
     parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)

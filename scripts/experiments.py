@@ -24,20 +24,18 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, number, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import json
 import math
-import platform
 import random
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 
-from files import write_file
+from files import check_folder, check_not_input, check_writable, write_file
 from generate import DEMO, Engine, Settings, answer_text
 from judge import (
     LABEL_POLICIES,
@@ -75,34 +73,12 @@ from scripts.demo_task import (
 from scripts.evaluate import Bench, Variant, add_engine_flags, difference, label, name_models, shares_of, summarise
 from scripts.intervals import interval
 from scripts.perplexity import perplexity, read_texts
-from scripts.tasks import load_questions
+from scripts.results import commit, machine
+from scripts.tasks import MOST, load_questions
 from tokenizer import decode, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DELTA = 0.8  # the shipped judge's threshold
-
-
-def machine() -> str:
-    """Processor or GPU, cores, torch."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].split(":")[1].strip() if names else platform.processor()
-    return f"{torch.get_num_threads()} of {os.cpu_count()} cores of {name}, torch {torch.__version__}"
-
-
-def commit() -> str:
-    """The commit that ran, with a + when the tree had changes."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "-uno", "--", "*.py", "checkpoints")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:
@@ -116,6 +92,11 @@ def bench_of(args, asked, name: str, needs_judge: bool = True, largest_k: int = 
     return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, needs_judge, largest_k)
 
 
+def times(value: float | None, base: float | None) -> str:
+    """How many times as much, "-" where one of the two is missing or 0."""
+    return f"{value / base:.1f}" if value is not None and base else "-"
+
+
 def judge_table(args) -> dict:
     """Experiment 1."""
     variants = [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
@@ -123,11 +104,12 @@ def judge_table(args) -> dict:
     records = bench_of(args, questions, "judge_table").answer_all(questions, variants)
     rows = [{"family": "both", **row} for row in summary_rows(records, variants)]
     for family in FAMILIES:
-        rows += [{"family": family, **row} for row in summary_rows([r for r in records if r["family"] == family], variants)]
+        if mine := [record for record in records if record["family"] == family]:  # a few problems may all be of one
+            rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
     plain, standard, judge = rows[:3]
     return {
         "title": "Plain, standard and judge", "n": len(questions), "rows": rows,
-        "finding": f"The judge accepts {judge['mean_accepted'] / standard['mean_accepted']:.1f} times as many tokens a round "
+        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} times as many tokens a round "
         f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} "
         f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and wins "
         f"{judge['won']} that plain has wrong.",
@@ -176,9 +158,9 @@ def pareto(args) -> dict:
         if row["accuracy"] >= floor and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]:
             best[row["name"]] = row
     order = sorted(best.values(), key=lambda row: -row["mean_accepted"])
+    said = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
     return {"title": "Accuracy against m*", "n": len(questions), "rows": rows,
-            "finding": "Within 2 points of plain's accuracy the rules reach m* "
-            + ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order) + "."}  # fmt: skip
+            "finding": f"Within 2 points of plain's accuracy the rules reach m* {said or 'nowhere'}."}
 
 
 def equal_risk(args) -> dict:
@@ -188,7 +170,8 @@ def equal_risk(args) -> dict:
     for name in names:
         command = ["--verify", name, "--max_harm", str(args.max_harm), "--limit", str(n), "--seed", str(args.seed + 1)]
         out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
-        command += ["--out", str(out), "--answers", str(args.work / "calibration.jsonl"), *(["--compile"] * args.compile)]
+        kept = args.work / ("calibration_judge.jsonl" if name == "judge" else "calibration.jsonl")  # its runs name the judge
+        command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
         found[name] = calibrate.calibrate(calibrate.parse_args(command))
     variants = [Variant("plain"), Variant("standard")]
     variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
@@ -201,7 +184,7 @@ def equal_risk(args) -> dict:
     none = [name for name, c in found.items() if c["threshold"] is None]
     failed = [{"rule": name, "name": name, "threshold": None, "n": found[name]["n"]} for name in none]
     order = sorted((row for row in rows if "bound" in row), key=lambda row: -row["mean_accepted"])
-    found_by = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
+    found_by = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order) or "nowhere"
     return {
         "title": f"Every rule at the same risk: at most {args.max_harm:.0%} harmed, 95% confidence",
         "n": len(questions),
@@ -310,17 +293,16 @@ def self_correction(args) -> dict:
         progress.step()
     rows = []
     for where in ("right after the wrong characters", "at the end of the sentence", "all"):
-        mine = [case for case in cases if where in ("all", case["where"])]
-        shares = {field: sum(case[field] for case in mine) / len(mine) for field in ("at_once", "right", "answer_right")}
-        rows.append(
-            {"stopped": where, "n": len(mine), **shares, "interval": interval(sum(c["right"] for c in mine), len(mine))}
-        )
+        if mine := [case for case in cases if where in ("all", case["where"])]:  # of few problems none may be of a kind
+            shares = {field: sum(case[field] for case in mine) / len(mine) for field in ("at_once", "right", "answer_right")}
+            right = interval(sum(case["right"] for case in mine), len(mine))
+            rows.append({"stopped": where, "n": len(mine), **shares, "interval": right})
+    parts = [f"{row['right']:.0%} {row['stopped']}" for row in rows[:-1]]
     examples = [next((c for c in cases if c["right"] is right and c["at_once"] is once), None)
                 for right in (True, False) for once in (True, False)]  # fmt: skip
     return {"title": "The target after a wrong span", "n": n, "rows": rows, "examples": [case for case in examples if case],
             "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends right at every "
-            f"step in {rows[-1]['right']:.0%} ({rows[0]['right']:.0%} where it can speak right after the wrong characters, "
-            f"{rows[1]['right']:.0%} after the end of the sentence)."}  # fmt: skip
+            f"step in {rows[-1]['right']:.0%} ({', '.join(parts)})."}  # fmt: skip
 
 
 def label_policies(args) -> dict:
@@ -338,7 +320,8 @@ def label_policies(args) -> dict:
         rows += [{"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row} for row in summary]
     mean = {policy: [sum(row[key] for row in rows if row["policy"] == policy) / 4 for key in ("mean_accepted", "difference")]
             for policy in LABEL_POLICIES}  # fmt: skip
-    best = max((policy for policy in LABEL_POLICIES if -mean[policy][1] <= 0.02), key=lambda policy: mean[policy][0])
+    within = [policy for policy in LABEL_POLICIES if -mean[policy][1] <= 0.02]
+    best = max(within, key=lambda policy: mean[policy][0], default="none")
     lost = {policy: [] for policy in LABEL_POLICIES}
     for row in rows:
         lost[row["policy"]].append(f"{0 - row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}")
@@ -357,6 +340,9 @@ def ablations(args) -> dict:
     features, labels, number = read_variants(target, draft, answers)
     keys = torch.tensor([answer.key for answer in answers])
     test = split_prompts(keys, args.seed, 0.15)[0]
+    for side in (test[number], ~test[number]):
+        if not 0 < labels[side].sum() < side.sum():
+            raise InputError(f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give more.")
     rows = []
     for name, x in features.items():
         rows.append({"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])})
@@ -374,7 +360,7 @@ def ablations(args) -> dict:
     sizes = [row for row in rows if row["what"] != "feature"]
     return {"title": "Ablations of feature and data", "n": len(answers), "rows": rows,
             "finding": "AUC by feature: " + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
-            + "; by pairs of answers: " + ", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) + "."}  # fmt: skip
+            + "; by pairs of answers: " + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few") + "."}
 
 
 @torch.inference_mode()
@@ -417,7 +403,7 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
     for weight, bias in fit_head([x], labels, balanced(labels, train), [0.1, 0.01, 0.001]):
         scores, truth = (x @ weight + bias)[test], labels[test]
         auc, right, wrong = area_under_curve(scores, truth), scores[truth == 1], scores[truth == 0]
-        if auc > best.get("auc", 0):
+        if auc > best.get("auc", -1):
             cut = right.quantile(0.05) if len(right) < 1 << 24 else right.sort().values[len(right) // 20]
             best = {"auc": auc, "auc_error": math.sqrt(auc * (1 - auc) / max(1, len(wrong))), "wrong_tokens": len(wrong),
                     "training_wrong_tokens": int((labels[train] == 0).sum()),
@@ -429,6 +415,8 @@ def autojudge(args) -> dict:
     """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
     target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
     mined, problem_of = read_made([args.mined], "scripts/mine_important_tokens.py"), {}
+    if not all("tokens" in item for item in mined):
+        raise InputError(f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote.")
     for seed in args.mined_seed:
         problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
     counts = {(truth, found): 0 for truth in (True, False) for found in (0, 1)}
@@ -463,8 +451,6 @@ def autojudge(args) -> dict:
 
 def rule_cost(args) -> dict:
     """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position; medians."""
-    if not args.compile:
-        raise InputError("rule_cost is about compiled graphs; give --compile.")
     questions, times = load_questions("demo", None, 1, args.seed), {name: [] for name in RULES}
     bench, n = bench_of(args, questions, "rule_cost"), args.limit or 3000
     engines = {name: bench.engine(Variant(name)) for name in RULES}
@@ -572,12 +558,27 @@ def as_markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def check_args(args: argparse.Namespace, names: list[str]) -> None:
+    """Raises InputError for what cannot run or be written, before there is any work."""
+    if "rule_cost" in names and not args.compile:
+        raise InputError("rule_cost is about compiled graphs; give --compile.")
+    name_models(args)
+    for flag, folder in (("--work", args.work), ("--results", args.results)):
+        check_folder(folder, flag)
+    inputs = [*args.judge_data, args.mined, *filter(None, [args.judge_path])]
+    for path in [args.results / f"{name}.{kind}" for name in names for kind in ("json", "md", "png")]:
+        if args.results.is_dir():
+            check_writable(path, "--results")
+        check_not_input(path, inputs, "--results")
+    args.device = pick_device(args.device)
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs the experiments asked for and writes their three files each."""
-    args.device = pick_device(args.device)
-    name_models(args)
+    names = list(EXPERIMENTS) if args.name == "all" else [args.name]
+    check_args(args, names)
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in EXPERIMENTS if args.name == "all" else [args.name]:
+    for name in names:
         made = {"machine": machine(), "commit": commit()}
         result = EXPERIMENTS[name](args)
         result |= {
@@ -596,15 +597,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=[*EXPERIMENTS, "all"])
-    add("--limit", type=int, help="fewer problems, for a trial")
-    add("--seed", type=int, default=2026)
-    add("--max_harm", type=float, default=0.02, help="of equal_risk")
+    add("--limit", type=whole(1, MOST), help="fewer problems, for a trial")
+    add("--seed", type=whole(0, 2**62), default=2026)
+    add("--max_harm", type=number(0, 1), default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
     add("--judge_data", type=Path, nargs="+", default=made[-1:] or [training / "judge_data.jsonl"],
         help="what train_demo.py --stages judge writes and trains on; more from build_judge_data.py")  # fmt: skip
     add("--mined", type=Path, default=training / "mined.jsonl", help="what mine_important_tokens.py wrote of demo problems")
-    add("--mined_seed", type=int, nargs="+", default=[2026], help="the --seed that they were mined with")
+    add("--mined_seed", type=whole(0, 2**62), nargs="+", default=[2026], help="the --seed that they were mined with")
     add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")
     add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
     add_engine_flags(parser)

@@ -6,13 +6,18 @@
 #     OUT=/tmp/results scripts/gpu_check.sh
 #     OUT=/tmp/results/large scripts/gpu_check.sh large        # instead: the 70B, quantised, in less than 7 minutes
 set -uo pipefail
-OUT=$(realpath -m "${OUT:-$(dirname "$0")/../benchmarks}")
-cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+refuse() { echo "gpu_check.sh: $1" >&2; exit 2; }
+[ $# -eq 0 ] || [ "$*" = large ] || refuse "the only argument is large, and OUT=FOLDER before the command says where to write; not: $*."
+OUT=$(realpath -m "${OUT:-$(dirname "$0")/../benchmarks}" 2> /dev/null) || refuse "OUT is no path that can be."
+cd "$(dirname "$0")/.." || exit 2
+mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT is no folder that can be written; name another one."
+for file in "$OUT"/gpu_check.json "$OUT"/gpu_check.md; do
+    [ ! -e "$file" ] || { [ -f "$file" ] && [ -w "$file" ]; } || refuse "$file is there already and is no file that can be written."
+done
+work=$(mktemp -d 2> /dev/null) || refuse "no temporary folder can be made in ${TMPDIR:-/tmp}."
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$OUT"
 began=$SECONDS
-python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || { echo "gpu_check.sh: PyTorch sees no GPU here; run it on a machine with CUDA." >&2; exit 2; }
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || refuse "PyTorch sees no GPU here; run it on a machine with CUDA."
 python -c 'import transformers' 2> /dev/null && peers=--peers || peers=
 
 step() { # step NAME SECONDS COMMAND...: runs it under a time limit, keeps its output, and writes the report anew
@@ -22,8 +27,11 @@ step() { # step NAME SECONDS COMMAND...: runs it under a time limit, keeps its o
     timeout "$limit" "$@" > "$work/$name.log" 2>&1
     echo "$?" > "$work/$name.rc"
     tail -n 3 "$work/$name.log" | cut -c 1-300
-    python - "$work" "$OUT" << 'PY'
-import json, os, pathlib, sys
+    python - "$work" "$OUT" << 'PY' || exit 2
+import json, pathlib, sys
+
+from cli import run_script
+from files import write_file
 
 work, out = map(pathlib.Path, sys.argv[1:])
 report, text = {}, ["# What scripts/gpu_check.sh found", ""]
@@ -37,9 +45,8 @@ for rc in sorted(work.glob("*.rc"), key=lambda file: file.stat().st_mtime):
     else:
         report[name]["tail"] = tail
         text += [f"## {name}: exit code {rc.read_text().strip()}", "", "```", *tail, "```", ""]
-for file, content in (("gpu_check.json", json.dumps(report, indent=1) + "\n"), ("gpu_check.md", "\n".join(text))):
-    (out / (file + ".tmp")).write_text(content)
-    os.replace(out / (file + ".tmp"), out / file)
+run_script("gpu_check.sh", lambda: [write_file(out / file, content.encode()) for file, content in (
+    ("gpu_check.json", json.dumps(report, indent=1) + "\n"), ("gpu_check.md", "\n".join(text)))])
 PY
 }
 

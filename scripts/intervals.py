@@ -1,12 +1,22 @@
 """95% intervals of shares, of differences on the same items, and pass@k. Pure arithmetic; sources at each function."""
 
 import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import InputError
 
 Z = 1.959964  # of the normal distribution, two-sided 95%
 
 
 def interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
+    """Wilson's 95% interval of a share; of nothing it is 0 to 1. Raises InputError for what is no share."""
+    if not 0 <= right <= n:
+        raise InputError(f"{right} of {n} is no share.")
+    if n == 0:
+        return 0.0, 1.0
     z, share = Z, right / n
     centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
@@ -19,6 +29,8 @@ def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float
     2635-2650, method 10: Wilson's intervals of both shares, joined by their correlation.
     """
     n = both + won + lost + neither
+    if n == 0:
+        return -1.0, 1.0
     p1, p2 = (both + won) / n, (both + lost) / n
     (low1, high1), (low2, high2) = interval(both + won, n), interval(both + lost, n)
     product = (both + won) * (lost + neither) * (both + lost) * (won + neither)
@@ -42,6 +54,8 @@ def mcnemar(won: int, lost: int) -> float:
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
     """95% interval of a mean over items, by the normal distribution: for items that are no plain right or wrong."""
+    if not values:
+        raise InputError("There is no mean of nothing.")
     n, mean = len(values), sum(values) / len(values)
     spread = Z * math.sqrt(sum((x - mean) ** 2 for x in values) / max(n - 1, 1) / n)
     return mean - spread, mean + spread
@@ -52,4 +66,6 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
     Source: Chen et al., Evaluating Large Language Models Trained on Code (arXiv 2107.03374), section 2.1.
     """
+    if not (0 <= right <= n and 1 <= k <= n):
+        raise InputError(f"{right} right of {n} samples say nothing about {k} samples.")
     return 1 - math.comb(n - right, k) / math.comb(n, k)

@@ -20,22 +20,25 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
+import glob
 import json
 import time
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from files import check_writable, write_file
-from generate import Engine, Settings, answer_text, encode_prompt, load_pair
-from judge import CHUNK
-from model import DTYPES, pick_device, run_dtype
-from scripts.evaluate import name_models
-from scripts.results import part, rank_and_size, read_results
+from files import Lines, check_not_input, check_writable, read_bytes, write_file
+from generate import Engine, NotFinite, Settings, answer_text, check_prompt, encode_prompt, load_pair
+from judge import files_in
+from model import DTYPES, WINDOW, ModelArgs, pick_device, run_dtype
+from scripts.evaluate import name_models, own_device
+from scripts.results import check_parts, is_counts, is_seconds, is_text, parse_lines, part, rank_and_size, resume
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, questions_of
 from tokenizer import Tokenizer, load_tokenizer
@@ -51,13 +54,13 @@ def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> lis
     """
     device, choices = engine.draft.device, []
     begin = min(start - 1, known)
-    tokens = torch.zeros(len(ids) + CHUNK, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(ids) + WINDOW, dtype=torch.long, device=device)
     tokens[: len(ids)] = torch.tensor(ids)
-    for at in range(begin // CHUNK * CHUNK, len(ids) - 1, CHUNK):
-        pos = torch.arange(at, at + CHUNK, device=device)
-        choices.append(engine.draft(tokens[None, at : at + CHUNK], pos, at + CHUNK)[1][0].argmax(-1))
+    for at in range(begin // WINDOW * WINDOW, len(ids) - 1, WINDOW):
+        pos = torch.arange(at, at + WINDOW, device=device)
+        choices.append(engine.draft(tokens[None, at : at + WINDOW], pos, at + WINDOW)[1][0].argmax(-1))
     flat: Tensor = torch.cat(choices) if choices else torch.zeros(0)
-    first = start - 1 - begin // CHUNK * CHUNK
+    first = start - 1 - begin // WINDOW * WINDOW
     return flat[first : first + len(ids) - start].tolist()
 
 
@@ -112,57 +115,104 @@ def training_lines(record: dict) -> list[dict]:
     return lines
 
 
+def check_record(record: dict, where: str) -> dict:
+    """A line of a part. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
+    kinds = {"question": is_text, "source": is_text, "prompt_tokens": is_counts, "seconds": is_seconds}
+    if "skipped" in record:
+        kinds["skipped"] = is_text
+    else:
+        n = len(record["tokens"]) if is_counts(record.get("tokens")) else 0
+        kinds |= {
+            "tokens": lambda value: n > 0,
+            "unimportant": lambda value: is_counts(value) and all(at < n for at in value),
+            "important": lambda value: isinstance(value, list)
+            and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value),
+        }
+    if wrong := next((name for name, kind in kinds.items() if name not in record or not kind(record[name])), None):
+        raise InputError(f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out.")
+    return record
+
+
+def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
+    """Raises InputError for a command line that cannot run, before anything is loaded or written; completes it."""
+    name_models(args)
+    if args.merge and size > 1:
+        raise InputError(f"--merge {args.merge} goes without torchrun.")
+    check_writable(args.out, "--out")
+    named = [args.data, args.shots_data, Path(args.questions) if args.questions else None]
+    inputs = [*filter(None, named), *files_in([args.checkpoint_path, args.draft_checkpoint_path])]
+    for path in (args.out, part(args.out, rank, size)):
+        check_writable(path, "--out")
+        check_not_input(path, inputs)
+    if args.out.exists() and not list(args.out.parent.glob(f"{glob.escape(args.out.name)}.part*of*")):
+        raise InputError(f"--out {args.out} is there already, and not from mining; name another file.")
+    if not args.merge:
+        check_parts(args.out, size)
+        args.device = pick_device(own_device(args.device))
+
+
+def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[Question]) -> dict[str, list[int]]:
+    """{question id: prompt ids}; InputError for one that leaves no room for an answer."""
+    folders = (args.checkpoint_path, args.draft_checkpoint_path)
+    context, prompts = min(ModelArgs.from_folder(folder).max_position for folder in folders), {}
+    for question in questions:
+        prompts[question.id] = encode_prompt(args, tokenizer, question.prompt)
+        try:
+            check_prompt(prompts[question.id], args.max_new_tokens, context, context)
+        except InputError as error:
+            raise InputError(f"Question {question.index}: {error}") from None
+    return prompts
+
+
 def run(args: argparse.Namespace) -> None:
     """Mines this process's share of the questions; alone, it also merges."""
     rank, size = rank_and_size()
-    check_writable(args.out, "--out")
-    if args.merge is not None and args.merge < 1:
-        raise InputError(f"--merge {args.merge} is too small: the number of processes that mined.")
-    if args.out.exists() and not list(args.out.parent.glob(f"{args.out.name}.part*of*")):
-        raise InputError(f"--out {args.out} is there already, and not from mining; name another file.")
-    name_models(args)
+    check_args(args, rank, size)
     questions = questions_of(args, held_out=args.held_out, stops=False)
     if args.merge:
         merge(args, questions, args.merge)
         return
-    if args.device == "cuda" and size > 1:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device, tokenizer = pick_device(args.device), load_tokenizer(args.checkpoint_path)
-    target, draft, _ = load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, None, device, run_dtype(args.precision, device)
-    )
-    header = {"target": target.fingerprint, "draft": draft.fingerprint, "chat": args.chat,
-              "max_new_tokens": args.max_new_tokens}  # fmt: skip
-    path = part(args.out, rank, size)
-    done = {record["question"] for record in read_results(path, header)}
-    mineable = [question for question in questions[rank::size] if question.id not in done]
-    prompts = {q.id: encode_prompt(args, tokenizer, q.prompt) for q in mineable}
-    if mineable:
-        length = max(map(len, prompts.values())) + args.max_new_tokens
-        settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
-        engine = Engine(target, draft, None, settings, tokenizer.stop_ids, length)
-        print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
-        mine_all(args, engine, tokenizer, mineable, prompts, path, header)
+    tokenizer = load_tokenizer(args.checkpoint_path)
+    prompts = encode_prompts(args, tokenizer, questions[rank::size])
+    with closing(Lines(part(args.out, rank, size))) as lines:
+        mine_share(args, tokenizer, questions[rank::size], prompts, lines)
     if size == 1:
         merge(args, questions, 1)
     elif rank == 0:
         print(f"When all {size} processes are done: the same command, without torchrun, with --merge {size}", file=sys.stderr)
 
 
-def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, path: Path, header: dict) -> None:
-    """Mines questions one by one; each is one line of `path`, written whole."""
+def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
+    """Loads the pair and mines the questions that `lines` lacks."""
+    pair = load_pair(
+        args.checkpoint_path, args.draft_checkpoint_path, None, args.device, run_dtype(args.precision, args.device)
+    )
+    header = {"target": pair[0].fingerprint, "draft": pair[1].fingerprint, "chat": args.chat,
+              "max_new_tokens": args.max_new_tokens}  # fmt: skip
+    done = {record["question"] for record in resume(lines, header, check_record)}
+    if not lines.content:
+        lines.add(header)
+    if mineable := [question for question in questions if question.id not in done]:
+        length = max(map(len, prompts.values())) + args.max_new_tokens
+        settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
+        engine = Engine(*pair[:2], None, settings, tokenizer.stop_ids, length)
+        print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+        mine_all(args, engine, tokenizer, mineable, prompts, lines)
+
+
+def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines) -> None:
+    """Mines questions one by one; each is one line, written whole."""
     progress = Progress("questions", len(questions))
-    with open(path, "a", encoding="utf-8") as out:
-        if not out.tell():
-            print(json.dumps(header), file=out, flush=True)
-        for question in questions:
-            prompt, began = prompts[question.id], time.monotonic()
+    for question in questions:
+        prompt, began = prompts[question.id], time.monotonic()
+        try:
             record = mine(engine, prompt, question, tokenizer, args.max_new_tokens)
-            source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
-            record |= {"question": question.id, "group": question.group, "source": source, "prompt_tokens": prompt,
-                       "seconds": time.monotonic() - began}  # fmt: skip
-            print(json.dumps(record), file=out, flush=True)
-            progress.step()
+        except NotFinite:
+            record = {"skipped": "not finite"}
+        source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
+        lines.add(record | {"question": question.id, "group": question.group, "source": source, "prompt_tokens": prompt,
+                            "seconds": time.monotonic() - began})  # fmt: skip
+        progress.step()
 
 
 def merge(args: argparse.Namespace, questions: list[Question], size: int) -> None:
@@ -175,11 +225,10 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
         path = part(args.out, rank, size)
         if not path.is_file():
             raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
-        try:
-            header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]  # whole lines
-            records |= {record["question"]: record for record in lines}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is not a part of mining, or its run had not begun.") from None
+        (_, header), *lines = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
+        if "target" not in header:
+            raise InputError(f"{path} is not a part of mining, or its run had not begun.")
+        records |= {check_record(record, where)["question"]: record for where, record in lines}
         headers.add(json.dumps(header))
     if len(headers) > 1:
         raise InputError(f"The parts of {args.out} are of different models or settings; mine them again.")
@@ -197,8 +246,11 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     write_file(args.out, text.encode())
     important, others = (sum(len(record[name]) for record in mined) for name in ("important", "unimportant"))
     share = important / max(1, important + others)
-    print(f"{len(mined)} questions mined, {len(found) - len(mined)} skipped, in {sum(r['seconds'] for r in found):.0f} s: "
-          f"{important + others} mismatches, {important} important ({share:.1%})")  # fmt: skip
+    reasons = Counter(record["skipped"] for record in found if "skipped" in record)
+    why = f" ({', '.join(f'{n} {reason}' for reason, n in reasons.items())})" if reasons else ""
+    print(f"{args.out}: {len(mined)} questions mined, {len(found) - len(mined)} skipped{why}, in "
+          f"{sum(r['seconds'] for r in found):.0f} s: {important + others} mismatches, {important} important "
+          f"({share:.1%})")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,13 +262,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--draft_checkpoint_path", type=Path, help="the draft")
     parser.set_defaults(judge_path=None)
     add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
-    add("--speculate_k", type=int, default=8, help="M; short, since drafts derail after a wrong token")
-    add("--max_new_tokens", type=int, default=200)
+    add("--speculate_k", type=whole(1, 1024), default=8, help="M; short, since drafts derail after a wrong token")
+    add("--max_new_tokens", type=whole(1, 10_000_000), default=200, help="after which an answer is cut off, and skipped")
     add("--compile", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add("--out", type=Path, required=True, help="training data for judge.py, JSON lines")
-    add("--merge", type=int, help="merge the parts of so many processes into --out, and do nothing else")
+    add("--merge", type=whole(1, 1_000_000), help="merge the parts of so many processes into --out, and do nothing else")
     args = parser.parse_args(argv)
     run_script("mine_important_tokens.py", lambda: run(args))
 

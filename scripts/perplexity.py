@@ -12,7 +12,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import json
@@ -24,22 +24,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from generate import DEMO
+from files import read_text
+from generate import DEMO, NotFinite
 from model import DTYPES, ModelArgs, Transformer, pick_device, run_dtype
 from quantize import MODES, load_model, scheme_named
 from scripts.demo_task import problems, write_answer
+from scripts.tasks import MOST
 from tokenizer import load_tokenizer
+
+MOST_NATS = 700  # a token, of which a perplexity can still be written as a number
 
 
 def read_texts(name: str, seed: int, limit: int | None) -> list[tuple[str, str]]:
     """Pairs of what is only read and what counts: a file; or `limit` demo problems, never trained on, and right answers."""
     if name != "demo":
-        try:
-            return [("", Path(name).read_text(encoding="utf-8"))]
-        except FileNotFoundError:
-            raise InputError(f"--text {name}: there is no such file.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--text {name} cannot be read as UTF-8 text ({error}).") from None
+        return [("", read_text(name, "--text"))]
     rng = random.Random(seed)
     found = islice(problems(seed, held_out=True), limit or 300)
     return [(problem.question, write_answer(problem, "target", rng)) for problem in found]
@@ -77,23 +76,27 @@ def log_likelihood(
 def perplexity(
     model: Transformer, bos: int, texts: list[list[list[int]]], window: int = 2048, stride: int = 512, what: str = "perplexity"
 ) -> float:
-    """Of pairs of ids: what is only read, and what counts."""
+    """Of pairs of ids: what is only read, and what counts. Raises NotFinite where it is no number."""
     steps = sum(len(windows(len(given) + len(text), window, stride, len(given))) for given, text in texts)
     total, progress = 0.0, Progress(what, steps)
     for given, text in texts:
         total += log_likelihood(model, bos, len(given), given + text, window, stride, progress)
-    return math.exp(-total / sum(len(text) for _, text in texts))
+    mean = -total / sum(len(text) for _, text in texts)
+    if not mean < MOST_NATS:  # NaN, too
+        raise NotFinite(f"{what}: the model's logits are not finite, or far off; try --precision fp32 or bf16.")
+    return math.exp(mean)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures mode after mode."""
-    device, schemes = pick_device(args.device), [scheme_named(name) for name in args.mode]
+    schemes = [scheme_named(name) for name in args.mode]
     context = ModelArgs.from_folder(args.checkpoint_path).max_position
     window = min(args.window, context)
-    if args.limit is not None and (args.text != "demo" or args.limit < 1):
-        raise InputError(f"--limit {args.limit} counts demo problems, at least 1; a file is read whole.")
-    if not 1 <= args.stride <= window:
+    if args.limit is not None and args.text != "demo":
+        raise InputError(f"--limit {args.limit} counts demo problems; a file is read whole.")
+    if args.stride > window:
         raise InputError(f"--stride {args.stride} must be between 1 and the window of {window} tokens.")
+    device = pick_device(args.device)
     tokenizer = load_tokenizer(args.checkpoint_path)
     texts = [[tokenizer.encode(part) for part in pair] for pair in read_texts(args.text, args.seed, args.limit)]
     n = sum(len(text) for _, text in texts)
@@ -116,10 +119,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint_path", type=Path, default=DEMO / "target", help="a Hugging Face snapshot folder")
     add("--text", default="demo", help="a UTF-8 file, or demo: problems with right answers")
     add("--mode", nargs="+", default=["none", *MODES], help="none, int8, int4, int4/64, int4/128, fp8; compared with the first")
-    add("--window", type=int, default=2048, help="tokens that are read at once, at most the model's context")
-    add("--stride", type=int, default=512, help="tokens by which the window moves on")
-    add("--limit", type=int, help="demo: how many problems (default: 300)")
-    add("--seed", type=int, default=0, help="demo: which problems")
+    add("--window", type=whole(1, MOST), default=2048, help="tokens that are read at once, at most the model's context")
+    add("--stride", type=whole(1, MOST), default=512, help="tokens by which the window moves on")
+    add("--limit", type=whole(1, MOST), help="demo: how many problems (default: 300)")
+    add("--seed", type=whole(-(2**62), 2**62), default=0, help="demo: which problems")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

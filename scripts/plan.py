@@ -18,9 +18,11 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, number, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -33,13 +35,16 @@ import tp
 from files import read_json
 from generate import capacity_for
 from model import DTYPES, ModelArgs
-from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_named, scheme_of, weight_bytes
+from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_of, weight_bytes
 from scripts import benchmark
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PART = re.compile(
-    r"(?:(?P<mode>\S+): )?(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>\d*)(?: rows)? at (?P<at>\d+)"
+    r"(?:(?P<mode>\S+): )?(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>[0-9]*)(?: rows)? at "
+    r"(?P<at>[0-9]+)"
 )
+SCHEME = re.compile(r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?")  # as benchmark.py writes it
+MOST = 10**9  # tokens, positions and rows
 LONGEST = 64  # draft tokens a round that are tried
 GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
 
@@ -135,12 +140,20 @@ def best_m(plan: Plan, a: float, position: int) -> int:
     return max(range(1, LONGEST + 1), key=lambda m: (accepted(a, m) + 1) / plan.round(m, position))
 
 
+def shape_of(name: str) -> tuple[ModelArgs, Path | None]:
+    """The shape of a preset, of DIMxLAYERS or of a folder, with that folder."""
+    if os.path.isdir(name):
+        return ModelArgs.from_folder(name), Path(name)
+    if os.path.lexists(name) or "/" in name:
+        raise InputError(f"{shortened(name)} is no folder; name a preset, DIMxLAYERS, or a folder with config.json.")
+    return benchmark.shape_of(name), None
+
+
 def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
     """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.MODES (a quantised folder has its own)."""
-    folder = Path(name)
-    args = ModelArgs.from_folder(folder) if folder.is_dir() else benchmark.shape_of(name)
+    args, folder = shape_of(name)
     scheme = Scheme(mode, group_size if mode == "int4" else 32) if mode in MODES else None
-    if folder.is_dir() and (written := read_scheme(folder)):
+    if folder is not None and (written := read_scheme(folder)):
         scheme = written[0]
     if scheme is not None:
         check_scheme(scheme)
@@ -150,34 +163,47 @@ def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
-    gpu = GPUS[args.gpu]
     scale = {"memory": 1e9, "bandwidth": 1e9, "link": 1e9, "latency": 1e-6}
     given = {name: getattr(args, name) * unit for name, unit in scale.items() if getattr(args, name) is not None}
-    for name, value in given.items():
-        if not 0 < value < float("inf"):
-            raise InputError(f"--{name} {getattr(args, name):g} must be a positive number.")
     target, draft = make_role(args.target, args.mode, args.gpus), None
     if args.draft:
         draft = make_role(args.draft, args.draft_mode or args.mode, 1)
-        where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
-        draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
         if draft.args.vocab_size != target.args.vocab_size:
             raise InputError(f"{args.draft} and {args.target} do not share a vocabulary.")
-    return Plan(target, draft, replace(gpu, **given), args.gather)
+        if draft.args.n_params > target.args.n_params:
+            sizes = [f"{role.args.n_params / 1e9:.3g}" for role in (draft, target)]
+            raise InputError(f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} against {sizes[1]} "
+                             "billion weights); name the smaller one as --draft.")  # fmt: skip
+        where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
+        draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
+    return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
+
+
+def fit_lengths(args: argparse.Namespace, plan: Plan) -> tuple[int, int]:
+    """Cache length and position, where the command line leaves them open as the models' context allows."""
+    context = min(role.args.max_position for role in (plan.target, plan.draft) if role is not None)
+    length = args.cache_length or min(8192, context)
+    position = args.position or min(1000, length)
+    if length > context:
+        raise InputError(f"--cache_length {length} is longer than the models' context of {context} tokens.")
+    if position > length:
+        raise InputError(f"--position {position} lies beyond a cache of {length} tokens; give a longer --cache_length.")
+    return length, position
 
 
 def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     """A plan as text, and as figures."""
-    plan, k, at = make_plan(args), args.speculate_k, args.position
-    memory, plain = plan.memory(args.cache_length, k), plan.target.seconds(plan.gpu, at, 1, 1)
+    plan, k = make_plan(args), args.speculate_k
+    length, at = fit_lengths(args, plan)
+    memory, plain = plan.memory(length, k), plan.target.seconds(plan.gpu, at, 1, 1)
     total = sum(memory.values())
     fits = f"{'fits' if total <= plan.gpu.memory else 'DOES NOT FIT'} into {plan.gpu.memory / 1e9:.0f}"
     pair = f"{args.target} ({args.mode})" + (f" with {args.draft} ({args.draft_mode or args.mode})" if args.draft else "")
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
         f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + {memory['caches'] / 1e9:.2f} GB of caches for "
-        f"{args.cache_length} tokens + {memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
-        f"  plain: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
+        f"{length} tokens + {memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
+        f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
     ]  # fmt: skip
     figures = {"memory": memory, "fits": total <= plan.gpu.memory, "plain_seconds": plain}
     if plan.draft is not None:
@@ -203,31 +229,110 @@ DEFAULTS = [  # the papers' two configurations (Judge Decoding, arXiv 2501.19309
 ]
 
 
-def predictions(report: dict) -> list[tuple[str, float, float]]:
+def field_of(report: dict, name: str, kind: type, where: str):
+    """A field of a report, None where it may be missing (kind: str | None). Raises InputError naming file and field."""
+    value = report.get(name)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise InputError(f"{where}: field {name!r} is missing or of another type than scripts/benchmark.py writes.")
+    return value
+
+
+def positive(report: dict, name: str, where: str) -> float:
+    """A number of a report that is more than 0 and finite."""
+    value = field_of(report, name, int | float, where)
+    if not 1e-9 <= value <= 1e15:
+        raise InputError(f"{where}: field {name!r} is {value:g}, and must be a positive number.")
+    return float(value)
+
+
+def scheme_written(text: str | None, where: str) -> Scheme | None:
+    """The scheme that benchmark.py wrote as text."""
+    if text is None:
+        return None
+    if not (found := SCHEME.fullmatch(text)):
+        raise InputError(f"{where}: {shortened(text)} is no way to quantise that is known.")
+    mode, group, symmetric, dynamic, lm_head = found.groups()
+    scheme = Scheme(mode, int(group or 32), bool(symmetric), bool(lm_head), bool(dynamic))
+    check_scheme(scheme)
+    return scheme
+
+
+def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | None]]:
+    """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report by benchmark.py.
+    One of schema 1 says so in its command and its parts alone."""
+    if report.get("schema", 1) == 1:
+        args = parsed_command(field_of(report, "command", str, where), where)
+        shapes, schemes = benchmark.shapes_of(args), (scheme_of(args), scheme_of(args, "draft_"))
+        args.modes = [found["mode"] for found in map(PART.match, parts_of(report, where)) if found and found["mode"]]
+        modes = benchmark.modes_of(args) or {}
+    elif report["schema"] == benchmark.SCHEMA:
+        names = field_of(report, "model", str, where), field_of(report, "draft_model", str | None, where)
+        shapes = [name and shape_of(name if benchmark.is_preset(name) else str(benchmark.ROOT / name))[0] for name in names]
+        schemes = [scheme_written(field_of(report, name, str | None, where), where) for name in ("mode", "draft_mode")]
+        modes = field_of(report, "modes", dict | None, where) or {}
+    else:
+        raise InputError(f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and {benchmark.SCHEMA}.")
+    found = {name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes}
+    return [shape and (shape, scheme) for shape, scheme in zip(shapes, schemes)], found
+
+
+def parsed_command(command: str, where: str) -> argparse.Namespace:
+    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is none."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            return benchmark.parse_args(shlex.split(command)[2:])
+    except (SystemExit, ValueError):
+        reason = said.getvalue().strip() or "no command line"
+        raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
+
+
+def predictions(report: dict, where: str = "The report") -> list[tuple[str, float, float]]:
     """(part, predicted ms, measured ms) of each step and round in a report by scripts/benchmark.py, from the models, types
-    and M that its command names and the bandwidth that it measured. It ran on one device."""
-    args = benchmark.parse_args(shlex.split(report["command"])[2:])
-    gpu, dtype, roles = Gpu(0, report[f"{report['limit']}_gb_per_s"] * 1e9, 1), getattr(torch, report["dtype"]), []
-    for shape, whose in zip(benchmark.shapes_of(args), ("", "draft_")):
-        roles.append(Role(shape, shape, dtype, scheme_of(args, whose), 1) if shape is not None else None)
+    and M that it names and the bandwidth that it measured. It ran on one device. Raises InputError naming what is wrong."""
+    try:
+        models, modes = measured_models(report, where)
+    except InputError as error:
+        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+    dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(field_of(report, "dtype", str, where))
+    limit = field_of(report, "limit", str, where)
+    if dtype is None or limit not in ("read", "copy"):
+        raise InputError(f"{where}: fields 'dtype' and 'limit' must be a type as float32, and read or copy.")
+    gpu = Gpu(0, positive(report, f"{limit}_gb_per_s", where) * 1e9, 1)
+    roles = [model and Role(model[0], model[0], dtype, model[1], 1) for model in models]
     plan, found = Plan(*roles, gpu), []
-    for row in report["rows"]:
-        if not (match := PART.match(row["part"])):
-            continue
-        what, number, at = match["what"], int(match["number"] or 0), int(match["at"])
-        if match["mode"]:
-            scheme = scheme_named(match["mode"])
-            plan = replace(plan, target=replace(plan.target, scheme=scheme and replace(scheme, lm_head=args.quantize_lm_head)))
-        seconds = {
-            "plain step": lambda plan=plan, at=at: plan.round(0, at),
-            "draft loop, M =": lambda plan=plan, at=at, m=number: (
-                plan.round(m, at) - plan.target.seconds(gpu, at, m + 1, m + 1)
-            ),
-            "verify": lambda plan=plan, at=at, rows=number: plan.target.seconds(gpu, at, rows, rows),
-            "round, M =": lambda plan=plan, at=at, m=number: plan.round(m, at),
-        }[what]()
-        found.append((row["part"], seconds * 1e3, row["ms"]))
+    for row_number, part in enumerate(parts_of(report, where), 1):
+        if match := PART.match(part):
+            here = f"{where}, row {row_number}"
+            seconds = predicted(plan, match, modes, here)
+            found.append((part, seconds * 1e3, positive(report["rows"][row_number - 1], "ms", here)))
     return found
+
+
+def parts_of(report: dict, where: str) -> list[str]:
+    """The names of a report's parts."""
+    for row_number, row in enumerate(field_of(report, "rows", list, where), 1):
+        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
+            raise InputError(f"{where}, row {row_number}: field 'part' is missing or no text.")
+    return [row["part"] for row in report["rows"]]
+
+
+def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], where: str) -> float:
+    """Seconds of a part of a report."""
+    what, count, at = match["what"], match["number"], match["at"]
+    if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
+        raise InputError(f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be.")
+    if match["mode"]:
+        if match["mode"] not in modes:
+            raise InputError(f"{where}: mode {shortened(match['mode'])} is not among those that the report names.")
+        plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
+    if plan.draft is None and what != "plain step":
+        raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
+    m, position = int(count or 0), int(at)
+    if what == "verify":
+        return plan.target.seconds(plan.gpu, position, m, m)
+    whole_round = plan.round(m, position)
+    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
 
 
 def check(folder: Path) -> tuple[list[str], dict]:
@@ -237,9 +342,9 @@ def check(folder: Path) -> tuple[list[str], dict]:
         report = read_json(path)
         if "rows" not in report or "limit" not in report:
             continue
-        for part, predicted, measured in predictions(report):
-            all_errors.append(predicted / measured - 1)
-            lines.append(f"{path.stem:22} {part:34} {predicted:6.2f} ms {measured:6.2f} ms  {all_errors[-1]:+.0%}")
+        for part, expected, measured in predictions(report, str(path)):
+            all_errors.append(expected / measured - 1)
+            lines.append(f"{path.stem:22} {part:34} {expected:6.2f} ms {measured:6.2f} ms  {all_errors[-1]:+.0%}")
     if not all_errors:
         raise InputError(f"{folder} holds no report by scripts/benchmark.py to hold predictions against.")
     middle = sorted(all_errors)[len(all_errors) // 2]
@@ -258,25 +363,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mode", choices=[*DTYPES, *MODES], default="bf16", help="how weights are kept")
     add("--draft_mode", choices=[*DTYPES, *MODES], help="how the draft's are (default: as --mode)")
     add("--draft_tp", choices=("shard", "replicate"), help="default: by tp.place_draft")
-    add("--gpus", type=int, default=1, help="ranks, one a GPU")
+    add("--gpus", type=whole(1, 4096), default=1, help="ranks, one a GPU")
     add("--gpu", choices=GPUS, default="h100")
-    add("--memory", type=float, help="GB of a GPU (default: its data sheet's, as below)")
-    add("--bandwidth", type=float, help="GB/s of its memory")
-    add("--link", type=float, help="GB/s to the other GPUs, one way (default: its data sheet's; beyond 8 GPUs 50)")
-    add("--latency", type=float, help="us of a collective (default: 10; beyond 8 GPUs 30)")
+    add("--memory", type=number(1e-3, 1e9), help="GB of a GPU (default: its data sheet's, as below)")
+    add("--bandwidth", type=number(1e-3, 1e9), help="GB/s of its memory")
+    add("--link", type=number(1e-3, 1e9), help="GB/s to the other GPUs, one way (default: its data sheet's; beyond 8 GPUs 50)")
+    add("--latency", type=number(1e-3, 1e9), help="us of a collective (default: 10; beyond 8 GPUs 30)")
     add("--gather", action="store_true", help="the rule needs probabilities (all but standard and judge)")
-    add("--m_star", type=float, default=12.0, help="m*, draft tokens accepted a round of --speculate_k")
-    add("--speculate_k", type=int, default=16, help="M")
-    add("--position", type=int, default=1000, help="tokens in the cache")
-    add("--cache_length", type=int, default=8192, help="tokens that the cache holds")
+    add("--m_star", type=number(0, 1024), default=12.0, help="m*, draft tokens accepted a round of --speculate_k")
+    add("--speculate_k", type=whole(1, 1024), default=16, help="M, draft tokens a round")
+    add("--position", type=whole(1, MOST), help="tokens in the cache (default: 1000, or as many as it holds)")
+    add("--cache_length", type=whole(1, MOST), help="tokens that the cache holds (default: 8192, or the context)")
     add("--check", action="store_true", help="hold predictions against every report in --benchmarks")
     add("--benchmarks", type=Path, default=BENCHMARKS)
     args = parser.parse_args(argv)
     if args.draft and not args.target:
         parser.error("--draft needs a target beside it; name one with --target")
-    for name in ("gpus", "speculate_k", "position", "cache_length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
     return args
 
 

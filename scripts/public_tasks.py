@@ -19,7 +19,8 @@ model's answer ends where it begins another question (`stops`). MT-Bench is aske
 
 import csv
 import gzip
-import json
+import io
+import os
 import re
 import sys
 import zlib
@@ -31,10 +32,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import InputError
+from files import parse_json, parse_object, read_bytes
 from scripts.sandbox import STOPS, check_allowed
 from scripts.scoring import Question, final_number
 
 LETTERS = "ABCDEFGHIJ"
+MOST_TEXT, MOST_LINE = 1 << 30, 1 << 26  # characters of a file and of a line: a gzipped one can hold a thousand times its size
 
 
 class Item(NamedTuple):
@@ -64,10 +67,16 @@ class Task(NamedTuple):
 
 
 def read_lines(path: Path, flag: str = "--data") -> Iterator[str]:
-    """The lines of a text file, gzipped if its name ends in .gz."""
+    """The lines of a text file, gzipped if its name ends in .gz. Raises InputError for what is no such file, or too large."""
+    content, size = io.BytesIO(read_bytes(path, flag)), 0
+    packed = Path(path).suffix == ".gz"
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            yield from file
+        text = io.TextIOWrapper(gzip.GzipFile(fileobj=content) if packed else content, encoding="utf-8-sig")
+        while line := text.readline(MOST_LINE):
+            size += len(line)
+            if len(line) == MOST_LINE or size > MOST_TEXT:
+                raise InputError(f"{flag} {path} holds more than {MOST_TEXT:,} characters, or {MOST_LINE:,} in one line.")
+            yield line
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}.") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -75,27 +84,18 @@ def read_lines(path: Path, flag: str = "--data") -> Iterator[str]:
         raise InputError(f"{flag} {path} cannot be read: {reason}.") from None
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+def json_lines(path: Path, flag: str = "--data") -> Iterator[tuple[str, dict]]:
     """(where, object) of each line that is not empty. Raises InputError naming the line."""
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path, flag), 1):
         if line.strip():
-            yield parse_object(line, f"{path}, line {number}")
-
-
-def parse_object(line: str, where: str) -> tuple[str, dict]:
-    try:
-        item = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON: {error}.") from None
-    if not isinstance(item, dict):
-        raise InputError(f"{where} is no JSON object.")
-    return where, item
+            where = f"{path}, line {number}"
+            yield where, parse_object(line, where)
 
 
 def text_of(item: dict, name: str, where: str) -> str:
     """A field that must be text and not empty."""
     value = item.get(name)
-    if not isinstance(value, str) or not value.strip() or any("\ud800" <= char <= "\udfff" for char in value):
+    if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: field {name!r} must be text that is not empty; the README says which file it is from.")
     return value
 
@@ -142,11 +142,10 @@ def read_humaneval(path: Path) -> list[Item]:
 
 def read_arc(path: Path) -> list[Item]:
     """ARC as LLM-Adapters publishes it: one JSON array; question and choices are in one text."""
-    try:
-        lines = json.loads("".join(read_lines(path)))
-        assert isinstance(lines, list)
-    except (ValueError, AssertionError, RecursionError):
-        raise InputError(f"{path} is not ARC as LLM-Adapters publishes it: one JSON array of questions.") from None
+    text = "".join(read_lines(path))
+    lines = parse_json(text, f"{path} is not ARC as LLM-Adapters publishes it, one JSON array of questions:") if text else None
+    if not isinstance(lines, list):
+        raise InputError(f"{path} is not ARC as LLM-Adapters publishes it: one JSON array of questions.")
     items = []
     for number, line in enumerate(lines, 1):
         where = f"{path}, question {number}"
@@ -155,8 +154,8 @@ def read_arc(path: Path) -> list[Item]:
             r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: \S+", text, re.DOTALL
         )
         choices = tuple(re.split(r" Answer\d: ", found[2])) if found else ()
-        answer = re.fullmatch(r"answer(\d)", str(line.get("answer")))
-        if answer is None or not 1 <= int(answer[1]) <= len(choices):
+        answer = re.fullmatch(r"answer([1-9])", str(line.get("answer")))
+        if answer is None or not int(answer[1]) <= len(choices) <= len(LETTERS):
             raise InputError(f"{where} must have an instruction with Answer1: ..., and an answer as answer1.")
         letter = LETTERS[int(answer[1]) - 1]
         items.append(Item(found[1].strip(), letter, letter, choices, content=line))
@@ -172,7 +171,7 @@ def read_mmlu(path: Path) -> list[Item]:
     items = []
     for file in files:
         subject = re.sub(r"_(test|dev|val)$", "", file.stem)
-        rows = list(csv.reader(line for line in read_lines(file)))
+        rows = read_rows(file)
         numbered = bool(rows) and rows[0][-1:] == ["answer"]
         for number, row in enumerate(rows[numbered:], 1 + numbered):
             letter = LETTERS[int(row[5])] if len(row) == 6 and row[5] in ("0", "1", "2", "3") else (row or [""])[-1].strip()
@@ -180,6 +179,15 @@ def read_mmlu(path: Path) -> list[Item]:
                 raise InputError(f"{file}, row {number} must be a question, four choices, and 0 to 3 or A to D.")
             items.append(Item(row[0].strip(), letter, letter, tuple(row[1:5]), subject, content=row))
     return items
+
+
+def read_rows(file: Path) -> list[list[str]]:
+    """The rows of a CSV file. Raises InputError naming the line where it is none."""
+    reader = csv.reader(read_lines(file))
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num} is no CSV: {error}.") from None
 
 
 def lettered(item: Item) -> str:
@@ -254,14 +262,17 @@ def read_task(
     """
     task = TASKS[name]
     shots = (0 if chat else task.shots) if shots is None else shots
-    if shots < 0 or (shots and task.checker in ("none", "code")):
+    if shots and task.checker in ("none", "code"):
         raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
+    if shots_data and not shots:
+        raise InputError(f"--shots_data {shots_data} names examples, but none are put before a question; give --shots, or "
+                         "leave it out.")  # fmt: skip
     items = task.read(path)
     if not items:
         raise InputError(f"--data {path} holds no questions.")
     numbered = in_turn(list(enumerate(items)))[:limit]
-    source, groups = shots_data or training_path(task, path), {item.group for _, item in numbered}
-    examples = read_examples(task, source, shots, groups) if shots else {}
+    groups = {item.group for _, item in numbered}
+    examples = read_examples(task, shots_data or training_path(task, path), shots, groups) if shots else {}
     words = task.chat if chat else task.base
     questions = []
     for index, item in numbered:
@@ -297,10 +308,12 @@ def in_turn(numbered: list[tuple[int, Item]]) -> list[tuple[int, Item]]:
 def training_path(task: Task, path: Path) -> Path:
     """Where the examples for the data at `path` are: beside it, under the name of its training part."""
     old, new = task.training
-    if (path / old).is_dir():
+    path = Path(os.path.abspath(path))
+    if (path / old).is_dir() or not path.name:
         return path / new
     renamed = path.with_name(path.name.replace(old, new))
-    return renamed if renamed.exists() else path.parent.with_name(new) / renamed.name
+    folder = path.parent.with_name(new) if path.parent.name else path.parent / new
+    return renamed if renamed.exists() else folder / renamed.name
 
 
 def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dict[str, list[Item]]:

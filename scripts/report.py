@@ -13,7 +13,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import Parser, one_line, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import base64
@@ -22,11 +22,12 @@ import html
 import json
 import math
 import re
+import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-from files import check_writable, write_file
+from files import check_not_input, check_writable, write_file
 from scripts.plot import accepted_counts, read_run, run_rows, turn_ends
 
 HERE = Path(__file__).resolve().parent
@@ -37,8 +38,15 @@ SHAPES = (  # of points and in tables, so that nothing depends on colour; drawn 
 )  # fmt: skip
 COLOURS = 7  # --c0 to --c6 of the page
 ORIGINS = {"a": "accepted draft tokens", "r": "by the rule alone", "t": "the target's own", "b": "own, after full acceptance"}
-NAMES = {"data": "questions, sha256", "target": "target's fingerprint", "draft": "draft's fingerprint",
-         "judge": "judge's sha256", "speculate_k": "M, draft tokens a round", "min_prob": "floor under the rule"}  # fmt: skip
+NAMES = {  # of a header's fields, where its own word does not say it
+    "data": "questions, sha256", "shots": "examples before each question", "shots_data": "examples, sha256",
+    "seed": "seed of the questions", "samples": "answers a question", "target": "target's fingerprint",
+    "draft": "draft's fingerprint", "judge": "judge's sha256", "speculate_k": "M, draft tokens a round",
+    "top_k": "sampled from the most likely", "min_prob": "floor under the rule", "max_new_tokens": "longest answer, tokens",
+    "precision": "number type", "mode": "target's weights", "draft_mode": "draft's weights", "compile": "compiled",
+    "details": "figures of each token",
+}  # fmt: skip
+MADE = ("command", "date", "time", "machine", "commit")  # how a run was made: first, where the header says it
 
 
 def mark(rule: int) -> str:
@@ -63,13 +71,14 @@ def cells_of(row: dict, threshold: float | None) -> dict[str, str | None]:
         changed = f"{row['lost']} / {row['won']}" if "lost" in row else None
     drafts = row["mean_accepted"] is not None
     return {
-        "threshold": None if threshold is None else f"{threshold:g}", "M": str(row["k"]) if drafts else None,
-        "n": str(row["n"]), "right (95% interval)": right,
+        "threshold": None if threshold is None else f"{threshold:g}",
+        "M, draft tokens a round": str(row["k"]) if drafts else None,
+        "questions": str(row["n"]), "right (95% interval)": right,
         **{key: percent(row[key]) for key in row if key.startswith("pass@")},
         "points to plain (95%)": difference, "lost / won": changed,
-        "m*": f"{row['mean_accepted']:.2f}" if drafts else None,
+        "m*, accepted a round": f"{row['mean_accepted']:.2f}" if drafts else None,
         "by the rule alone": percent(row["by_rule_share"]) if drafts else None,
-        "tokens/s": f"{row['tokens_per_second']:.1f}", "× plain": f"{row['ratio']:.2f}" if row["ratio"] else None,
+        "tokens a second": f"{row['tokens_per_second']:.1f}", "speed, × plain": f"{row['ratio']:.2f}" if row["ratio"] else None,
     }  # fmt: skip
 
 
@@ -88,17 +97,24 @@ def summary_table(rows: list[dict], records: list[dict]) -> str:
             "by plain and wrong by the rule, won the other way.</p>")  # fmt: skip
 
 
-def settings_list(header: dict) -> str:
-    """The header of the run, a term and its value each."""
-    pairs = [(NAMES.get(name, name.replace("_", " ")), value) for name, value in header.items() if value not in (None, False)]
-    shown = [
-        (name, "yes" if value is True else value if isinstance(value, str) else json.dumps(value)) for name, value in pairs
-    ]
-    return "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in shown)
+def settings_list(header: dict, written: float) -> str:
+    """How the run was made and its settings, a term and its value each. written: when its file was last written, in s since
+    1970, which stands for the date where the header has none."""
+    made = {name: header[name] for name in MADE if header.get(name)}
+    if not {"date", "time"} & made.keys():
+        made["file last written"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
+    missing = [name for name in ("command", "machine", "commit") if name not in made]
+    pairs = {name: value for name, value in (made | header).items() if value not in (None, False)}
+    texts = {name: value if isinstance(value, str) else "yes" if value is True else json.dumps(value)
+             for name, value in pairs.items()}  # fmt: skip
+    shown = [(NAMES.get(name, name.replace("_", " ")), text) for name, text in texts.items()]
+    note = f'<p class="soft">The results file does not say: {", ".join(missing)}.</p>' if missing else ""
+    terms = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in shown)
+    return f"<dl>{''.join(terms)}</dl>{note}"
 
 
 # Figures: SVG by hand, 440 by 260, so that the page follows its theme and needs no package.
-LEFT, RIGHT, TOP, BOTTOM = 48, 425, 12, 215
+LEFT, RIGHT, TOP, BOTTOM = 58, 425, 12, 215
 
 
 def scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
@@ -114,12 +130,14 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(n * step, 10) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def axes(x: Callable, y: Callable, xs: list[float], ys: list[float], x_name: str) -> str:
-    """Grid lines with their numbers, and the name of the horizontal axis."""
+def axes(x: Callable, y: Callable, xs: list[float], ys: list[float], x_name: str, y_name: str) -> str:
+    """Grid lines with their numbers, and the names of both axes."""
     parts = [f'<path class="axis" d="M{LEFT} {y(v)}H{RIGHT}"/>'
              f'<text x="{LEFT - 6}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>' for v in ys]  # fmt: skip
     parts += [f'<text x="{x(v)}" y="{BOTTOM + 18}" text-anchor="middle">{v:g}</text>' for v in xs]
-    return "".join(parts) + f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">{x_name}</text>'
+    at = f'transform="translate(11 {(TOP + BOTTOM) / 2}) rotate(-90)"'
+    return "".join(parts) + (f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">{x_name}</text>'
+                             f'<text {at} text-anchor="middle">{y_name}</text>')  # fmt: skip
 
 
 def point(rule: int, x: float, y: float, title: str) -> str:
@@ -127,9 +145,17 @@ def point(rule: int, x: float, y: float, title: str) -> str:
     return f'<path transform="translate({x} {y})" d="{shape}" style="fill:{fill}"><title>{html.escape(title)}</title></path>'
 
 
-def figure(body: str, title: str, caption: str) -> str:
-    return (f'<figure><svg viewBox="0 0 440 260" role="img" aria-label="{html.escape(title)}">{body}</svg>'
+def figure(body: str, title: str, caption: str, legend: list[str], bottom: float = 260) -> str:
+    """A figure of 440 by `bottom` with a legend of marked entries below it."""
+    entries = "".join(f"<li>{entry}</li>" for entry in legend)
+    return (f'<figure><svg viewBox="0 0 440 {bottom:g}" role="img" aria-label="{html.escape(title)}">{body}</svg>'
+            f'<ul class="legend">{entries}</ul>'
             f"<figcaption><b>{html.escape(title)}</b>. {html.escape(caption)}</figcaption></figure>")  # fmt: skip
+
+
+def legend_of(rules: list[str], numbers: list[int]) -> list[str]:
+    """The marks of some rules with their names."""
+    return [f"{mark(number)} {html.escape(rules[number])}" for number in numbers]
 
 
 def pareto_figure(rows: list[dict]) -> str:
@@ -141,7 +167,7 @@ def pareto_figure(rows: list[dict]) -> str:
     low = max(0, 100 * min(row["interval"][0] for _, row in scored) - 1)
     most = max(row["mean_accepted"] for _, row in drawn) * 1.08
     x, y = scale(0, most, LEFT, RIGHT), scale(low, 100.5, BOTTOM, TOP)
-    body, families = [axes(x, y, ticks(0, most), ticks(low, 100), "m*, draft tokens accepted a round")], {}
+    body, families = [axes(x, y, ticks(0, most), ticks(low, 100), "m*, draft tokens accepted a round", "right answers, %")], {}
     for number, row in scored:
         title = (
             f"{row['rule']}: {percent(row['accuracy'])} right, {percent(row['interval'][0])} to {percent(row['interval'][1])}"
@@ -149,18 +175,22 @@ def pareto_figure(rows: list[dict]) -> str:
         if row["mean_accepted"] is None:
             if row["rule"] == "plain":
                 at = y(100 * row["accuracy"])
-                body.append(f'<path d="M{LEFT} {at}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>'
-                            f'<text x="{LEFT + 4}" y="{at + 14}">plain</text>')  # fmt: skip
+                body.append(f'<path d="M{LEFT} {at}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>')
             continue
         at, (top, bottom) = x(row["mean_accepted"]), (y(100 * share) for share in reversed(row["interval"]))
         body.append(f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>')
         body.append(point(number, at, y(100 * row["accuracy"]), f"{title}, m* {row['mean_accepted']:.2f}"))
+        if row["threshold"] is not None:
+            body.append(f'<text class="small" x="{at - 6}" y="{y(100 * row["accuracy"]) - 6}" text-anchor="end">'
+                        f"{row['threshold']:g}</text>")  # fmt: skip
         families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append((at, y(100 * row["accuracy"])))
     for points in families.values():
         body.insert(1, f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>')
-    return figure(
-        "".join(body), "Right answers against accepted tokens", "Percent right, with 95% intervals; up and right is better."
-    )
+    legend = legend_of([row["rule"] for row in rows], [number for number, _ in drawn])
+    plain = ['<svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path d="M-6 0H6" stroke="currentColor" '
+             'stroke-dasharray="2 2"/></svg> plain' for row in rows if row["rule"] == "plain" and row["accuracy"] is not None]
+    return figure("".join(body), "Right answers against accepted tokens",
+                  "Upright lines: 95% intervals; numbers: thresholds; up and right is better.", legend + plain)  # fmt: skip
 
 
 def accepted_figure(records: list[dict], rules: list[str]) -> str:
@@ -173,7 +203,8 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
     high = max(map(max, shares.values())) * 1.05
     x, y = scale(0, most, LEFT + 8, RIGHT - 8), scale(0, high, BOTTOM, TOP)
     whole = [v for v in ticks(0, most) if v == int(v)]
-    body = [axes(x, y, whole, ticks(0, high), "draft tokens that a round accepted")]
+    body = [axes(x, y, whole, ticks(0, high), "draft tokens that a round accepted",
+                 "share of the rounds, %")]  # fmt: skip
     for rule, values in shares.items():
         number = rules.index(rule)
         points = " ".join(f"{x(n)},{y(value)}" for n, value in enumerate(values))
@@ -181,8 +212,8 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
         body += [
             point(number, x(n), y(value), f"{rule}: {value:.1f}% of rounds accepted {n}") for n, value in enumerate(values)
         ]
-    return figure("".join(body), "Accepted tokens a round",
-                  "Percent of the rule's rounds; the last round of an answer is cut where the answer ends.")  # fmt: skip
+    return figure("".join(body), "Accepted tokens a round", "The last round of an answer is cut where the answer ends.",
+                  legend_of(rules, [rules.index(rule) for rule in shares]))  # fmt: skip
 
 
 def origin_figure(records: list[dict], rules: list[str]) -> str:
@@ -191,25 +222,25 @@ def origin_figure(records: list[dict], rules: list[str]) -> str:
     bars = [(rule, text) for rule, text in letters.items() if text]
     if not bars:
         return ""
-    height, x, body = min(40, 170 / len(bars)), scale(0, 1, 100, RIGHT), []
+    height, x, body = 26, scale(0, 1, 12, RIGHT), []
     for place, (rule, text) in enumerate(bars):
-        top, left = TOP + place * (height + 4), 0.0
-        body.append(f'<text x="94" y="{top + height / 2 + 4:.1f}" text-anchor="end">{html.escape(rule)}</text>')
+        top, left = TOP + place * (height + 26) + 18, 0.0
+        body.append(f'<text x="12" y="{top - 5}">{html.escape(rule)}</text>')
         for letter, name in ORIGINS.items():
             share = text.count(letter) / len(text)
             title = f"{rule}: {percent(share)} {name}"
             width = x(left + share) - x(left)
-            body.append(f'<g><title>{html.escape(title)}</title><rect class="{letter}" x="{x(left)}" y="{top:.1f}" '
-                        f'width="{width:.1f}" height="{height:.1f}" stroke="currentColor" stroke-width=".5"/>')  # fmt: skip
+            body.append(f'<g><title>{html.escape(title)}</title><rect class="{letter}" x="{x(left)}" y="{top}" '
+                        f'width="{width:.1f}" height="{height}" stroke="currentColor" stroke-width=".5"/>')  # fmt: skip
             if width > 34:
                 at = (x(left) + x(left + share)) / 2
-                body.append(
-                    f'<text x="{at:.1f}" y="{top + height / 2 + 4:.1f}" text-anchor="middle">{letter} {100 * share:.0f}%</text>'
-                )
+                body.append(f'<text x="{at:.1f}" y="{top + 17}" text-anchor="middle">{letter} {100 * share:.0f}%</text>')
             body.append("</g>")
             left += share
-    caption = "Of all tokens: " + "; ".join(f"{letter}: {name}" for letter, name in ORIGINS.items()) + "."
-    return figure("".join(body), "Who put in the tokens", caption)
+    legend = [f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><rect class="{letter}" width="12" height="12" '
+              f'stroke="currentColor"/></svg> {letter}: {name}' for letter, name in ORIGINS.items()]  # fmt: skip
+    return figure("".join(body), "Who put in the tokens", "Shares of all tokens of a rule's answers.", legend,
+                  TOP + len(bars) * (height + 26) + 8)  # fmt: skip
 
 
 class Pieces:
@@ -229,6 +260,8 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
     text, cuts = record["text"], record.get("cuts")
     ends = list(accumulate(cuts)) if cuts else [len(text)]
     tokens = [pieces(text[begin:end]) for begin, end in zip([0, *ends], ends)]
+    if record.get("failed"):
+        tokens, cuts = [pieces(f"(no answer: {record['failed']})")], None
     final = record.get("final_answer")
     answer = {"r": rules.index(record["rule"]), "ok": -1 if record["right"] is None else int(record["right"]),
               "f": None if final is None else str(final),
@@ -268,6 +301,10 @@ def page_data(records: list[dict], rules: list[str]) -> str:
 def notes(records: list[dict]) -> str:
     """What is missing, and how to get it."""
     lines, n = [], len(records)
+    if failed := [record for record in records if record.get("failed")]:
+        lines.append(f"{len(failed)} of {n} answers failed and count as wrong, the first that of {failed[0]['rule']} to item "
+                     f"{failed[0]['index']}: {failed[0]['failed']}")  # fmt: skip
+        records = [record for record in records if not record.get("failed")]
     if bare := sum(not (record.get("origin") and record.get("cuts")) for record in records):
         lines.append(f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: they are of "
                      "transformers, or older than this report; run scripts/evaluate.py anew with another --out.")  # fmt: skip
@@ -277,15 +314,15 @@ def notes(records: list[dict]) -> str:
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
 
 
-def make_page(header: dict, records: list[dict], title: str) -> str:
-    """The whole page."""
+def make_page(header: dict, records: list[dict], title: str, written: float) -> str:
+    """The whole page. written: when the results were, in s since 1970."""
     rows, script = run_rows(records), (HERE / "report_page.js").read_text(encoding="utf-8")
     rules = [row["rule"] for row in rows]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         "title": html.escape(title), "notes": notes(records), "summary": summary_table(rows, records),
-        "settings": settings_list(header), "marks": "".join(map(mark, range(len(rules)))), "script": script,
+        "settings": settings_list(header, written), "marks": "".join(map(mark, range(len(rules)))), "script": script,
         "figures": pareto_figure(rows) + accepted_figure(records, rules) + origin_figure(records, rules),
         "data": page_data(records, rules),
     }  # fmt: skip
@@ -296,13 +333,13 @@ def make_page(header: dict, records: list[dict], title: str) -> str:
 def report(args: argparse.Namespace) -> None:
     """Reads the run, writes the page and says so."""
     check_writable(args.out, "--out")
-    if args.out.resolve() == args.results.resolve():
-        raise InputError(f"--out {args.out} is the results file, which would be lost; name another file.")
+    check_not_input(args.out, [args.results])
     header, records = read_run(args.results)
-    content = make_page(header, records, f"Run of {args.results.name}").encode()
+    name = one_line(os.fsencode(args.results.name).decode(errors="replace"))
+    content = make_page(header, records, f"Run of {name}", args.results.stat().st_mtime).encode()
     write_file(args.out, content)
     questions = len({record["index"] for record in records})
-    print(f"{args.out}: {len(records)} answers to {questions} questions, {len(content) / 1e6:.1f} MB")
+    print(f"{one_line(str(args.out))}: {len(records)} answers to {questions} questions, {len(content) / 1e6:.1f} MB")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -87,6 +87,7 @@ function render() {
   shown = { items: 0, tokens: 0 };
   moreItems();
   moreTokens();
+  measureBar();  // its status may have made it a line higher
   if (state.item !== null) showPlace();
   if (["summary", "figures", "spot", "answers"].includes(state.view)) $(state.view).scrollIntoView();
 }
@@ -142,14 +143,15 @@ function sectionOf(item, answer) {
 
 function rowOf({ item, answer, at }) {
   const piece = (i) => pieces[answer.t[i]] ?? "", join = (from, to) => answer.t.slice(from, to).map((id) => pieces[id]).join("");
-  const number = (text) => make("td", { class: "n" }, text ?? "-"), [kind, name] = RESULTS[answer.ok];
+  const number = (name, text) => make("td", { class: "n", "data-name": name }, text ?? "-"), [kind, name] = RESULTS[answer.ok];
   return make("tr", {},
     make("td", {}, make("a", { href: linkTo(item, answer, at) }, `item ${item.i}, token ${at + 1}`)),
     make("td", {}, mark(answer.r), " " + rules[answer.r]), make("td", { class: kind }, name),
     make("td", { class: "context" }, "…" + join(0, at).slice(-CONTEXT), make("span", { class: "r" }, piece(at) || "▯"),
          join(at + 1).slice(0, CONTEXT) + "…"),
-    make("td", {}, topOf(answer, at) ?? "-"), number(answer.p && probability(answer.p[at])),
-    number(answer.kl && thousandths(answer.kl[at])), number(answer.s && thousandths(answer.s[at])));
+    make("td", { "data-name": "the target's own" }, topOf(answer, at) ?? "-"),
+    number("probability", answer.p && probability(answer.p[at])),
+    number("KL divergence", answer.kl && thousandths(answer.kl[at])), number("score", answer.s && thousandths(answer.s[at])));
 }
 
 const topOf = (answer, at) => !answer.p ? undefined : at in answer.top ? JSON.stringify(pieces[answer.top[at]]) : "the same";
@@ -216,6 +218,12 @@ $("items").addEventListener("focusout", hideTip);
 $("items").addEventListener("click", (event) => { const span = tokenAt(event.target); if (span) focusToken(span); });
 document.addEventListener("keydown", moveByKey);
 addEventListener("hashchange", readAddress);
+const bar = document.querySelector(".filters");
+function measureBar() {  // what a link leads to must not lie under it
+  const height = getComputedStyle(bar).position === "sticky" ? bar.offsetHeight : 0;
+  document.documentElement.style.setProperty("--bar", `${height}px`);
+}
+new ResizeObserver(measureBar).observe(bar);
 new IntersectionObserver(([entry]) => { if (entry.isIntersecting && shown.items < found.length) moreItems(); })
   .observe($("more-items"));
 readAddress();

@@ -4,44 +4,171 @@ Each process of `torchrun` keeps its share of the questions in OUT.partRANKofSIZ
 Spec-Bench's answers are exported as FastChat's `model_answer` files, one a rule, which gen_judgment.py reads.
 """
 
+import argparse
+import glob
 import hashlib
 import json
+import math
 import os
+import platform
 import re
+import shlex
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import InputError
-from files import write_file
+import torch
+
+from cli import InputError, shortened, whole
+from files import Lines, check_folder, check_not_input, check_writable, parse_object, read_bytes, write_file
+from judge import RULES
+
+PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
+MOST_PROCESSES = 1_000_000
 
 
-def parse_lines(path: Path, text: bytes) -> list[dict]:
+def is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_seconds(value) -> bool:
+    return is_number(value) and value >= 0
+
+
+def is_verdict(value) -> bool:
+    return value is None or type(value) is bool
+
+
+def is_index(value) -> bool:
+    return is_count(value) or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value) is not None)
+
+
+def is_rule(value) -> bool:
+    return isinstance(value, str) and re.split("[=@]", value)[0] in ("plain", *RULES, *PEERS)
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_counts(value) -> bool:
+    return isinstance(value, list) and all(map(is_count, value))
+
+
+def is_turns(value) -> bool:
+    kinds = {"text": is_text, "new_tokens": is_count, "rounds": is_count, "seconds": is_seconds, "accept_lengths": is_counts}
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and all(kind(turn.get(name)) for name, kind in kinds.items()) for turn in value
+    )
+
+
+ANSWER = {  # the fields that every answer has, and that are relied on
+    "rule": is_rule, "index": is_index, "family": is_text, "question": is_text, "text": is_text, "right": is_verdict,
+    "answer_right": is_verdict, "tokens": is_counts, "rounds": is_count, "drafted": is_count, "accepted": is_count,
+    "accepted_by_rule": is_count, "seconds_prefill": is_seconds, "seconds_decode": is_seconds,
+}  # fmt: skip
+MAYBE = {  # those that some have
+    "item": is_count, "threshold": lambda value: value is None or is_number(value), "turns": is_turns, "time": is_seconds,
+    "mean_score": lambda value: value is None or is_number(value), "failed": is_text,
+}  # fmt: skip
+
+
+def check_answer(record: dict, where: str) -> dict:
+    """The record of an answer. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
+    missing = next((name for name in ANSWER if name not in record), None)
+    if missing:
+        raise InputError(f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another --out.")
+    fields = ANSWER | {name: kind for name, kind in MAYBE.items() if name in record}
+    wrong = next((name for name, kind in fields.items() if not kind(record[name])), None)
+    if wrong is None:
+        wrong = next((name for name, holds in CONSISTENT.items() if not holds(record)), None)
+    if wrong:
+        found = shortened(json.dumps(record[wrong]))
+        raise InputError(f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another --out.")
+    return record
+
+
+CONSISTENT: dict[str, Callable[[dict], bool]] = {
+    "answer_right": lambda r: (r["right"] is None) == (r["answer_right"] is None),
+    "accepted": lambda r: r["accepted_by_rule"] <= r["accepted"] <= r["drafted"],
+    "rounds": lambda r: r["rounds"] > 0 or not r["drafted"],
+    "tokens": lambda r: "failed" in r or len(r["tokens"]) > 0,
+    "index": lambda r: r.get("item", r["index"]) in (r["index"], int(str(r["index"]).partition(".")[0])),
+}
+
+
+MADE = ("command", "machine", "commit")  # of a header: how a run was made, which another run may do otherwise
+
+
+def how_made() -> dict:
+    """What a header says beside the settings."""
+    command = shlex.join(os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:]))
+    return dict(zip(MADE, (command, machine(), commit())))
+
+
+def machine() -> str:
+    """Processor or GPU, cores, torch."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor()
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores of {name}, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """The commit that ran, with a + when the tree had changes."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        lines = [json.loads(line) for line in text.split(b"\n") if line]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line is no object")
-    except ValueError as error:
-        raise InputError(f"{path} is not a results file of this script ({error}); name another --out.") from None
-    return lines
+        changed = git("status", "--porcelain", "-uno", "--", ":/*.py", ":/checkpoints")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def read_results(path: Path, header: dict) -> list[dict]:
-    """The answers of an earlier run with the same settings; InputError when the file is of other settings or foreign."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]  # a killed run may leave half a line
-    if not whole and not json.dumps(header).encode().startswith(text):
+def unlike(header: dict, other: dict) -> list[str]:
+    """The settings in which two headers differ."""
+    return [key for key in header | other if key not in MADE and header.get(key) != other.get(key)]
+
+
+def check_header(path: Path, lines: list[dict], rest: bytes, header: dict) -> None:
+    """Raises InputError where a file's lines, and the half one after them, are not of a run with this header."""
+    begin = json.dumps(header).encode().removesuffix(b"}")  # how a run was made follows
+    if not lines and not (begin.startswith(rest) or rest.startswith(begin)):
         raise InputError(f"{path} is not a results file of this script (no header); name another --out.")
-    lines = parse_lines(path, whole)
-    if lines and lines[0] != header:
-        differ = [key for key in header | lines[0] if lines[0].get(key) != header.get(key)]
+    if lines and (differ := unlike(header, lines[0])):
         raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
-    if text != whole:
-        os.truncate(path, len(whole))
-    return lines[1:]
+
+
+def parse_lines(path: Path, text: bytes) -> list[tuple[str, dict]]:
+    """(where, object) of each whole line. Raises InputError naming one that is no JSON object."""
+    lines = [(number, line) for number, line in enumerate(text.split(b"\n"), 1) if line]
+    try:
+        return [(f"{path}, line {number}", parse_object(line, f"line {number}")) for number, line in lines]
+    except InputError as error:
+        raise InputError(f"{path} is not a results file of this script ({str(error)[:-1]}); name another --out.") from None
+
+
+def resume(lines: Lines, header: dict, check: Callable[[dict, str], dict] = check_answer) -> list[dict]:
+    """The answers of an earlier run with the same settings, in a file that this process has locked; nothing is written.
+
+    check: raises InputError for a record that no run could have written. Raises InputError, too, when the file is of other
+    settings or foreign.
+    """
+    found = parse_lines(lines.path, lines.content)
+    check_header(lines.path, [line for _, line in found[:1]], lines.rest, header)
+    return [check(record, where) for where, record in found[1:]]
 
 
 def by_key(path: Path, records: list[dict], known: dict | None = None) -> dict[tuple, dict]:
@@ -65,10 +192,15 @@ def check_same_questions(path: Path, records: dict[tuple, dict], questions: list
 
 def rank_and_size() -> tuple[int, int]:
     """Which of how many processes this is, as torchrun says, (0, 1) without it."""
-    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+    given = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    try:
+        rank, size = (whole(low, MOST_PROCESSES)(text) for low, text in zip((0, 1), given))
+    except argparse.ArgumentTypeError:
+        rank, size = 0, 0
+    if rank >= size:
+        rank, size = (shortened(text).strip("'") for text in given)
         raise InputError(f"RANK {rank} and WORLD_SIZE {size} in the environment are not those of a torchrun process.")
-    return int(rank), int(size)
+    return rank, size
 
 
 def part(out: Path, rank: int, size: int) -> Path:
@@ -78,9 +210,9 @@ def part(out: Path, rank: int, size: int) -> Path:
 
 def check_parts(out: Path, size: int) -> None:
     """Raises InputError naming a part that another number of processes left: its answers would be made again."""
-    for path in sorted(out.parent.glob(f"{out.name}.part*of*")):
-        found = re.fullmatch(r"part\d+of(\d+)", path.name.removeprefix(f"{out.name}."))
-        if found and int(found[1]) != size:
+    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.part*of*")):
+        found = re.fullmatch(r"part[0-9]+of([0-9]+)", path.name.removeprefix(f"{out.name}."))
+        if found and found[1] != str(size):
             raise InputError(f"{path} is of a run with {found[1]} processes, and this one has {size}; go on with {found[1]}, "
                              "or remove it.")  # fmt: skip
 
@@ -95,14 +227,13 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
         path = part(out, rank, size)
         if not path.is_file():
             raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
-        first, *records = parse_lines(path, path.read_bytes().rpartition(b"\n")[0]) or [{}]
+        (_, first), *records = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
         if "target" not in first:
             raise InputError(f"{path} is not a part of a run, or its run had not begun.")
         header = header or first
-        if first != header:
-            differ = [key for key in header | first if first.get(key) != header.get(key)]
+        if differ := unlike(header, first):
             raise InputError(f"{path} is of other settings than {part(out, 0, size)} ({', '.join(differ)}).")
-        found = by_key(path, records, found)
+        found = by_key(path, [check_answer(record, where) for where, record in records], found)
     check_same_questions(out, found, questions)
     keys = [(label, question.index) for question in questions for label in labels]
     if missing := [key for key in keys if key not in found]:
@@ -120,6 +251,21 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
     return lines[1:]
 
 
+def check_model_answers(folder: Path, labels: list[str], kept: list[Path]) -> None:
+    """Raises InputError where the answer files of these rules could not be written, or would replace one of `kept`."""
+    check_folder(folder, "--model_answers")
+    for label in labels:
+        path = folder / f"{model_name(label)}.jsonl"
+        if folder.is_dir():
+            check_writable(path, "--model_answers")
+        check_not_input(path, kept, "--model_answers")
+
+
+def model_name(rule: str) -> str:
+    """A rule's label as the name of a file and of a model."""
+    return re.sub(r"[^\w.@=-]", "_", rule)
+
+
 def model_answers(records: list[dict], content: dict) -> dict[str, str]:
     """FastChat's answer files: {file name: text}, one a rule, sorted by question_id. content: index -> line of question.jsonl.
 
@@ -128,7 +274,7 @@ def model_answers(records: list[dict], content: dict) -> dict[str, str]:
     """
     files: dict[str, list] = {}
     for record in records:
-        line, model = content[record.get("item", record["index"])], re.sub(r"[^\w.@=-]", "_", record["rule"])
+        line, model = content[record.get("item", record["index"])], model_name(record["rule"])
         turns = record["turns"]
         choice = {"index": 0, "turns": [turn["text"].strip() for turn in turns],
                   "decoding_steps": [turn["rounds"] for turn in turns], "new_tokens": [turn["new_tokens"] for turn in turns],
@@ -147,7 +293,10 @@ def model_answers(records: list[dict], content: dict) -> dict[str, str]:
 
 
 def write_model_answers(folder: Path, records: list[dict], questions: list) -> None:
-    """Writes one answer file a rule into `folder`, each by rename."""
+    """Writes one answer file a rule into `folder`, each by rename. Raises InputError for a record without its turns."""
+    for record in records:
+        if "turns" not in record or "time" not in record:
+            raise InputError(f"The answer of {record['rule']} to question {record['index']} lacks 'turns' or 'time'.")
     content = {question.index: question.content for question in questions}
     for name, text in model_answers(records, content).items():
         write_file(folder / name, text.encode())

@@ -13,42 +13,35 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from generate import Paint, check_settings, load_pair, threshold_of
+from generate import NotFinite, Paint, check_settings, load_pair, threshold_of
 from judge import RULES, Encoded, RowReader, encode_items, rule_mask
 from model import pick_device, run_dtype
 from scripts.evaluate import Variant, add_engine_flags, label, name_models, parse_rules, schemes_of, settings_for
-from scripts.public_tasks import read_lines
+from scripts.public_tasks import json_lines
+from scripts.tasks import MOST
 from tokenizer import Decoder, Tokenizer, load_tokenizer
 
 
 def read_texts(path: Path, limit: int | None) -> list[dict]:
     """[{"prompt", "response", "errors": []}]. Raises InputError naming file, line and field."""
     items = []
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            prompt, response = (
-                next(item[k] for k in keys if k in item) for keys in (("prompt", "question"), ("response", "answer"))
-            )
-        except (json.JSONDecodeError, TypeError, RuntimeError):
-            raise InputError(
-                f"{path}, line {number} must be an object with prompt and response (or question and answer)."
-            ) from None
+    for where, item in islice(json_lines(path), limit):
+        fields = (next((item[k] for k in keys if k in item), None) for keys in (("prompt", "question"), ("response", "answer")))
+        prompt, response = fields
+        if prompt is None or response is None:
+            raise InputError(f"{where} must be an object with prompt and response (or question and answer).")
         if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-            raise InputError(f"{path}, line {number}: prompt and response must be text, and the response not empty.")
+            raise InputError(f"{where}: prompt and response must be text, and the response not empty.")
         items.append({"prompt": prompt, "response": response, "errors": []})
-        if len(items) == limit:
-            break
     if not items:
         raise InputError(f"{path} holds no texts; give JSON lines with prompt and response.")
     return items
@@ -65,6 +58,8 @@ def passes(models: tuple, variants: list[Variant], texts: list[Encoded], args, s
         both, base = text.prompt + text.ids, len(text.prompt) - 1
         hidden = [reader.read(both, base, base, len(both)) for reader in readers]
         logits = [r.model.output(r.model.norm(h[:-1])).float() for r, h in zip(readers, hidden)]
+        if not all(x.isfinite().all() for x in logits):
+            raise NotFinite(f"The logits of text {len(out) + 1} are not finite; try --precision fp32 or bf16.")
         scores = None
         if head is not None:
             scores = head.score(hidden[0][1:], hidden[1][:-1] if head.draft_weight is not None else None)
@@ -112,16 +107,15 @@ def show(tokenizer: Tokenizer, text: Encoded, letters: list[str], paint: Paint) 
 
 def score(args: argparse.Namespace) -> list[dict]:
     """Reads the texts through the models, prints what is asked for, and returns the rows."""
-    variants, args.device = parse_rules(args.verify, args.threshold), pick_device(args.device)
+    variants = parse_rules(args.verify, args.threshold)
     name_models(args)
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit {args.limit} is too small: at least 1 text.")
     if any(variant.name == "window" for variant in variants):
         raise InputError("--verify window looks ahead within a round, and a text has no rounds; take another rule.")
     if any(variant.name not in RULES for variant in variants) or "auto" in (args.speculate_k, *(v.k for v in variants)):
         raise InputError(f"--verify takes {', '.join(RULES)} here, and M is a number: the text is the draft.")
     for variant in variants:
         check_settings(settings_for(args, variant), True, args.judge_path is not None)
+    args.device = pick_device(args.device)
     tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
     judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
     dtype = run_dtype(args.precision, args.device)
@@ -149,10 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON lines with prompt and response")
-    add("--limit", type=int, help="only so many texts")
+    add("--limit", type=whole(1, MOST), help="only so many texts")
     add("--verify", default="standard,judge", help="rules; judge@8 with M = 8")
     add("--threshold", help="rule=number, ...")
-    add("--show", type=int, default=0, help="print so many texts in colours")
+    add("--show", type=whole(0, MOST), default=0, help="print so many texts in colours")
     add("--json", action="store_true", help="print one JSON object")
     add_engine_flags(parser)
     args = parser.parse_args(argv)

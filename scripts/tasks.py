@@ -18,13 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import InputError
+from cli import InputError, whole
+from files import read_bytes
 from scripts.demo_task import FAMILIES, problems
-from scripts.public_tasks import TASKS, parse_object, read_lines, read_task
+from scripts.public_tasks import TASKS, json_lines, read_task
 from scripts.sandbox import allow_code_execution, check_allowed
 from scripts.scoring import CHECKERS, Question, final_number
 
 DEMO_LIMIT = 100  # demo problems without --limit: their stream has no end
+MOST = 10_000_000  # questions
 OWN = ("number", "math", "choice", "code")  # the checkers for files of one's own
 
 
@@ -38,26 +40,17 @@ def load_questions(
     """
     if checker is not None and checker not in CHECKERS:
         raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
-    check_limit(limit)
     name, _, family = str(source).partition(":")
     if name == "demo":
         if family and family not in FAMILIES or checker not in (None, "demo"):
             raise InputError(f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo.")
         stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
         return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
-    numbered = ((number, line) for number, line in enumerate(read_lines(Path(source), "--questions"), 1) if line.strip())
-    questions = [
-        read_question(line, f"{source}, line {number}", index, checker)
-        for index, (number, line) in enumerate(islice(numbered, limit))
-    ]
+    lines = islice(json_lines(Path(source), "--questions"), limit)
+    questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
     if not questions:
         raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
     return distinct(questions)
-
-
-def check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit} is too small: at least 1 question.")
 
 
 def distinct(questions: list[Question]) -> list[Question]:
@@ -70,9 +63,8 @@ def distinct(questions: list[Question]) -> list[Question]:
     return list(kept.values())
 
 
-def read_question(line: str, where: str, index: int, checker: str | None) -> Question:
+def read_question(item: dict, where: str, index: int, checker: str | None) -> Question:
     """The question of one line. Raises InputError beginning with `where`."""
-    _, item = parse_object(line, where)
     checker = item.get("checker", checker)
     if checker not in OWN:
         raise InputError(f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker.")
@@ -110,8 +102,6 @@ def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: field {name!r} must be text that is not empty.")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise InputError(f"{where}: field {name!r} is not valid Unicode.")
     return value
 
 
@@ -119,12 +109,12 @@ def add_question_flags(add: Callable) -> None:
     """Gives a parser (by its add_argument) the flags that name questions; `questions_of` reads them."""
     add("--task", choices=["demo", *TASKS], help="a benchmark, read from --data as published (default: demo)")
     add("--data", type=Path, help="the benchmark's file or folder, see scripts/download.py")
-    add("--shots", type=int, help="examples before each question (default: as its harness has it, with --chat none)")
+    add("--shots", type=whole(0, MOST), help="examples before each question (default: as its harness has it, with --chat none)")
     add("--shots_data", type=Path, help="where examples come from (default: the training file beside --data)")
     add("--questions", help="instead of --task: demo, demo:story, demo:list, or your own JSON lines (.jsonl, .jsonl.gz)")
     add("--checker", choices=(*OWN, "demo"), help="what says whether an answer is right, where a line of --questions does not")
-    add("--limit", type=int, help=f"number of questions (default: all, or {DEMO_LIMIT} demo problems)")
-    add("--seed", type=int, default=2026, help="another seed, other demo problems")
+    add("--limit", type=whole(1, MOST), help=f"number of questions (default: all, or {DEMO_LIMIT} demo problems)")
+    add("--seed", type=whole(-(2**62), 2**62), default=2026, help="another seed, other demo problems")
     add("--allow_code_execution", action="store_true", help="let humaneval and --checker code run programs that a model wrote")
 
 
@@ -148,7 +138,6 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
         raise InputError(f"--task {args.task} has no right and wrong answers, which this needs; take another.")
     if not stops and not args.chat and TASKS[args.task].stops:
         raise InputError(f"--task {args.task} needs --chat here: a base model's answers do not end by themselves.")
-    check_limit(args.limit)
     return read_task(args.task, args.data, args.chat, args.shots, args.shots_data, args.limit)
 
 
@@ -159,10 +148,11 @@ def question_header(args) -> dict:
         if path is None or not path.exists():
             return None
         files = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()[:16]
 
     task = getattr(args, "task", None) or "demo"
     if task == "demo":
         questions = args.questions or "demo"
-        return {"questions": questions, "data": digest(Path(questions)), "checker": args.checker, "seed": args.seed}
+        data = None if questions.partition(":")[0] == "demo" else digest(Path(questions))
+        return {"questions": questions, "data": data, "checker": args.checker, "seed": args.seed}
     return {"questions": task, "data": digest(args.data), "shots": args.shots, "shots_data": digest(args.shots_data)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import tp
+from generate import NotFinite
 from judge import JudgeHead
 from model import Transformer
 from tokenizer import Decoder, Tokenizer
@@ -34,7 +35,10 @@ class Details(NamedTuple):
 def token_details(
     target: Transformer, draft: Transformer, head: JudgeHead | None, prompt: list[int], tokens: list[int]
 ) -> Details:
-    """Reads prompt and tokens (ids) through both models at once; no state of an engine is read or changed."""
+    """Reads prompt and tokens (ids) through both models at once; no state of an engine is read or changed.
+
+    Raises NotFinite where a figure would be NaN or infinite.
+    """
     n, ids = len(tokens), torch.tensor([prompt + tokens], device=target.device)
     hidden, draft_hidden = (model(ids, n_logits=0)[0][0, -n - 1 :] for model in (target, draft))  # (n + 1, dim)
     p, kl, top = [], [], []
@@ -49,7 +53,10 @@ def token_details(
         top.append(log_p.argmax(-1))
     proposing = draft_hidden[:-1] if head is not None and head.draft_weight is not None else None
     score = head.score(hidden[1:], proposing) if head is not None else None
-    return Details(torch.cat(p), torch.cat(kl), score, torch.cat(top))
+    found = Details(torch.cat(p), torch.cat(kl), score, torch.cat(top))
+    if not all(values is None or values.isfinite().all() for values in found):
+        raise NotFinite("The details of an answer are not finite: the models' logits overflow; try --precision fp32 or bf16.")
+    return found
 
 
 def as_fields(details: Details, tokenizer: Tokenizer, tokens: list[int]) -> dict:

@@ -15,7 +15,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import io
@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from files import write_file
-from generate import DEMO, Engine, Settings, answer_text
+from files import check_folder, check_writable, lock, read_bytes, write_file
+from generate import DEMO, Engine, Settings, answer_text, check_compiler
 from judge import TrainSettings, print_figures, read_answers, train_judge
 from model import ModelArgs, Transformer, load_model, pick_device, weight_plan
 from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
@@ -49,6 +49,7 @@ PRESETS = {  # dim, layers, heads, KV heads, intermediate size
 SCHEDULE = {"target": (2400, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
 BATCH = 64
 SAVE_EVERY = 100  # steps between saved states
+FOLDER = ("model.safetensors", "tokenizer.model", "config.json", "generation_config.json", "tokenizer_config.json")
 STAGES = ("tokenizer", "target", "draft", "judge")
 JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))  # model, temperature, answers
 JUDGE_THRESHOLD = 0.8  # chosen on held-out problems of another seed than the results' (--seed 7)
@@ -135,14 +136,8 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
     model.to(device)
     peak = SCHEDULE[role][1]
     optimizers, start, began = make_optimizers(model, peak), 0, time.monotonic()
-    if state.exists():
-        saved = torch.load(state, weights_only=True, map_location=device)
-        if (saved["seed"], saved["steps"]) != (seed, steps):
-            raise InputError(f"{state} is of another seed or number of steps; remove it, or name another --work.")
-        model.load_state_dict(saved["model"])
-        for optimizer, content in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(content)
-        start = saved["step"]
+    if os.path.lexists(state):
+        start = resume(model, optimizers, state, seed, steps)
     loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids)[1].flatten(0, 1), targets.flatten()))
     for step in range(start, steps):
         ids, targets = (t.to(device) for t in batch(sp, role, seed, step, step >= 0.7 * steps))
@@ -162,12 +157,49 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
             left_min = pace * (steps - step - 1) / 60
             print(f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left", file=sys.stderr)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            if not math.isfinite(loss.item()):
+                raise InputError(f"{role}: the loss of step {step + 1} is not finite; {state} keeps what was before.")
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
                        "seed": seed, "steps": steps}  # fmt: skip
             buffer = io.BytesIO()
             torch.save(content, buffer)
             write_file(state, buffer.getvalue())
     return model
+
+
+def resume(model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int) -> int:
+    """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
+
+    Raises InputError for a file of another run, and for one that no run has saved.
+    """
+    content = read_bytes(state)
+    try:
+        saved = torch.load(io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device)
+        if (saved["seed"], saved["steps"]) != (seed, steps):
+            raise InputError(f"{state} is of another seed or number of steps; remove it, or name another --work.")
+        if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
+            raise ValueError(f"step is {saved['step']!r}")
+        model.load_state_dict(saved["model"])
+        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+            check_moments(optimizer)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged pickle raises has no end
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew.") from None
+    return saved["step"]
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where what an optimizer remembers of a weight is not of its shape, or no number."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim()]
+            if not kept or any(x.shape != weight.shape for x in kept):
+                raise ValueError("an optimizer's state is not of its weights")
+            if not all(x.isfinite().all() for x in (weight, *kept)):
+                raise ValueError("it holds numbers that are not finite")
 
 
 def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
@@ -197,7 +229,7 @@ def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
     """Trains and saves the judge, from answers of this very pair."""
     target, draft = (load_model(out / role, device, torch.float32) for role in ("target", "draft"))
     data = work / f"judge_data_{target.fingerprint}_{draft.fingerprint}.jsonl"
-    if not data.exists():
+    if not os.path.lexists(data):
         write_judge_data(out, data, seed + 1, device)
     settings = TrainSettings(threshold=JUDGE_THRESHOLD, seed=seed)
     head = train_judge([target], load_tokenizer(out / "target"), read_answers(data), settings, work / "features")
@@ -223,29 +255,51 @@ def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
     for name, (parameter, row, shape) in weight_plan(model.args).items():
         tensors[name] = ours[parameter][row : row + shape[0]].to("cpu", torch.bfloat16).contiguous()
     write_file(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_file(folder / "tokenizer.model", tokenizer.read_bytes())
+    write_file(folder / "tokenizer.model", read_bytes(tokenizer))
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
                 "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip
-    for file, content in (("config.json", hf_config(model.args)), ("generation_config.json", generation),
-                          ("tokenizer_config.json", settings)):  # fmt: skip
+    for file, content in zip(FOLDER[2:], (hf_config(model.args), generation, settings)):
         write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def train_all(args: argparse.Namespace) -> None:
     """Runs the stages that are asked for, each from where it stopped."""
+    stages = check_args(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
+    try:
+        lock(held, args.work)
+        run_stages(args, stages)
+    finally:
+        os.close(held)
+
+
+def check_args(args: argparse.Namespace) -> list[str]:
+    """The stages. Raises InputError for what cannot run or be written, before there is any work."""
     stages = args.stages.split(",")
-    if unknown := set(stages) - set(STAGES):
-        raise InputError(f"--stages {unknown.pop()} is not a stage; known are {', '.join(STAGES)}.")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise InputError(f"--stages {unknown[0]} is not a stage; known are {', '.join(STAGES)}.")
     if args.steps and not args.out:
         raise InputError("--steps is for trials, which must not replace the shipped pair; name an --out.")
     args.out, args.device = args.out or DEMO, pick_device(args.device)
+    written = [args.work / name for name in ("tokenizer.model", *(f"{role}.pt" for role in PRESETS))]
+    written += [args.out / role / name for role in PRESETS for name in FOLDER]
+    for path in [*written, args.out / "judge.safetensors"]:
+        check_folder(path.parent, "--work" if path.parent == args.work else "--out")
+        if path.parent.is_dir():
+            check_writable(path)
+    if args.device.type == "cpu" and set(PRESETS) & set(stages):
+        check_compiler()
+    return stages
+
+
+def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
+    """Tokenizer, target, draft, judge: those of `stages`, with the files of the earlier ones."""
     tokenizer = args.work / "tokenizer.model"
     if "tokenizer" in stages and not tokenizer.exists():
         train_tokenizer(tokenizer, args.seed)
-    if not tokenizer.exists():
-        raise InputError(f"There is no {tokenizer}; run the stage tokenizer first.")
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    sp = load_pieces(tokenizer) if set(PRESETS) & set(stages) else None
     for role in PRESETS:
         if role in stages:
             steps = args.steps or SCHEDULE[role][0]
@@ -256,15 +310,29 @@ def train_all(args: argparse.Namespace) -> None:
         train_demo_judge(args.out, args.work, args.seed, args.device)
 
 
-def main() -> None:
+def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer of an earlier stage. Raises InputError where there is none, or not one for these models."""
+    if not os.path.lexists(path):
+        raise InputError(f"There is no {path}; run the stage tokenizer first.")
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
+    except RuntimeError:
+        raise InputError(f"{path} is no SentencePiece model; remove it, and run the stage tokenizer.") from None
+    if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
+        raise InputError(f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove it, and run the "
+                         "stage tokenizer.")  # fmt: skip
+    return pieces
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced")
     parser.add_argument("--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from")
     parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=whole(0, 2**62), default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, help="batches a model, for a quick trial; needs --out")
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=whole(1, 1_000_000), help="batches a model, for a quick trial; needs --out")
+    args = parser.parse_args(argv)
     run_script("train_demo.py", lambda: train_all(args))
 
 

@@ -24,15 +24,8 @@ def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
 
     The answer itself stays as it was decoded: with the chat format this gives the ids of `encode_chat` of the whole.
     """
-    parts = [encode_prompt(args, tokenizer, question.prompt)]
-    for turn in question.more_turns:
-        if args.chat:
-            said = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-            whole = tokenizer.encode_chat([*said, {"role": "user", "content": turn}])
-            parts.append(whole[len(tokenizer.encode_chat(said[:1])) :])
-        else:
-            parts.append(tokenizer.encode(turn))
-    return parts
+    further = tokenizer.encode_next if args.chat else tokenizer.encode
+    return [encode_prompt(args, tokenizer, question.prompt), *map(further, question.more_turns)]
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
@@ -85,6 +78,18 @@ def answer_turns(engine, parts: list[list[int]], question: Question, max_new_tok
     if question.checker == "none":
         whole |= {"turns": [summary_of(record, question.stops) for record in records], "time": time.time()}
     return whole
+
+
+def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
+    """The record of a question without an answer: what the logits were, instead of a text; all counts are zero."""
+    n = len(parts[0])
+    record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
+    if isinstance(engine, Engine):
+        record = json.loads(as_json(engine, Result(n), "")) | {"origin": ""} | record
+    record |= {"cuts": [], "stop_reason": "failed"}
+    if question.checker == "none":
+        record |= {"turns": [summary_of(record, ()) for _ in parts], "time": time.time()}
+    return record
 
 
 def said_ids(record: dict, stops: tuple[str, ...]) -> list[int]:

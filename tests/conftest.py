@@ -20,6 +20,39 @@ TINY = {
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 
+# Small chat templates of the forms that are published: what --chat writes is the folder's own.
+LAST = "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}{% endif %}"
+TURN = "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ '\\n\\n' }}{{ m.content | trim }}<|eot_id|>"
+DATED = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = TODAY %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = '' %}
+{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' }}
+{{- system + '<|eot_id|>' }}
+{%- for m in messages %}TURN{% endfor %}LAST""".replace("TURN", TURN).replace("LAST", LAST)
+TEMPLATES = {
+    "llama 3": "{{ bos_token }}{% for m in messages %}" + TURN + "{% endfor %}" + LAST,
+    "llama 3.1": DATED.replace("TODAY", "'26 Jul 2024'"),
+    "llama 3.2": DATED.replace("TODAY", "strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024'"),
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "deepseek": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+                "{{ '<｜User｜>' + m.content }}{% else %}{% set said = m.content %}{% if '</think>' in said %}"
+                "{% set said = said.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + said + '<｜end▁of▁sentence｜>' }}"
+                "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}",
+    "llama 2": "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
+               "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+               "{% endif %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n') if system"
+               " and loop.first else '') + m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
+               "{% endif %}{% endfor %}",
+}  # fmt: skip
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

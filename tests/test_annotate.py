@@ -179,10 +179,8 @@ def test_the_terminal_is_left_as_it_was_and_a_second_process_is_refused(tmp_path
 
     second = Terminal(*args)
     assert second.end("") == 2
-    assert (
-        second.output.decode()
-        == f"annotate.py: {args[3]}.marks is in use by another annotate.py; one at a time can write to an --out.\r\n"
-    )
+    assert second.output.decode().startswith(f"annotate.py: {args[3]}.marks is being written by another process; ")
+    assert second.output.count(b"\n") == 1
 
     fcntl.ioctl(first.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
     first.until("end", "␛[2J·")  # all of it fits now; what would clear the screen or turn the writing round is shown instead
@@ -203,11 +201,15 @@ def test_without_a_terminal_it_says_so(tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ("{", "line 2 is not valid JSON"),
-    ("[1]", "line 2 is no JSON object"),
+    ("[1]", "line 2 is a JSON list, not an object"),
+    ("[" * 100_000, "line 2 is nested too deeply"),
+    ('{"prompt": "a", "response": "b", "n": ' + "1" * 5000 + "}", "line 2 is not valid JSON: a whole number of 5000 digits"),
+    ('{"prompt": "a", "response": "b", "errors": [[0, NaN]]}', "within 0 and 1"),
+    ('{"prompt": "a", "response": "b", "errors": [[0]]}', "within 0 and 1"),
     ('{"response": "a"}', "line 2: field 'prompt' must be a str"),
     ('{"prompt": "a", "response": null}', "line 2: field 'response' must be a str"),
     ('{"prompt": "a", "response": ""}', "line 2: field 'response' is empty"),
-    ('{"prompt": "a", "response": "\\ud83d"}', "line 2: field 'response' is not valid Unicode"),
+    ('{"prompt": "a", "response": "\\ud83d"}', "line 2 holds half of a surrogate pair"),
     ('{"prompt": "a", "response": "b", "reference": 3}', "line 2: field 'reference' must be a str"),
     ('{"prompt": "a", "response": "b", "right": "no"}', "line 2: field 'right' must be a bool"),
     ('{"prompt": "a", "response": "b", "errors": false}', "line 2: field 'errors' must be null or a list"),
@@ -229,15 +231,22 @@ def test_files_that_would_be_overwritten_are_refused(tmp_path, capsys):
     data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
     write_lines(data, ITEMS)
     other.write_text("mine")
+    (tmp_path / "linked").symlink_to(data)
+    os.mkfifo(tmp_path / "pipe")
     for out, words in (
-        (data, "is --data itself"),
+        (data, "is one of the inputs"),
+        (tmp_path / "linked", "is one of the inputs"),
+        (tmp_path / "pipe", "it is a pipe"),
+        ("/dev/null", "it is a device"),
+        ("/", "it is a folder"),
+        (tmp_path / ("x" * 252), "too long"),
         (other, "exists, but not its journal"),
         (tmp_path / "no" / "a", "cannot be written"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["--data", str(data), "--out", str(out)])
         assert stop.value.code == 2 and words in capsys.readouterr().err
-    assert read_lines(data) == ITEMS and other.read_text() == "mine" and len(os.listdir(tmp_path)) == 2
+    assert read_lines(data) == ITEMS and other.read_text() == "mine" and len(os.listdir(tmp_path)) == 4
     for content in (b"mine", b"mine\n", b'{"answer": "a", "errors": [[3, 2]], "done": true}\n', b"[]\n"):
         other.write_bytes(content)
         with pytest.raises(InputError, match="name another --out"):
@@ -259,10 +268,10 @@ def test_a_journal_cut_anywhere_keeps_every_whole_change(tmp_path):
         again = Journal(cut)
         assert again.records == states[content[:size].count(b"\n")]
         again.put("c", [], True)
-        again.file.close()
+        again.lines.close()
         again = Journal(cut)
         assert again.records == states[content[:size].count(b"\n")] | {"c": {"errors": [], "done": True}}
-        again.file.close()
+        again.lines.close()
 
 
 def test_a_full_disk_is_said_and_the_change_does_not_count(tmp_path, monkeypatch):
@@ -271,19 +280,25 @@ def test_a_full_disk_is_said_and_the_change_does_not_count(tmp_path, monkeypatch
 
     journal = Journal(tmp_path / "j")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="the last change is not kept: No space left"):
+    with pytest.raises(InputError, match="The last change is not kept: .*No space left"):
         journal.put("a", [], True)
     assert journal.records == {}
     monkeypatch.undo()
 
     class NearlyFull(io.FileIO):
         def write(self, data):
+            if self.tell() > self.size:
+                raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data[:5])
 
     journal.put("a", [[0, 1]], True)
-    journal.file = NearlyFull(tmp_path / "j", "ab")
-    with pytest.raises(InputError, match="the last change is not kept: No space left"):
+    whole = journal.lines.file
+    journal.lines.file = NearlyFull(tmp_path / "j", "ab")
+    journal.lines.file.size = journal.lines.file.tell()
+    with pytest.raises(InputError, match="The last change is not kept: .*No space left"):
         journal.put("a", [], True)
+    journal.lines.file = whole
+    journal.lines.close()
     assert journal.records == Journal(tmp_path / "j").records == {"a": {"errors": [[0, 1]], "done": True}}
 
 
@@ -417,18 +432,37 @@ def test_an_answer_that_is_changed_again_is_open_until_it_is_confirmed(tmp_path,
     assert not session.press("q", 79, 24)
 
 
+def test_enter_on_what_the_checker_calls_wrong_is_asked_once(tmp_path, tokenizer):
+    wrong = [item | {"right": False} for item in (TIMES, WIDE, MARKED)]
+    session, out = make_session(tmp_path, tokenizer, wrong), tmp_path / "out"
+    press(session, "n")
+    assert read_lines(out) == [] and session.position == 0 and "enter again if it is right" in session.render(79, 24)[-1]
+    press(session, "l")  # anything else is no answer to that
+    assert "enter again" not in session.render(79, 24)[-1]
+    press(session, "n", "n")
+    assert read_lines(out) == [wrong[0] | {"errors": []}] and session.position == 1
+    press(session, "m", "n")  # something is marked: nothing to ask
+    assert session.position == 2 and len(read_lines(out)) == 2
+    press(session, "n")  # marked before
+    assert session.key is None and [line["errors"] for line in read_lines(out)] == [[], [[0, 1]], [[6, 7]]]
+    session.journal.lines.close()
+    other = make_session(tmp_path, tokenizer, [TIMES | {"right": None, "prompt": "y"}, MARKED | {"errors": [], "prompt": "x"}])
+    press(other, "n")
+    assert other.position == 1  # nobody called it wrong
+
+
 def test_what_is_known_right_is_asked_only_with_all(tmp_path, tokenizer):
     twin = {"prompt": RIGHT["prompt"], "response": RIGHT["response"], "source": "the same text again"}
     items = [RIGHT, twin, RIGHT | {"response": "5.", "errors": None}, RIGHT | {"response": "6.", "errors": [[0, 1]]}]
     session = make_session(tmp_path, tokenizer, items)
     assert [session.queue[key]["response"] for key in session.keys] == ["5.", "6."]
     assert read_lines(tmp_path / "out") == [RIGHT, twin | {"errors": []}]
-    session.journal.file.close()
+    session.journal.lines.close()
     session = make_session(tmp_path, tokenizer, items, ask_all=True)
     assert len(session.keys) == 3 and read_lines(tmp_path / "out") == []
     press(session, "m", "n")
     assert read_lines(tmp_path / "out") == [RIGHT | {"errors": [[0, 1]]}, twin | {"errors": [[0, 1]]}]
-    session.journal.file.close()
+    session.journal.lines.close()
     session = make_session(tmp_path, tokenizer, items)  # what somebody has marked is no longer known to be right
     assert (
         read_lines(tmp_path / "out") == [RIGHT | {"errors": [[0, 1]]}, twin | {"errors": [[0, 1]]}] and len(session.keys) == 3
@@ -441,11 +475,11 @@ def test_marks_of_answers_that_are_gone_come_back_with_them(tmp_path, tokenizer)
     press(session, "m", "n", "m", "n", "n")
     whole = (tmp_path / "out").read_bytes()
     assert [line["errors"] for line in read_lines(tmp_path / "out")] == [[[0, 1]], [[0, 1]], []]
-    session.journal.file.close()
+    session.journal.lines.close()
     session = make_session(tmp_path, tokenizer, [MARKED])
     press(session, "n")
     assert read_lines(tmp_path / "out") == [MARKED]
-    session.journal.file.close()
+    session.journal.lines.close()
     make_session(tmp_path, tokenizer, [TIMES, WIDE, other])
     assert (tmp_path / "out").read_bytes() == whole
 

@@ -1,12 +1,19 @@
 """Protects: byte counts, the peers' equality and their imposed acceptance, the report of benchmark.py."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
+from generate import DEMO
 from model import ModelArgs, preset, random_model
-from scripts.benchmark import attention_ways, main, shape_of
+from scripts import benchmark
+from scripts.benchmark import Part, as_table, attention_ways, main, shape_of, summarise
 from scripts.peers import SAID, Peers, twin
 
 SMALL = ["--preset", "64x2", "--draft_preset", "64x1", "--verify", "standard", "--speculate_k", "4", "--positions", "20",
@@ -69,6 +76,15 @@ def test_the_report(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == json.loads((tmp_path / "b.json").read_text())
     names = [row["part"] for row in report["rows"]]
+    expected = {"schema": 2, "model": "64x2", "draft_model": "64x1", "rule": "standard", "threshold": 0.0, "speculate_k": 4,
+                "mode": None, "draft_mode": None, "compile": False, "precision": "float32", "device": "cpu",
+                "torch": torch.__version__, "imposed_acceptance": 3, "modes": None}  # fmt: skip
+    assert report | expected == report and report["commit"] and report["date"] and report["machine"]
+    at = {row["part"]: row["positions"] for row in report["rows"]}
+    assert at["plain step at 20"] == [20, 20] and at["verify 9 rows at 20"] == [20, 28] and at["generate, plain"] == [64, 87]
+    for row in report["rows"]:
+        assert len(row["samples_ms"]) == row["n"] == 2 and row["ms"] == pytest.approx(sum(row["samples_ms"]) / 2)
+        assert [row["ms_min"], row["ms_max"]] == sorted(row["samples_ms"]) and "ms_p25" not in row
     assert names == ["plain step at 20", "draft loop, M = 4 at 20", "verify 5 rows at 20", "verify 9 rows at 20", "round, M = 4 at 20",
                      "prefill of 70 tokens", "generate, plain", "generate, standard", "transformers generate",
                      "transformers generate, assisted"]  # fmt: skip
@@ -83,6 +99,96 @@ def test_the_report(tmp_path, capsys):
     table = (tmp_path / "b.md").read_text()
     assert table.count("\n| ") == len(names) + 1 and "imposed acceptance of 3" in table
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def part_of(milliseconds: list[float]) -> dict:
+    return summarise(Part("x", lambda: 0.0, (5, 9), 1e6, seconds=[ms / 1e3 for ms in milliseconds]), 1e9)
+
+
+def test_extremes_quartiles_and_noise_by_hand():
+    """9 repeats have a least and a most; 21 repeats, 0 to 20 ms, have quartiles at 5 and 15; 3 from 8 to 12 spread over 40%."""
+    row = part_of([3, 1, 2, 2, 2, 2, 2, 2, 2])
+    assert (row["ms_min"], row["ms"], row["ms_max"], row["noisy"]) == pytest.approx((1, 2, 3, True)) and "ms_p25" not in row
+    row = part_of([90, *range(1, 21)])
+    assert (row["ms_p25"], row["ms_p75"], row["ms_max"]) == pytest.approx((6, 16, 90)) and row["spread"] == pytest.approx(10 / 11)
+    assert part_of([10] * 18 + [1, 99])["noisy"] is False  # two jumps of twenty are no noise of the rest
+    loud, calm = part_of([8, 10, 12]), part_of([9.5, 10, 10.5])
+    assert (loud["noisy"], calm["noisy"]) == (True, False) and loud["spread"] == pytest.approx(0.4)
+    table = as_table([loud, calm])
+    assert "| least to most |" in table and "8.000 to 12.000" in table and "5 to 9" in table and table.count("noisy |") == 1
+    assert "1 of 2 parts spread over more than 25% of their median" in table
+    assert "no part spreads over more than 25%" in as_table([calm]) and "25% to 75%" in as_table([part_of([1.0] * 20)])
+    assert part_of([1, 9])["noisy"] is None and "not known" in as_table([part_of([1, 9])])
+
+
+def test_the_cut_last_round_is_left_out(capsys, monkeypatch):
+    """3 of 4 accepted by imposition: 26 tokens are 6 rounds of 4 and 2 tokens of a seventh. An argument may be no UTF-8."""
+    monkeypatch.setattr(benchmark, "bandwidth", lambda device: (1e10, 1e10))
+    main([*SMALL, "--accept", "3", "--max_new_tokens", "26", "--prefill", "5"])
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert (report["tokens_a_round"], report["rounds"], report["rounds_cut"]) == (4, 6, 1)
+    assert "tokens a round: 4.00 in 6 rounds, without the last" in out
+    assert benchmark.printable("a\udcff").encode() == b"a?"
+
+
+def test_default_positions_fit_the_context():
+    """The demo's context is 512, and 17 rows, or those of --rows, must fit behind the position."""
+    for flags, position in (([], 495), (["--rows", "33"], 479), (["--preset", "64x1"], 500)):
+        args = benchmark.parse_args([*flags, "--device", "cpu"])
+        benchmark.check_args(args)
+        assert args.positions == [position] and args.prefill == [512] and args.max_new_tokens == 200
+
+
+COMMANDS = {  # of README.md, benchmarks/README.md and the scripts' docstrings: what of each can run here, None: its flags alone
+    "--compile --peers --accept 14": ["--peers", "--accept", "14", "--max_new_tokens", "20"],
+    "--compile --peers": None,
+    "--compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 20 --accept 17": None,
+    "--preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --speculate_k 20 --compile": None,
+    "--checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out benchmarks/mine.json": None,
+}  # fmt: skip
+
+
+def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
+    texts = [(ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md", "scripts/benchmark.py")]
+    lines = [line for text in texts for line in re.findall(r"^ *python scripts/benchmark.py +(-[^#\n]*)", text, re.M)]
+    assert {line.strip() for line in lines} == COMMANDS.keys()
+    monkeypatch.setattr(benchmark, "bandwidth", lambda device: (1e10, 1e10))
+    for line, short in COMMANDS.items():
+        monkeypatch.chdir(ROOT)
+        words = line.replace("DIR2", str(DEMO / "draft")).replace("DIR", str(DEMO / "target")).split()
+        benchmark.check_args(benchmark.parse_args([*words, "--device", "cpu"]))
+        monkeypatch.chdir(tmp_path)
+        if short:
+            main([*short, "--repeats", "1", "--prefill", "9", "--device", "cpu"])
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_a_round"] == 15
+
+
+def test_gpu_check_refuses_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "odd" / "gpu_check.json").mkdir(parents=True)
+    for arguments, more, words in (
+        (["small"], {}, "the only argument is large"), (["large", "x"], {}, "the only argument is large"),
+        ([], {"OUT": str(tmp_path / "file")}, "no folder that can be written"), ([], {"OUT": "/proc/x"}, "no folder that can be written"),
+        ([], {"OUT": str(tmp_path / "odd")}, "gpu_check.json is there already"), ([], {"TMPDIR": "/no/such", "OUT": str(tmp_path)}, "temporary"),
+    ):  # fmt: skip
+        command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), *arguments]
+        found = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+        assert found.returncode == 2 and words in found.stderr and (found.stderr.count("\n"), found.stdout) == (1, "")
+
+
+def test_gpu_check_writes_its_report_after_every_step(tmp_path):
+    """With a python that sees a GPU and ends every step at once: the report holds each step's exit code and words."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\ncase "$1" in\n-c) exit 0;;\n-) exec {sys.executable} "$@";;\nesac\necho "ran $*"; exit 3\n')
+    fake.chmod(0o755)
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_check.sh"), "large"], env=environment, capture_output=True, text=True)
+    report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert done.returncode == 0 and list(report) == ["products_70b", "pair_70b_8b"] and report["products_70b"]["exit_code"] == 3
+    assert "ran scripts/benchmark.py --products" in (tmp_path / "out" / "gpu_check.md").read_text()
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_several_modes_in_one_run(capsys):
@@ -122,8 +228,8 @@ def test_attention_ways_agree():
     (["--preset", "65x2"], "must be a multiple of 64"),
     (["--preset", "64x2", "--checkpoint_path", "x"], "both name a model"),
     (["--accept", "17"], "--accept 17 must be between 0 and --speculate_k 16"),
-    (["--rows", "1"], "--rows counts"),
-    (["--rows", "2000"], "--rows counts"),
+    (["--rows", "1"], "--rows 1 must be"),
+    (["--rows", "2000"], "--rows 2000 must be"),
     (["--checkpoint_path", "nowhere"], "nowhere"),
     (["--positions", "600"], "reach 600 tokens, but the context is 512"),
     (["--cache_length", "9"], "--cache_length 9 is too short"),
@@ -135,9 +241,23 @@ def test_attention_ways_agree():
     (["--attention", "--profile", "t.json"], "measure nothing else"),
     (["--draft_checkpoint_path", "nowhere"], "nowhere"),
     (["--preset", "64x1", "--cache_length", "1000000000000"], "Not enough memory"),
-    (["--positions", "0"], "at least 1"),
+    (["--positions", "0"], "--positions 0 must be"),
+    (["--positions", "500"], "17 rows from there on reach 517 tokens, but the context is 512"),
+    (["--preset", "9" * 5000 + "x2"], "DIM must be a multiple"),
+    (["--preset", "64x" + "9" * 5000], "LAYERS 1 to 1024"),
+    (["--preset", "64x2000"], "LAYERS 1 to 1024"),
+    (["--preset", "a" * 5000], "There is no preset"),
+    (["--modes", "int4/" + "9" * 5000], "is not"),
+    (["--modes", "int8", "int8"], "twice"),
+    (["--repeats", "0"], "--repeats 0 must be"),
+    (["--max_new_tokens", "9" * 5000], "--max_new_tokens"),
+    (["--accept", "-1"], "--accept"),
+    (["--out", "/dev/null.json/x.json"], "cannot be written"),
+    (["--out", "b.json", "--profile", "b.md"], "a file that --out writes"),
+    (["--judge_path", str(DEMO / "judge.safetensors"), "--profile", str(DEMO / "judge.safetensors")], "one of the inputs"),
+    (["--profile", str(DEMO / "target" / "config.json")], "one of the inputs"),
     (["--out", "x.txt"], "must end in .json"),
-    (["--modes", "int3"], "--mode int3 is not known"),
+    (["--modes", "int3"], "--mode 'int3' is not known"),
     (["--modes", "int4/x"], "not of the form int4/GROUP"),
     (["--modes", "int8", "--mode", "int8"], "leave --mode"),
     (["--modes", "int8", "--peers"], "unquantised weights"),

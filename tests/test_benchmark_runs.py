@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DATA, ROOT, make_folder
+from conftest import DATA, ROOT, TEMPLATES, make_folder
 
 from cli import InputError
-from generate import DEMO
 from scripts import evaluate as script
 from scripts.evaluate import main, share_of
 from scripts.public_tasks import read_task
@@ -53,6 +52,7 @@ def llamas(tmp_path_factory):
         make_folder(root / name, seed=seed, num_hidden_layers=2 - (name == "draft"), **shape)
         (root / name / "original").mkdir()
         shutil.copy(LLAMA3, root / name / "original" / "tokenizer.model")
+        (root / name / "chat_template.jinja").write_text(TEMPLATES["llama 3.1"])
     return root
 
 
@@ -340,15 +340,22 @@ def test_a_file_with_an_answer_twice_or_to_another_question_is_refused(parts, tm
         merge(tmp_path / "none.jsonl", 1, ["plain"], [])
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX locks")
-def test_two_runs_do_not_write_one_file(tmp_path, capsys):
+def test_a_second_run_on_one_file_is_refused_and_the_first_loses_nothing(tmp_path, capsys):
+    """The first is a process of its own, in the midst of its work, with half a line as if it were just writing one."""
     out = tmp_path / "out.jsonl"
-    hold = f"import fcntl, time\nfile = open({str(out)!r}, 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ntime.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    try:
-        assert "being written by another process" in refused(demo(out), capsys)
-    finally:
-        holder.kill()
-        holder.wait()
-    assert DEMO.is_dir()
+    argv = ["--limit", "500", "--verify", "plain,judge", "--device", "cpu", "--max_new_tokens", "60", "--out", str(out)]
+    with subprocess.Popen([sys.executable, str(ROOT / "scripts" / "evaluate.py"), *argv], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as first:  # fmt: skip
+        try:
+            while not (out.exists() and out.read_bytes().count(b"\n") > 3):
+                assert first.poll() is None
+                time.sleep(0.1)
+            first.send_signal(signal.SIGSTOP)
+            with out.open("ab") as file:
+                file.write(b'{"half": ')
+            before = out.read_bytes()
+            assert "being written by another process" in refused(argv, capsys)
+            assert "being written by another process" in refused([*argv[:-1], str(out), "--speculate_k", "4"], capsys)
+            assert out.read_bytes() == before
+        finally:
+            first.kill()

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from cli import InputError
-from generate import DEMO, Result
+from files import Lines
+from generate import DEMO, NotFinite, Result
 from judge import read_answers
 from scripts import build_judge_data, sandbox
 from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
@@ -280,13 +281,109 @@ def test_the_demos_grammar_marks_errors(tmp_path):
 def test_mistakes_are_one_sentence(questions, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sandbox, "code_is_allowed", False)
     out, folder = tmp_path / "a.jsonl", FOLDERS[0]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "b.jsonl.all")
+    config = (DEMO / "target" / "config.json").read_bytes()
     for argv, word in (
         (command(out, "--samples", "0"), "--samples 0"), (command(out, "--right", "0"), "--right 0"), (command(out, "--max_new_tokens", "0"), "--max_new_tokens 0"),
+        (command(out, "--samples", "9" * 30), "--samples"), (command(out, "--wrong", "1e9"), "--wrong"), (command(out, "--max_new_tokens", "1" * 5000), "--max_new_tokens"),
+        (command(out, "--temperature", "1e999"), "inf"), (command(out, "--temperature", "," * 9000), "not a list of numbers"), (command(Path("/dev/null")), "it is a device"),
+        (command(tmp_path / "pipe"), "it is a pipe"), (command(tmp_path / ("x" * 252)), "too long"), (command(questions, "--questions", str(questions), "--checker", "number"), "one of the inputs"),
+        (command(DEMO / "target" / "config.json"), "one of the inputs"), (command(out, "--task", "gsm8k", "--data", str(questions), "--annotate_demo"), "not gsm8k"),
+
         (command(out, "--temperature", "warm"), "warm"), (command(out, "--limit", "0"), "--limit 0"), (command(out, "--chat"), "--chat"),
         (command(out, "--max_new_tokens", "500"), "Question 0 and"), (command(out, "--device", "meta"), "meta"), (command(tmp_path), "cannot be written"),
         (["--checkpoint_path", folder, f"{folder}/../target", "--out", str(out)], "twice"), (["--checkpoint_path", str(tmp_path / "no"), "--out", str(out)], "no checkpoint folder"),
+        (["--checkpoint_path", str(tmp_path / "loop"), "--out", str(out)], "loop"), (["--checkpoint_path", "\0", "--out", str(out)], "null byte"),
         (command(out, "--questions", str(questions)), "line 1: field 'checker'"), (command(out, "--questions", str(questions), "--annotate_demo"), "--annotate_demo"),
         (command(out, "--questions", str(questions), "--checker", "code"), "--allow_code_execution"),
     ):  # fmt: skip
         assert word in fails(argv, capsys), word
-    assert not list(tmp_path.glob("a.jsonl*"))
+    assert "it is a pipe" in fails(command(tmp_path / "b.jsonl"), capsys)
+    assert not list(tmp_path.glob("a.jsonl*")) and (DEMO / "target" / "config.json").read_bytes() == config
+
+
+def test_annotate_demo_is_of_the_demo_by_default(tmp_path, writer, monkeypatch):
+    """Without --questions: the demo's own (the README's line of benchmarks/)."""
+    monkeypatch.setattr(writer, "text", staticmethod(lambda *_: "So the result is 3."))
+    out = tmp_path / "a.jsonl"
+    main(["--seed", "77", "--limit", "3", "--checkpoint_path", FOLDERS[1], "--temperature", "1", "--annotate_demo",
+          "--no-tuples", "--device", "cpu", "--max_new_tokens", "100", "--out", str(out)])  # fmt: skip
+    assert len(lines_of(out)) == 3 and all(isinstance(line["errors"], list) for line in lines_of(out))
+
+
+def test_what_is_not_written_is_said(questions, tmp_path, writer, monkeypatch, capsys):
+    """6 questions, 2 models, greedy: all say the same of a question; of two the logits overflow with one model."""
+
+    def generate(self, prompt, max_new_tokens, seed=0):
+        if self.model == "draft" and TOKENIZER.model.decode(prompt)[-2] in "45":
+            raise NotFinite("the logits are not finite")
+        return Writer.generate(self, prompt, max_new_tokens, seed)
+
+    broken = type("Broken", (Writer,), {"generate": generate})
+    monkeypatch.setattr(build_judge_data, "Engine", broken)
+    monkeypatch.setattr(writer, "text", staticmethod(lambda *_: "It is 0."))
+    out = tmp_path / "a.jsonl"
+    main(asked(questions, out, "--temperature", "0", "--no-tuples"))
+    printed = capsys.readouterr().out
+    assert [r["dropped"] for r in lines_of(tmp_path / "a.jsonl.all")[1:]] == [None] * 10 + ["not finite"] * 2
+    assert "6 answers (2 right, 4 wrong)" in printed and "12 answers, 2 dropped." in printed
+    assert f"Not written there, but in {out}.all: 2 dropped, 4 with the text of another." in printed
+    assert printed.splitlines()[0].endswith("not finite") and printed.splitlines()[2].split()[-1] == "2"
+    monkeypatch.setattr(writer, "text", staticmethod(lambda p, m, t, seed: f"It is {seed % 3}."))
+    main(asked(questions, tmp_path / "b.jsonl", "--samples", "6"))
+    assert "beside a pair or without one" in capsys.readouterr().out
+
+
+def test_a_second_process_is_refused_and_harms_nothing(questions, tmp_path, writer, capsys):
+    out = tmp_path / "a.jsonl"
+    main(asked(questions, out))
+    content, work = out.read_bytes(), Path(f"{out}.all")
+    half = work.read_bytes()[:-5]
+    out.unlink()
+    work.write_bytes(half)
+    first = Lines(work)
+    assert "being written by another process" in fails(asked(questions, out), capsys)
+    assert work.read_bytes() == half and not out.exists()
+    first.close()
+    main(asked(questions, out))
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [{"tokens": -1}, {"tokens": True}, {"tokens": None}, {"right": "yes"}, {"dropped": "so"},
+                                    {"response": 3}, {"model": 1.5}, {"source": None}, {"question": []}])  # fmt: skip
+def test_an_edited_line_is_named(questions, tmp_path, writer, capsys, change):
+    out = tmp_path / "a.jsonl"
+    main(asked(questions, out))
+    lines = lines_of(Path(f"{out}.all"))
+    out.unlink()
+    lines[2] |= change
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    Path(f"{out}.all").write_text(content)
+    err = fails(asked(questions, out), capsys)
+    assert f"{out}.all, line 3: field {next(iter(change))!r}" in err and Path(f"{out}.all").read_text() == content
+
+
+def test_a_full_disk_keeps_what_was_made(questions, tmp_path, writer, capsys, monkeypatch):
+    """The disk is full at any write, of an answer or of --out: one sentence, and the same command goes on from there."""
+    whole = tmp_path / "whole.jsonl"
+    main(asked(questions, whole))
+    made, out = Path(f"{whole}.all").read_bytes(), tmp_path / "cut.jsonl"
+    for room in (0, 3, 20, 36):
+        add, lines = Lines.add, []
+
+        def full(self, line, room=room, lines=lines, add=add):
+            lines.append(line)
+            if len(lines) > room:
+                os.write(self.file.fileno(), b'{"quest')
+                raise InputError(f"{self.path} cannot be written: No space left on device; what it holds is kept.")
+            add(self, line)
+
+        monkeypatch.setattr(Lines, "add", full)
+        assert "No space left" in fails(asked(questions, out), capsys) and not out.exists()
+        monkeypatch.setattr(Lines, "add", add)
+        main(asked(questions, out))
+        assert Path(f"{out}.all").read_bytes() == made and out.read_bytes() == whole.read_bytes()
+        for path in tmp_path.glob("cut*"):
+            path.unlink()

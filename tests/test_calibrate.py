@@ -1,17 +1,21 @@
 """Protects: the exact bound, that a walk keeps it and picking the best does not, what is counted, what is written."""
 
 import json
+import os
 import random
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors import safe_open
+from safetensors.torch import save
 
 import judge
 from cli import InputError
+from judge import upper_bound
 from scripts import calibrate
-from scripts.calibrate import figures, fixed_sequence, most_harms, upper_bound
+from scripts.calibrate import figures, fixed_sequence, is_harmed, least_n, most_harms
+from scripts.scoring import Question
 
 DEMO = ROOT / "checkpoints" / "demo"
 
@@ -108,7 +112,7 @@ def scripted(monkeypatch):
                     "accepted": 6, "rounds": 2}  # fmt: skip
 
     monkeypatch.setattr(calibrate, "Bench", Bench)
-    monkeypatch.setattr(calibrate, "conditions", lambda engine, chat, new: {"verify": "topk"})
+    monkeypatch.setattr(calibrate, "conditions", lambda *args: {"verify": "topk"})
     return Bench
 
 
@@ -133,6 +137,67 @@ def test_a_run_in_which_nothing_can_be_harmed_earns_nothing(tmp_path, scripted, 
     with pytest.raises(SystemExit) as stop:
         calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.3", "--limit", "50", "--out", str(out)))
     assert stop.value.code == 2 and "none of these questions right" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "plain, ours, harmed",
+    [  # (right, how it stopped) of plain decoding and of the rule
+        ((True, "stop"), (True, "stop"), False), ((True, "stop"), (False, "stop"), True),
+        ((False, "stop"), (False, "stop"), False), ((False, "stop"), (False, "length"), False),
+        ((True, "stop"), (False, "length"), True), ((True, "stop"), (True, "length"), True),  # it might yet go wrong
+        ((False, "length"), (False, "stop"), True), ((False, "length"), (True, "stop"), False),  # plain might yet be right
+        ((False, "length"), (False, "length"), True), ((True, "length"), (False, "stop"), True),
+        ((False, "failed"), (False, "stop"), True), ((True, "stop"), (False, "failed"), True),
+        ((False, "failed"), (True, "stop"), False), ((False, "failed"), (False, "failed"), True),
+    ],
+)  # fmt: skip
+def test_what_was_cut_off_or_failed_never_makes_a_bound_better(plain, ours, harmed):
+    records = [{"right": right, "stop_reason": reason, "text": "It is 7. Question: next"} for right, reason in (plain, ours)]
+    assert is_harmed(Question(0, "", "", "number"), *records) is harmed
+    ended = [record | {"stop_reason": "stop"} for record in records]  # a base model's answer ends where the next question begins
+    fewshot = Question(0, "", "", "number", stops=("Question:",))
+    assert is_harmed(fewshot, *records) is is_harmed(fewshot, *ended)
+
+
+def test_answers_that_are_cut_off_count_against_the_bound(tmp_path, scripted, capsys, monkeypatch):
+    """Of 150, K = 1 harms none; but where 3 of its answers are cut off, no threshold qualifies at 5%; with 2 it does."""
+    answer = scripted.answer
+    for cut, code in ((3, 1), (2, 0)):
+
+        def cut_off(self, question, rule, cut=cut):
+            more = {"stop_reason": "length", "text": ""} if rule.name == "topk" and 20 <= question.index < 20 + cut else {}
+            return answer(self, question, rule) | more
+
+        monkeypatch.setattr(scripted, "answer", cut_off)
+        out = tmp_path / "topk.json"
+        argv = command(tmp_path, "--verify", "topk", "--max_harm", "0.05", "--limit", "150", "--walk", "1", "--out", str(out))
+        if code:
+            with pytest.raises(SystemExit) as stop:
+                calibrate.main(argv)
+            assert stop.value.code == 1 and not out.exists()
+            assert "of them because an answer was cut off or failed" in capsys.readouterr().err
+        else:
+            calibrate.main(argv)
+            found = judge.read_calibration(out)
+            assert (found["harms"], found["cut_off"]) == (2, 2)
+            assert found["questions"] == "demo" and len(found["examples"]) == 3 and max(map(len, found["examples"])) <= 100
+
+
+def test_too_few_questions_are_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    """149, 236 and 313 questions show 2% with 95% confidence without, with one, with two harms (Clopper-Pearson)."""
+    monkeypatch.setattr(calibrate, "Bench", lambda *args: pytest.fail("loaded all the same"))
+    with pytest.raises(SystemExit) as stop:
+        calibrate.main(command(tmp_path, "--max_harm", "0.02", "--limit", "60", "--out", str(tmp_path / "j.safetensors")))
+    assert stop.value.code == 1
+    assert "on 60 (without a single harm it takes 149, with one 236, with two 313)" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    for harms, n in ((0, 149), (1, 236), (2, 313)):
+        assert least_n(harms, 0.02, 0.95) == n and most_harms(n, 0.02, 0.95) == harms == most_harms(n - 1, 0.02, 0.95) + 1
+    for max_harm, confidence in ((1e-6, 0.999999), (0.999999, 1e-6), (0.5, 0.5)):  # the ends of what the flags allow
+        for harms in range(3):
+            n = least_n(harms, max_harm, confidence)
+            assert upper_bound(harms, n, confidence) <= max_harm
+            assert n <= harms + 1 or upper_bound(harms, n - 1, confidence) > max_harm
 
 
 def test_the_same_question_twice_is_one_observation(tmp_path, capsys):
@@ -182,6 +247,34 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
     assert len((tmp_path / "answers.jsonl").read_bytes().splitlines()) == len(lines)
 
 
+def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypatch):
+    """README's lines for the demo pair alone, each as it stands there but for smaller numbers."""
+    import generate
+    from scripts import build_judge_data
+
+    block = (ROOT / "README.md").read_text().partition("**On the demo pair alone**")[2].split("```")[1]
+    lines = block.replace("\\\n", "").strip().splitlines()
+    mains = {"scripts/build_judge_data.py": build_judge_data.main, "judge.py": judge.main, "generate.py": generate.main}
+    smaller = {"--limit 200": "--limit 12", "--limit 300": "--limit 5", "--max_harm 0.02": "--max_harm 0.5", "--compile": ""}
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for line in lines:
+        for written, small in smaller.items():
+            line = line.replace(written, small)
+        python, script, *argv = line.split()
+        assert python == "python"
+        mains[script](argv)
+        said.append("\n".join(capsys.readouterr()))
+    assert len(said) == 4 and "answers (" in said[0] and "it has no calibration yet" in said[1]
+    assert "harmed with 95% confidence up to delta" in said[2] and "written to judge.safetensors" in said[2]
+    assert "Guarantee: with 95% confidence, at most 50% of questions like these" in said[3] and "(these: demo, " in said[3]
+    judge.main(["train", "--data", "answers.jsonl", "--out", "judge.safetensors"])  # a head trained anew has none
+    capsys.readouterr()
+    mains["generate.py"](["--judge_path", "judge.safetensors", "--max_new_tokens", "5"])
+    assert "No guarantee: this judge has no calibration" in capsys.readouterr().err
+
+
 def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
     """The demo's training problems are not those of calibration; but a head may name some of those as its own."""
     from dataclasses import replace
@@ -228,20 +321,35 @@ def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch)
     assert info["kind"] == "false_accept" and info["n"] == wrong and info["harms"] <= wrong
 
 
-def test_mistakes_are_one_sentence(tmp_path, capsys):
+def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "Bench", lambda *args: pytest.fail("loaded all the same"))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "other.safetensors").write_bytes(save({"w": torch.zeros(3)}))
     for more, word in (
-        ([], "Give one of --max_harm"), (["--max_harm", "2"], "between 0 and 1"), (["--max_harm", "0.1", "--walk", "a"], "numbers"),
+        ([], "Give one of --max_harm"), (["--max_harm", "2"], "--max_harm 2 must be a number from"), (["--max_harm", "0.1", "--walk", "a"], "numbers"),
         (["--max_harm", "0.1", "--walk", "0.5,0.9"], "from the strictest delta to the loosest, which is 0.9,0.5"),
-        (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "between 0 and 1"),
+        (["--max_harm", "0.1", "--verify", "kl"], "needs --out"), (["--max_harm", "0.1", "--confidence", "1"], "--confidence 1"),
         (["--max_false_accept", "0.1"], "--data"), (["--max_harm", "0.1", "--judge_path", "/no"], "no judge file /no"),
         (["--max_harm", "0.1", "--out", "judge.json"], "name it *.safetensors"), (["--max_harm", "0.1", "--checkpoint_path", "x"], "draft"),
         (["--max_harm", "0.1", "--out", "/no/such/file.safetensors"], "cannot be written"),
         (["--max_harm", "0.1", "--speculate_k", "auto"], "fixed --speculate_k"), (["--max_harm", "0.1", "--answers", "/no/a"], "--answers /no/a"),
         (["--max_harm", "0.1", "--verify", "topk", "--out", str(DEMO / "judge.safetensors")], "--judge_path"), (["--max_harm", "0.1", "--walk", "3"], "--walk 3"),
+        (["--max_harm", "nan"], "--max_harm nan"), (["--max_harm", "1e-320"], "--max_harm"), (["--max_harm", "1" * 5000], "--max_harm"),
+        (["--max_harm", "0.1", "--verify", "kl", "--walk", "inf", "--out", str(tmp_path / "a")], "--walk inf"),
+        (["--max_harm", "0.1", "--verify", "topk", "--walk", "1,1e999", "--out", str(tmp_path / "a")], "--walk inf"),
+        (["--max_harm", "0.1", "--walk", ""], "--walk"), (["--max_harm", "0.1", "--verify", "kl", "--out", "/dev/null"], "it is a device"),
+        (["--max_harm", "0.1", "--verify", "kl", "--out", str(tmp_path / "pipe")], "it is a pipe"),
+        (["--max_harm", "0.1", "--out", str(tmp_path / "o.safetensors"), "--answers", str(tmp_path / "pipe")], "it is a pipe"),
+        (["--max_harm", "0.1", "--out", str(tmp_path / "o.safetensors"), "--answers", str(tmp_path / "o.safetensors")], "--out itself"),
+        (["--max_harm", "0.1", "--out", str(tmp_path / "o.safetensors"), "--answers", str(DEMO / "judge.safetensors")], "one of the inputs"),
+        (["--max_harm", "0.1", "--out", str(DEMO / "target" / "model.safetensors")], "one of the inputs"),
+        (["--max_harm", "0.1", "--out", str(tmp_path / "other.safetensors")], "is not a judge's file"),
+        (["--max_harm", "0.1", "--judge_path", str(tmp_path / "pipe")], "no judge file"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             calibrate.main(["--device", "cpu", *more])
         err = capsys.readouterr().err
         assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "pipe"]
     with pytest.raises(InputError):
         judge.check_threshold("judge", 0.2, "--walk")

@@ -1,11 +1,14 @@
 """Protects: downloads that are whole, verified, resumed, and refused in one sentence; against a server of our own."""
 
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import DATA
+from conftest import DATA, ROOT
 
 from scripts import download
 from scripts.download import digest_of, main, read_table
@@ -104,6 +107,42 @@ def test_mistakes_and_a_missing_network_are_one_sentence(server, tmp_path, capsy
     assert "404" in fails(["two", "--source", server, *out], capsys)
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in fails(["one", "--source", server, "--out", str(tmp_path / "file")], capsys)
+
+
+def test_what_is_no_regular_file_is_neither_hashed_nor_replaced(server, tmp_path, capsys):
+    out = tmp_path / "data"
+    (out / "one").mkdir(parents=True)
+    argv, name, part = ["one", "--source", server, "--out", str(out)], out / "one" / "x.txt", out / "one" / "x.txt.part"
+    for path, make, words in ((name, os.mkfifo, "is a pipe"), (name, os.mkdir, "is a folder"), (name, lambda p: p.symlink_to("x.txt"), "Too many levels"),
+                              (part, os.mkfifo, "it is a pipe"), (part, os.mkdir, "it is a folder"), (part, lambda p: p.symlink_to("/dev/null"), "it is a device")):  # fmt: skip
+        make(path)
+        before = os.lstat(path)
+        assert words in fails(argv, capsys) and os.lstat(path).st_mode == before.st_mode
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert not Handler.asked and "/dev/null" in fails([*argv[:-1], "/dev/null"], capsys)
+    assert "File name too long" in fails([*argv[:-1], str(tmp_path / ("n" * 300))], capsys)
+    (tmp_path / "dangling").symlink_to("nothing")
+    assert "a link to nothing" in fails([*argv[:-1], str(tmp_path / "dangling")], capsys) and not Handler.asked
+
+
+def test_a_part_that_another_process_downloads_is_not_touched(server, tmp_path, capsys):
+    part = tmp_path / "data" / "one" / "x.txt.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"01234")
+    hold = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import files\nfile = open({str(part)!r}, 'a'); files.lock(file, '')\nprint('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        assert "another process" in fails(["one", "--source", server, "--out", str(tmp_path / "data")], capsys)
+        holder.kill()
+    assert part.read_bytes() == b"01234" and not Handler.asked
+    main(["one", "--source", server, "--out", str(tmp_path / "data")])
+    assert Handler.asked == [("/a/b/c0ffee/x%20y.txt", "bytes=5-")] and not part.exists()
+
+
+def test_a_source_that_is_no_address_or_that_nothing_comes_from_leaves_no_part(tmp_path, capsys, server):
+    for source in ("", "nonsense", "http://", "http://[::1", "ftp://127.0.0.1:9", "http://127.0.0.1:99999", "x" * 5000, "http://a b/"):
+        assert "run it again to go on" in fails(["one", "--source", source, "--out", str(tmp_path / "data")], capsys)
+    assert not any(path.is_file() for path in (tmp_path / "data").rglob("*"))
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the public files")

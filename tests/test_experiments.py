@@ -1,6 +1,7 @@
 """Protects: that every experiment has a figure and leaves its three files, the plot's refusals."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -16,15 +17,69 @@ def test_every_experiment_has_a_figure_and_a_line_in_the_docstring():
     assert all(f"    {name} " in experiments.__doc__ for name in EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", ["judge_table", "self_correction", "other_text"])
-def test_an_experiment_leaves_its_three_files(name, tmp_path, capsys):
-    flags = [name, "--limit", "3", "--device", "cpu", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+@pytest.mark.parametrize("name, limit", [("judge_table", 3), ("self_correction", 3), ("other_text", 3), ("judge_table", 1), ("self_correction", 1)])
+def test_an_experiment_leaves_its_three_files(name, limit, tmp_path, capsys):
+    flags = [name, "--limit", str(limit), "--device", "cpu", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     experiments.main(flags)
     result = json.loads((tmp_path / f"{name}.json").read_text())
-    assert result["n"] == 3 and result["seed"] == 2026 and result["finding"] in (tmp_path / f"{name}.md").read_text()
+    assert result["n"] == limit and all(row.get("n", 1) > 0 for row in result["rows"]) and result["seed"] == 2026 and result["finding"] in (tmp_path / f"{name}.md").read_text()
     assert {"command", "machine", "commit", "rows", "title"} <= set(result) and name in result["command"]
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert result["rows"] and f"{name}: {result['finding']}" in capsys.readouterr().out
+
+
+def refused(argv: list[str], capsys) -> str:
+    """The one sentence with which main ends; exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        experiments.main(argv)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("experiments.py:", "__main__.py"))]
+    assert stop.value.code == 2 and len(said) == 1 and len(said[0]) < 1200
+    return said[0]
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "judge_table", lambda args: pytest.fail("work was begun"))
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "odd").mkdir()
+    os.mkfifo(tmp_path / "odd" / "judge_table.png")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "judge_table.md").write_text("answers")
+    good = {"--work": str(tmp_path / "new"), "--results": str(tmp_path / "new"), "--judge_data": str(tmp_path / "mine" / "judge_table.md")}
+    for flag, value, words in (
+        ("--work", "/dev/null", "is no folder"), ("--results", "/dev/full", "is no folder"), ("--work", tmp_path / "file", "is no folder"), ("--results", "n" * 300, "File name too long"),
+        ("--results", tmp_path / "odd", "it is a pipe"), ("--results", tmp_path / "mine", "is one of the inputs"), ("--limit", "0", "must be a whole number"),
+        ("--limit", "9" * 500, "must be a whole number"), ("--max_harm", "nan", "must be a number"), ("--mined_seed", "x", "must be a whole number"), ("--device", "cuda:99", "not usable"),
+    ):  # fmt: skip
+        flags = good | {flag: str(value)}
+        assert words in refused(["judge_table", *(word for pair in flags.items() for word in pair)], capsys)
+    assert "give --compile" in refused(["rule_cost", "--work", str(tmp_path / "new")], capsys)
+    assert not (tmp_path / "new").exists() and (tmp_path / "mine" / "judge_table.md").read_text() == "answers"
+
+
+def test_too_few_answers_are_one_sentence(tmp_path, capsys):
+    lines = [{"prompt": f"Mia has {n} apples.", "response": f"So Mia has {n + 1}.", "errors": [[11, 13]], "source": ""} for n in range(20, 24)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--work", str(tmp_path / "w"), "--results", str(tmp_path / "w"), "--judge_data", str(tmp_path / "a.jsonl"), "--mined", str(tmp_path / "a.jsonl"), "--device", "cpu"]
+    for name, words in (("ablations", "are too few"), ("label_policies", "no wrong or no right"), ("autojudge", "annotated answers"), ("out_of_domain", "no wrong or no right")):
+        assert words in refused([name, "--limit", "2", *flags], capsys), name
+    assert "There is no" in refused(["ablations", *flags[:4], "--judge_data", str(tmp_path / "none.jsonl")], capsys)
+    assert not list((tmp_path / "w").glob("*.json"))
+
+
+def test_the_judge_and_the_other_rules_are_calibrated_from_files_of_their_own(tmp_path, monkeypatch):
+    """A file of answers names the judge that gave them, so that one with it and one without cannot share it."""
+    calibrated = {}
+
+    def calibrate(args):
+        calibrated[args.verify] = args.answers
+        return {"threshold": None, "n": 1}
+
+    monkeypatch.setattr(experiments.calibrate, "calibrate", calibrate)
+    experiments.main(["equal_risk", "--limit", "1", "--device", "cpu", "--work", str(tmp_path), "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "equal_risk.json").read_text())
+    assert "m* nowhere; none qualifies of judge, kl" in result["finding"]
+    assert calibrated["judge"] not in [path for rule, path in calibrated.items() if rule != "judge"] and len(set(calibrated.values())) == 2
 
 
 def test_every_committed_result_is_whole():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, DEVICES, make_folder
+from conftest import DATA, DEVICES, TEMPLATES, make_folder
 
 import generate
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual
@@ -246,7 +246,7 @@ def test_compiled_markers_adaptive_m_and_draft_features(pair, device, monkeypatc
         engine = Engine(target, draft, head, Settings("judge", **settings, compile=compiled), [96], 300, Markers(table, 1))
         engine.warm_up()
         seen = []
-        engine.pace.choose = lambda window, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
+        engine.pace.choose = lambda window, most, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
         with torch._dynamo.config.patch(error_on_recompile=True):
             prompts = [torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 70, 240)]
             results = [engine.generate(prompt, 40) for prompt in prompts]
@@ -487,20 +487,30 @@ def test_json_is_one_object_a_sample(folders, capsys):
     for line in lines:
         record = json.loads(line)
         assert set(record) == {
-            "prompt_tokens", "tokens", "text", "stop_reason", "rounds", "drafted", "accepted", "accepted_by_rule", "mean_accepted",
+            "prompt_tokens", "tokens", "origin", "text", "stop_reason", "rounds", "drafted", "accepted", "accepted_by_rule", "mean_accepted",
             "seconds_prefill", "seconds_decode", "tokens_per_second", "verify", "threshold", "speculate_k", "min_prob", "device", "dtype", "relax_between",
             "mean_score",
         }  # fmt: skip
         assert (record["verify"], record["threshold"], record["speculate_k"]) == ("judge", 0.5, 3)
-        assert (record["device"], record["dtype"], record["drafted"]) == ("cpu", "float32", 3 * record["rounds"])
+        assert (record["device"], record["dtype"]) == ("cpu", "float32")
+        assert 3 * (record["rounds"] - 1) < record["drafted"] <= 3 * record["rounds"]  # of the last only what can be used
         assert record["mean_accepted"] == record["accepted"] / record["rounds"]
         assert 0 < len(record["tokens"]) <= 20 and record["seconds_decode"] > 0
+        assert len(record["origin"]) == len(record["tokens"]) and set(record["origin"]) <= set("artb")
 
 
-def test_marks_and_summary_in_plain_text(folders, capsys):
+def test_piped_output_is_the_answer_alone(folders, capsys):
+    """No marks, no colours, no figures on standard output; those are on standard error, and marks come when asked for."""
+    main(command(folders, "--json"))
+    text = json.loads(capsys.readouterr().out)["text"]
     main(command(folders))
-    out = capsys.readouterr().out
-    assert "\033" not in out and "{let through by the rule alone}" in out and "tokens/s" in out and "m*" in out
+    out, err = capsys.readouterr()
+    assert out == text + "\n" and "tokens/s" in err and "m*" in err and "by the rule alone}" not in err
+    main(command(folders, "--marks"))
+    out, err = capsys.readouterr()
+    assert "\033" not in out and "<" in out and "{let through by the rule alone}" in err
+    main(command(folders, "--marks", "--verify", "plain"))  # all tokens are the target's own: nothing to tell apart
+    assert capsys.readouterr().out.count("<") <= text.count("<") + 1
 
 
 def test_colours_on_a_terminal_only(monkeypatch):
@@ -511,6 +521,8 @@ def test_colours_on_a_terminal_only(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     paint = generate.Paint(Terminal())
     assert [paint.token("x", letter)[:5] for letter in "artb"] == ["\033[32m", "\033[33m", "\033[31m", "\033[31m"]
+    assert generate.Paint(Terminal(), drafted=False).token("x", "t") == "x"  # without a draft there is nothing to tell
+    assert generate.Paint(io.StringIO()).token("x", "r") == "x"  # piped
     monkeypatch.setenv("NO_COLOR", "1")
     assert generate.Paint(Terminal()).token("x", "r") == "{x}"
 
@@ -528,7 +540,110 @@ def test_prompts_from_standard_input_and_synthetic_ones(folders, capsys, monkeyp
 def test_interactive_streams_until_end_of_input(folders, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Tom has 5 apples.\n\nMia has 7.\n"))
     main(command(folders, "--interactive", prompt=None))
-    assert capsys.readouterr().out.count("tokens/s") == 2
+    assert capsys.readouterr().err.count("tokens/s") == 2
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, monkeypatch, chat):
+    """Ctrl-C in the second round of the first answer: the conversation goes on with what was shown; one at the prompt ends."""
+    said, asked, encoded, stream = iter(["Tom has 5 apples.", "Mia has 7."]), [], [], Engine.stream
+
+    def ask(prompt: str) -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    def interrupted(self, prompt, most, result, keep=0):
+        for count, pair in enumerate(stream(self, prompt, most, result, keep)):
+            if count == 3 and not asked:
+                asked.append(list(result.tokens))
+                raise KeyboardInterrupt
+            yield pair
+
+    def encode_chat(self, messages):
+        encoded.append([dict(message) for message in messages])
+        return [1, *self.encode(messages[-1]["content"])]
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(Engine, "stream", interrupted)
+    monkeypatch.setattr("tokenizer.SentencePieceTokenizer.encode_chat", encode_chat)
+    monkeypatch.setattr("tokenizer.SentencePieceTokenizer.check_chat", lambda self: None, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main(command(folders, "--interactive", *(["--chat"] if chat else []), prompt=None))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 130 and err.count("tokens/s") == 2 and "Traceback" not in err
+    if chat:
+        answer = encoded[1][1]
+        assert answer["role"] == "assistant" and out.startswith(answer["content"]) and len(encoded[1]) == 3
+        assert answer["content"] == generate.decode(load_tokenizer(folders / "target"), asked[0][:3])
+
+
+@pytest.mark.parametrize(("stdin", "word"), [(None, "closed"), (b"\xff\xfe", "UTF-8"), (b"", "nothing"), (b"\xef\xbb\xbf\n", "nothing")])
+def test_standard_input_that_holds_no_prompt_is_said(folders, capsys, monkeypatch, stdin, word):
+    for flags in (command(folders, prompt="-"), command(folders, "--interactive", prompt=None))[: 1 if word == "nothing" else 2]:
+        monkeypatch.setattr(sys, "stdin", stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_text(folders, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffTom has 5 apples.\r\n".encode()), encoding="utf-8"))
+    main(command(folders, "--json", prompt="-"))
+    marked = json.loads(capsys.readouterr().out)["tokens"]
+    main(command(folders, "--json", prompt="Tom has 5 apples."))
+    assert json.loads(capsys.readouterr().out)["tokens"] == marked
+
+
+def test_no_more_is_drafted_than_an_answer_can_use(folders, pair, capsys):
+    """A round drafts at most what is still to come (and what a rule looks at beyond), and the text is what it would be."""
+    target, draft = pair
+    for verify, ahead in (("standard", 0), ("kl", 0), ("window", generate.RULES["window"].ahead)):
+        threshold = 0.0 if verify == "window" else None
+        settings = Settings(verify, threshold, speculate_k=16)
+        whole = Engine(target, draft, None, settings, [], 90)
+        rounds, whole.size_of_round = [], lambda needed, left: (16, 16)
+        expected = whole.generate([5, 17, 40], 64)
+        for most in (1, 2, 4, 7, 20):
+            engine, steps = Engine(target, draft, None, settings, [], 90), []
+            step = engine.draft_step
+            engine.draft_step = lambda *args, step=step, steps=steps: (steps.append(args[-1]), step(*args))
+            rounds, launch = [], engine.launch
+            engine.launch = lambda *args, launch=launch, rounds=rounds, steps=steps: (rounds.append(len(steps)), launch(*args))[1]
+            got = engine.generate([5, 17, 40], most)
+            assert got.tokens == expected.tokens[:most] and got.origin == expected.origin[:most], (verify, most)
+            made = [b - a for a, b in zip(rounds, [*rounds[1:], len(steps)])]
+            assert made[0] == min(16, most + ahead) and sum(made) == got.drafted
+    main(command(folders, "--speculate_k", "1024", "--max_new_tokens", "4", "--json"))
+    record = json.loads(capsys.readouterr().out)
+    assert record["speculate_k"] == 4 and record["drafted"] <= 4 * record["rounds"]
+
+
+def test_a_draft_of_too_short_a_context_is_named_before_loading(folders, tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "short", num_hidden_layers=1, vocab_size=640, max_position_embeddings=32)
+    shutil.copy(generate.DEMO / "target" / "tokenizer.model", tmp_path / "short")
+    monkeypatch.setattr(generate, "load_model", lambda *args: pytest.fail("loaded all the same"))
+    with pytest.raises(SystemExit) as stop:
+        main(command(folders, "--draft_checkpoint_path", str(tmp_path / "short"), prompt="20"))
+    assert stop.value.code == 2 and "do not fit the draft's context of 32" in capsys.readouterr().err
+
+
+def test_top_k_0_is_off(folders, capsys):
+    texts = []
+    for more in (["--top_k", "0"], []):
+        main(command(folders, "--temperature", "1", "--json", *more))
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("verify", ["plain", "standard"])
+def test_the_shortest_cache_compiles(folders, capsys, verify):
+    """64 positions: there is only one length to look at, which no graph may take for a variable one."""
+    main(command(folders, "--compile", "--verify", verify, "--max_new_tokens", "3", "--speculate_k", "2", "--json"))
+    compiled = json.loads(capsys.readouterr().out)["tokens"]
+    main(command(folders, "--verify", verify, "--max_new_tokens", "3", "--speculate_k", "2", "--json"))
+    assert json.loads(capsys.readouterr().out)["tokens"] == compiled
 
 
 def test_a_profile_is_written(folders, tmp_path):
@@ -547,7 +662,7 @@ def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
         "missing folder": (["--checkpoint_path", "/no/such", "--prompt", "x"], "/no/such"),
         "missing draft": ([*base, "--draft_checkpoint_path", "/no/draft"], "/no/draft"),
         "vocabularies": ([*base, "--draft_checkpoint_path", str(other)], "share a vocabulary"),
-        "long prompt": (command(folders, prompt="250"), "model's context of 256"),
+        "long prompt": (command(folders, prompt="250"), "target's context of 256"),
         "small cache": (command(folders, "--cache_length", "21", prompt="30"), "the cache of 21"),
         "missing judge": ([*base, "--judge_path", "/no/judge"], "/no/judge"),
         "broken judge": ([*base, "--judge_path", str(broken)], "broken.safetensors"),
@@ -562,7 +677,10 @@ def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
         "device": ([*base, "--device", "tpu9"], "tpu9"),
         "cuda": ([*base, "--device", "cuda:77"], "cuda:77"),
         "temperature": ([*base, "--temperature", "-1"], "--temperature -1"),
-        "top_k": ([*base, "--top_k", "0"], "--top_k 0"),
+        "top_k": ([*base, "--top_k", "-1"], "--top_k -1"),
+        "many digits": ([*base, "--max_new_tokens", "9" * 5000], "--max_new_tokens 999"),
+        "many digits of M": ([*base, "--speculate_k", "9" * 5000], "from 1 to 1024"),
+        "trace on a device": ([*base, "--profile", "/dev/null"], "--profile /dev/null cannot be written: it is a device"),
         "no new tokens": ([*base, "--max_new_tokens", "0"], "--max_new_tokens 0"),
         "no prompt": (command(folders, prompt=None), "no prompt"),
         "chat without a format": ([*base, "--chat"], "chat format"),
@@ -637,6 +755,7 @@ def test_a_folder_as_llama31_is_published_gives_what_transformers_gives(tmp_path
     for role in ("target", "draft"):
         (tmp_path / role / "original").mkdir()
         shutil.copy(DATA / "tokenizers" / "llama3" / "tokenizer.model", tmp_path / role / "original")
+        (tmp_path / role / "chat_template.jinja").write_text(TEMPLATES["llama 3.1"])
     flags = ["--draft_checkpoint_path", str(tmp_path / "draft")] if verify != "plain" else []
     main(["--checkpoint_path", str(tmp_path / "target"), *flags, "--verify", verify, "--chat", "--prompt", "Why is the sky blue?",
           "--max_new_tokens", "24", "--speculate_k", "4", "--device", "cpu", "--json"])  # fmt: skip

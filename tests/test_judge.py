@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from conftest import ROOT, make_folder
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 import judge as judge_module
 from cli import InputError
@@ -19,6 +20,7 @@ from judge import (
     Shards,
     TrainSettings,
     balanced,
+    careful_threshold,
     check_threshold,
     encode_answer,
     encode_items,
@@ -30,6 +32,7 @@ from judge import (
     read_answers,
     read_features,
     rule_mask,
+    share_interval,
     split_prompts,
     train_judge,
 )  # fmt: skip
@@ -81,7 +84,8 @@ def slow(
         return mixed.index(max(mixed)) == token
     entropy = -sum(a * math.log(a) for a in p)
     if name == "window":
-        return entropy / math.log(len(p)) >= threshold and len(following) == 6 and all(following)
+        top_three = -sum(a * math.log(a) for a in sorted(p)[-3:])
+        return top_three >= threshold and len(following) == 6 and all(following[:5])
     return p[token] > min(threshold, math.sqrt(threshold) * math.exp(-entropy))
 
 
@@ -129,18 +133,47 @@ def test_no_rule_accepts_a_stop_token(name):
     assert mask.tolist() == [False, False, False]
 
 
-def test_window_looks_at_the_six_tokens_after():
-    """Rows 0 to 8: the draft misses the target's choice at row 1 and at row `second`; all rows are undecided."""
+def test_window_looks_at_the_five_tokens_after():
+    """M = 9: the draft misses the target's choice at row 1 and at row `second`; all rows are undecided."""
     target = torch.zeros(9, 8)
     target[:, 1] = 0.5
-    for second, passes in ((None, True), (8, True), (7, False), (2, False)):
+    for second, passes in ((None, True), (8, True), (7, True), (6, False), (2, False)):
         tokens = torch.ones(9, dtype=torch.long)
         tokens[1] = 2
         if second is not None:
             tokens[second] = 2
         mask = rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([7]))
-        assert mask[1].item() is passes and not mask[3:].any()  # rows 3 to 8 have fewer than six after them
+        assert mask[1].item() is passes and not mask[3:].any()  # the last six are never relaxed
         assert not rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([2]))[1]
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7])
+def test_window_passes_nothing_of_a_draft_of_six(length):
+    target = torch.zeros(length, 8)
+    mask = RULES["window"].accept(torch.zeros(length, dtype=torch.long), target, None, None, torch.tensor(0.0))
+    assert mask.tolist() == [at < length - 6 for at in range(length)]
+    assert RULES["window"].ahead == 6 and not any(rule.ahead for name, rule in RULES.items() if name != "window")
+
+
+@pytest.mark.parametrize(
+    "p, entropy",
+    [
+        # -0.5 ln 0.5 - 0.3 ln 0.3 - 0.1 ln 0.1 = 0.3466 + 0.3612 + 0.2303; the other tokens do not count
+        ([0.5, 0.3, 0.1, 0.05, 0.05], 0.9380),
+        ([0.95, 0.02, 0.01, 0.01, 0.01], 0.1730),  # 0.0487 + 0.0782 + 0.0461: below 0.3, the target is sure
+        ([1 / 3, 1 / 3, 1 / 3, 0, 0], 1.0986),  # ln 3, the most there is
+        ([0.2, 0.2, 0.2, 0.2, 0.2], 0.9657),  # 3 x 0.2 ln 5: p is not made to sum to 1 again
+        ([1.0, 0, 0, 0, 0], 0.0),  # 0 ln 0 is 0
+    ],
+)
+def test_windows_gate_by_hand(p, entropy):
+    target = torch.tensor([p] * 7).log()
+    tokens = torch.tensor([1, *[0] * 6])
+    for margin in (-1e-3, 1e-3):
+        mask = RULES["window"].accept(tokens, target, None, None, torch.tensor(entropy + margin))
+        assert mask.tolist() == [margin < 0, *[False] * 6]
+    default = RULES["window"].accept(tokens, target, None, None, torch.tensor(RULES["window"].default))
+    assert default[0].item() is (entropy >= 0.3)
 
 
 def test_kl_is_exact_where_the_target_is_sure():
@@ -153,7 +186,7 @@ def test_kl_is_exact_where_the_target_is_sure():
 
 
 @pytest.mark.parametrize(
-    "name, bad", [("judge", 0.4), ("judge", 1.1), ("kl", -0.1), ("topk", 0), ("topk", 2.5), ("typical", 1.5)]
+    "name, bad", [("judge", 0.4), ("judge", 1.1), ("kl", -0.1), ("topk", 0), ("topk", 2.5), ("typical", 1.5), ("window", 1.1), ("window", -0.1)]
 )
 def test_thresholds_outside_the_range_are_refused(name, bad):
     with pytest.raises(InputError, match=rf"--threshold {bad} .* {name}"):
@@ -203,14 +236,42 @@ def test_broken_judge_files_are_named(tmp_path, pair):
     contents = [b"", b"garbage" * 9, save(tensors), file({"weight": torch.zeros(64)}, header), file(tensors, [1])]
     contents += [file(tensors, {k: v for k, v in header.items() if k != missing}) for missing in header]
     contents += [file(tensors, header | change) for change in ({"threshold": "abc"}, {"threshold": "nan"}, {"threshold": 7},
-                 {"threshold": None}, {"feature": "post-norm"}, {"feature": "target+draft"})]  # fmt: skip
-    contents.append(file(tensors | {"bias": torch.zeros(2)}, header))
+                 {"threshold": None}, {"threshold": True}, {"threshold": math.nan}, {"threshold": "0.7"}, {"threshold": [0.7]},
+                 {"threshold": 10**400}, {"feature": "post-norm"}, {"feature": "target+draft"}, {"feature": []},
+                 {"feature": None}, {"target_fingerprint": 7}, {"target_fingerprint": None}, {"info": []}, {"info": "x"},
+                 {"info": {"chat": "no"}}, {"info": {"chat": None}}, {"info": {"held_out": 3}}, {"info": {"calibration": 3}},
+                 {"info": {"label_policy": "x"}}, {"info": {"rows": -1}}, {"info": {"l2": math.nan}})]  # fmt: skip
+    contents += [file(tensors | change, header) for change in (
+        {"bias": torch.zeros(2)}, {"bias": torch.tensor(math.nan)}, {"bias": torch.tensor(math.inf)}, {"bias": torch.tensor(1)},
+        {"weight": torch.full((64,), math.nan)}, {"weight": torch.zeros(63)}, {"weight": torch.zeros(8, 8)},
+        {"weight": torch.zeros(64, dtype=torch.long)}, {"weight": torch.zeros(64).index_fill(0, torch.tensor(9), -math.inf)},
+        {"weight": torch.zeros(0)}, {"trained_on": torch.zeros(3)}, {"trained_on": torch.tensor(3)},
+        {"trained_on": torch.tensor([5, -1])}, {"trained_on": torch.zeros(2, 2, dtype=torch.long)},
+        {"trained_on": torch.tensor([True])},
+    )]  # fmt: skip
+    good = file(tensors, header)
+    contents += [save(tensors, metadata={"judge": text}) for text in ("", "{", "[" * 100_000, "1" * 5000, "\udc80".encode(errors="replace").decode())]
+    contents += [good[:n] for n in (4, 8, 60, len(good) - 1)] + [b"\xff" * 8 + good[8:], good.replace(b"__metadata__", b"__metadatb__")]
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(InputError, match=str(path)):
+        with pytest.raises(InputError, match=str(path)) as caught:
             load_judge(path, target)
-    path.write_bytes(file(tensors, header))
+        assert "\n" not in str(caught.value)
+    path.write_bytes(good)
     assert load_judge(path, target).threshold == 0.5
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="no judge file"):
+        load_judge(path, target)
+
+
+def test_a_heads_draft_weights_must_fit_the_draft(tmp_path, pair):
+    target, draft = pair
+    info = {"draft_fingerprint": draft.fingerprint}
+    for weights, word in ((torch.zeros(63), "63 values for 64"), (torch.full((64,), math.nan), "not finite")):
+        JudgeHead(torch.zeros(64), torch.tensor(0.0), 0.5, target.fingerprint, info, weights).save(tmp_path / "j")
+        with pytest.raises(InputError, match=word):
+            load_judge(tmp_path / "j", target, draft)
 
 
 def test_label_policies_on_a_hand_made_example():
@@ -265,7 +326,7 @@ def test_a_response_that_is_read_on_its_own_keeps_its_characters():
         ('{"prompt": "p", "errors": []}', "'response' must be a str"),
         ('{"prompt": "p", "response": "abc", "errors": [[2, 9]]}', r"\[2, 9\], not \[start, end\] within 0 and 3"),
         ('{"prompt": "p", "response": "abc", "errors": "none"}', "'errors' must be a list"),
-        ('["p"]', "'prompt' must be a str"),
+        ('["p"]', "is a JSON list, not an object"),
         ('{"prompt": "p", "response": "", "errors": []}', "'response' is empty"),
         ('{"prompt": "p", "response": "abc", "errors": [[false, true]]}', "within 0 and 3"),
         ('{"prompt": "p", "response": "abc", "errors": null}', "'errors' is null.*annotate"),
@@ -274,6 +335,16 @@ def test_a_response_that_is_read_on_its_own_keeps_its_characters():
         ('{"prompt_tokens": [], "tokens": [2], "labels": [1]}', "'prompt_tokens' must be a list"),
         ('{"prompt_tokens": [1], "tokens": [-2], "labels": [1]}', "ids of at least 0"),
         ('{"prompt_tokens": [1], "tokens": ["a"], "labels": [1]}', "'tokens' must be a list of whole numbers"),
+        ('{"prompt_tokens": [true], "tokens": [2], "labels": [1]}', "'prompt_tokens' must be a list of whole numbers"),
+        ('{"prompt_tokens": [1], "tokens": [2.0], "labels": [1]}', "'tokens' must be a list of whole numbers"),
+        ('{"prompt_tokens": [1], "tokens": [2], "labels": [true]}', "'labels' must be a list of whole numbers"),
+        ('{"prompt_tokens": [1], "tokens": [2], "labels": [NaN]}', "'labels' must be a list of whole numbers"),
+        ('{"prompt": "p", "response": "abc", "errors": [[0, NaN]]}', "within 0 and 3"),
+        ('{"prompt": "p", "response": "abc", "errors": [[0, 1, 2]]}', "within 0 and 3"),
+        ('{"prompt": "p", "response": "abc", "errors": [[0, 1]], "guard": "yes"}', "'guard' must be a bool"),
+        ('{"prompt": "p", "response": "abc", "errors": [[0, ' + "1" * 5000 + "]]}", "whole number of 5000 digits"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": "p", "response": "\\ud83d", "errors": []}', "half of a surrogate pair"),
     ],
 )
 def test_bad_answer_files_are_named_by_line_and_field(tmp_path, line, word):
@@ -364,6 +435,49 @@ def test_features_on_disk_survive_a_kill_at_any_shard(pair, tmp_path):
     assert torch.equal(torch.cat(list(whole)), torch.cat(list(resumed)))
 
 
+def test_a_damaged_cache_is_made_anew_from_where_it_is_damaged(pair, tmp_path, capsys):
+    target, _ = pair
+    answers = [
+        Encoded([1, i], list(range(10, 20 + i)), None, mined([1, i], list(range(10, 20 + i)), [1] * (10 + i))) for i in range(9)
+    ]
+    whole = extract_features([target], answers, 5, tmp_path, shard_bytes=8000)
+    contents = [file.read_bytes() for file in whole.files]
+    features, file = torch.cat(list(whole)), whole.files[1]
+    assert len(contents) == 4
+    tensors, metadata = load(contents[1]), {"next": "6"}
+    assert save(tensors, metadata) == contents[1]
+    damaged = [b"", b"x", contents[1][:40], contents[1][:-1], b"\xff" * 8 + contents[1][8:], save(tensors), save({}, metadata)]
+    damaged += [save(tensors, {"next": text}) for text in ("", "x", "-1", "0", "3", "5", "7", "10", "9" * 5000, "6.0", "٦")]
+    damaged += [save(tensors | change, metadata) for change in (
+        {"features": tensors["features"][:-1]}, {"features": tensors["features"][:, :-1].contiguous()}, {"features": tensors["features"].half()},
+        {"features": torch.full_like(tensors["features"], math.nan)}, {"features": torch.zeros(())}, {"answer": tensors["place"].clone()},
+        {"answer": tensors["answer"].long()}, {"answer": torch.zeros((), dtype=torch.int32)}, {"place": tensors["place"] + 1},
+        {"more": torch.zeros(1)},
+    )]  # fmt: skip
+    damaged += [contents[0], contents[2], None]  # another one in its place, or none
+    for content in damaged:
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        again = extract_features([target], answers, 5, tmp_path, shard_bytes=8000)
+        err = capsys.readouterr().err
+        assert (err.count("\n"), "made anew" in err, str(file) in err) == ((1, True, True) if content is not None else (0, False, False))
+        assert [f.read_bytes() for f in again.files] == contents and torch.equal(torch.cat(list(again)), features)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(InputError, match=f"{file} cannot be written: it is a pipe"):
+        extract_features([target], answers, 5, tmp_path, shard_bytes=8000)
+    capsys.readouterr()
+
+
+def test_states_that_are_not_finite_stop_a_training(pair, tmp_path, monkeypatch):
+    target, _ = pair
+    monkeypatch.setattr(RowReader, "read", lambda self, ids, base, begin, end: torch.full((end - begin, 64), math.inf))
+    with pytest.raises(InputError, match="answer 1 are not finite.*--precision"):
+        extract_features([target], [Encoded([1], [2], None, mined([1], [2], [1]))], 5, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_shards_on_disk_train_to_the_same_bits_as_shards_in_memory(pair, tmp_path, monkeypatch):
     target, _ = pair
     answers = [Encoded([1, i], list(range(10, 40)), None, mined([1, i], list(range(10, 40)), [1] * 30)) for i in range(9)]
@@ -446,6 +560,44 @@ def test_training_splits_by_prompt_and_needs_both_kinds(pair, tmp_path):
         train_judge([target], letters(), [a for a in answers_to(range(10)) if not a["errors"]], TrainSettings(rows=5), tmp_path)
 
 
+def test_the_careful_threshold_by_hand():
+    """59 wrong tokens, none accepted, bound 4.95% of them: 1 - 0.05^(1/59); 58 cannot, and 93 may hold one."""
+    for wrong, accepted, expected in ((59, 0, 0.7), (58, 0, 0.99), (93, 1, 0.7), (92, 1, 0.8), (10, 0, 0.99)):
+        scores = torch.tensor([0.95] * 40 + [0.6] * (wrong - accepted) + [0.72] * accepted)
+        labels = torch.tensor([1] * 40 + [0] * wrong)
+        assert careful_threshold(scores, labels) == expected, (wrong, accepted)
+    assert careful_threshold(torch.tensor([0.9999] * 70), torch.zeros(70)) == 0.99  # none of the grid qualifies
+
+
+def test_training_says_with_what_certainty_and_what_it_wrote(pair, tmp_path, capsys, monkeypatch):
+    """10 prompts, 2 wrong held-out tokens: the threshold is the strictest, and the figures are called too few."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in answers_to(range(10))))
+    monkeypatch.setattr(judge_module, "load_model", lambda folder, device, dtype: pair[0])
+    monkeypatch.setattr(judge_module, "load_tokenizer", lambda folder: letters())
+    out = tmp_path / "judge.safetensors"
+    judge_module.main(["train", "--data", str(path), "--out", str(out), "--device", "cpu"])
+    printed, err = capsys.readouterr()
+    assert load_judge(out, pair[0]).threshold == 0.99 and "   0.990*" in printed
+    assert f"{out}: a judge with threshold 0.99 (the careful choice" in printed and "no calibration" in printed
+    assert "38 right and 2 wrong tokens" in printed and "Only 2 wrong tokens are held out" in err and "78%" in err
+    held = load_judge(out, pair[0]).info["held_out"]
+    at_half = held["at"][0]
+    low, high = share_interval(round(at_half["recall"] * 38), 38)
+    assert f"{at_half['recall']:.4f}, {round(at_half['recall'] * 38)}/38 ({low:.3f}-{high:.3f})" in printed
+    judge_module.main(["train", "--data", str(path), "--out", str(out), "--device", "cpu", "--threshold", "0.6"])
+    assert load_judge(out, pair[0]).threshold == 0.6 and "(as given)" in capsys.readouterr().out
+
+
+def test_intervals_of_shares_are_clopper_and_pearsons():
+    """By hand from their paper of 1934: 1 of 20 is 0.0013 to 0.2487; and the ends."""
+    assert share_interval(1, 20) == pytest.approx((0.0013, 0.2487), abs=1e-4)
+    assert share_interval(0, 10) == pytest.approx((0, 1 - 0.025**0.1)) and share_interval(10, 10)[1] == 1
+    assert share_interval(0, 0) == (0, 1)
+    low, high = share_interval(34890, 35350)
+    assert low < 34890 / 35350 < high and high - low < 0.003
+
+
 def test_a_split_that_leaks_a_question_turns_red():
     """All answers of a prompt, of either form, fall on one side; and no side is empty."""
     tokenizer, answers = letters(), answers_to(range(10)) * 3
@@ -511,6 +663,7 @@ def test_guarded_texts_are_pushed_out_by_their_weight(pair, tmp_path):
 def test_command_line_reports_a_mistake_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge_module, "load_model", lambda *args: pytest.fail("loaded all the same"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": "r", "errors": []}))
+    os.mkfifo(tmp_path / "pipe")
     base = [
         "train",
         "--checkpoint_path",
@@ -522,14 +675,36 @@ def test_command_line_reports_a_mistake_before_any_work(tmp_path, capsys, monkey
     ]
     for more, word in (
         (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"), (["--out", str(tmp_path)], "cannot be written"),
-        (["--out", "/no/such/judge"], "cannot be written"), (["--threshold", "2"], "--threshold 2"),
+        (["--out", "/no/such/judge"], "cannot be written"), (["--threshold", "2"], "from 0.5 to 1"),
         (["--speculate_k", "0"], "--speculate_k 0"), (["--device", "tpu9"], "tpu9"), (["--magic"], "--magic"),
         (["--features", "target+draft"], "--draft_checkpoint_path"), (["--l2", "-1"], "--l2 -1"),
-        (["--out", str(tmp_path / "a.jsonl")], "one of the inputs"), (["--cache", str(tmp_path / "a.jsonl")], "is a file"),
-        (["--l2", "nan"], "--l2 nan must be between"), (["--speculate_k", "99999"], "between 1 and 1024"), (["--guard", "/no"], "/no"),
+        (["--out", str(tmp_path / "a.jsonl")], "one of the inputs"), (["--cache", str(tmp_path / "a.jsonl")], "is no folder"),
+        (["--l2", "nan"], "--l2 nan"), (["--speculate_k", "99999"], "from 1 to 1024"), (["--guard", "/no"], "/no"),
+        (["--speculate_k", "9" * 5000], "whole number"), (["--seed", "1" * 400], "whole number"), (["--guard_weight", "inf"], "from 0"),
+        (["--out", "/dev/null"], "it is a device"), (["--out", str(tmp_path / "pipe")], "it is a pipe"),
+        (["--data", str(tmp_path / "pipe")], "is a pipe"), (["--data", "/dev/zero"], "is a device"), (["--guard", str(tmp_path)], "is a folder"),
+        (["--out", str(DEMO / "model.safetensors")], "one of the inputs"), (["--out", str(tmp_path / ("x" * 300))], "too long"),
+        (["--cache", str(tmp_path / "judge.safetensors")], "is --out itself"), (["--cache", "/dev/null/a"], "--cache"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             judge_module.main(base + more)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and word in err and err.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_flags_may_come_before_the_command(tmp_path, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(judge_module, "train", ran.append)
+    for argv in (["--data", "a", "b", "train", "--out", "c"], ["--out", "c", "--data", "a", "b", "train"],
+                 ["train", "--out", "c", "--data", "a", "b"]):  # fmt: skip
+        judge_module.main(argv)
+        assert (ran[-1].command, list(map(str, ran[-1].data)), str(ran[-1].out)) == ("train", ["a", "b"], "c")
+    judge_module.main(["train", "--data", "train", "--out", "c"])  # a file of that name
+    assert list(map(str, ran[-1].data)) == ["train"]
+    for argv in (["--max_harm", "2", "calibrate"], ["calibrate", "--help"]):
+        with pytest.raises(SystemExit):
+            judge_module.main(argv)
+        out, err = capsys.readouterr()
+        assert (out + err).startswith(("judge.py calibrate: ", "usage: judge.py calibrate ")), out + err

@@ -31,6 +31,23 @@ def test_linear_against_float64(dtype, noise, n, k, rows):
     assert torch.equal(kernels.linear(x, w), y[0])  # what the model calls, and it gives the same each time
 
 
+@pytest.mark.parametrize("home", ["a file", "read-only", "missing"])
+def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capsys, home):
+    """A HOME that cannot be written is not a missing compiler; another user's folder is not trusted."""
+    place = tmp_path / "home"
+    if home == "a file":
+        place.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place) if home != "missing" else "/proc/no/such")
+    monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    if home == "read-only":
+        monkeypatch.setattr(kernels.os, "access", lambda *_: False)
+    own = kernels.usable_cache()
+    assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700 and "kernels are kept in" in capsys.readouterr().err
+    own.chmod(0o777)
+    with pytest.raises(OSError, match="not this user's own"):
+        kernels.usable_cache()
+
+
 @torch.inference_mode()
 def test_linear_takes_what_is_faster_and_leaves_the_rest():
     most = kernels.most_rows

@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT
 from test_generate import Scripted, V, one_hot
 
-from generate import Engine, Settings
+from files import Lines
+from generate import Engine, NotFinite, Settings
 from judge import RowReader, encode_items, read_answers
 from model import load_model
 from scripts import mine_important_tokens as mining
@@ -175,13 +176,107 @@ def test_mined_labels_are_of_the_drafts_tokens(tmp_path):
     assert labelled > 20 and {mark for answer in answers for mark in answer["labels"]} == {1, 0, -100}
 
 
-def test_mistakes_are_one_sentence(tmp_path, capsys):
+def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mining, "load_pair", lambda *args: pytest.fail("loaded all the same"))
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "b.part0of1")
     for more, word in (
         (["--out", "/no/such/file"], "cannot be written"), (["--checker", "number"], "demo"),
         (["--questions", str(tmp_path / "no.jsonl"), "--checker", "number"], "no.jsonl"), (["--device", "tpu"], "tpu"),
         (["--merge", "0"], "--merge 0"), (["--merge", "3"], "part0of3"), (["--out", str(ROOT / "LICENSE")], "not from mining"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--max_new_tokens", "9" * 5000], "--max_new_tokens"), (["--speculate_k", "0"], "--speculate_k"),
+        (["--max_new_tokens", "600"], "do not fit the model's context of 512"), (["--speculate_k", "1e3"], "--speculate_k"), (["--limit", "0"], "--limit"),
+        (["--out", "/dev/null"], "it is a device"), (["--out", str(tmp_path / "pipe")], "it is a pipe"), (["--out", str(tmp_path / "b")], "it is a pipe"),
+        (["--out", str(DEMO / "target" / "config.json")], "one of the inputs"), (["--out", str(tmp_path / ("x" * 247))], "too long"), (["--chat"], "--chat"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             mining.main(["--out", str(tmp_path / "out"), "--device", "cpu", *more])
         err = capsys.readouterr().err
         assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
+    for rank, size in (("3", "1"), ("x", "2"), ("-1", "2"), ("0", "0"), ("1" * 5000, "2"), ("", ""), ("٣", "9")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(SystemExit) as stop:
+            mining.main(["--out", str(tmp_path / "out"), "--device", "cpu"])
+        assert stop.value.code == 2 and "not those of a torchrun process" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.part0of1", "pipe"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """The command line without models: `mined` says what mining a question gives, by its number."""
+    pair = [type("Model", (), {"fingerprint": name}) for name in ("t", "d")]
+    monkeypatch.setattr(mining, "load_pair", lambda *args: (*pair, None))
+    engine = type("Engine", (), {"__init__": lambda self, *args: None, "warm_up": lambda self: 0.0})
+    monkeypatch.setattr(mining, "Engine", engine)
+    made = []
+
+    def mined(engine, prompt, question, tokenizer, max_new_tokens):
+        made.append(question.index)
+        if question.index == 2:
+            raise NotFinite("the logits are not finite")
+        return {"tokens": [5, 6, 7], "unimportant": [1], "important": [[2, 9]]}
+
+    monkeypatch.setattr(mining, "mine", mined)
+    return made
+
+
+def command(out, *more: str) -> list[str]:
+    return ["--limit", "4", "--device", "cpu", "--out", str(out), *more]
+
+
+def test_a_question_whose_logits_overflow_is_skipped_and_counted(tmp_path, fake, capsys):
+    mining.main(command(tmp_path / "out"))
+    assert f"{tmp_path / 'out'}: 3 questions mined, 1 skipped (1 not finite)" in capsys.readouterr().out
+    assert [record.get("skipped") for record in contents(tmp_path / "out.part0of1")[1:]] == [None, None, "not finite", None]
+    assert len(read_answers(tmp_path / "out")) == 6
+
+
+def test_a_run_cut_anywhere_ends_with_the_same_files(tmp_path, fake):
+    mining.main(command(tmp_path / "whole"))
+    lines = (tmp_path / "whole.part0of1").read_bytes().splitlines(keepends=True)
+    for kept in range(6):
+        for half in (b"", *([lines[kept][:9], lines[kept][:-1]] if kept < 5 else [])):
+            (tmp_path / "cut.part0of1").write_bytes(b"".join(lines[:kept]) + half)
+            fake.clear()
+            mining.main(command(tmp_path / "cut"))
+            assert fake == list(range(max(0, kept - 1), 4))
+            assert contents(tmp_path / "cut.part0of1") == contents(tmp_path / "whole.part0of1")
+            assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_parts_are_left_alone_where_they_are_of_others(tmp_path, fake, capsys):
+    """In use, of other settings, of another number of processes, edited, or no part at all: one sentence, not a byte changed."""
+    out, part = tmp_path / "out", tmp_path / "out.part0of1"
+    mining.main(command(out))
+    good, merged = part.read_bytes(), out.read_bytes()
+    lines = [json.loads(line) for line in good.splitlines()]
+
+    def fails(*more: str) -> str:
+        before = part.read_bytes()
+        with pytest.raises(SystemExit) as stop:
+            mining.main(command(out, *more))
+        err = capsys.readouterr().err.removeprefix("warmed up in 0.0 s\n")
+        assert stop.value.code == 2 and err.count("\n") == 1 and part.read_bytes() == before and out.read_bytes() == merged
+        return err
+
+    part.write_bytes(good[:-9])
+    first = Lines(part)
+    capsys.readouterr()
+    assert "being written by another process" in fails()
+    first.close()
+    part.write_bytes(good)
+    assert "max_new_tokens" in fails("--max_new_tokens", "90")
+    (tmp_path / "out.part0of3").write_text("")
+    assert "of a run with 3 processes" in fails()
+    (tmp_path / "out.part0of3").unlink()
+    for change, field in (({"tokens": "x"}, "tokens"), ({"important": [[9, 1]]}, "important"), ({"unimportant": [True]}, "unimportant"),
+                          ({"seconds": -1}, "seconds"), ({"prompt_tokens": None}, "prompt_tokens"), ({"question": 3}, "question"),
+                          ({"important": [3]}, "important"), ({"skipped": 3}, "skipped")):  # fmt: skip
+        part.write_text("".join(json.dumps(line | (change if at == 2 else {})) + "\n" for at, line in enumerate(lines)))
+        for more in ((), ("--merge", "1")):
+            assert f"{part}, line 3: field {field!r}" in fails(*more)
+    for content in (b"mine\n", b"mine", b"[]\n", b"{}\n", b'{"target": "other"}\n', b"\xff\n"):
+        part.write_bytes(content)
+        for more in ((), ("--merge", "1")):
+            assert str(out) in fails(*more)

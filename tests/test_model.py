@@ -1,6 +1,8 @@
 """Protects: our logits are those of transformers; every published form of folder loads; what is not built is refused."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICES, ROOT, make_folder
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cli import InputError
@@ -274,6 +277,101 @@ def test_a_broken_meta_folder_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="consolidated.00.pth cannot be read"):
         convert(tmp_path / "meta", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+def broken(change):
+    """A case whose params.json is changed; ... removes a field."""
+
+    def spoil(folder):
+        params = json.loads((folder / "params.json").read_text()) | change
+        (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if value is not ...}))
+
+    return spoil
+
+
+def shard(number: int, change):
+    """A case one of whose shards is changed."""
+
+    def spoil(folder):
+        path = folder / f"consolidated.{number:02}.pth"
+        torch.save(change(torch.load(path, weights_only=True)), path)
+
+    return spoil
+
+
+META_BROKEN = {
+    "no layers": (broken({"n_layers": 0}), "n_layers=0"),
+    "a million layers": (broken({"n_layers": 10**6}), "n_layers=1000000 must be"),
+    "fewer layers than tensors": (broken({"n_layers": 2}), "unexpected tensor layers.2"),
+    "more layers than tensors": (broken({"n_layers": 4}), "has no tensor layers.3"),
+    "dim of a thousand digits": (lambda f: (f / "params.json").write_text('{"dim": 1' + "0" * 1000 + "}"), "params.json is not valid JSON"),
+    "dim a text": (broken({"dim": "64"}), "dim='64'"),
+    "dim that heads do not divide": (broken({"n_heads": 7}), "dim=64 must be a multiple of n_heads=7"),
+    "KV heads a text": (broken({"n_kv_heads": "2"}), "n_kv_heads='2'"),
+    "KV heads wrong": (broken({"n_kv_heads": 1}), "parts of layers.0.attention.wk.weight have shapes"),
+    "vocabulary a text": (broken({"vocab_size": "96"}), "vocab_size='96'"),
+    "vocabulary wrong": (broken({"vocab_size": 100}), "parts of .* have shapes"),
+    "scaled rope a text": (broken({"use_scaled_rope": "yes"}), "use_scaled_rope true or false"),
+    "params a list": (lambda f: (f / "params.json").write_text("[]"), "params.json is a JSON list"),
+    "params missing": (lambda f: (f / "params.json").unlink(), "no file .*params.json"),
+    "a shard missing": (lambda f: (f / "consolidated.01.pth").rename(f / "consolidated.02.pth"), "consolidated.01.pth should be"),
+    "a shard a list": (shard(1, lambda part: [1]), "consolidated.01.pth holds no tensors by name"),
+    "a shard of whole numbers": (shard(0, lambda part: part | {"norm.weight": torch.ones(64).int()}), "norm.weight is torch.int32"),
+    "shards of two types": (shard(1, lambda part: {name: x.bfloat16() for name, x in part.items()}), "which do not make"),
+    "a scalar": (shard(0, lambda part: part | {"output.weight": torch.tensor(1.0)}), "no matrix output.weight"),
+    "a vector for a matrix": (shard(1, lambda part: part | {"layers.1.attention.wo.weight": torch.ones(7)}), "layers.1.attention.wo.weight have shapes"),
+    "a shard that is a folder": (lambda f: ((f / "consolidated.01.pth").unlink(), (f / "consolidated.01.pth").mkdir()), "is a folder"),
+    "a shard that is a pipe": (lambda f: ((f / "consolidated.01.pth").unlink(), os.mkfifo(f / "consolidated.01.pth")), "is a pipe"),
+    "an empty shard": (lambda f: (f / "consolidated.01.pth").write_bytes(b""), "cannot be read as a checkpoint"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def meta(tmp_path_factory):
+    root = tmp_path_factory.mktemp("meta")
+    theirs = make_folder(root / "hf", vocab_size=96)
+    write_meta(root / "meta", theirs.state_dict(), theirs.config, 2)
+    return root / "meta"
+
+
+@pytest.mark.parametrize("case", META_BROKEN)
+def test_broken_meta_folders_are_named(meta, tmp_path, case):
+    spoil, sentence = META_BROKEN[case]
+    source = shutil.copytree(meta, tmp_path / "meta")
+    spoil(source)
+    with pytest.raises(InputError, match=sentence):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+def test_where_a_converted_folder_goes(meta, tmp_path, monkeypatch):
+    """Nothing of a user's is overwritten or removed, permissions follow the umask, a full disk leaves nothing behind."""
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for name, sentence in (("dangling", "a link to nowhere"), ("file", "is a file"), ("pipe", "is a pipe"), ("n" * 300, "File name too long")):
+        with pytest.raises(InputError, match=sentence):
+            convert(meta, tmp_path / name)
+    (tmp_path / "a.tmp").mkdir()
+    (tmp_path / "a.tmp" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds thesis.txt, which is not ours"):
+        convert(meta, tmp_path / "a")
+    assert (tmp_path / "a.tmp" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "b.tmp").mkdir()  # what a killed run left
+    (tmp_path / "b.tmp" / "model-00009-of-00009.safetensors.tmp").write_text("half")
+    before = os.umask(0o022)
+    convert(meta, tmp_path / "b")
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "b").iterdir()} == {0o644}
+    assert len(list((tmp_path / "b").iterdir())) == 6
+
+    def full(*rest, **more):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("quantize.save_file", full)
+    with pytest.raises(InputError, match="cannot be written: .*No space left"):
+        convert(meta, tmp_path / "c")
+    assert not (tmp_path / "c").exists() and not (tmp_path / "c.tmp").exists()
 
 
 MEASURE_LOADING = """

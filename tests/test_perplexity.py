@@ -52,7 +52,9 @@ def test_perplexity_against_transformers(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--mode", "int3"], "--mode int3 is not known"), (["--mode", "int4/x"], "not of the form"), (["--mode", "int4/48"], "--group_size 48"),
-    (["--text", "nowhere.txt"], "nowhere.txt: there is no such file"), (["--stride", "0"], "--stride 0 must be between"),
+    (["--text", "nowhere.txt"], "There is no file --text nowhere.txt"), (["--stride", "0"], "--stride: '0' must be a whole number"),
+    (["--text", "/dev/full"], "is a device"), (["--text", "x" * 300], "File name too long"), (["--stride", "9", "--window", "8"], "--stride 9 must be between"),
+    (["--limit", "1" * 5000], "must be a whole number"), (["--text", "/dev/null", "--limit", "3"], "counts demo problems"), (["--seed", "x"], "must be a whole number"),
 ])  # fmt: skip
 def test_mistakes(flags, sentence, capsys):
     with pytest.raises(SystemExit) as end:
@@ -62,3 +64,14 @@ def test_mistakes(flags, sentence, capsys):
 
 def test_names_of_modes():
     assert scheme_named("none") is None and scheme_named("int4/128").group_size == 128 and scheme_named("fp8").mode == "fp8"
+
+
+def test_a_perplexity_that_is_no_number_is_one_sentence(tmp_path, capsys):
+    weights = make_folder(tmp_path / "model", seed=5, vocab_size=640, max_position_embeddings=128)
+    weights.model.norm.weight.data[3] = float("nan")
+    weights.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes((DEMO / "target" / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit) as end:
+        main(["--checkpoint_path", str(tmp_path / "model"), "--mode", "none", "--limit", "1", "--device", "cpu", "--stride", "32"])
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and "not finite" in captured.err

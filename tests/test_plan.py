@@ -1,6 +1,8 @@
 """Protects: plan.py's bytes, seconds and acceptance by hand, and that its predictions are held against what was measured."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +109,16 @@ def test_more_than_a_machine_holds_is_linked_more_slowly(capsys):
     (["--target", "Llama-9"], "Llama-9"), (["--target", "Llama-3.1-8B", "--gpus", "3"], "3 ranks cannot share"),
     (["--target", "Llama-3.1-8B", "--bandwidth", "0"], "--bandwidth 0"), (["--gpus", "0"], "--gpus 0"),
     (["--target", "Llama-3.1-8B", "--draft", "64x2"], "do not share a vocabulary"),
+    (["--target", "Llama-3.2-1B", "--draft", "Llama-3.1-8B"], "larger than the target"),
+    (["--target", "Llama-3.1-8B", "--gpu", "h999"], "invalid choice: 'h999'"),
+    (["--target", "Llama-3.1-8B", "--position", "9" * 500], "--position"),
+    (["--target", "Llama-3.1-8B", "--position", "9000"], "beyond a cache of 8192"),
+    (["--target", "Llama-3.1-8B", "--cache_length", "200000"], "context of 131072"),
+    (["--target", "Llama-3.1-8B", "--m_star", "nan"], "--m_star"),
+    (["--target", "Llama-3.1-8B", "--bandwidth", "-3"], "--bandwidth"),
+    (["--target", "Llama-3.1-8B", "--memory", "inf"], "--memory"),
+    (["--target", "9" * 5000 + "x2"], "DIM must be"), (["--target", "a" * 5000], "no preset"),
+    (["--target", "no/such"], "is no folder"), (["--target", __file__], "is no folder"), (["--target", "a\0b"], "no preset"),
     (["--check", "--benchmarks", "/no/such"], "/no/such"), (["--draft", "Llama-3.1-8B"], "--draft needs a target"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(argv, word, capsys):
@@ -114,3 +126,73 @@ def test_mistakes_are_one_sentence(argv, word, capsys):
         main(argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and word in err and err.count("\n") == 1
+
+
+REPORT = {"command": "python scripts/benchmark.py --preset 128x2 --draft_preset 64x1 --verify standard --speculate_k 4",
+          "limit": "read", "read_gb_per_s": 10.0, "dtype": "float32",
+          "rows": [{"part": "plain step at 20", "ms": 1.0}, {"part": "draft loop, M = 4 at 20", "ms": 1.0},
+                   {"part": "verify 5 rows at 20", "ms": 1.0}, {"part": "round, M = 4 at 20", "ms": 1.0}]}  # fmt: skip
+NEW = REPORT | {"schema": 2, "model": "128x2", "draft_model": "64x1", "mode": None, "draft_mode": None, "modes": None}
+
+
+def test_both_schemas_say_the_same(tmp_path):
+    """Schema 2 by its fields alone; with modes, and with a folder of the repository named from its root on."""
+    assert plan.predictions(REPORT) == plan.predictions(NEW | {"command": "lost"}) and len(plan.predictions(NEW)) == 4
+    old = REPORT | {"command": REPORT["command"] + " --mode int4 --group_size 64"}
+    assert plan.predictions(old) == plan.predictions(NEW | {"mode": "int4/64"}) != plan.predictions(NEW)
+    several = [{"part": "int8: plain step at 20", "ms": 1.0}]
+    old = REPORT | {"rows": several, "command": REPORT["command"] + " --modes none int8 --quantize_lm_head"}
+    new = NEW | {"rows": several, "modes": {"none": None, "int8": "int8 with LM head"}}
+    assert plan.predictions(old) == plan.predictions(new) != plan.predictions(NEW | {"rows": several, "modes": {"int8": "int8"}})
+    assert plan.predictions(NEW | {"model": "checkpoints/demo/target", "draft_model": "checkpoints/demo/draft"})
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"command": 3}, "field 'command'"), ({"command": "python 'x"}, "field 'command'"), ({"command": "python x --rows 1"}, "--rows"),
+    ({"command": "python x --help"}, "field 'command'"), ({"command": "python x --preset 1x1"}, "DIM must"),
+    ({"limit": "write"}, "'limit'"), ({"limit": ["read"]}, "'limit'"), ({"dtype": "nn"}, "'dtype'"), ({"dtype": None}, "'dtype'"),
+    ({"read_gb_per_s": -1.0}, "'read_gb_per_s' is -1"), ({"read_gb_per_s": float("nan")}, "'read_gb_per_s'"),
+    ({"read_gb_per_s": float("inf")}, "'read_gb_per_s'"), ({"read_gb_per_s": True}, "'read_gb_per_s'"),
+    ({"read_gb_per_s": "3"}, "'read_gb_per_s'"), ({"read_gb_per_s": 0}, "'read_gb_per_s'"),
+    ({"rows": {}}, "'rows'"), ({"rows": [3]}, "row 1: field 'part'"), ({"rows": [{"ms": 1}]}, "row 1: field 'part'"),
+    ({"rows": [{"part": "plain step at 20", "ms": 0}]}, "row 1: field 'ms'"), ({"rows": [{"part": "plain step at 20"}]}, "row 1: field 'ms'"),
+    ({"rows": [{"part": "plain step at 20", "ms": [1]}]}, "row 1: field 'ms'"), ({"rows": [{"part": "verify 0 rows at 20", "ms": 1}]}, "row 1"),
+    ({"rows": [{"part": f"plain step at {'9' * 5000}", "ms": 1}]}, "row 1"), ({"rows": [{"part": "x: plain step at 2", "ms": 1}]}, "is not known"),
+    ({"rows": [{"part": f"int4/{'9' * 5000}: plain step at 2", "ms": 1}]}, "--mode"),
+    ({"schema": 3}, "schema"), ({"schema": [2]}, "schema"), ({"schema": 2}, "field 'model'"),
+    (NEW | {"model": "no/such"}, "no/such"), (NEW | {"mode": "int9"}, "int9"), (NEW | {"modes": [1]}, "'modes'"),
+    (NEW | {"modes": {"a": 3}}, "'a'"), (NEW | {"draft_model": None}, "needs a draft"), (NEW | {"draft_model": 4}, "'draft_model'"),
+])  # fmt: skip
+def test_damaged_reports_are_one_sentence(change, words, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(REPORT | change))
+    with pytest.raises(SystemExit) as stop:
+        main(["--check", "--benchmarks", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "a.json") in err and words in err, err
+
+
+@pytest.mark.parametrize("content", ['{"rows": ' + "[" * 100000, '{"rows": 1' + "0" * 5000 + "}", '{"a": "\\ud800"}', "\udcff", "[]", ""])
+def test_what_is_no_json_is_one_sentence(content, tmp_path, capsys):
+    (tmp_path / "a.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--check", "--benchmarks", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "a.json" in err
+
+
+def test_lengths_fit_the_context_of_a_folder(tmp_path, capsys):
+    """The demo pair's context is 512; a damaged config is named."""
+    from generate import DEMO
+
+    main(["--target", str(DEMO / "target"), "--draft", str(DEMO / "draft")])
+    assert "caches for 512 tokens" in (said := capsys.readouterr().out) and "at position 512" in said
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        main(["--target", str(tmp_path)])
+    assert stop.value.code == 2 and str(tmp_path / "config.json") in capsys.readouterr().err
+
+
+def test_standard_output_full_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        found = subprocess.run([sys.executable, plan.__file__, "--target", "Llama-3.2-1B"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 2 and found.stderr.count("\n") == 1 and "No space left" in found.stderr

@@ -1,11 +1,19 @@
 """Protects: the error of each mode, packing, products against float64, folders, resuming, what is refused."""
 
 import json
+import os
 import shutil
+import signal
+import stat
+import subprocess
+import sys
+import weakref
 
 import pytest
 import torch
-from conftest import DEVICES, make_folder
+from conftest import DEVICES, ROOT, make_folder
+from safetensors import SafetensorError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import model as plain
@@ -324,6 +332,220 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path, monkeypatch):
     (folder / "notes.txt").unlink()
 
 
+def test_killed_between_the_new_name_and_the_end(folder, tmp_path, monkeypatch, capsys):
+    """The folder is whole then: the next run says so, and so does every one after it."""
+    unlink = quantize.Path.unlink
+
+    def dies(path, *rest, **more):
+        if path.name == "settings.json":
+            raise KeyboardInterrupt
+        unlink(path, *rest, **more)
+
+    monkeypatch.setattr(quantize.Path, "unlink", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", Scheme("int8"))
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "settings.json").exists()
+    with pytest.raises(InputError, match="exists already and is a folder"):
+        convert(folder, tmp_path / "out", Scheme("fp8"))
+    monkeypatch.setattr(quantize, "write_shard", lambda *rest: pytest.fail("all shards were there"))
+    convert(folder, tmp_path / "out", Scheme("int8"))
+    assert "out is complete: int8" in capsys.readouterr().err and not (tmp_path / "out" / "settings.json").exists()
+    with pytest.raises(InputError, match="exists already, and is complete: the int8 weights of this very model"):
+        convert(folder, tmp_path / "out", Scheme("int8"))
+
+
+@pytest.mark.parametrize("left", [[], ["settings.json.tmp"], ["settings.tmp", ".tmpAbC123"], ["settings.json"]], ids=str)
+def test_killed_in_its_first_write(folder, tmp_path, left):
+    """Nothing was done yet, so nothing is in the way; what was half written is not carried into the folder."""
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).write_bytes(b'{"sch')
+    convert(folder, tmp_path / "out", Scheme("int8"))
+    whole = {path.name for path in folder.iterdir()} - {"model.safetensors"}
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made == whole | {"model.safetensors.index.json"} | {f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)}
+
+
+def test_what_a_killed_write_left_is_not_kept(folder, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="left of a run with other settings"):
+        convert(folder, tmp_path / "out", Scheme("int8"))
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_permissions_follow_the_umask(folder, tmp_path):
+    before = os.umask(0o022)
+    try:
+        convert(folder, tmp_path / "a", Scheme("int8"))
+        os.umask(0o027)
+        convert(folder, tmp_path / "b", Scheme("int8"))
+    finally:
+        os.umask(before)
+    for name, file_mode, folder_mode in (("a", 0o644, 0o755), ("b", 0o640, 0o750)):
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / name).iterdir()} == {file_mode}
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == folder_mode
+
+
+def out_cases(tmp_path) -> dict:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken.partial").write_text("x")
+    (tmp_path / "linked.partial").symlink_to(tmp_path / "empty")
+    return {"file": "is a file", "dangling": "a link to nowhere", "loop": "a link to nowhere", "fifo": "is a pipe",
+            "empty": "is a folder", "/dev/null": "is a device", "taken": "is no folder; remove it", "linked": "is no folder; remove it",
+            "file/below": "file is no folder", "n" * 300: "File name too long"}  # fmt: skip
+
+
+def test_where_nothing_can_be_written_is_said_before_any_work(folder, tmp_path, monkeypatch):
+    for name in ("fingerprint_of", "find_weights"):
+        monkeypatch.setattr(plain, name, lambda *rest: pytest.fail("work was done"))
+    for name, sentence in out_cases(tmp_path).items():
+        with pytest.raises(InputError, match=sentence):
+            convert(folder, tmp_path / name, Scheme("int8"))
+    monkeypatch.setattr(os, "access", lambda *rest: False)  # as in a folder on a read-only disk
+    with pytest.raises(InputError, match="nothing may be made in the folder"):
+        convert(folder, tmp_path / "new", Scheme("int8"))
+    monkeypatch.undo()
+    assert (tmp_path / "fifo").is_fifo() and (tmp_path / "file").read_text() == "x" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_second_process_on_the_same_out_is_refused(folder, tmp_path, monkeypatch):
+    """The lock is on the open folder, so that a second opening in this process is as one in another."""
+    write, refused = quantize.write_shard, []
+
+    def meanwhile(file, *rest):
+        with pytest.raises(InputError, match="out.partial is being written by another process"):
+            convert(folder, tmp_path / "out", Scheme("int8"))
+        refused.append(file)
+        write(file, *rest)
+
+    monkeypatch.setattr(quantize, "write_shard", meanwhile)
+    convert(folder, tmp_path / "out", Scheme("int8"))
+    assert len(refused) == 4
+    assert load_model(tmp_path / "out", "cpu").quantization == "int8"
+
+
+def test_a_full_disk_while_a_shard_is_written(folder, tmp_path, monkeypatch):
+    """One sentence, nothing half written, and the same command goes on."""
+    calls, save = [], quantize.save_file
+
+    def full(content, path, **more):
+        calls.append(path)
+        if len(calls) == 3:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(content, path, **more)
+
+    monkeypatch.setattr(quantize, "save_file", full)
+    with pytest.raises(InputError, match="model-00003-of-00004.safetensors cannot be written: .*No space.*the same command goes on"):
+        convert(folder, tmp_path / "out", Scheme("int8"))
+    assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [
+        "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors", "settings.json"]  # fmt: skip
+    convert(folder, tmp_path / "out", Scheme("int8"))
+    assert len(calls) == 5 and load_model(tmp_path / "out", "cpu").quantization == "int8"
+
+
+def test_a_tokenizer_in_metas_place_goes_along(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "m")
+    (source / "original").mkdir()
+    (source / "original" / "tokenizer.model").write_bytes(b"x")
+    (source / "chat_template.jinja").write_text("y")
+    convert(source, tmp_path / "out", Scheme("int8"))
+    assert (tmp_path / "out" / "original" / "tokenizer.model").read_bytes() == b"x" and (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_a_folder_in_another_spelling_is_quantised_alike(folder, tmp_path):
+    """Names without model., and a single file beside an older index."""
+    from safetensors.torch import load_file, save_file
+
+    source = shutil.copytree(folder, tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    save_file({name.removeprefix("model."): x.clone() for name, x in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "gone"}}')
+    convert(source, tmp_path / "a", Scheme("int8"))
+    convert(folder, tmp_path / "b", Scheme("int8"))
+    for file in (tmp_path / "b").glob("model*"):
+        assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()
+
+
+def test_fp8_on_an_older_gpu_is_refused(monkeypatch, folder):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpu = torch.device("cuda", 0)
+    for scheme in (Scheme("fp8"), Scheme("fp8", dynamic=True)):
+        with pytest.raises(InputError, match="compute capability 8.9 or more; cuda:0 has 8.0: use int8 or int4"):
+            quantize.check_device(gpu, scheme)
+        with pytest.raises(InputError, match="compute capability 8.9"):
+            load_model(folder, gpu, None, scheme)
+    for scheme in (None, Scheme("int8"), Scheme("int4")):
+        quantize.check_device(gpu, scheme)
+    quantize.check_device(torch.device("cpu"), Scheme("fp8"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    quantize.check_device(gpu, Scheme("fp8"))
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of storages that live at once, of those that operations inside make."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+                if all(x.untyped_storage().data_ptr() != key for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
+                    self.living[key] = 0
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                if key in self.living:
+                    self.living[key] += 1
+                    weakref.finalize(tensor, self.gone, key, size)
+        return out
+
+    def gone(self, key: int, size: int):
+        self.living[key] -= 1
+        if not self.living[key]:
+            del self.living[key]
+            self.now -= size
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=TEXT)
+@torch.inference_mode()
+def test_a_prefill_makes_no_copy_of_a_whole_weight(scheme, monkeypatch):
+    """Its peak, beside the result, is a slice's: a hundredth of the 4 bytes a number that it once was; the numbers are the same."""
+    monkeypatch.setattr(quantize, "SLICE", 1 << 14)
+    n, k = 3000, 640
+    weight, scales = quantize.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), scheme)
+    x = torch.randn(1, 70, k, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = torch.nn.functional.linear(x, dequantize(weight, scales)[:, :k].bfloat16())
+    with Peak() as peak:
+        y = quantize.product_in_slices(x, weight, scales, n)
+    assert torch.equal(y, expected) or (y - expected).abs().max() <= 2**-7 * expected.abs().max()
+    args = ModelArgs(k, 1, 1, 1, n, 100, 64)
+    slices = quantize.temporary_bytes(args, torch.bfloat16, scheme, torch.device("cuda"), 70) - 2 * n * 640 * (2 + 2)
+    assert y.nbytes < peak.peak < y.nbytes + slices < y.nbytes + n * k
+    assert torch.equal(quantize.many_rows(x, weight, scales, n), y)
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("fp8"), Scheme("int4")], ids=str)
+def test_quantising_takes_what_temporary_bytes_says(scheme):
+    """The unquantised layer, and what it takes to put it into its packed form, on a CPU."""
+    args = ModelArgs(512, 1, 4, 2, 4096, 50, 128)
+    with Peak() as peak:
+        weight = torch.randn(2 * 4096, 512, dtype=torch.bfloat16)
+        layer = QuantLinear(*quantize.quantize(weight, scheme), *weight.shape)
+    kept = sum(buffer.nbytes for buffer in layer.buffers())
+    bound = quantize.temporary_bytes(args, torch.bfloat16, scheme, torch.device("cpu"))
+    assert peak.peak - kept < bound < 40 * weight.numel(), (peak.peak, kept, bound)
+    assert quantize.temporary_bytes(args, torch.bfloat16, None, torch.device("cuda")) == 0
+
+
 def test_what_is_refused(folder, tmp_path, capsys):
     convert(folder, tmp_path / "int8", Scheme("int8"))
     config = json.loads((tmp_path / "int8" / "config.json").read_text())
@@ -427,3 +649,40 @@ def test_the_command_line(capsys, tmp_path):
         with pytest.raises(SystemExit) as end:
             generate_main([*flags, *more])
         assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import quantize
+
+def counted(call):
+    def inner(*args, **more):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **more)
+    return inner
+
+for name in ("replace", "unlink", "chmod", "mkdir", "open"):
+    setattr(os, name, counted(getattr(os, name)))
+quantize.save_file = counted(quantize.save_file)
+for left in [*range(2, 60, 7), 1000]:
+    if not (child := os.fork()):
+        quantize.convert(quantize.Path(sys.argv[2]), quantize.Path(sys.argv[3]), quantize.Scheme("int8"))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_killed_at_any_moment(folder, tmp_path):
+    """SIGKILL after ever more of a run, each on what the one before it left: the end is that of one undisturbed run."""
+    convert(folder, tmp_path / "whole", Scheme("int8"))
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    command = [sys.executable, "-c", KILLED, str(ROOT), str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    codes = list(map(int, done.stdout.split()))
+    assert codes.count(-signal.SIGKILL) >= 3 and set(codes) <= {0, -signal.SIGKILL, 1}, done.stderr
+    assert "Traceback" not in done.stderr or "exists already, and is complete" in done.stderr, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected

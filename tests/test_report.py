@@ -2,11 +2,14 @@
 
 import html
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 from browser import CHROMIUM, Browser
+from conftest import ROOT
 
 from cli import InputError
 from scripts import report
@@ -137,7 +140,7 @@ def test_broken_files_are_one_sentence(tmp_path, capsys):
             report.main([str(tmp_path / "r.jsonl"), "--out", str(out)])
         err = capsys.readouterr().err
         assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
-    for flags, word in (([str(tmp_path / "none.jsonl")], "No such file"), ([str(tmp_path)], "directory"), ([__file__], "line 1 is not"),
+    for flags, word in (([str(tmp_path / "none.jsonl")], "There is no file"), ([str(tmp_path)], "is a folder"), ([__file__], "line 1 is not"),
                         ([str(write(tmp_path / "r.jsonl")), "--out", "/no/such/folder/x"], "cannot be written"),
                         ([str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "r.jsonl")], "would be lost")):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
@@ -145,6 +148,112 @@ def test_broken_files_are_one_sentence(tmp_path, capsys):
         err = capsys.readouterr().err
         assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
     assert not out.exists() and read_run(tmp_path / "r.jsonl")[1] == RECORDS
+
+
+def refused(argv: list[str], capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        report.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1, err
+    return err
+
+
+WRONG = ([], {}, True, -1, 1.5, 10**18, float("nan"), float("inf"), "text", [[]], [True], [10**18], {"a": [1]})
+
+
+@pytest.mark.parametrize("field", sorted({*RECORDS[1], "turns", "item"}))
+def test_no_field_of_an_answer_can_break_the_page(field, tmp_path, capsys):
+    """Each field, missing or of each wrong kind: a page, or one sentence that names file, line and field."""
+    out, refusals = tmp_path / "report.html", 0
+    for value in (*WRONG, None, ...):
+        spoilt = {name: x for name, x in RECORDS[1].items() if name != field} | ({} if value is ... else {field: value})
+        path = write(tmp_path / "r.jsonl", [RECORDS[0], spoilt])
+        try:
+            report.main([str(path), "--out", str(out)])
+            page = out.read_text(encoding="utf-8")
+            assert "NaN" not in page.split('id="data">')[1] and "Infinity" not in page.split('id="data">')[1]
+        except SystemExit as stop:
+            err = capsys.readouterr().err
+            refusals += 1
+            assert stop.code == 2 and err.count("\n") == 1 and f"{path}, line 3" in err and "field" in err, (value, err)
+    assert refusals >= (0 if field in ("prompt",) else 3), refusals
+
+
+def test_answers_that_do_not_go_together(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "report.html")]
+    for records, words in (
+        ([RECORDS[0], RECORDS[2] | {"right": None}], "line 3: field 'right'"),
+        ([RECORDS[1] | {"rounds": 0}], "field 'rounds' is 0"), ([RECORDS[1] | {"accepted_by_rule": 9}], "'accepted_by_rule' is 9"),
+        ([RECORDS[0] | {"seconds_decode": 0}], "took no time"), ([RECORDS[0] | {"answer_right": None}], "'answer_right'"),
+        ([RECORDS[0] | dict.fromkeys(("tokens", "cuts", "p", "kl", "score", "top"), []) | {"text": "", "origin": ""}], "hold no tokens"),
+    ):  # fmt: skip
+        assert words in refused([str(write(tmp_path / "r.jsonl", records)), *out], capsys), words
+    for header, words in (({"target": [[[[1]]]]}, "'target'"), ({"x": float("nan")}, "'x'"), ({"x": {"a": [float("inf")]}}, "'x'")):
+        assert words in refused([str(write(tmp_path / "r.jsonl", RECORDS, HEADER | header)), *out], capsys)
+    for line in ("[" * 10**5, '{"a": 1' + "0" * 5000 + "}", '"\\ud800"', "\udcff"):
+        (tmp_path / "r.jsonl").write_bytes((json.dumps(HEADER) + "\n" + line + "\n").encode(errors="surrogateescape"))
+        assert "r.jsonl" in refused([str(tmp_path / "r.jsonl"), *out], capsys)
+
+
+def test_what_is_read_and_written_is_regular(tmp_path, capsys):
+    """A loop of links, devices and pipes are named and left alone; a name that is no UTF-8 is shown as far as it can be."""
+    good = write(tmp_path / "r.jsonl")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("/dev/full", tmp_path / "loop", tmp_path / "fifo", "n" * 300):
+        assert str(path)[:50] in refused([str(path), "--out", str(tmp_path / "x.html")], capsys)
+        assert "cannot be written" in refused([str(good), "--out", str(path)], capsys)
+    (tmp_path / "link").symlink_to("r.jsonl")
+    assert "would be lost" in refused([str(good), "--out", str(tmp_path / "link")], capsys)
+    odd = tmp_path / "r\udcff.jsonl"
+    good.rename(odd)
+    report.main([str(odd), "--out", str(tmp_path / "page\udcff.html")])
+    assert "Run of r\ufffd.jsonl" in (tmp_path / "page\udcff.html").read_text(encoding="utf-8")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, report.__file__, os.fsencode(odd), "--out", str(tmp_path / "x.html")]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
+
+
+def test_failed_answers_are_shown_as_such(tmp_path):
+    """As evaluate.py records them: no token, no time. A rule may have no others."""
+    nothing = dict.fromkeys(("tokens", "cuts"), []) | dict.fromkeys(("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_decode"), 0)
+    failed = {k: v for k, v in RECORDS[1].items() if k not in ("p", "kl", "score", "top")} | nothing
+    failed |= {"text": "", "origin": "", "right": False, "answer_right": False, "failed": "Logits are <not> finite."}
+    page = make(tmp_path, [RECORDS[0], failed])
+    assert "1 of 2 answers failed and count as wrong, the first that of judge to item 0: Logits are &lt;not&gt; finite." in page
+    assert "(no answer: Logits are \\u003cnot> finite.)" in page and "not coloured" not in page and "come without" not in page
+
+
+def test_the_page_says_how_the_run_was_made(tmp_path):
+    made = {"command": "python scripts/evaluate.py --limit 4", "machine": "2 cores", "commit": "abc1234", "date": "2026-11-25"}
+    page = make(tmp_path, RECORDS, HEADER | made)
+    assert re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page)[:4] == [(name, made[name]) for name in ("command", "date", "machine", "commit")]
+    assert "does not say" not in page and "file last written" not in page
+    path = write(tmp_path / "r.jsonl")
+    os.utime(path, (1.7e9, 1.7e9))
+    report.main([str(path), "--out", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text()
+    assert "<dt>file last written</dt><dd>2023-11-1" in page and "does not say: command, machine, commit" in page
+
+
+def test_every_figure_has_a_legend_and_names_its_axes(tmp_path):
+    figures = re.findall("<figure>.*?</figure>", make(tmp_path), re.S)
+    legends = [re.sub("<[^>]*>", "", legend).strip() for legend in re.findall('class="legend">(.*?)</ul>', "".join(figures))]
+    assert [legend.split() for legend in legends[:2]] == [["judge", "plain"], ["judge"]] and "r: by the rule alone" in legends[2]
+    assert len(legends) == len(figures) == 3 and "right answers, %" in figures[0] and "share of the rounds, %" in figures[1]
+    assert ">0.8</text>" in figures[0]  # the point's threshold
+
+
+def test_the_commands_of_the_documents(tmp_path, monkeypatch, capsys):
+    texts = [(ROOT / "README.md").read_text(), report.__doc__]
+    commands = [line.split() for text in texts for line in re.findall(r"^ *python scripts/report.py (\S[^#\n]*)", text, re.M)]
+    assert commands == [["results.jsonl", "--out", "report.html"]] * 2
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "results.jsonl")
+    report.main(commands[0])
+    assert (tmp_path / "report.html").exists() and "8 answers to 4 questions" in capsys.readouterr().out
 
 
 def test_a_killed_runs_half_line_is_left_out_with_a_note(tmp_path, capsys):
@@ -280,6 +389,8 @@ def test_figures_of_a_token_by_mouse_keys_and_touch(page):
     found.key("Escape")
     assert found.js(tip) == ""
     found.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    found.js("document.querySelector(\"[data-at='4']\").scrollIntoView({ block: 'center' })")
+    found.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")  # scroll bars have gone
     x, y = found.js("(() => { const b = document.querySelector(\"[data-at='4']\").getBoundingClientRect(); return [b.x + 5, b.y + 5]; })()")
     found.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
     found.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
@@ -337,3 +448,43 @@ def test_a_page_without_details_works(browser, tmp_path):
     make(tmp_path, [{k: v for k, v in r.items() if k not in ("p", "kl", "score", "top", "origin", "cuts")} for r in RECORDS])
     browser.open(f"file://{tmp_path}/report.html#item=0&rule=judge")
     assert browser.js("document.querySelector('.text').textContent") == "So the sum is 8" and not browser.problems
+
+
+@pytest.fixture
+def narrow(browser):
+    def width(pixels: int) -> None:
+        browser.call("Emulation.setDeviceMetricsOverride", width=pixels, height=800, deviceScaleFactor=1, mobile=pixels < 500)
+
+    yield width
+    browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+BAR = "document.querySelector('.filters').getBoundingClientRect()"
+
+
+@pytest.mark.parametrize("pixels", [400, 1200])
+def test_every_part_is_in_view_at_every_width(page, narrow, pixels):
+    """Nothing lies beside the screen, the spot check's token and figures included, and no heading under the bar."""
+    narrow(pixels)
+    page()  # else the link below would be the first address
+    for view in ("summary", "figures", "spot", "answers"):
+        found = page(f"#view={view}")
+        assert found.js("document.documentElement.scrollWidth <= innerWidth")
+        top, above, below = found.js(f"[document.querySelector('#{view} h2').getBoundingClientRect().top, {BAR}.top, {BAR}.bottom]")
+        assert 0 <= top < 800 and (top >= below or top < above), (view, top, above, below)
+    cells = page("#view=spot").js("[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => { const b = c.getBoundingClientRect();"
+                                  "return [b.left, b.right, b.width]; })")  # fmt: skip
+    assert len(cells) == 8 and all(left >= 0 and right <= pixels and width > 0 for left, right, width in cells)
+    top, below = page("#item=0&rule=judge&at=3").js(f"[document.querySelector('.here').getBoundingClientRect().top, {BAR}.bottom]")
+    assert top >= below
+
+
+def test_on_a_narrow_screen_the_token_comes_first_and_figures_keep_their_names(page, narrow):
+    narrow(400)
+    found = page("#view=spot")
+    tops = found.js("[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => c.getBoundingClientRect().top)")
+    assert tops[3] == min(tops) and tops.count(tops[3]) == 1
+    names = found.js("[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => getComputedStyle(c, '::before').content)")
+    assert [name == "none" for name in names] == [True] * 4 + [False] * 4
+    assert found.js("[...document.querySelectorAll('#tokens tr:first-child td[data-name]')].map((c) => c.dataset.name)") == [
+        "the target's own", "probability", "KL divergence", "score"]  # fmt: skip

@@ -1,12 +1,15 @@
 """Protects: which tokens of a given text pass, how rounds are counted, and what is refused."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
 import generate
+from cli import InputError
 from generate import Engine, Settings
 from model import load_model
 from scripts import score_text
@@ -57,14 +60,60 @@ def test_show_marks_each_token(tmp_path, capsys):
 
 
 def test_broken_files_are_named(tmp_path, capsys):
-    from cli import InputError
-
     path = tmp_path / "t.jsonl"
     for content, word in (('{"prompt": "a"}', "line 1 must be an object"), ('{"prompt": "a", "response": 3}', "must be text"),
-                          ("{", "line 1"), ("", "no texts"), ("[]", "line 1"), ('{"prompt": "a", "response": ""}', "not empty")):  # fmt: skip
+                          ("{", "line 1"), ("", "no texts"), ("[]", "line 1"), ('{"prompt": "a", "response": ""}', "not empty"),
+                          ('{"prompt": null, "response": "a"}', "line 1 must be an object"), ("1" * 5000, "5000 digits"), ("[" * 10**5, "too deeply"),
+                          ('{"prompt": "\\ud800", "response": "a"}', "surrogate"), ('{"prompt": ["a"], "response": {}}', "must be text")):  # fmt: skip
         path.write_text(content)
         with pytest.raises(InputError, match=word):
             read_texts(path, None)
     with pytest.raises(SystemExit) as stop:
         score_text.main(["--data", str(path), "--verify", "plain"])
     assert stop.value.code == 2 and "the text is the draft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--data", "/dev/zero"], "is a device"), (["--data", "n" * 300], "File name too long"), (["--limit", "0"], "must be a whole number"),
+    (["--show", "-1"], "must be a whole number"), (["--limit", "9" * 500], "must be a whole number"), (["--speculate_k", "0"], "--speculate_k 0"),
+    (["--verify", "judge@" + "9" * 5000], "at most 1024"), (["--verify", "window"], "looks ahead"), (["--min_prob", "2"], "must be a number from 0 to 1"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(tmp_path, capsys, more, words):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    with pytest.raises(SystemExit) as stop:
+        score_text.main(["--data", str(tmp_path / "t.jsonl"), "--device", "cpu", *more])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1 and len(err) < 1200
+
+
+def test_logits_that_are_not_finite_are_one_sentence(tmp_path, capsys, monkeypatch):
+    real = score_text.load_pair
+
+    def broken(*args, **more):
+        models = real(*args, **more)
+        models[0].norm.weight.data[3] = float("nan")
+        return models
+
+    monkeypatch.setattr(score_text, "load_pair", broken)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": generate.DEMO_PROMPT, "response": " First"}))
+    with pytest.raises(SystemExit) as stop:
+        score_text.main(["--data", str(tmp_path / "t.jsonl"), "--device", "cpu"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and "logits of text 1 are not finite" in captured.err and captured.out == ""
+
+
+def test_a_terminal_without_the_texts_characters_shows_the_rest(tmp_path, capsys, monkeypatch):
+    """Standard output in ASCII, closed, and on a full disk."""
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "Zo\u00eb", "response": "\u4f60 ok \U0001f642"}))
+    command = ["--data", str(tmp_path / "t.jsonl"), "--show", "1", "--device", "cpu"]
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    score_text.main(command)
+    ascii_only.flush()
+    assert b"standard: <?>" in ascii_only.buffer.getvalue()
+    for stream, said in ((None, "standard output is closed"), (open("/dev/full", "w"), "No space left")):  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as stop:
+            score_text.main(command)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and said in err and err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import DATA
 from cli import InputError, Parser
 from scripts import sandbox, tasks
 from scripts.demo_task import is_held_out, write_answer
-from scripts.public_tasks import TASKS, read_task
+from scripts.public_tasks import TASKS, read_task, training_path
 from scripts.scoring import CHECKERS, Question
 from scripts.tasks import add_question_flags, load_questions, questions_of
 
@@ -64,10 +65,10 @@ def test_questions_are_read_with_all_spellings_of_their_fields(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{", "line 2 is not valid JSON"), ("[1]", "line 2 is no JSON object"), ({"reference": "1"}, "line 2 has no field 'prompt' or 'question'"),
+    ("{", "line 2 is not valid JSON"), ("[1]", "line 2 is a JSON list, not an object"), ({"reference": "1"}, "line 2 has no field 'prompt' or 'question'"),
     ({"prompt": "p"}, "line 2 has no field 'reference'"), ({"prompt": " ", "answer": "1"}, "line 2: field 'prompt'"),
     ({"prompt": ["p"], "answer": "1"}, "line 2: field 'prompt'"), ({"prompt": "p", "answer": True}, "line 2: field 'answer'"),
-    ({"prompt": "p", "answer": "many"}, "line 2: the reference 'many' gives no number"), ({"prompt": "\ud800", "answer": "1"}, "line 2: field 'prompt' is not valid Unicode"),
+    ({"prompt": "p", "answer": "many"}, "line 2: the reference 'many' gives no number"), ({"prompt": "\ud800", "answer": "1"}, "line 2 holds half of a surrogate pair"),
     ({"prompt": "p", "answer": "1", "checker": "magic"}, "line 2: field 'checker' is 'magic'"), ({"prompt": "p", "answer": "1", "checker": "demo"}, "line 2: field 'checker'"),
     ({"prompt": "p", "answer": "1", "checker": ["number"]}, "line 2: field 'checker'"), ({"prompt": "p", "answer": "K", "checker": "choice"}, "line 2: the reference 'K' gives no letter"),
     ({"prompt": "p", "answer": "1", "checker": "code", "entry_point": "f"}, "line 2 has no field 'test'"), ({"prompt": "p", "checker": "code", "test": "t", "entry_point": "f("}, "line 2: field 'entry_point'"),
@@ -87,8 +88,8 @@ def test_a_wrong_source_is_named(tmp_path):
     (tmp_path / "plain.gz").write_text("not gzipped")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"x" * 1000)[:-12])
     for source, checker, limit, words in (
-        (path, None, None, "line 1: field 'checker' is None"), (path, "magic", None, "--checker magic"), (path, "number", 0, "--limit 0"),
-        (tmp_path / "no.jsonl", "number", None, "no.jsonl cannot be read: No such file"), (tmp_path, "number", None, "cannot be read"),
+        (path, None, None, "line 1: field 'checker' is None"), (path, "magic", None, "--checker magic"),
+        (tmp_path / "no.jsonl", "number", None, "There is no file --questions"), (tmp_path, "number", None, "is a folder"),
         (tmp_path / "empty.jsonl", "number", None, "holds no questions"), (tmp_path / "latin.jsonl", "number", None, "latin.jsonl is not UTF-8"),
         (tmp_path / "plain.gz", "number", None, "plain.gz cannot be read"), (tmp_path / "cut.gz", "number", None, "cut.gz cannot be read"),
         ("demo:poem", None, None, "demo:poem"), ("demo", "number", None, "--checker demo"), (path, "demo", None, "field 'checker' is 'demo'"),
@@ -129,6 +130,18 @@ def parsed(*argv):
     return parser.parse_args(argv)
 
 
+@pytest.mark.parametrize("flag", ["--limit", "--shots", "--seed"])
+@pytest.mark.parametrize("text", ["0", "-1", "1e3", "9" * 400, "1" * 5000, "\u0663", "", "nan"])
+def test_hostile_numbers_are_refused(flag, text, capsys):
+    if text in {"--limit": (), "--shots": ("0",), "--seed": ("0", "-1")}[flag]:
+        assert getattr(parsed(flag, text), flag[2:]) == int(text)
+        return
+    with pytest.raises(SystemExit) as stop:
+        parsed(flag, text)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and f"argument {flag}: " in err and err.count("\n") == 1 and len(err) < 300
+
+
 def test_a_wrong_task_is_one_sentence(tmp_path):
     write_lines(tmp_path / "q.jsonl", {"question": "q", "answer": "#### 1"}, {"question": "q", "answer": "1"})
     write_lines(tmp_path / "mt.jsonl", {"question_id": 1, "turns": []})
@@ -139,7 +152,7 @@ def test_a_wrong_task_is_one_sentence(tmp_path):
     gsm8k = ("--task", "gsm8k", "--data", str(tmp_path / "q.jsonl"))
     for argv, words in (
         (gsm8k, "line 2: the answer must end in ####"), (("--task", "gsm8k"), "goes with --data"), (("--data", "x"), "belong to a --task"),
-        ((*gsm8k, "--checker", "number"), "without --questions and --checker"), ((*gsm8k, "--limit", "0"), "--limit 0"),
+        ((*gsm8k, "--checker", "number"), "without --questions and --checker"),
         (("--task", "mt_bench", "--data", str(tmp_path / "mt.jsonl")), "field 'turns'"), (("--task", "mt_bench", "--data", str(tmp_path / "id.jsonl")), "field 'question_id'"),
         (("--task", "arc", "--data", str(tmp_path / "arc.json")), "question 1 must have"), (("--task", "arc", "--data", str(tmp_path / "q.jsonl")), "one JSON array"),
         (("--task", "mmlu", "--data", str(tmp_path / "mmlu_test.csv")), "row 2 must be"), (("--task", "mmlu", "--data", str(tmp_path / "empty")), "no CSV files"),
@@ -187,6 +200,65 @@ def test_mmlu_is_read_in_both_forms_and_a_limit_takes_subjects_in_turn(tmp_path)
     assert [q.reference for q in read_task("mmlu", tmp_path / "test" / "law_test.csv", chat=False, shots=2)] == ["D", "A"]
     with pytest.raises(InputError, match="has 1 examples of art_history"):
         read_task("mmlu", tmp_path, chat=False, shots=2)
+
+
+ROW = "q?,a,b,c,d,B\n"
+HOSTILE = {  # file name -> (content, words)
+    "loop.jsonl": (None, "cannot be read: Too many levels"), "n" * 300: (None, "cannot be read: File name too long"),
+    "fifo.jsonl": ("fifo", "is a pipe"), "folder.jsonl": ("folder", "is a folder"), "latin.jsonl": (b"\xff\n", "is not UTF-8"),
+    "digits.jsonl": (b'{"question": ' + b"1" * 5000 + b"}", "line 1 is not valid JSON: a whole number of 5000 digits"),
+    "deep.jsonl": (b"[" * 10**5, "line 1 is nested too deeply"), "half.jsonl": (rb'{"question": "\ud800", "answer": "#### 1"}', "half of a surrogate pair"),
+    "bomb.jsonl.gz": (gzip.compress(b"x" * (1 << 27)), "characters"), "cut.jsonl.gz": (gzip.compress(b"{}" * 99)[:-9], "cannot be read"),
+    "no.jsonl.gz": (b"{}", "cannot be read: Not a gzipped file"), "end.jsonl.gz": (gzip.compress(b"{}")[:-8] + b"\0" * 8, "cannot be read: CRC"),
+    "m_test.csv": (ROW.encode() + b"q" * 200000 + b",a,b,c,d,B\n", "is no CSV: field larger"), "nul_test.csv": (b"\0,a,b,c,d,E\n", "row 1 must be"),
+    "head_test.csv": (b"question,c0,c1,c2,c3,answer\n", "holds no questions"), "short_test.csv": (b"q\n", "row 1 must be"),
+    "deep.json": (b"[" * 10**5, "nested too deeply"), "digits.json": (b"[" + b"1" * 5000 + b"]", "5000 digits"),
+    "many.json": (json.dumps([{"instruction": "Please choose the correct answer to the question: q\n\n" + " ".join(f"Answer{n % 10}: c" for n in range(1, 13))
+                               + "\n\nAnswer format: a/b", "answer": "answer1"}]).encode(), "question 1 must have"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: name[:20])
+def test_damaged_data_is_one_sentence_with_its_cause(name, tmp_path):
+    path, (content, words) = tmp_path / name, HOSTILE[name]
+    if content in ("fifo", "folder"):
+        (os.mkfifo if content == "fifo" else os.mkdir)(path)
+    elif content is not None:
+        path.write_bytes(content)
+    elif len(name) < 255:
+        path.symlink_to(name)
+    task = "mmlu" if name.endswith("csv") else "arc" if name.endswith(".json") else "gsm8k"
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        read_task(task, path, chat=True)
+    assert len(str(caught.value)) < 1000
+    if task == "gsm8k":
+        with pytest.raises(InputError, match=re.escape(words)):
+            load_questions(str(path), "number")
+
+
+def test_data_in_the_working_folder(tmp_path, monkeypatch):
+    """Names without a folder before them, and folders that are the working folder, its parent, or the root."""
+    (tmp_path / "m_test.csv").write_text(ROW)
+    (tmp_path / "m_dev.csv").write_text("e?,a,b,c,d,A\n")
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (question,) = read_task("mmlu", Path("m_test.csv"), chat=False, shots=0)
+    assert question.prompt.endswith("q?\nA. a\nB. b\nC. c\nD. d\nAnswer:")
+    assert "e?\nA. a" in read_task("mmlu", Path("m_test.csv"), chat=False, shots=1)[0].prompt
+    (tmp_path / "m_dev.csv").unlink()
+    with pytest.raises(InputError, match="needs examples"):
+        read_task("mmlu", Path("m_test.csv"), chat=False, shots=1)
+    for folder in (".", "in/..", str(tmp_path)):
+        assert len(read_task("mmlu", Path(folder), chat=True)) == 1
+        with pytest.raises(InputError, match="needs examples"):
+            read_task("mmlu", Path(folder), chat=False)
+    monkeypatch.chdir(tmp_path / "in")
+    assert len(read_task("mmlu", Path(".."), chat=False, shots=0)) == 1
+    with pytest.raises(InputError, match="needs examples"):
+        read_task("mmlu", Path(".."), chat=False)
+    assert training_path(TASKS["mmlu"], Path("/")) == Path("/dev") and training_path(TASKS["gsm8k"], Path("/test.jsonl")).is_absolute()
+    with pytest.raises(InputError, match="--shots_data x names examples"):
+        read_task("mmlu", Path(".."), chat=True, shots_data=Path("x"))
 
 
 @needs_data

@@ -197,6 +197,23 @@ def test_flags_of_ranks_need_ranks(flag, capsys):
     assert stop.value.code == 2 and f"{flag[0]} concerns several ranks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change, word", [
+    ({"RANK": "3"}, "RANK=3 must be below WORLD_SIZE=2"), ({"RANK": "x"}, "RANK=x must be"), ({"RANK": "-1"}, "RANK=-1"),
+    ({"RANK": "9" * 500}, "RANK=9999"), ({"RANK": "\u0661"}, "RANK="), ({"RANK": None}, "RANK=''"), ({"RANK": ""}, "RANK=''"),
+    ({"WORLD_SIZE": None}, "WORLD_SIZE=''"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"), ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0"),
+    ({"MASTER_PORT": None}, "MASTER_PORT=''"), ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999"),
+    ({"MASTER_ADDR": None}, "MASTER_ADDR is not"), ({"MASTER_ADDR": ""}, "MASTER_ADDR is not"), ({"LOCAL_RANK": "y"}, "LOCAL_RANK=y"),
+])  # fmt: skip
+def test_garbage_in_a_ranks_environment_is_named_by_every_rank(monkeypatch, capsys, change, word):
+    base = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (base | change).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        generate.main(["--device", "cpu"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and word in err and err.count("\n") == 1 and "torchrun" in err
+
+
 # What follows starts ranks
 
 
@@ -402,7 +419,9 @@ def in_trouble(folders: Path, other: Path) -> dict[str, tuple[int, dict, str]]:
     sampled = flags(folders, "gqa", "standard", "--temperature", "1", "--check_ranks")
     swapped = [str(other) if flag.endswith("/gqa/draft") else flag for flag in command]
     mixed = {"all": {"run": command}}
+    damaged = [str(other.parent / "nan") if flag.endswith("/gqa/target") else flag for flag in command]
     return {
+        "not finite": (2, {"all": {"run": [*damaged, "--verify", "plain"]}}, "The target's logits are not finite"),
         "killed in mid-generation": (2, mixed | {"rank_1": {"die": command}}, "Rank 1 died."),
         "one of three killed": (4, mixed | {"rank_3": {"die": command}}, "Rank 3 died."),
         "rank 0 killed": (2, mixed | {"rank_0": {"die": command}}, "Rank 0 died."),
@@ -422,6 +441,11 @@ def test_all_ranks_end_with_one_sentence(folders, tmp_path):
     shape = WIDE | {"num_hidden_layers": 1, "max_position_embeddings": 4096}
     make_folder(tmp_path / "other", seed=77, dtype=torch.bfloat16, **shape)
     (tmp_path / "other" / "tokenizer.model").write_bytes((folders / "gqa" / "draft" / "tokenizer.model").read_bytes())
+    theirs = make_folder(tmp_path / "nan", dtype=torch.bfloat16, **shape)
+    with torch.no_grad():
+        theirs.lm_head.weight[500, 3] = float("nan")  # of the second rank's part
+    theirs.save_pretrained(tmp_path / "nan")
+    (tmp_path / "nan" / "tokenizer.model").write_bytes((folders / "gqa" / "draft" / "tokenizer.model").read_bytes())
     for number, (name, (world, todo, sentence)) in enumerate(in_trouble(folders, tmp_path / "other").items()):
         todo = dict(todo)
         codes, errors = Ranks(tmp_path / str(number), world, todo.pop("all"), **todo).wait()
@@ -484,8 +508,8 @@ def ties() -> list[int]:
     rows -= 3
     part = rows.chunk(dist.get_world_size(), 1)[dist.get_rank()]
     assert torch.equal(tp.whole(part, 640), rows)
-    found = tp.most_likely(part, 640)
-    assert torch.equal(found, rows.argmax(-1))
+    found, peaks = tp.most_likely(part, 640)
+    assert torch.equal(found, rows.argmax(-1)) and torch.equal(peaks.float(), rows.amax(-1))
     return found.tolist()
 
 
