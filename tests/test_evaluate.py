@@ -114,7 +114,7 @@ def test_a_foreign_file_is_not_overwritten(tmp_path):
 
 def test_mistakes_are_one_sentence(tmp_path, capsys):
     for more, word in (
-        (["--limit", "0"], "--limit: '0' must be"), (["--out", "/no/such/file"], "cannot be written"), (["--out", str(tmp_path)], "cannot be"),
+        (["--limit", "0"], "--limit 0 must be"), (["--out", "/no/such/file"], "cannot be written"), (["--out", str(tmp_path)], "cannot be"),
         (["--verify", "plain,plain"], "plain twice"), (["--verify", "topk", "--threshold", "topk=inf"], "inf"),
         (["--verify", "hf", "--temperature", "1"], "greedy"), (["--device", "meta"], "meta"),
     ):  # fmt: skip

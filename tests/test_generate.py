@@ -10,6 +10,7 @@ import torch
 from conftest import DATA, DEVICES, TEMPLATES, make_folder
 
 import generate
+import kernels
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual
 from judge import JudgeHead, Markers
 from model import ModelArgs, load_model
@@ -765,3 +766,20 @@ def test_a_folder_as_llama31_is_published_gives_what_transformers_gives(tmp_path
     prompt = torch.tensor([tokenizer.encode_chat([{"role": "user", "content": "Why is the sky blue?"}])])
     expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
     assert record["prompt_tokens"] == prompt.shape[1] and record["tokens"] == expected
+
+
+def test_the_warm_up_reads_as_few_rows_as_a_prefill_may_end_with(pair):
+    """What is tuned by the number of rows (products of 64 on a GPU) is tuned there, and not by a prompt later."""
+    target, draft = pair
+    engine, seen = Engine(target, draft, None, Settings("standard", speculate_k=3), [], 300), []
+    hooks = [model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((module, args[0].shape[1])), with_kwargs=True)
+             for model in (target, draft)]  # fmt: skip
+    engine.warm_up()
+    warmed = set(seen)
+    for length in (2, 65, 66, 130, 290):
+        seen.clear()
+        engine.prefill([1] * length)
+        assert {(module, rows) for module, rows in seen if rows <= kernels.MOST_ROWS} <= warmed
+    assert {(target, 64), (draft, 64)} <= warmed
+    for hook in hooks:
+        hook.remove()
