@@ -59,14 +59,17 @@ def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> byte
         return file.read()
 
 
-def checkpoint_folder(folder: str | Path) -> Path:
-    """A folder to read a checkpoint from. Raises InputError with the true cause where it cannot be read."""
+def checkpoint_folder(folder: str | Path, kind: str = "a Hugging Face snapshot folder") -> Path:
+    """A folder to read a checkpoint from, of a kind that the sentence names.
+
+    Raises InputError with the true cause where it cannot be read.
+    """
     try:
         os.scandir(folder).close()
     except FileNotFoundError:
-        raise InputError(f"There is no checkpoint folder {folder}; name a Hugging Face snapshot folder.") from None
+        raise InputError(f"There is no checkpoint folder {folder}; name {kind}.") from None
     except NotADirectoryError:
-        raise InputError(f"{folder} is no folder; name a Hugging Face snapshot folder.") from None
+        raise InputError(f"{folder} is no folder; name {kind}.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     return Path(folder)
