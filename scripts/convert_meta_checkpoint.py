@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import check_folder, check_new_folder, is_file, lock, opened, read_json, write_file
+from files import check_new_folder, checkpoint_folder, is_file, lock, opened, read_json, write_file
 from model import LLAMA31_ROPE, LLAMA32_ROPE, ModelArgs, read_field, weight_plan
 from quantize import is_scrap, write_tensors
 
@@ -36,7 +36,7 @@ TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "
 
 def open_shards(folder: Path) -> list[dict[str, Tensor]]:
     """Meta's shards in order, memory-mapped, without running any pickled code."""
-    paths = sorted(check_folder(folder).glob("consolidated.*.pth"))
+    paths = sorted(checkpoint_folder(folder).glob("consolidated.*.pth"))
     if not paths:
         raise InputError(f"{folder} has no consolidated.*.pth; name a folder as Meta publishes it.")
     if len(paths) > 16:
