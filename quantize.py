@@ -9,7 +9,7 @@ columns. Activations stay as they are; kernels.py says how the products are done
 --quantize_lm_head, the LM head are not quantised; nor is the judge.
 """
 
-from cli import InputError, Parser, Progress, run_script, shortened_value, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script, shortened, shortened_value, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import contextlib
@@ -65,7 +65,7 @@ class Scheme:
 def check_scheme(scheme: Scheme) -> None:
     """Raises InputError for what is not built."""
     if scheme.mode not in MODES:
-        raise InputError(f"--mode {shortened_value(scheme.mode)} is not known; known are {', '.join(MODES)}.")
+        raise InputError(f"--mode {shortened(str(scheme.mode))} is not known; known are {', '.join(MODES)}.")
     if type(scheme.group_size) is not int or scheme.group_size not in (32, 64, 128):
         raise InputError(f"--group_size {shortened_value(scheme.group_size)} must be 32, 64 or 128.")
     if not all(type(flag) is bool for flag in (scheme.symmetric, scheme.lm_head, scheme.dynamic)):

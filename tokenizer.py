@@ -260,6 +260,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InputError(f"{folder} has no tokenizer.model, original/tokenizer.model or tokenizer.json.")
     add_names(tokenizer, added_tokens(folder, content, settings))
     config = read_optional(folder / "config.json")
+    check_size(tokenizer, config.get("vocab_size"), folder)
     for name, found in (("generation_config.json", read_optional(folder / "generation_config.json")), ("config.json", config)):
         if found.get("eos_token_id") is not None:
             tokenizer.stop_ids = read_stops(found["eos_token_id"], tokenizer, config, folder / name)
@@ -280,6 +281,12 @@ def there(path: Path) -> bool:
 def read_optional(path: Path) -> dict:
     """The JSON object in a file, {} where there is none."""
     return read_json(path) if there(path) else {}
+
+
+def check_size(tokenizer: Tokenizer, size, folder: Path) -> None:
+    """Raises InputError for a tokenizer that gives ids which the model, of `size` tokens, lacks."""
+    if type(size) is int and 0 < size < tokenizer.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {size}.")
 
 
 def read_stops(stops, tokenizer: Tokenizer, config: dict, where: Path) -> list[int]:

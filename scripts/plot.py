@@ -429,7 +429,7 @@ ROW_FIELDS = {  # what a figure needs of each row
     "m_sweep": {"name": is_text, "k": lambda value: value in (None, "auto") or is_count(value), "tokens_a_round": is_number,
                 "tokens_per_second": is_number},
     "pareto": {"name": is_text, "mean_accepted": maybe(is_number), "threshold": maybe(is_number)} | SCORED,
-    "equal_risk": {"name": is_text, "rule": is_text} | SPEED | SCORED,
+    "equal_risk": {"name": is_text, "rule": is_text} | dict.fromkeys(SPEED, maybe(is_number)) | SCORED,
     "other_text": {"writer": is_text, "rule": is_text, "mean_accepted": maybe(is_number)},
     "out_of_domain": {"kind": is_text, "trained_on": is_text, "tested_on": is_text} | CHANGE,
     "self_correction": {"stopped": is_text, "n": is_count, "at_once": maybe(is_share), "right": maybe(is_share)},

@@ -125,7 +125,7 @@ def score(args: argparse.Namespace) -> list[dict]:
     if too_long := [n for n, text in enumerate(texts, 1) if len(text.prompt) + len(text.ids) > context]:
         raise InputError(f"{args.data}: text {too_long[0]} is longer than the context of {context} tokens.")
     letters = passes(models, variants, texts, args, tokenizer.stop_ids)
-    rows, paint = summarise(letters, variants, args.speculate_k), Paint(sys.stdout)
+    rows, paint = summarise(letters, variants, args.speculate_k), Paint(sys.stdout, marks=not sys.stdout.isatty())
     if args.json:
         print(json.dumps({"data": str(args.data), "speculate_k": args.speculate_k, "rows": rows}))
         return rows

@@ -18,7 +18,7 @@ from cli import InputError
 from scripts import evaluate as script
 from scripts.evaluate import main, share_of
 from scripts.public_tasks import read_task
-from scripts.results import by_key, check_parts, merge, part
+from scripts.results import MADE, by_key, check_parts, merge, part
 from scripts.turns import cut, said_ids, turn_ids
 from tokenizer import load_tokenizer
 
@@ -38,7 +38,7 @@ def lines_of(path: Path) -> list[dict]:
 def timeless(value):
     """A record without what the clock decides."""
     if isinstance(value, dict):
-        return {key: timeless(each) for key, each in value.items() if key not in TIMING}
+        return {key: timeless(each) for key, each in value.items() if key not in (*TIMING, *MADE)}
     return [timeless(each) for each in value] if isinstance(value, list) else value
 
 

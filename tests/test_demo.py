@@ -21,12 +21,15 @@ def demo():
 
 
 def test_the_first_command_of_the_readme(capsys):
+    main(["--device", "cpu", "--marks"])
+    out, err = capsys.readouterr()
+    assert "{" in out and "tokens/s" in err and " times as fast (median of " in err and f"question: {generate.DEMO_PROMPT}\n" in err
+    passes, tokens, plainly = map(int, re.search(r"judge: (\d+) passes of the target for (\d+) tokens, plain: (\d+)", err).groups())
+    assert passes < tokens / 5 and plainly > 5 * passes
     main(["--device", "cpu"])
-    out = capsys.readouterr().out
-    assert "{" in out.split("\n")[0] and "tokens/s" in out and "times as fast as plain" in out
-    text = re.sub(r"[{}<>]", "", out.split("\n")[0])
+    text = capsys.readouterr().out
     problem_answer = (47 + 38) * 3 - 79
-    assert f"{problem_answer}." in text
+    assert text == re.sub(r"[{}<>]", "", out) and text.endswith(f"{problem_answer}.\n")
 
 
 def test_twenty_held_out_problems(demo):

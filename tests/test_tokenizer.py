@@ -674,3 +674,15 @@ def test_two_tokenizers_that_contradict_each_other(tmp_path, small_llama3):
         else:
             with pytest.raises(InputError, match="nor of the same tokens"):
                 load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
+    """By whatever loads it: an id that the model lacks would be an IndexError far from here."""
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    for size, good in ((640, True), (641, True), (10**6, True), (639, False), (1, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+        if good:
+            assert load_tokenizer(tmp_path).vocab_size == 640
+        else:
+            with pytest.raises(InputError, match=f"the tokenizer has 640 tokens, but the model only {size}"):
+                load_tokenizer(tmp_path)
