@@ -54,6 +54,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None, **more):
         super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
+        if action.option_strings and arg_strings and set(arg_strings) == {"--"}:  # argparse would make an empty list of it
+            raise argparse.ArgumentError(action, "expected a value, not --")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str):
         message = re.sub(r"^argument (\S+): (?=.* must be )", r"\1 ", message)  # as in "--seed 1.5 must be a whole number"
         print(one_line(f"{self.prog}: {message}; see --help."), file=sys.stderr)

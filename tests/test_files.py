@@ -166,6 +166,15 @@ def test_whole_numbers_of_flags_are_bounded(text, capsys):
     assert parser.parse_args(["--n", "10"]).n == 10 and "(default: 0)" in parser.format_help()
 
 
+def test_two_dashes_are_no_value(capsys):
+    for more in ({}, {"nargs": "+"}, {"type": int}):
+        parser = Parser("")
+        parser.add_argument("--device", **more)
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(["--device=--"])
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied", "x"), MemoryError()])
 def test_what_the_system_refuses_is_one_sentence(error, capsys):
     def action():

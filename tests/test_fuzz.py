@@ -164,8 +164,8 @@ def test_the_check_itself_sees_what_it_should(prepared):
     def damage(*_):
         (world / "text.txt").write_text("lost")
         (world / "more.txt").write_text("left")
-        (world / "odd" / "fifo").unlink()
-        os.mkfifo(world / "odd" / "fifo")  # in a file's place, another one
+        os.mkfifo(world / "odd" / "other")
+        os.replace(world / "odd" / "other", world / "odd" / "fifo")  # in its place another one
         return hostile.Done(0, "", "", 0.0)
 
     found = try_case(world, pristine, case, damage)[1]
