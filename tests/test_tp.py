@@ -256,7 +256,7 @@ def torchrun(todo: list, ranks: int, *more: str) -> subprocess.Popen:
 
 def results(process: subprocess.Popen) -> list:
     """What the ranks printed, one JSON value for each thing that they did."""
-    out, err = process.communicate(timeout=150)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return [json.loads(line) for line in out.splitlines()]
 
@@ -289,7 +289,7 @@ class Ranks:
         return codes, [file.with_suffix(".err").read_text() for file in self.files]
 
     def results(self) -> list:
-        codes, errors = self.wait(150)
+        codes, errors = self.wait(400)  # several compile at once
         assert codes == [0] * len(codes), errors
         assert not any(file.with_suffix(".out").read_text() for file in self.files[1:])
         return [json.loads(line) for line in self.files[0].with_suffix(".out").read_text().splitlines()]
