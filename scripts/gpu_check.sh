@@ -66,7 +66,7 @@ if [ "${1:-}" = large ]; then
 fi
 
 # M of 20 and 17 accepted a round are what Judge Decoding reports for 8B/70B; 17 and 33 rows are the usual verifications
-step tests 120 python -m pytest -q -m gpu
+step tests 120 python -m pytest -q -o addopts= -m gpu
 bench pair_8b_1b 150 --compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 20 --accept 17 \
     --prefill 2048 8192 --repeats 5
 bench rows_8b 130 --compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 16 --rows 33 --prefill 8192 --repeats 5
