@@ -609,7 +609,7 @@ def encode_answer(
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Prompt ids, response ids, and the characters [start, end) of the response that each of its tokens covers.
 
-    A character whose bytes are spread over tokens is covered by each of them. chat: in Llama 3.1's chat format.
+    A character whose bytes are spread over tokens is covered by each of them. chat: in the folder's chat format.
     """
     if chat:
         prompt_ids, rest = tokenizer.encode_chat([{"role": "user", "content": prompt}]), tokenizer.encode(response)
@@ -1076,7 +1076,7 @@ def add_train_flags(add: Callable) -> None:
     add("--out", type=Path, required=True, help="the judge file to write")
     add("--cache", type=Path, help="folder that keeps features for the next training (default: OUT.features)")
     add("--features", choices=FEATURES, default="target", help="what the head reads")
-    add("--chat", action="store_true", help="put prompts into Llama 3.1's chat format, as generate.py --chat does")
+    add("--chat", action="store_true", help="put prompts into the checkpoint folder's chat format, as generate.py --chat does")
     add(
         "--label_policy",
         choices=LABEL_POLICIES,

@@ -553,7 +553,7 @@ def add_engine_flags(parser: Parser) -> None:
     add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft and judge)")
     add("--draft_checkpoint_path", type=Path, help="the draft")
     add("--judge_path", type=Path, help="judge.safetensors of this target, for the rule judge")
-    add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
+    add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format")
     add("--min_prob", type=number(0, 1), default=0.0, help="no rule accepts a token that the target gives less than this")
     add("--speculate_k", type=read_k, default=16, help="M, or auto")
     add("--max_new_tokens", type=whole(1, MOST_TOKENS), default=200)

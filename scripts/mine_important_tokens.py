@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft)")
     add("--draft_checkpoint_path", type=Path, help="the draft")
     parser.set_defaults(judge_path=None)
-    add("--chat", action="store_true", help="put questions into Llama 3.1's chat format")
+    add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format")
     add("--speculate_k", type=whole(1, 1024), default=8, help="M; short, since drafts derail after a wrong token")
     add("--max_new_tokens", type=whole(1, 10_000_000), default=200, help="after which an answer is cut off, and skipped")
     add("--compile", action="store_true")
