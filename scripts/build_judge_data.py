@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--temperature", default="0,0.8", help="each model answers at each of these")
     add("--samples", type=whole(1, 10_000), default=1, help="answers a question at each temperature above 0")
     add("--max_new_tokens", type=whole(1, 10_000_000), default=400, help="after which an answer is cut off, and dropped")
-    add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format, as judge.py train --chat will")
+    add("--chat", action="store_true", help="put questions into the folder's chat format, as judge.py train --chat will")
     add("--tuples", action=argparse.BooleanOptionalAction, default=True, help="keep right and wrong pairs, not all answers")
     add("--right", type=whole(1, 10_000), default=1, help="right answers in a tuple, at most")
     add("--wrong", type=whole(1, 10_000), default=1, help="wrong answers in a tuple, at most")
