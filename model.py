@@ -383,6 +383,7 @@ class Transformer(nn.Module):
             layer.attention.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
+    @torch.inference_mode()  # they may have been made in it, and are then changed only in it
     def clear_caches(self) -> None:
         """Zeroes the KV caches."""
         for layer in self.layers:

@@ -257,7 +257,7 @@ def test_attention_ways_agree():
     (["--judge_path", str(DEMO / "judge.safetensors"), "--profile", str(DEMO / "judge.safetensors")], "one of the inputs"),
     (["--profile", str(DEMO / "target" / "config.json")], "one of the inputs"),
     (["--out", "x.txt"], "must end in .json"),
-    (["--modes", "int3"], "--mode 'int3' is not known"),
+    (["--modes", "int3"], "--mode int3 is not known"),
     (["--modes", "int4/x"], "not of the form int4/GROUP"),
     (["--modes", "int8", "--mode", "int8"], "leave --mode"),
     (["--modes", "int8", "--peers"], "unquantised weights"),

@@ -1,6 +1,7 @@
 """Numbers that are not finite stop a run with one sentence, wherever they come from, and leave the engine as good as new."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,6 +22,18 @@ def engine_of(pair, verify: str, temperature: float = 0.0, **more) -> Engine:
     return Engine(target, draft, head, Settings(verify, speculate_k=4, temperature=temperature, **more), [], 120)
 
 
+@contextmanager
+def spoiled(weight: torch.Tensor, place, value: float):
+    """A weight of a shared model with another value for a while."""
+    kept = weight[place].clone()
+    with torch.no_grad():
+        weight[place] = value
+        try:
+            yield
+        finally:
+            weight[place] = kept
+
+
 @pytest.mark.parametrize(("verify", "temperature"), RUNS)
 @pytest.mark.parametrize("role", ["target", "draft"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -31,13 +44,20 @@ def test_one_bad_weight_stops_every_way_of_decoding(pair, verify, temperature, r
     engine = engine_of(pair, verify, temperature)
     before = engine.generate(PROMPT, 30).tokens
     weight = pair[role == "draft"].layers[0].attention.wo.weight
-    kept = weight[3, 5].clone()
-    with torch.no_grad():
-        weight[3, 5] = value
-        with pytest.raises(NotFinite, match=f"The {role}'s logits are not finite"):
-            engine.generate(PROMPT, 30)
-        weight[3, 5] = kept
+    with spoiled(weight, (3, 5), value), pytest.raises(NotFinite, match=f"The {role}'s logits are not finite"):
+        engine.generate(PROMPT, 30)
     assert engine.generate(PROMPT, 30).tokens == before
+
+
+def test_caches_that_were_made_in_inference_mode_are_cleared_too(tmp_path):
+    make_folder(tmp_path)
+    model = load_model(tmp_path)
+    with torch.inference_mode():
+        engine = Engine(model, None, None, Settings("plain"), [], 60)
+    before = engine.generate(PROMPT, 10).tokens
+    with spoiled(model.layers[0].attention.wo.weight, (3, 5), float("nan")), pytest.raises(NotFinite):
+        engine.generate(PROMPT, 10)
+    assert engine.generate(PROMPT, 10).tokens == before
 
 
 def test_what_becomes_infinite_midway_stops_there(pair):
@@ -46,12 +66,10 @@ def test_what_becomes_infinite_midway_stops_there(pair):
     engine = engine_of(pair, "plain")
     tokens = engine.generate(PROMPT, 30).tokens
     at = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i] and token not in PROMPT)
-    kept, result = target.tok_embeddings.weight[tokens[at]].clone(), generate.Result(len(PROMPT))
-    with torch.no_grad():
-        target.tok_embeddings.weight[tokens[at]] = float("inf")
-        with pytest.raises(NotFinite, match=f"after {len(PROMPT) + at + 1} tokens"):
-            list(engine.stream(PROMPT, 30, result))
-        target.tok_embeddings.weight[tokens[at]] = kept
+    result = generate.Result(len(PROMPT))
+    after = f"after {len(PROMPT) + at + 1} tokens"
+    with spoiled(target.tok_embeddings.weight, tokens[at], float("inf")), pytest.raises(NotFinite, match=after):
+        list(engine.stream(PROMPT, 30, result))
     assert result.tokens == tokens[: at + 1]
 
 
@@ -60,12 +78,8 @@ def test_debug_numerics_says_where_it_begins(pair):
     weights = {"the weight layers.1.feed_forward.w2.weight holds": (target.layers[1].feed_forward.w2.weight, float("nan")),
                "first the output of layers.1.feed_forward.w13 at position": (target.layers[1].feed_forward.w13.weight, 3e38)}  # fmt: skip
     for word, (weight, value) in weights.items():
-        kept = weight.clone()
-        with torch.no_grad():
-            weight[2] = value
-            with pytest.raises(NotFinite, match=word):
-                engine_of(pair, "standard", debug_numerics=True).generate(PROMPT, 5)
-            weight.copy_(kept)
+        with spoiled(weight, 2, value), pytest.raises(NotFinite, match=word):
+            engine_of(pair, "standard", debug_numerics=True).generate(PROMPT, 5)
 
 
 @pytest.mark.parametrize("verify", ["plain", "standard"])
@@ -73,13 +87,8 @@ def test_compiled_steps_see_it_too(pair, verify):
     target, _ = pair
     engine = engine_of(pair, verify, compile=True)
     before = engine.generate(PROMPT, 20).tokens
-    weight = target.layers[2].feed_forward.w2.weight
-    kept = weight[0, 0].clone()
-    with torch.no_grad():
-        weight[0, 0] = float("nan")
-        with pytest.raises(NotFinite):
-            engine.generate(PROMPT, 20)
-        weight[0, 0] = kept
+    with spoiled(target.layers[2].feed_forward.w2.weight, (0, 0), float("nan")), pytest.raises(NotFinite):
+        engine.generate(PROMPT, 20)
     assert engine.generate(PROMPT, 20).tokens == before
 
 
