@@ -1257,8 +1257,8 @@ def conditions(engine: Engine, chat: bool, max_new_tokens: int, speculate_k: int
     between = list(s.relax_between) if s.relax_between else None
     return {"verify": s.verify, "target": engine.target.fingerprint, "draft": named,
             "speculate_k": speculate_k or ("auto" if s.adaptive else s.speculate_k), "temperature": s.temperature,
-            "top_k": s.top_k, "min_prob": s.min_prob, "relax_between": between, "chat": chat, "max_new_tokens": max_new_tokens,
-            "dtype": kind_of(engine.target)}  # fmt: skip
+            "top_k": s.top_k if s.temperature else None, "min_prob": s.min_prob, "relax_between": between, "chat": chat,
+            "max_new_tokens": max_new_tokens, "dtype": kind_of(engine.target)}  # fmt: skip
 
 
 def kind_of(model: Transformer) -> str:
