@@ -19,7 +19,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, note, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
@@ -127,7 +127,7 @@ def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop
             settings = Settings("plain", temperature=temperature, compile=args.compile)
             engine = Engine(model, None, None, settings, stop_ids[at], length)
             if args.compile:
-                print(f"{args.checkpoint_path[at]}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+                note(f"{args.checkpoint_path[at]}: warmed up in {engine.warm_up():.1f} s")
             for job in jobs:
                 prompt = prompts[at][job.question.id]
                 try:

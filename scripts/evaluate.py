@@ -17,7 +17,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, number, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, note, number, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
@@ -190,7 +190,7 @@ class Bench:
             self.engines[key] = peer(self.args, rule, self.tokenizer)
         elif key not in self.engines:
             engine = Engine(*self.models, settings_for(self.args, rule), self.tokenizer.stop_ids, self.length)
-            print(f"{label(rule)}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+            note(f"{label(rule)}: warmed up in {engine.warm_up():.1f} s")
             self.engines[key] = engine
         if rule.name not in PEERS and rule.name != "plain":
             self.engines[key].set_threshold(rule.threshold)
