@@ -51,8 +51,8 @@ DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
 DEMO_FORMS = (
     'the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How '
-    'many apples now?" and "The list is [5,17,23,8]. Sort it. Drop the first. Add 4 to each. What is the largest?" '
-    "(scripts/demo_task.py has them all); it answers everything else, and wrong."
+    'many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list is [5,17,23,8]. Sort it. Drop the '
+    'first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); it answers everything else, and wrong.'
 )
 MOST_TOKENS = 10**8  # bound of flags that count tokens
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
