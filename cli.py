@@ -122,6 +122,12 @@ class Progress:
             self.due, Progress.line_is_open = time.monotonic() + 1, not finished
 
 
+def note(text: str) -> None:
+    """A line on stderr, its own also while a Progress is half way."""
+    print("\n" * Progress.line_is_open + text, file=sys.stderr)
+    Progress.line_is_open = False
+
+
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 

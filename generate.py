@@ -51,8 +51,8 @@ DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
 DEMO_FORMS = (
     'the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How '
-    'many apples now?" and "The list is [5,17,23,8]. Sort it. Drop the first. Add 4 to each. What is the largest?" (more by '
-    "scripts/demo_task.py); it answers everything else, and wrong."
+    'many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list is [5,17,23,8]. Sort it. Drop the '
+    'first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); it answers everything else, and wrong.'
 )
 MOST_TOKENS = 10**8  # bound of flags that count tokens
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
@@ -832,13 +832,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")
-    add("--draft_checkpoint_path", type=Path, help="the draft, a folder with the same vocabulary")
+    add("--draft_checkpoint_path", type=Path, help="the draft, with the same vocabulary (default: the demo's)")
     add("--judge_path", type=Path, help="judge.safetensors, made by judge.py for this target")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add_mode_flags(parser)
+    add_mode_flags(parser.add_argument_group("quantised weights"))
     add = parser.add_argument_group("what to say").add_argument
-    add("--prompt", help="text, a whole number for a synthetic prompt of that many tokens, or - for standard input")
+    add("--prompt",
+        help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo problem)")
     add("--chat", action="store_true", help="put the prompt into the folder's chat format")
     add("--interactive", action="store_true", help="ask for prompts and stream the answers; Ctrl-C stops an answer")
     add("--max_new_tokens", type=whole(1, MOST_TOKENS), default=200, help="tokens of an answer, at most")
@@ -860,7 +861,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object a sample, and nothing else, on standard output")
     add("--marks", action="store_true", help="show by brackets who accepted each token, where output is no terminal, too")
     add("--debug_numerics", action="store_true", help="where logits are not finite, say where in the model that begins")
-    tp.add_flags(parser)
+    tp.add_flags(parser.add_argument_group("several GPUs"))
     parser.set_defaults(compare=False)  # the demo decodes its prompt once more plainly
     args = parser.parse_args(argv)
     if args.checkpoint_path is None:
@@ -1257,8 +1258,8 @@ def conditions(engine: Engine, chat: bool, max_new_tokens: int, speculate_k: int
     between = list(s.relax_between) if s.relax_between else None
     return {"verify": s.verify, "target": engine.target.fingerprint, "draft": named,
             "speculate_k": speculate_k or ("auto" if s.adaptive else s.speculate_k), "temperature": s.temperature,
-            "top_k": s.top_k, "min_prob": s.min_prob, "relax_between": between, "chat": chat, "max_new_tokens": max_new_tokens,
-            "dtype": kind_of(engine.target)}  # fmt: skip
+            "top_k": s.top_k if s.temperature else None, "min_prob": s.min_prob, "relax_between": between, "chat": chat,
+            "max_new_tokens": max_new_tokens, "dtype": kind_of(engine.target)}  # fmt: skip
 
 
 def kind_of(model: Transformer) -> str:

@@ -1088,9 +1088,9 @@ def add_train_flags(add: Callable) -> None:
              f"accepts at most {CAREFUL:.0%}% of the held-out wrong tokens with 95%% confidence, else the last)")  # fmt: skip
     add("--l2", type=number(0, 1e6), help="strength of the penalty (default: the best of several by AUC on other prompts)")
     add("--speculate_k", type=whole(1, 1024), default=16, help="M: features are read M + 1 rows at a time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type, the same as for generate.py (default: bf16 on a GPU, fp32 on a CPU)")
-    add("--seed", type=whole(-(2**62), 2**62), default=0)
+    add("--seed", type=whole(-(2**62), 2**62), default=0, help="of the split into training and held-out prompts")
 
 
 def check_train_args(args: argparse.Namespace) -> None:

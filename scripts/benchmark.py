@@ -575,7 +575,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--peers", action="store_true", help="run transformers on the same weights, taking turns")
     add("--compile", action="store_true", help="torch.compile the step functions")
     add("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--out", type=Path, help="write the figures to this .json file, and the table beside it as .md")
     add("--profile", type=Path, help="write a Chrome trace of one round")
     args = parser.parse_args(argv)

@@ -19,7 +19,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, note, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
@@ -127,7 +127,7 @@ def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop
             settings = Settings("plain", temperature=temperature, compile=args.compile)
             engine = Engine(model, None, None, settings, stop_ids[at], length)
             if args.compile:
-                print(f"{args.checkpoint_path[at]}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+                note(f"{args.checkpoint_path[at]}: warmed up in {engine.warm_up():.1f} s")
             for job in jobs:
                 prompt = prompts[at][job.question.id]
                 try:
@@ -325,8 +325,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--right", type=whole(1, 10_000), default=1, help="right answers in a tuple, at most")
     add("--wrong", type=whole(1, 10_000), default=1, help="wrong answers in a tuple, at most")
     add("--annotate_demo", action="store_true", help="mark errors by the demo's grammar instead of leaving that open")
-    add("--compile", action="store_true")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="compile the step functions with torch.compile")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add("--out", type=Path, required=True, help="the chosen answers, JSON lines; OUT.all beside it holds all of them")
     args = parser.parse_args(argv)

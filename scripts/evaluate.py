@@ -17,7 +17,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, number, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, note, number, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
@@ -190,7 +190,7 @@ class Bench:
             self.engines[key] = peer(self.args, rule, self.tokenizer)
         elif key not in self.engines:
             engine = Engine(*self.models, settings_for(self.args, rule), self.tokenizer.stop_ids, self.length)
-            print(f"{label(rule)}: warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
+            note(f"{label(rule)}: warmed up in {engine.warm_up():.1f} s")
             self.engines[key] = engine
         if rule.name not in PEERS and rule.name != "plain":
             self.engines[key].set_threshold(rule.threshold)
@@ -547,8 +547,9 @@ def report(args: argparse.Namespace) -> None:
     check_failed(records)
 
 
-def add_engine_flags(parser: Parser) -> None:
-    """The flags that say which models answer, and how."""
+def add_engine_flags(parser: Parser, max_new_tokens: int | None = 200) -> None:
+    """The flags that say which models answer, and how (max_new_tokens: None where the task has a default of its own)."""
+    whose = "" if max_new_tokens else " (default: the task's)"
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft and judge)")
     add("--draft_checkpoint_path", type=Path, help="the draft")
@@ -556,11 +557,11 @@ def add_engine_flags(parser: Parser) -> None:
     add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format")
     add("--min_prob", type=number(0, 1), default=0.0, help="no rule accepts a token that the target gives less than this")
     add("--speculate_k", type=read_k, default=16, help="M, or auto")
-    add("--max_new_tokens", type=whole(1, MOST_TOKENS), default=200)
-    add("--temperature", type=number(0, 1000), default=0.0)
-    add("--top_k", type=whole(0, MOST_TOKENS))
-    add("--compile", action="store_true")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--max_new_tokens", type=whole(1, MOST_TOKENS), default=max_new_tokens, help="tokens of an answer, at most" + whose)
+    add("--temperature", type=number(0, 1000), default=0.0, help="0 is greedy")
+    add("--top_k", type=whole(0, MOST_TOKENS), help="sample from the K most likely tokens; 0: from all (default: all)")
+    add("--compile", action="store_true", help="compile the step functions with torch.compile")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add_mode_flags(parser)
 
@@ -583,10 +584,10 @@ def name_models(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_question_flags(parser.add_argument)
-    add_engine_flags(parser)
+    add_engine_flags(parser, max_new_tokens=None)
     add = parser.add_argument
     add("--verify", default="plain,standard,judge,kl,topk,typical", help="rules (judge@8: with M = 8), hf, hf-assisted")
-    add("--threshold", help="rule=number, ...; several for one rule run it several times")
+    add("--threshold", help="rule=number, ...; several for one rule run it several times (default: each rule's own)")
     add("--out", type=Path, help="results, JSON lines; resumed when it exists")
     add("--details", action="store_true", help="keep probability, KL and score of each token, for report.py (not timed)")
     add("--samples", type=whole(1, 10_000), default=1, help="answers a question and rule, for pass@k; needs a --temperature")
@@ -596,7 +597,6 @@ def main(argv: list[str] | None = None) -> None:
     tp.add_flags(parser)
     add("--merge", type=whole(1, MOST_PROCESSES), help="merge the parts of so many processes into --out, and answer nothing")
     add("--json", action="store_true", help="print the summary as one JSON object")
-    parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)
     with tp.ranks("evaluate.py") if args.tp else nullcontext():
         run_script("evaluate.py", lambda: report(args))

@@ -596,9 +596,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("name", choices=[*EXPERIMENTS, "all"])
-    add("--limit", type=whole(1, MOST), help="fewer problems, for a trial")
-    add("--seed", type=whole(0, 2**62), default=2026)
+    add("name", choices=[*EXPERIMENTS, "all"], help="which, see above")
+    add("--limit", type=whole(1, MOST), help="fewer problems, for a trial (default: as many as each experiment names)")
+    add("--seed", type=whole(0, 2**62), default=2026, help="another seed, other problems")
     add("--max_harm", type=number(0, 1), default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))

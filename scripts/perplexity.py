@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--limit", type=whole(1, MOST), help="demo: how many problems (default: 300)")
     add("--seed", type=whole(-(2**62), 2**62), default=0, help="demo: which problems")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     args = parser.parse_args(argv)
     run_script("perplexity.py", lambda: run(args))
 

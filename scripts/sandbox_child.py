@@ -427,5 +427,8 @@ def forbid_events(folder: str, tell) -> None:
     sys.addaudithook(hook)
 
 
+if "__file__" in globals() and __name__ == "__main__":  # not by -c
+    sys.stderr.write("sandbox_child.py: scripts/sandbox.py starts it; it does nothing by hand.\n")
+    sys.exit(2)
 if __name__ == "__main__":
     main()

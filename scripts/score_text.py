@@ -143,9 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON lines with prompt and response")
-    add("--limit", type=whole(1, MOST), help="only so many texts")
+    add("--limit", type=whole(1, MOST), help="only so many texts (default: all)")
     add("--verify", default="standard,judge", help="rules; judge@8 with M = 8")
-    add("--threshold", help="rule=number, ...")
+    add("--threshold", help="rule=number, ... (default: each rule's own)")
     add("--show", type=whole(0, MOST), default=0, help="print so many texts in colours")
     add("--json", action="store_true", help="print one JSON object")
     add_engine_flags(parser)

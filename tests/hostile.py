@@ -897,9 +897,9 @@ def prepared(root: Path) -> tuple[Path, dict[str, State], dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--log", type=Path)
+    parser.add_argument("--count", type=int, default=300, help="cases (default: 300)")
+    parser.add_argument("--seed", type=int, default=1, help="of the cases (default: 1)")
+    parser.add_argument("--log", type=Path, help="write every case and how it ended to this file, JSON lines")
     parser.add_argument("--case", type=int, help="run this one only, and print what it said")
     parser.add_argument("--script", help="cases of this script only")
     args = parser.parse_args()

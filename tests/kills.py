@@ -185,9 +185,9 @@ def complete_already(name: str, code: int, said: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="trials a script")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scripts", nargs="+", choices=list(LONG), default=list(LONG))
+    parser.add_argument("--kills", type=int, default=10, help="trials a script (default: 10)")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments (default: 1)")
+    parser.add_argument("--scripts", nargs="+", choices=list(LONG), default=list(LONG), metavar="NAME", help=f"of {', '.join(LONG)} (default: all)")
     args = parser.parse_args()
     bad = 0
     print("script                     seconds  kills that landed  of trials  equal", flush=True)

@@ -39,10 +39,10 @@ def slope(points: list[tuple[int, float]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generations", type=int, default=10000)
-    parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument("--every", type=int, default=1000, help="generations between two measurements")
-    parser.add_argument("--most", type=float, default=1.0, help="MB per 1,000 generations that are let pass")
+    parser.add_argument("--generations", type=int, default=10000, help="how many (default: 10000)")
+    parser.add_argument("--max_new_tokens", type=int, default=16, help="tokens of each (default: 16)")
+    parser.add_argument("--every", type=int, default=1000, help="generations between two measurements (default: 1000)")
+    parser.add_argument("--most", type=float, default=1.0, help="MB per 1,000 generations that are let pass (default: 1.0)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(DEMO / "target")

@@ -1,4 +1,4 @@
-"""Protects: every command of a document that the demo pair can run does run, as written, on few problems."""
+"""Protects: every command of a document that the demo pair can run does run, as written, on few problems; every flag has help."""
 
 import importlib
 import re
@@ -10,6 +10,7 @@ import torch
 from conftest import DATA, ROOT
 
 import generate
+from cli import Parser
 from generate import DEMO
 from model import ModelArgs
 
@@ -63,3 +64,38 @@ def test_commands_run_as_they_are_written(command, tmp_path, monkeypatch, capsys
         monkeypatch.setattr(module, "JUDGE_ANSWERS", (("draft", 1.0, 18), ("target", 1.0, 1)))
     module.main(argv)
     assert capsys.readouterr().out or (tmp_path / "pair" / "draft" / "config.json").exists()
+
+
+MODULES = [path for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py"))]
+COMMANDS = [path for path in MODULES if "Parser(__doc__" in path.read_text() and path.name != "calibrate.py"]  # it is judge.py's
+NO_DEFAULT = {  # flags that stand for nothing unless given; every other flag's help names its default
+    "--calibration", "--checker", "--data", "--draft", "--draft_mode", "--draft_preset", "--guard", "--max_false_accept",
+    "--max_harm", "--merge", "--mode", "--model_answers", "--out", "--part", "--preset", "--profile", "--questions",
+    "--relax_between", "--rows", "--steps", "--accept", "--modes", "--judge_path", "--draft_checkpoint_path",
+}  # fmt: skip
+
+
+def parsers_of(path, monkeypatch) -> list[Parser]:
+    """The parsers that a script builds for --help."""
+    built, format_help = [], Parser.format_help
+    monkeypatch.setattr(Parser, "format_help", lambda parser: built.append(parser) or format_help(parser))
+    module = importlib.import_module(path.stem if path.parent == ROOT else f"scripts.{path.stem}")
+    calls = [["--help"], ["calibrate", "--help"]] if path.name == "judge.py" else [["--help"]]
+    for argv in calls:
+        with pytest.raises(SystemExit) as stop:
+            module.main(argv)
+        assert stop.value.code == 0
+    return built
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_help_says_what_each_flag_does_and_its_default(path, monkeypatch, capsys):
+    built = parsers_of(path, monkeypatch)
+    assert built and "usage:" in capsys.readouterr().out
+    for parser in built:
+        for action in parser._actions:
+            words = action.help or ""
+            assert words.partition("(default")[0].strip(), f"{path.name}: {action.dest} has no help"
+            valued = action.option_strings and action.nargs != 0 and not action.required
+            shown = "default" in words or action.default not in (None, [])
+            assert not valued or shown or NO_DEFAULT & set(action.option_strings), f"{path.name}: {action.dest} hides its default"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import InputError, Parser, one_line, run_script, whole
+from cli import InputError, Parser, Progress, note, one_line, run_script, whole
 from files import Lines, check_writable, parse_json, read_bytes, read_json_lines, read_text, replacing, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +205,19 @@ def test_an_interrupt_while_a_script_starts_is_silent(script):
         runpy.run_path(sys.argv[0], run_name="__main__")"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_a_note_amid_progress_stands_on_a_line_of_its_own(monkeypatch, capsys):
+    now = iter(range(0, 100, 3))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    progress = Progress("answers", 3)
+    progress.step()
+    note("warmed up")
+    progress.step()
+    progress.step()
+    assert capsys.readouterr().err == "\ranswers: 1/3\nwarmed up\n\ranswers: 2/3\ranswers: 3/3\n"
+    note("done")
+    assert capsys.readouterr().err == "done\n"
 
 
 def test_closed_and_full_streams_are_one_sentence():

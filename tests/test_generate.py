@@ -1,9 +1,11 @@
 """Protects: the round (rows, acceptance, stops, ends), exact greedy and sampled output, one graph, the command line."""
 
 import io
+import itertools
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -636,6 +638,15 @@ def test_top_k_0_is_off(folders, capsys):
         main(command(folders, "--temperature", "1", "--json", *more))
         texts.append(json.loads(capsys.readouterr().out)["tokens"])
     assert texts[0] == texts[1]
+
+
+def test_a_greedy_runs_guarantee_does_not_ask_for_top_k():
+    """It samples nothing, so that --top_k is no difference."""
+    target, of = SimpleNamespace(fingerprint="t", quantization=None, dtype=torch.float32), {}
+    for temperature, top_k in itertools.product((0.0, 1.0), (None, 5)):
+        settings = Settings("topk", 2, 2, temperature, top_k)
+        of[temperature, top_k] = generate.conditions(SimpleNamespace(settings=settings, target=target, draft=target), False, 8)
+    assert of[0.0, 5] == of[0.0, None] and of[1.0, 5] != of[1.0, None]
 
 
 @pytest.mark.parametrize("verify", ["plain", "standard"])

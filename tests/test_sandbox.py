@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import DATA
+from conftest import DATA, ROOT
 
 from cli import InputError
 from scripts import sandbox
@@ -570,3 +570,9 @@ def test_folders_of_any_depth_are_cleared_away(places, tmp_path, monkeypatch):
     deep = "import os\nfor n in range(1100):\n    os.mkdir('d')\n    open('.hidden', 'w').close()\n    os.symlink('/', 'link')\n    os.chmod('d', 0o700)\n    os.chdir('d')\nos.chmod('.', 0)\ndef f(x): return x + 1"
     assert found_by(ONE_AND_FIVE, deep) == ("pass", "")
     assert not list((tmp_path / "in").iterdir())
+
+
+def test_the_child_by_hand_says_who_starts_it():
+    path = ROOT / "scripts" / "sandbox_child.py"
+    done = subprocess.run([sys.executable, str(path), "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1 and "sandbox.py starts it" in done.stderr
