@@ -170,7 +170,9 @@ def check_writable(path: Path, flag: str = "") -> Path:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"{what} cannot be written: nothing may be made in the folder {folder}.")
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(beside(real))  # too long a name fails here
+            mode = os.lstat(beside(real)).st_mode  # too long a name fails here
+            if not stat.S_ISREG(mode):
+                raise InputError(f"{what} cannot be written: {beside(real)}, where that is done first, is no regular file.")
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -250,7 +252,7 @@ def replacing(path: Path) -> Iterator[Path]:
     what was there, where it is no regular file, in use by another process, or the disk is full.
     """
     with contextlib.ExitStack() as held:
-        fresh = mode = None
+        ours, mode = None, None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             real = check_writable(path)
@@ -260,13 +262,14 @@ def replacing(path: Path) -> Iterator[Path]:
                 lock(old, path)
                 mode = stat.S_IMODE(os.fstat(old.fileno()).st_mode)
             file = held.enter_context(claimed(fresh, path))
+            ours = fresh
             mode = mode or stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             yield fresh
             os.chmod(fresh, mode)
             os.replace(fresh, real)
         except OSError as error:
-            if fresh is not None:
-                fresh.unlink(missing_ok=True)
+            if ours is not None:
+                ours.unlink(missing_ok=True)
             raise InputError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 

@@ -1106,7 +1106,9 @@ def profile(path: Path) -> Iterator[None]:
 
 
 def warn_of_drift(drift: Drift, result: Result) -> None:
-    """Prints one line, once, when the answers so far do not look like those of the calibration."""
+    """Prints one line, once, when the answers so far do not look like those of the calibration; stopped ones do not count."""
+    if result.stop_reason == "interrupt":
+        return
     if warning := drift.add(live_statistics(result)):
         print(warning, file=sys.stderr)
 

@@ -399,6 +399,7 @@ CALIBRATION = ("kind", "conditions", "threshold", "passed", "max_harm", "confide
 DEPENDS_ON = {  # what a bound was found under, where that is not all that a run may differ in
     "false_accept": ("verify", "target", "chat", "dtype"),  # of given answers: no M, no sampling, a draft only if read
 }
+MOST_UNITS = 10**7  # questions that a calibration is made of
 MOST_SHOWN = 200  # characters of a description or an example
 
 
@@ -437,7 +438,7 @@ def check_calibration(calibration: object, where: str) -> None:
         "threshold": threshold(c["threshold"]),
         "passed": isinstance(c["passed"], list) and all(map(threshold, c["passed"])) and c["threshold"] in c["passed"],
         "max_harm": is_number(c["max_harm"], 0, 1), "confidence": is_number(c["confidence"], 0, 1),
-        "n": count(c["n"]) and c["n"] > 0,
+        "n": count(c["n"]) and 0 < c["n"] <= MOST_UNITS,
         "harms": count(c["harms"]) and count(c["n"]) and c["harms"] <= c["n"],
         "bound": is_number(c["bound"], 0, 1),
         "data": text(c["data"]),
@@ -449,7 +450,9 @@ def check_calibration(calibration: object, where: str) -> None:
                                                for name, pair in live.items()),
     }  # fmt: skip
     if all(good.values()):
-        good["bound"] = c["harms"] / c["n"] <= c["bound"] <= c["max_harm"]
+        bound = upper_bound(c["harms"], c["n"], c["confidence"])
+        good["bound"] = math.isclose(c["bound"], bound, rel_tol=1e-4, abs_tol=1e-9) and c["bound"] <= c["max_harm"]
+        good["cut_off"] = c.get("cut_off", 0) <= c["harms"]
     if bad := [name for name, fine in good.items() if not fine]:
         raise InputError(f"{where} is no calibration by judge.py calibrate: {bad[0]!r} cannot be {brief(c.get(bad[0]))}.")
 

@@ -460,6 +460,8 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     is in them.
     """
     folder = checkpoint_folder(folder)
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise InputError(f"{folder} has an adapter (adapter_config.json), which is not implemented; merge it into the weights.")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if is_file(single):
         return dict.fromkeys(safetensors_header(single)[1], single)

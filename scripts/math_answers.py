@@ -6,7 +6,7 @@
 A text's answer is the last \\boxed{...}; without one what follows the last "answer is" or "answer:", to the end of the
 formula, sentence or line; without that its last number. Two answers are the same when, after what is only typography is
 taken away ($, \\left, \\dfrac, units, degrees, %, the commas of 1,234, "x =" in front), they are the same text, or the same
-value: both are evaluated, as fractions as far as that goes, letters at three arbitrary points, so 2k+2 is 2(k+1) and
+value: both are evaluated, as fractions as far as that goes, letters at arbitrary points, so 2k+2 is 2(k+1) and
 \\frac{\\sqrt3}{3} is 1/\\sqrt{3}; 0.33 is not \\frac13, but 0.\\overline{3} is. Tuples, intervals and matrices are compared
 place by place; lists without brackets (also with "and", "or"), {sets}, unions and the two values of a \\pm in any order;
 equations up to a factor; inequalities as intervals. Words and numbers beside a number do not multiply it: 3 \\text{ and } 4
@@ -35,6 +35,7 @@ SIGNS = {
     **dict.fromkeys(("\u2265", ">="), "\\ge "), "\u2260": "\\ne ", "\\lt": "<", "\\gt": ">", "\u2208": "\\in ", "\u00b0": "",
     "\u03c0": "\\pi ", "\u03b8": "\\theta ", "\u221a": "\\sqrt ", "\u221e": "\\infty ", "\u222a": "\\cup ", "\u00b1": "\\pm ",
     "{,}": ",", "\\lbrace": "\\{", "\\rbrace": "\\}", "**": "^",
+    **dict.fromkeys(("\\mathbb{R}", "\\mathbb R", "\u211d"), "(-\\infty,\\infty)"), "\u2213": "\\mp ",
     **{char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")},
     **{char: f"\\frac{above}{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
 }  # fmt: skip
@@ -48,9 +49,17 @@ NAME = re.compile(
 )
 ARRAY = re.compile(r"\(?\s*\\begin\s*\{array\}\s*\{[^{}]*\}(.*?)\\end\s*\{array\}\s*\)?", re.DOTALL)
 GROUPED = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d{1,2}(?:,\d{2})+,\d{3})(?:\.\d+)?")
+TEXT = re.compile(
+    r"\\(?:operatorname\*?|mathrm|mathbf|mathit|mathsf|text(?:bf|it|rm|sf|tt|sc|normal)|emph|[mh]box|rm|bf)(?![a-zA-Z])"
+)
+DEGREES = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc)\s*)[({]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree)\s*[)}]?"
+)
 WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
 BEGINS_VALUE = re.compile(r"[\w({\[|]|\\(?!cdot|cup|pm|le|ge|ne|in|text|end|\\|\})")
+BEGINS_FACTOR = r"[a-zA-Z({]|\\(?!cdot|cup|rfloor|rceil)[a-zA-Z]"
 RELATION = re.compile(r"(\\(?:le|ge|ne)(?![a-zA-Z])|[<>])")
+POINTS = 3  # at which formulas are compared, with positive letters; one more with negative ones, where they are real there
 LONGEST = 2000  # characters; what is longer is compared as text
 MOST_STEPS = 3000  # comparisons of parts, likewise
 MOST_BITS = 4096  # of a power that is computed exactly
@@ -108,18 +117,21 @@ def same_math(a: str, b: str) -> bool:
 @lru_cache(maxsize=1024)
 def tidy(text: str) -> str:
     """An answer without what is only typography."""
-    text = re.sub("\u221a(\\d+(?:\\.\\d+)?)", r"\\sqrt{\1}", text)
+    text = DEGREES.sub(r"\1(\2\\pi/180)", re.sub("\u221a(\\d+(?:\\.\\d+)?)", r"\\sqrt{\1}", text))
+    text = re.sub(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}", text)
+    text = re.sub(r"(?<=\d)(\.\d*)\((\d+)\)", r"\1\\overline{\2}", text)
     for sign, ours in SIGNS.items():
         text = text.replace(sign, ours)
     text = re.sub(r"\^(\d)\^(\d)", r"^{\1\2}", text)
     text = re.sub(r",\\!\s*", ",", text)
     text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\q?quad", " ", text)
+    text = text.replace(";", ",")
     text = re.sub(r"\$|\\\$|\\%|%|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:degree|circ)(?![a-zA-Z])|\\[()\[\]]", " ", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|infty|cup|theta)(?![a-zA-Z])", r"\\\1 ", text)
     text = re.sub(r"(?<![a-zA-Z])infinity(?![a-zA-Z])", r"\\infty ", text)
     text = re.sub(r"\\(le|ge|ne)(?:q|qslant)?(?![a-zA-Z])", r"\\\1 ", text)
-    text = re.sub(r"\\(?:operatorname|mathrm|textbf|textit|mathbf|mbox|rm|bf)(?![a-zA-Z])", r"\\text", text)
+    text = TEXT.sub(r"\\text", text)
     text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
     text = ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = separated(text.strip().rstrip(".").strip())
@@ -178,7 +190,8 @@ def named(text: str) -> tuple[str, str]:
 def interval(text: str) -> tuple[str, str]:
     """The letter and the interval of an inequality; ("", text) of what is none of one letter between or beside bounds."""
     pieces = [piece.strip() for piece in RELATION.split(text)]
-    if len(pieces) == 3 and re.fullmatch(r"[a-zA-Z]|\\[a-z]+", pieces[2]) and not re.fullmatch(r"[a-zA-Z]|\\[a-z]+", pieces[0]):
+    begins, ends = (re.fullmatch(r"[a-zA-Z]|\\[a-z]+", piece) for piece in (pieces[0], pieces[-1]))
+    if len(pieces) == 3 and ends and (not begins or pieces[2] < pieces[0]):
         pieces = [*pieces[2:], {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]), pieces[0]]
     if len(pieces) == 5 and pieces[1] in (">", "\\ge") and pieces[3] in (">", "\\ge"):
         pieces = [pieces[4], "<" if pieces[3] == ">" else "\\le", pieces[2], "<" if pieces[1] == ">" else "\\le", pieces[0]]
@@ -281,8 +294,10 @@ def split(text: str, separator: str) -> list[str]:
 
 def plus_minus(parts: list[str]) -> list[str]:
     r"""Each part with a \pm as two parts, of either sign."""
-    mark = re.compile(r"\\pm(?![a-zA-Z])")
-    return [mark.sub(sign, part) for part in parts for sign in ("+-" if mark.search(part) else "+")]
+    mark = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
+    signs = {"+": {"pm": "+", "mp": "-"}, "-": {"pm": "-", "mp": "+"}}
+    return [mark.sub(lambda found, sign=sign: signs[sign][found[1]], part)
+            for part in parts for sign in ("+-" if mark.search(part) else "+")]  # fmt: skip
 
 
 def same_value(a: str, b: str) -> bool:
@@ -290,9 +305,11 @@ def same_value(a: str, b: str) -> bool:
     sides = [text.split("=") for text in (a, b)]
     if not all(len(side) == len(sides[0]) <= 2 for side in sides):
         return False
-    values = [[evaluate("-".join(f"({part})" for part in side), point) for side in sides] for point in range(3)]
-    if any(x is None for pair in values for x in pair):
+    values = [[evaluate("-".join(f"({part})" for part in side), point) for side in sides] for point in range(POINTS + 1)]
+    if any(x is None for pair in values[:POINTS] for x in pair):
         return False
+    if any(x is None or isinstance(x, complex) and x.imag for x in values[POINTS]):
+        del values[POINTS]
     try:
         if len(sides[0]) == 1:
             return all(equal(x, y) for x, y in values)
@@ -314,7 +331,7 @@ def equal(x: Value, y: Value) -> bool:
 
 @lru_cache(maxsize=1024)
 def evaluate(text: str, point: int) -> Value | None:
-    """The value of a formula, with its letters at one of three arbitrary points; None for what is no formula, or not finite."""
+    """The value of a formula, with its letters at an arbitrary point; None for what is no formula, or not finite there."""
     try:
         parser = Formula(text, point)
         value = parser.sum()
@@ -329,6 +346,7 @@ class Formula:
 
     def __init__(self, text: str, point: int):
         self.text, self.point, self.at = text.strip(), point, 0
+        self.negative = point == POINTS
 
     def peek(self, pattern: str) -> re.Match | None:
         """What matches here, after space."""
@@ -360,7 +378,7 @@ class Formula:
                 value = bounded(value * self.signed())
             elif self.take("/"):
                 value = bounded(value / self.signed())
-            elif self.peek(r"[a-zA-Z({]|\\(?!cdot|cup|pm|\})[a-zA-Z]") or self.peek(r"[\d.]") and not self.after_number():
+            elif self.peek(BEGINS_FACTOR) or self.peek(r"[\d.]") and not self.after_number():
                 value = bounded(value * self.power())
             else:
                 return value
@@ -430,6 +448,8 @@ class Formula:
             return self.root()
         if name in ("binom", "dbinom", "tbinom"):
             return chosen(self.argument(), self.argument())
+        if name in ("lfloor", "lceil"):
+            return rounded(self.group("", rf"\\r{name[1:]}"), math.floor if name == "lfloor" else math.ceil)
         if name in FUNCTIONS:
             return self.function(FUNCTIONS[name])
         if name == "pi":
@@ -460,7 +480,7 @@ class Formula:
         if name in "ie":
             return 1j if name == "i" else math.e
         seed = sum(ord(char) * 31**i for i, char in enumerate(name)) * 7919 + self.point * 104729
-        return Fraction(5003 + seed % 10007, 10007)
+        return Fraction(5003 + seed % 10007, -10007 if self.negative else 10007)
 
 
 def whole(digits: str) -> Fraction:
@@ -488,6 +508,13 @@ def raised(value: Value, exponent: Value) -> Value:
         if above**2 == value.numerator and below**2 == value.denominator:
             return Fraction(above, below)
     return float_of(value) ** float_of(exponent)
+
+
+def rounded(value: Value, how: Callable) -> Fraction:
+    """Floor or ceiling. Raises ValueError for what is no real number."""
+    if isinstance(value, complex):
+        raise ValueError("no real number")
+    return Fraction(how(value))
 
 
 def float_of(value: Value) -> complex:

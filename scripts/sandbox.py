@@ -52,6 +52,7 @@ CHILD = (Path(__file__).parent / "sandbox_child.py").read_text(encoding="utf-8")
 
 
 STOPS = ("\ndef ", "\nclass ", "\nif __name__", "\nprint(", "\n#", "\n```")  # where a plain completion has left the function
+GLUED_FENCE = re.compile(r"^(.*\S:)[ \t]*(```[ \t]*(?:python3?|py)[ \t]*)$", re.IGNORECASE | re.MULTILINE)
 LINE_OF_CODE = re.compile(
     r"(?:def|class|async|import|from|if|elif|else|for|while|try|except|finally|with|return|raise|assert|global|pass)\b"
     r"|[#@)\]}\"']|[A-Za-z_][\w.]*(?:\[[^\]]*\])*(?:\s*,\s*[A-Za-z_][\w.]*)*\s*(?::[^=]*)?(?:[-+*/%&|^]|//|\*\*)?=(?!=)|[A-Za-z_][\w.]*\("
@@ -206,7 +207,9 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
     without a block, it begins at its first line of code and ends before what is none. What defines the function takes the
     place of the prompt's; what does not continues the prompt, indented if it is not.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
+    text = re.sub(r"^[ \t\u00a0]*\u00a0", lambda found: found[0].replace("\u00a0", " "), text, flags=re.MULTILINE)
+    text = GLUED_FENCE.sub(r"\1\n\2", text)
     defines = re.compile(rf"^[ \t]*(?:(?:async )?def {name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))", re.MULTILINE)
     blocks = blocks_of(text)
     indented = re.match(rf"(?:[ \t]*\n)*(?:  |\t)[ \t]*(?!```|~~~|def {name}\b)\S", text)
@@ -241,7 +244,8 @@ def blocks_of(text: str) -> list[list[str]]:
         ends = [(len(found[1]) > len(opening[1]), i) for i, found in rest
                 if found[2].startswith(opening[2]) and not found[3].strip()]  # fmt: skip
         ends = [i for _, i in sorted(ends)]
-        blocks.append(["\n".join(lines[begin + 1 : end]) for end in ends[:8] or [len(lines)]])
+        inside = [re.sub(r"^[ \t]*> ?", "", line) if ">" in opening[1] else line for line in lines]
+        blocks.append(["\n".join(inside[begin + 1 : end]) for end in ends[:8] or [len(lines)]])
         at = ends[0] + 1 if ends else len(lines)
     return blocks[-MOST_SOURCES:]
 

@@ -5,11 +5,12 @@
 The checkers, and what each takes for a text's final answer:
 
 `number`  the number next to the last "####" (with nothing but a unit behind it), "answer is", "answer:", heading "Answer" or
-          "\\boxed{"; of 2+3=5 that after the last "="; where words come first, the last number of that sentence, or of the
-          paragraph under "Answer:". A mark without a number leaves it to the mark before, and last to the last number of
-          the text. 1,234, 1 234, 1,00,000, 1'234 and 1.234.567 are one number; currency, %, units and ordinals are
-          ignored; 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac12 and 0.5, 2 1/2 and 2.5, 1.5e3, 1.5 x 10^3 and
-          1500. (-5) and negative 5 are -5, (5) is 5. Exponents are no numbers of their own (25 m^2). Words are not read.
+          "\\boxed{"; of 2+3=5 that after the last "=", of 6=2*3 that before it; where words come first, the last number of
+          that sentence, or of the paragraph under "Answer:". A mark without a number, and "answer is not", leave it to the
+          mark before, and last to the last number of the text. 1,234, 1 234, 1,00,000, 1'234 and 1.234.567 are one number;
+          currency, %, units and ordinals are ignored; 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac12 and 0.5,
+          2 1/2 and 2.5, 1.5e3, 1.5 x 10^3 and 1500. (-5), negative 5 and "is minus 5" are -5, (5) is 5. Exponents are no
+          numbers of their own (25 m^2). Words are not read.
 `math`    what scripts/math_answers.py says: the last \\boxed{...}, else what follows "answer is"; right when it means the same.
 `choice`  the letter A to J after the last "answer is", "answer:", "option is" or "choice is", or in "\\boxed{"; without
           one the last bold letter (**B**, **B. Paris**); without one the last letter that stands alone ("A train" and
@@ -67,17 +68,18 @@ class Checker:
 # An optional sign (no minus between two numbers), then digits that no letter precedes, with the fraction of a mixed number,
 # a fraction's denominator, or an exponent.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-|(?i:\bnegative\s+))?[$€£¥₹]?(?P<digits>(?<![A-Za-z0-9^])(?<![\w)}]_)(?<![\^_]\{)(?<!\^-)(?<!\^\{-)"
+    r"(?P<sign>(?<![\w)\]}])-|(?i:\bnegative\s+|(?:(?<=\bis )|(?<=: ))minus\s+))?"
+    r"[$€£¥₹]?(?P<digits>(?<![A-Za-z0-9^])(?<![\w)}]_)(?<![\^_]\{)(?<!\^-)(?<!\^\{-)"
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
     r"|(?<![A-Za-z0-9.])\.[0-9]+)"
     r"(?:(?: (?P<above>[0-9]{1,6}))?/(?P<below>[1-9][0-9]*)(?![0-9/])"
     r"|[eE](?P<e>[+-]?[0-9]+)(?![\w.])|\s?(?:[x×*·]|\\times|\\cdot)\s?10\s?\^\{?(?P<ten>-?[0-9]+)\}?|\^\{?(?P<power>-?[0-9]+)\}?)?"
 )
-FRACTION = re.compile(r"([0-9]?)\s?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
+FRACTION = re.compile(r"(?:([0-9])\s?)?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 NUMBER_MARK = re.compile(
     r"####(?=[ \t*$€£-]*(?:[0-9](?:[0-9,.]*[0-9])?|\.[0-9]+)(?: ?[0-9]*/[0-9]+)?[ \t]*[%€£\w]*[.*]*[ \t]*$)"
     r"|\\(?:boxed|fbox)\s*\{"
-    r"|(?i:\banswer(?:\s+(?:to|for)\s[^.\n]{1,80}?)?[*_\s]*(?:\b(?:is|was|equals|would\sbe|should\sbe|must\sbe)\b|=))"
+    r"|(?i:\banswer(?:\s+(?:to|for)\s[^.\n]{1,80}?)?[*_\s]*(?:\b(?:is|was|equals|would\sbe|should\sbe|must\sbe)\b(?!\s+not\b)|=))"
     r"|(?P<headed>(?i:\banswer[*_\s]*:|^[#*_ \t]*(?:(?:the|final)\s){0,2}answer[*_. \t]*$))",
     re.MULTILINE,
 )
@@ -86,6 +88,7 @@ NEXT_TO = re.compile(
     r"|(?:about|around|exactly|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a total of)\b)*"
 )
 CLAUSE_END = re.compile(r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n")
+OPERATOR = re.compile(r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]")  # the number before is part of a calculation
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 MOST_DIGITS = 1000  # beyond, numbers are compared as they are written
 TYPOGRAPHY = {
@@ -125,7 +128,8 @@ def plain(text: str) -> str:
     text = BETWEEN_GROUPS.sub("", text.replace("{,}", ",").replace("\\$", "$").replace("\\!", ""))
     text = SPACED_GROUPS.sub(lambda found: found[0].replace(" ", ""), text)
     text = DOTTED_GROUPS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
-    return FRACTION.sub(lambda found: f"{found[1] and found[1] + ' '}{found[2] or found[3]}/{found[4] or found[5]}", text)
+    mixed = FRACTION.sub(lambda found: f"{found[1] or ''}\0{found[2] or found[3]}/{found[4] or found[5]}", text)
+    return re.sub(r"(?<=[0-9])\0", " ", mixed).replace("\0", "")
 
 
 def number_after(text: str, mark: re.Match) -> re.Match | None:
@@ -143,8 +147,9 @@ def number_after(text: str, mark: re.Match) -> re.Match | None:
         last = deque(NUMBER.finditer(text, begin, end), maxlen=1)
         return last[0] if last else None
     clause = CLAUSE_END.search(text, first.end(), end)
-    equals = max(text.rfind(sign, first.end(), clause.start() if clause else end) for sign in "=≈")
-    return equals >= 0 and NUMBER.search(text, equals, end) or first
+    equals = re.compile("[=≈]").finditer(text, first.end(), clause.start() if clause else end)
+    values = [first, *filter(None, (NUMBER.search(text, sign.end(), end) for sign in deque(equals, maxlen=20)))]
+    return next((value for value in reversed(values) if not OPERATOR.match(text, value.end(), end)), values[-1])
 
 
 def closing(text: str, at: int) -> int:

@@ -15,6 +15,7 @@ their own. Everything lies in a temporary folder, devices (made there, as root) 
 import argparse
 import base64
 import copy
+import encodings.idna  # noqa: F401 what a case without rights could not load later
 import importlib
 import json
 import os

@@ -41,6 +41,16 @@ def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_neither_is_what_stands_where_a_file_is_written_first(tmp_path):
+    for odd in odd_files(tmp_path):
+        odd.rename(odd.with_name(odd.name + ".tmp"))
+        kind = os.lstat(odd.with_name(odd.name + ".tmp"))
+        for action in (check_writable, lambda path: write_file(path, b"x")):
+            with pytest.raises(InputError, match=r"\.tmp, where that is done first, is no regular file"):
+                action(odd)
+        assert os.path.samestat(os.lstat(odd.with_name(odd.name + ".tmp")), kind) and not os.path.lexists(odd)
+
+
 @pytest.mark.parametrize("name", ["n" * 300, "n" * 253, "no/such/folder/file"])
 def test_names_that_cannot_be_written_are_refused_before_any_work(tmp_path, name):
     with pytest.raises(InputError, match="cannot be written"):

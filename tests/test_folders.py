@@ -152,6 +152,7 @@ REFUSED = {  # case: the folder it is made from, what is done to it, what the se
     "a name of 300 characters": ("shards", lambda f: weight_map(f, lambda m: m.update({EMBED: "n" * 300})), "File name too long"),
     "an index that is a list": ("shards", lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json is a JSON list"),
     "an index of numbers": ("shards", lambda f: weight_map(f, lambda m: m.update({EMBED: 3})), "no 'weight_map' from tensor names"),
+    "an adapter beside the weights": ("one", lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "has an adapter .* merge it"),
     "a config that is a folder": ("one", lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json is a folder"),
     "a config that is a pipe": ("one", lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "config.json is a pipe"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import generate
 import judge
 from cli import InputError
 from generate import SIZES, Engine, Pace, Settings
-from judge import Drift, JudgeHead, RowReader, describe_guarantee, make_markers, mixture
+from judge import Drift, JudgeHead, RowReader, describe_guarantee, make_markers, mixture, upper_bound
 from model import load_model
 from tokenizer import load_tokenizer
 
@@ -269,7 +269,7 @@ def test_the_mean_score_is_of_the_tokens_that_were_looked_at():
 
 
 CALIBRATED = {"kind": "harm", "conditions": {"verify": "kl", "speculate_k": 16}, "threshold": 1.0, "passed": [0.5, 1.0],
-              "max_harm": 0.02, "confidence": 0.95, "bound": 0.018, "harms": 2, "n": 400, "data": "ab",
+              "max_harm": 0.02, "confidence": 0.95, "bound": upper_bound(2, 400, 0.95), "harms": 2, "n": 400, "data": "ab",
               "live": {"by_rule": [0.10, 0.05]}}  # fmt: skip
 
 
@@ -372,7 +372,8 @@ def test_the_command_line_announces_and_refuses_calibrations(tmp_path, capsys):
         ({"examples": "x"}, "'examples'"), ({"examples": [1]}, "'examples'"), ({"cut_off": -1}, "'cut_off'"), ({"kind": []}, "'kind'"),
         ({"conditions": {"verify": "standard"}}, "'conditions'"), ({"conditions": {"verify": ["kl"]}}, "'conditions'"),
         ({"live": {"by_rule": [0.1, math.nan]}}, "'live'"), ({"live": {"by_rule": [0.1, -1]}}, "'live'"), ({"live": [1]}, "'live'"),
-        ({"confidence": 1.5}, "'confidence'"), ({"conditions": {"verify": "nope"}}, "'conditions'"),
+        ({"confidence": 0.99}, "'bound'"), ({"harms": 1}, "'bound'"), ({"n": 800}, "'bound'"), ({"n": 10**12}, "'n'"),  # no longer one
+        ({"cut_off": 3}, "'cut_off'"), ({"confidence": 1.5}, "'confidence'"), ({"conditions": {"verify": "nope"}}, "'conditions'"),
     ):  # fmt: skip
         path.write_text(json.dumps(CALIBRATED | change))
         if word == "Guarantee":

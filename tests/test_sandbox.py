@@ -120,6 +120,7 @@ EXAMPLE = 'def f(x):\n    """One more.\n\n    ```python\n    >>> f(1)\n    2\n  
     "\treturn x + 1\n", "```python\n\tif x:\n\t\treturn x + 1\n\treturn 1\n```", "def f(x):\n\treturn x + 1\n", "  return x + 1\n", "  if x:\n    return x + 1\n  return 1\n",
     "y = x\n    return y + 1\n", "f = lambda x: x + 1", "```\nf = lambda x: x + 1\n```", "   Sure, here:\n```python\n" + WHOLE + "```", f"   ```python\n{WHOLE}```", "\n\n" + PROMPT + BODY,
     f"```python\n{PROMPT}{BODY}```", "    # It's done:\n    return x + 1\n\nThis adds one.\n", f"```python\n{WHOLE}", f"text `f` and ```inline``` code\n```python\n{WHOLE}```",
+    f"\ufeff{WHOLE}", WHOLE.replace("    ", "\u00a0" * 4), f"Here it is:```python\n{WHOLE}```", "> ```python\n> " + WHOLE.replace("\n", "\n> ") + "\n> ```",
     "```python\ndef f(x: int) -> int:\n    return helper(x) + 1\n```\n```text\nf(x) = x + 1\n```",
 ])  # fmt: skip
 def test_code_is_found_in_an_answer(text):
