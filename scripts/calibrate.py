@@ -25,7 +25,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, number, run_script, shortened  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, note, number, run_script, shortened  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import hashlib
@@ -130,7 +130,7 @@ def by_generating(args: argparse.Namespace, walk: list[float], questions: list[Q
             progress.step()
         state = f"more than {limit}" if harms > limit else f"{harms}"
         ends = f", {cut_off[threshold]} of them because an answer was cut off or failed" if cut_off[threshold] else ""
-        print(f"{RULES[args.verify].knob} {threshold:g}: {state} of {len(questions)} harmed{ends}", file=sys.stderr)
+        note(f"{RULES[args.verify].knob} {threshold:g}: {state} of {len(questions)} harmed{ends}")
         return harms
 
     passed = fixed_sequence(walk, harms_at, len(questions), args.max_harm, args.confidence)
