@@ -17,6 +17,7 @@ from typing import BinaryIO
 from cli import InputError
 
 MOST_BYTES = 8 << 30  # of a file that is read whole
+MOST_GROWTH = 64 << 20  # bytes that it may have more than its size says, as another process writes it
 MOST_JSON = 512 << 20  # of one JSON object
 
 
@@ -53,10 +54,15 @@ def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> byte
     Raises InputError as `opened`, and for a file larger than `most` bytes.
     """
     with opened(path, what) as (file, size):
+        what = f"{what} {path}".lstrip()
         if size > most:
-            what = f"{what} {path}".lstrip()
             raise InputError(f"{what} has {size / 1e9:.1f} GB, more than the {most / 1e9:.1f} GB that are read.")
-        return file.read()
+        content = bytearray()
+        while chunk := file.read(1 << 24):
+            content += chunk
+            if len(content) > size + MOST_GROWTH:
+                raise InputError(f"{what} goes on far beyond its size of {size} bytes; name a regular file on a disk.")
+        return bytes(content)
 
 
 def checkpoint_folder(folder: str | Path, kind: str = "a Hugging Face snapshot folder") -> Path:

@@ -162,6 +162,12 @@ def test_a_file_beyond_its_bound_is_not_read(tmp_path):
         read_bytes(tmp_path / "huge")
 
 
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")
+def test_what_never_ends_though_it_calls_itself_a_regular_file_is_refused():
+    with pytest.raises(InputError, match="/proc/self/pagemap (goes on far beyond|cannot be read)"):
+        read_bytes("/proc/self/pagemap")
+
+
 def test_a_sentence_is_one_line_of_bounded_length():
     assert one_line("a\nb\x1b[31m") == "a\\nb\\x1b[31m" and len(one_line("x" * 10**6)) < 1000
 
