@@ -718,7 +718,11 @@ class RowReader:
                 first = fresh if first is None else first
                 parts.append(hidden[0, fresh - places.start :])
         self.ids, self.base = ids, base
-        return torch.cat(parts)[begin - first : end - first]
+        found = torch.cat(parts)[begin - first : end - first]
+        if not found.isfinite().all():
+            self.model.clear_caches()  # a NaN there outlives every mask
+            self.ids = []
+        return found
 
 
 def whole_windows(length: int) -> int:
