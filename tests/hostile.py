@@ -705,7 +705,7 @@ class TooLong(BaseException):
     """A case did not end in time."""
 
 
-def run_inside(world: Path, case: Case, limit_s: float = 20) -> Done:
+def run_inside(world: Path, case: Case, limit_s: float = 120) -> Done:
     """Runs a script's main in this process, and puts back what it may change; for tests/test_fuzz.py."""
 
     def too_long(*_):
