@@ -103,7 +103,7 @@ def test_window_hides_nothing_and_reads_nothing_past_it(pair):
     for layer in target.layers:  # what lies past the window must not matter
         layer.attention.k_cache[:, :, 64:] = float("nan")
     assert torch.allclose(target(ids, torch.arange(30), 64)[1], wide, atol=1e-5)
-    target.setup_caches(1)  # the next user makes caches of its own
+    target.clear_caches()  # the next user shares them
 
 
 def test_rope_is_read_in_both_spellings():
