@@ -4,17 +4,18 @@ Scripts import this file first: from then on Ctrl-C ends them silently with exit
 still loading. Nothing here loads PyTorch.
 """
 
+import _signal  # what signal.py is made of: loading that takes some milliseconds, and Ctrl-C may come in them
 import os
-import signal
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "/")) in (HERE, f"{HERE}/scripts"):
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # one of our scripts is the program, and has not begun yet
+    _signal.signal(_signal.SIGINT, lambda *_: os._exit(130))  # one of our scripts is the program, and has not begun yet
 
 import argparse
 import errno
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable

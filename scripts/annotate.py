@@ -500,7 +500,7 @@ def annotate(args: argparse.Namespace) -> None:
     if args.out.exists() and not journal_path.exists():
         raise InputError(f"--out {args.out} exists, but not its journal {journal_path}; name another --out or remove it.")
     tokenizer = load_tokenizer(args.checkpoint_path)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         raise InputError("Marking needs a terminal for input and output, one that can move its cursor (TERM is not dumb).")
     session = Session(items, Journal(journal_path), tokenizer, args.out, args.all, not os.environ.get("NO_COLOR"))
     session.write_out()  # a kill may have come between the journal and this

@@ -55,7 +55,7 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read as a checkpoint of plain tensors: {reason}") from None
+        raise InputError(f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}.") from None
     if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
         raise InputError(f"{path} holds no tensors by name.")
     for name, tensor in shard.items():

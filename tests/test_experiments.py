@@ -33,7 +33,7 @@ def refused(argv: list[str], capsys) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         experiments.main(argv)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("experiments.py:", "__main__.py:", "pytest:"))]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("experiments.py:", "__main__.py:", "pytest:", "-c:"))]
     assert stop.value.code == 2 and len(said) == 1 and len(said[0]) < 1200
     return said[0]
 
