@@ -182,6 +182,16 @@ def test_whole_numbers_of_flags_are_bounded(text, capsys):
     assert parser.parse_args(["--n", "10"]).n == 10 and "(default: 0)" in parser.format_help()
 
 
+def test_bytes_that_are_no_utf8_are_no_value(capsys):
+    parser = Parser("", prog="a.py")
+    parser.add_argument("--b")
+    for argv in (["--b", "\udc80x"], ["--b=\udc80x"]):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(argv)
+        assert "is not valid UTF-8" in capsys.readouterr().err
+    assert parser.parse_args(["--b", "\u00e4\U0001f600?"]).b == "\u00e4\U0001f600?"
+
+
 def test_two_dashes_are_no_value(capsys):
     for more in ({}, {"nargs": "+"}, {"type": int}):
         parser = Parser("")
