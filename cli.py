@@ -9,8 +9,13 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "/")) in (HERE, f"{HERE}/scripts"):
-    _signal.signal(_signal.SIGINT, lambda *_: os._exit(130))  # one of our scripts is the program, and has not begun yet
+if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "/")) in (
+    HERE,
+    f"{HERE}/scripts",
+):
+    _signal.signal(
+        _signal.SIGINT, lambda *_: os._exit(130)
+    )  # one of our scripts is the program, and has not begun yet
 
 import argparse
 import errno
@@ -45,7 +50,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help or ''} (default: {shown.replace('%', '%%')})".strip()
 
     def add_argument(self, action: argparse.Action) -> None:
-        action.help = action.help or self._get_help_string(action)  # argparse shows no default without a help text
+        action.help = action.help or self._get_help_string(
+            action
+        )  # argparse shows no default without a help text
         super().add_argument(action)
 
 
@@ -57,17 +64,23 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
-            if not text.isascii() and text != text.encode(errors="replace").decode():  # what stands for a byte that is no UTF-8
+            if (
+                not text.isascii() and text != text.encode(errors="replace").decode()
+            ):  # what stands for a byte that is no UTF-8
                 self.error(f"{shortened(text)} is not valid UTF-8")
         return super().parse_known_args(args, namespace)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]):
-        if action.option_strings and arg_strings and set(arg_strings) == {"--"}:  # argparse would make an empty list of it
+        if (
+            action.option_strings and arg_strings and set(arg_strings) == {"--"}
+        ):  # argparse would make an empty list of it
             raise argparse.ArgumentError(action, "expected a value, not --")
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str):
-        message = re.sub(r"^argument (\S+): (?=.* must be )", r"\1 ", message)  # as in "--seed 1.5 must be a whole number"
+        message = re.sub(
+            r"^argument (\S+): (?=.* must be )", r"\1 ", message
+        )  # as in "--seed 1.5 must be a whole number"
         print(one_line(f"{self.prog}: {message}; see --help."), file=sys.stderr)
         sys.exit(2)
 
@@ -108,7 +121,11 @@ def shortened(text: str) -> str:
 
 def shortened_value(value) -> str:
     """A value from a file, as Python writes it, without the end of what is very long."""
-    text = repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of hundreds of digits"
+    text = (
+        repr(value)
+        if not isinstance(value, int) or value.bit_length() < 1000
+        else "a number of hundreds of digits"
+    )
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -125,7 +142,12 @@ class Progress:
         self.done += 1
         finished = self.done == self.total
         if time.monotonic() > self.due or (finished and Progress.line_is_open):
-            print(f"\r{self.what}: {self.done}/{self.total}", end="\n" if finished else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{self.what}: {self.done}/{self.total}",
+                end="\n" if finished else "",
+                file=sys.stderr,
+                flush=True,
+            )
             self.due, Progress.line_is_open = time.monotonic() + 1, not finished
 
 
@@ -157,7 +179,10 @@ def run_script(name: str, action: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
             raise
-        fail(name, "there is not enough memory for this; use a smaller model, --mode, or a shorter --cache_length.")
+        fail(
+            name,
+            "there is not enough memory for this; use a smaller model, --mode, or a shorter --cache_length.",
+        )
     except KeyboardInterrupt:
         print("\n" * Progress.line_is_open, end="", file=sys.stderr)
         sys.exit(130)
@@ -195,7 +220,9 @@ def fail(name: str, sentence: str) -> None:
         flush(sys.stdout)  # what was printed before comes first
     except (OSError, ValueError):
         abandon(sys.stdout)
-    print(("\n" if Progress.line_is_open else "") + one_line(f"{name}: {sentence}"), file=sys.stderr, flush=True)
+    print(
+        ("\n" if Progress.line_is_open else "") + one_line(f"{name}: {sentence}"), file=sys.stderr, flush=True
+    )
     Progress.line_is_open = False
     sys.exit(2)
 
@@ -206,5 +233,9 @@ def system_error(error: OSError) -> str:
     if error.filename is not None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else error.filename
         return f"{name} cannot be used: {reason}."
-    where = "a file or standard output" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "the system"
+    where = (
+        "a file or standard output"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        else "the system"
+    )
     return f"{where} refused to go on: {reason}."

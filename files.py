@@ -6,6 +6,7 @@ or line by line under a lock. Nothing else opens a file of a user's.
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -33,7 +34,9 @@ def opened(path: str | Path, what: str = "") -> Iterator[tuple[BinaryIO, int]]:
     what = f"{what} {path}".lstrip()
     try:
         # a FIFO would wait for its writer
-        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{what} is {kind_of_file(status.st_mode)}; name a regular file.")
@@ -56,12 +59,16 @@ def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> byte
     with opened(path, what) as (file, size):
         what = f"{what} {path}".lstrip()
         if size > most:
-            raise InputError(f"{what} has {size / 1e9:.1f} GB, more than the {most / 1e9:.1f} GB that are read.")
+            raise InputError(
+                f"{what} has {size / 1e9:.1f} GB, more than the {most / 1e9:.1f} GB that are read."
+            )
         content = bytearray()
         while chunk := file.read(1 << 24):
             content += chunk
             if len(content) > size + MOST_GROWTH:
-                raise InputError(f"{what} goes on far beyond its size of {size} bytes; name a regular file on a disk.")
+                raise InputError(
+                    f"{what} goes on far beyond its size of {size} bytes; name a regular file on a disk."
+                )
         return bytes(content)
 
 
@@ -111,7 +118,9 @@ def parse_json(text: str | bytes, where: str):
     bits, nesting beyond Python's depth, and half of a surrogate pair (no file and no terminal could hold that)."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        long = re.search(r"\d{19}", text) is not None  # Python reads digits by a slower way only where it must
+        long = (
+            re.search(r"\d{19}", text) is not None
+        )  # Python reads digits by a slower way only where it must
         value = json.loads(text, parse_int=bounded_int) if long else json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()
@@ -142,6 +151,11 @@ def parse_object(text: str | bytes, where: str) -> dict:
 def read_json(path: str | Path, what: str = "") -> dict:
     """The JSON object in a file. Raises InputError naming the file when it is missing or holds anything else."""
     return parse_object(read_text(path, what, MOST_JSON), f"{what} {path}".lstrip())
+
+
+def is_number(value, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether this is a finite number from low to high, and no bool."""
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
 
 
 def read_json_lines(path: str | Path, what: str = "") -> Iterator[tuple[str, dict]]:
@@ -178,7 +192,9 @@ def check_writable(path: Path, flag: str = "") -> Path:
         with contextlib.suppress(FileNotFoundError):
             mode = os.lstat(beside(real)).st_mode  # too long a name fails here
             if not stat.S_ISREG(mode):
-                raise InputError(f"{what} cannot be written: {beside(real)}, where that is done first, is no regular file.")
+                raise InputError(
+                    f"{what} cannot be written: {beside(real)}, where that is done first, is no regular file."
+                )
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -195,7 +211,9 @@ def check_new_folder(out: Path, flag: str, beside: Path) -> None:
             kind = "a file" if kind == "no regular file" else kind
             raise InputError(f"{flag} {out} exists already and is {kind}; name a new folder.")
         if os.path.lexists(beside) and (os.path.islink(beside) or not os.path.isdir(beside)):
-            raise InputError(f"{flag} {out}: {beside}, where it is written to first, is no folder; remove it.")
+            raise InputError(
+                f"{flag} {out}: {beside}, where it is written to first, is no folder; remove it."
+            )
         above = next(path for path in Path(os.path.abspath(out)).parents if os.path.lexists(path))
         if not above.is_dir():
             raise InputError(f"{flag} {out} cannot be made: {above} is no folder.")
@@ -204,7 +222,9 @@ def check_new_folder(out: Path, flag: str, beside: Path) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{flag} {out} cannot be made: {getattr(error, 'strerror', None) or error}.") from None
+        raise InputError(
+            f"{flag} {out} cannot be made: {getattr(error, 'strerror', None) or error}."
+        ) from None
 
 
 def check_not_input(out: Path, inputs: list[Path], flag: str = "--out") -> None:
@@ -226,7 +246,9 @@ def check_folder(path: Path, flag: str = "") -> None:
                 raise InputError(f"{what} cannot be written: {here} is a link to nothing.") from None
             here = here.parent
         except (OSError, ValueError) as error:
-            raise InputError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
+            raise InputError(
+                f"{what} cannot be written: {getattr(error, 'strerror', None) or error}."
+            ) from None
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(f"{what} cannot be written: {here} is no folder.")
     if not os.access(here, os.W_OK | os.X_OK):
@@ -247,7 +269,9 @@ def lock(file, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a file object or a descriptor, of a folder, too
     except BlockingIOError:
-        raise InputError(f"{path} is being written by another process; wait for it, or name another file.") from None
+        raise InputError(
+            f"{path} is being written by another process; wait for it, or name another file."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -287,7 +311,9 @@ def claimed(fresh: Path, path: Path):
         with file:
             lock(file, path)
             here = os.stat(fresh) if fresh.exists() else None
-            if here and here.st_ino == os.fstat(file.fileno()).st_ino:  # else another process renamed it between our calls
+            if (
+                here and here.st_ino == os.fstat(file.fileno()).st_ino
+            ):  # else another process renamed it between our calls
                 file.truncate(0)
                 yield file
                 return
@@ -313,7 +339,9 @@ class Lines:
             self.file = open(path, "a+b", buffering=0)  # noqa: SIM115 open and locked until `close` or the process's end
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from None
-        self.close = weakref.finalize(self, let_go, self.file, Path(path), made)  # at the latest when the process ends
+        self.close = weakref.finalize(
+            self, let_go, self.file, Path(path), made
+        )  # at the latest when the process ends
         lock(self.file, path)
         self.file.seek(0)
         content = self.file.read()

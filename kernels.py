@@ -2,10 +2,19 @@
 
 `linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use, elsewhere
 and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a Triton kernel that reads
+from dataclasses import dataclass
+from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+import gc
+import torch
+import types
+from cli import InputError
 from the device how far the text goes, so that one captured graph serves every position. `few_rows` multiplies up to 64
 rows with quantised weights there; on a CPU kernels.cpp does.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -13,13 +22,17 @@ import platform
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cli import InputError
 
 try:
     import triton
@@ -69,8 +82,12 @@ def use_cpu_kernels() -> None:
         why_not = reason.splitlines()[0]
         print(f"kernels.cpp could not be built or loaded, products are PyTorch's: {why_not}", file=sys.stderr)
         return
-    torch.library.register_fake("judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
-    torch.library.register_fake("judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n))
+    torch.library.register_fake(
+        "judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0])
+    )
+    torch.library.register_fake(
+        "judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n)
+    )
     cpu_kernels = torch.ops.judge_fast
 
 
@@ -81,13 +98,17 @@ def build(source: Path) -> Path:
     root = Path(torch.__file__).parent
     command = [get_cpp_compiler(), *FLAGS.split(), native_flag(), f"-I{root / 'include'}"]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    key = hashlib.sha256(f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()
+    ).hexdigest()[:16]
     folder = usable_cache()
     library = folder / f"{source.stem}-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             fresh = Path(beside) / library.name
-            subprocess.run([*command, str(source), *links, "-o", str(fresh)], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [*command, str(source), *links, "-o", str(fresh)], check=True, capture_output=True, text=True
+            )
             if not fresh.exists():
                 raise OSError(f"{command[0]} wrote no library")
             os.replace(fresh, library)
@@ -192,7 +213,9 @@ if triton is not None:
         parts = tl.load(part + place[:, None] * D + dims[None, :], mask=mask, other=0.0)
         y = tl.sum(parts * weight[:, None], 0) / tl.sum(sums * weight, 0)
         group = ROWS // T
-        where = ((row % T) * (tl.num_programs(0) * group) + head * group + row // T) * D  # out is (T, heads, D)
+        where = (
+            (row % T) * (tl.num_programs(0) * group) + head * group + row // T
+        ) * D  # out is (T, heads, D)
         tl.store(out + where + dims, y.to(out.dtype.element_ty), mask=dims < D)
 
     @triton.jit
@@ -211,7 +234,9 @@ if triton is not None:
             if INT4:  # a byte holds columns 32 b + i and 32 b + 16 + i
                 byte = tl.arange(0, BLOCK_K // 2)
                 low = start + byte // 16 * 32 + byte % 16
-                packed = tl.load(w + line * (K // 2) + start // 2 + byte[None, :], mask=low[None, :] < end, other=0)
+                packed = tl.load(
+                    w + line * (K // 2) + start // 2 + byte[None, :], mask=low[None, :] < end, other=0
+                )
                 pair = scales + (line * (K // GROUP) + low[None, :] // GROUP) * 2
                 scale = tl.load(pair, mask=low[None, :] < end, other=0.0).to(tl.float32)
                 offset = tl.load(pair + 1, mask=low[None, :] < end, other=0.0).to(tl.float32)
@@ -305,7 +330,10 @@ def milliseconds(action: Callable[[], Tensor]) -> float:
 def tilings_file(device: torch.device) -> Path:
     """Where the choices for this GPU, Triton and source are kept."""
     kind = f"{torch.cuda.get_device_name(device)} {triton.__version__}".encode()
-    return cache_folder() / f"few_rows-{hashlib.sha256(kind + Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+    return (
+        cache_folder()
+        / f"few_rows-{hashlib.sha256(kind + Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+    )
 
 
 def read_tilings(device: torch.device) -> dict[str, Tiling]:
@@ -320,12 +348,17 @@ def write_tilings(device: torch.device) -> None:
     """Keeps the choices, beside those of other processes. Where that fails, the next process measures again."""
     path = tilings_file(device)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # no other folder will do: the next process looks here
+        path.parent.mkdir(
+            parents=True, exist_ok=True, mode=0o700
+        )  # no other folder will do: the next process looks here
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
             json.dump(read_tilings(device) | tilings, beside)
         os.replace(beside.name, path)
     except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}): products are tuned anew next time.", file=sys.stderr)
+        print(
+            f"{path} cannot be written ({error.strerror}): products are tuned anew next time.",
+            file=sys.stderr,
+        )
 
 
 def scaled_product(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
@@ -397,3 +430,53 @@ def parts_for(device: torch.device, programs: int, wanted: int = 2) -> int:
     """Parts to cut the work of so many programs into: enough for `wanted` programs a multiprocessor."""
     n = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     return max(1, min(64, wanted * n // programs))
+
+
+@dataclass
+class Graph:
+    """A captured CUDA graph and what it puts out, in place, at each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor | None
+
+
+def capture(action, pool) -> Graph:
+    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to tune.
+
+    pool: memory that graphs share which never run at the same time (torch.cuda.graph_pool_handle()).
+    """
+    gc.collect()  # an old engine's graphs must not be let go in the midst of a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = action()
+    return Graph(graph, output)
+
+
+def check_compiler() -> None:
+    """Raises InputError when torch.compile would find no C++ compiler for its CPU code."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        raise InputError(
+            "--compile on a CPU needs a C++ compiler such as g++; install one, or name it in CXX."
+        ) from None
+
+
+def compile_step(step, device: str, cpp_wrapper: bool = True):
+    """Compiles a step function for one engine, as one graph that serves every length of `visible`.
+
+    A model, its settings and its buffers never change within an engine, so that only `first` is guarded: checking the
+    rest would cost more than a small draft's step. The copied code object keeps engines apart, since dynamo caches by
+    code object. cpp_wrapper: off where a step holds collectives, which the C++ wrapper around CPU kernels cannot call.
+    """
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+
+    def keep(guards: list) -> list[bool]:
+        return [guard.name in ("first", "L['first']") for guard in guards]
+
+    # On a CPU the wrapper around the kernels counts, on a GPU it is captured and gone
+    options = {"cpp_wrapper": cpp_wrapper} if device == "cpu" else {"coordinate_descent_tuning": True}
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})

@@ -46,14 +46,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cli
-import quantize
 from cli import InputError
 from model import ModelArgs, Transformer
 
 START = 50  # seconds within which all ranks must have met
-PATIENCE = timedelta(seconds=300)  # for a collective; a rank that dies is noticed at once, one that stands still by this
-SMALL, MEDIUM = 256 * 1024, 8 * 1024 * 1024  # bytes up to which the symmetric all-reduce takes one shot, and two
-MISSED = {"cpu": 2**20, "cuda": 32 * 2**20}  # bytes that could be read in the time of an all-reduce (see `place_draft`)
+PATIENCE = timedelta(
+    seconds=300
+)  # for a collective; a rank that dies is noticed at once, one that stands still by this
+SMALL, MEDIUM = (
+    256 * 1024,
+    8 * 1024 * 1024,
+)  # bytes up to which the symmetric all-reduce takes one shot, and two
+MISSED = {
+    "cpu": 2**20,
+    "cuda": 32 * 2**20,
+}  # bytes that could be read in the time of an all-reduce (see `place_draft`)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -71,11 +78,15 @@ class Shard:
         """The shape of this rank's part, the same on every rank. Raises InputError naming what does not divide."""
         n, kv = self.world, args.n_kv_head
         if kv % n and n % kv:
-            raise InputError(f"{n} ranks cannot share {kv} KV heads: one number must be a multiple of the other.")
+            raise InputError(
+                f"{n} ranks cannot share {kv} KV heads: one number must be a multiple of the other."
+            )
         if n > args.n_head:
             raise InputError(f"{n} ranks cannot share {args.n_head} attention heads; start fewer.")
         if args.intermediate_size % n:
-            raise InputError(f"{n} ranks cannot share an intermediate size of {args.intermediate_size}: it must be a multiple.")
+            raise InputError(
+                f"{n} ranks cannot share an intermediate size of {args.intermediate_size}: it must be a multiple."
+            )
         heads = args.n_head // n if n <= kv else ceil_div(args.n_head // kv, n // kv)
         return replace(args, n_head=heads, n_kv_head=max(1, kv // n), intermediate_size=args.intermediate_size // n,
                        vocab_size=ceil_div(args.vocab_size, n))  # fmt: skip
@@ -119,7 +130,10 @@ class Shard:
         """Raises InputError where a rank's columns of `wo` or `w2` would begin or end inside a group of `unit` columns."""
         for rank in range(self.world):
             other = Shard(rank, self.world)
-            for name, size in (("o_proj", args.n_head * args.head_dim), ("down_proj", args.intermediate_size)):
+            for name, size in (
+                ("o_proj", args.n_head * args.head_dim),
+                ("down_proj", args.intermediate_size),
+            ):
                 span = other.part(args, f"{name}.weight")[1]
                 if span.start % unit or (span.stop % unit and span.stop != size):
                     raise InputError(
@@ -129,10 +143,14 @@ class Shard:
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, element by element: scales of a row whose columns the ranks share."""
-        return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(rows, "max", GROUP))
+        return torch.ops._c10d_functional.wait_tensor(
+            torch.ops._c10d_functional.all_reduce(rows, "max", GROUP)
+        )
 
 
-def traffic(args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool) -> dict[str, int]:
+def traffic(
+    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool
+) -> dict[str, int]:
     """Collectives of one forward as the file's docstring has them: counts, and bytes that each rank puts in."""
     each = 4 * ceil_div(args.vocab_size, world) if gather else 16
     reduces = 2 * args.n_layer + 1
@@ -161,7 +179,9 @@ def place_draft(args: ModelArgs, step_bytes: int, world: int, device: str) -> st
 
 GROUP = ""  # the name of the process group, set by `connect`
 RANK = 0
-SYMMETRIC: dict[torch.dtype, Tensor] = {}  # buffers that all ranks of a machine see, with --all_reduce symmetric
+SYMMETRIC: dict[
+    torch.dtype, Tensor
+] = {}  # buffers that all ranks of a machine see, with --all_reduce symmetric
 
 
 def all_reduce(x: Tensor) -> Tensor:
@@ -245,18 +265,12 @@ def most_likely(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
         index = logits.argmax(-1)
         return index, logits.gather(-1, index[:, None]).squeeze(-1)
     value, index = logits.max(-1)
-    pairs = all_gather(torch.stack([value.double(), (index + RANK * logits.shape[-1]).double()], -1))  # fp64 holds both
+    pairs = all_gather(
+        torch.stack([value.double(), (index + RANK * logits.shape[-1]).double()], -1)
+    )  # fp64 holds both
     best = pairs[..., 0].argmax(0, keepdim=True)
     peak, index = pairs.gather(0, best[..., None].expand(1, -1, 2))[0].unbind(-1)
     return index.long(), peak
-
-
-def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, scheme: "quantize.Scheme | None", shard: Shard | None
-) -> Transformer:
-    """`quantize.load_model`, of a shard: only this rank's slices are read, and the layers joined to the other ranks'."""
-    model = quantize.load_model(folder, device, dtype, scheme, shard)
-    return model if shard is None else join(model, shard)
 
 
 def join(model: Transformer, shard: Shard) -> Transformer:
@@ -308,7 +322,9 @@ class Link:
             except TimeoutError:
                 missing = [str(rank) for rank in range(1, self.world) if rank not in self.sockets]
                 if time.monotonic() > deadline:
-                    raise InputError(f"Rank {', '.join(missing)} of {self.world} did not come within {START} s.") from None
+                    raise InputError(
+                        f"Rank {', '.join(missing)} of {self.world} did not come within {START} s."
+                    ) from None
                 continue
             except (OSError, ValueError):
                 continue
@@ -361,7 +377,11 @@ class Link:
         time.sleep(1 if self.rank == 0 else 0)  # if rank 0 makes the same mistake it says so itself
         self.over.acquire()  # once, and never again
         if self.rank == 0 or (self.rank == 1 and sentence == "Rank 0 died."):
-            print(f"\n{self.name}: {sentence}", file=sys.stderr if self.rank == 0 else sys.__stderr__, flush=True)
+            print(
+                f"\n{self.name}: {sentence}",
+                file=sys.stderr if self.rank == 0 else sys.__stderr__,
+                flush=True,
+            )
         self.stop()
 
     def stop(self) -> None:
@@ -454,30 +474,45 @@ def ranks(name: str):
 def check_environment() -> tuple[int, int]:
     """Rank and world size as torchrun sets them. Raises InputError naming the variable that is missing or no such number."""
     found = {}
-    for name, low, high in (("WORLD_SIZE", 1, 2**16), ("RANK", 0, 2**16), ("LOCAL_RANK", 0, 2**16), ("MASTER_PORT", 0, 65535)):
+    for name, low, high in (
+        ("WORLD_SIZE", 1, 2**16),
+        ("RANK", 0, 2**16),
+        ("LOCAL_RANK", 0, 2**16),
+        ("MASTER_PORT", 0, 65535),
+    ):
         if name not in os.environ and name == "LOCAL_RANK":
             continue  # ranks that were started by hand may lack it
         try:
             found[name] = cli.whole(low, high)(os.environ.get(name, ""))
         except argparse.ArgumentTypeError as error:
-            raise InputError(f"{name}={error} in the environment of a rank; start ranks by torchrun, or unset it.") from None
+            raise InputError(
+                f"{name}={error} in the environment of a rank; start ranks by torchrun, or unset it."
+            ) from None
     if not os.environ.get("MASTER_ADDR"):
-        raise InputError("MASTER_ADDR is not in the environment of a rank; start ranks by torchrun, or unset RANK.")
+        raise InputError(
+            "MASTER_ADDR is not in the environment of a rank; start ranks by torchrun, or unset RANK."
+        )
     if found["RANK"] >= found["WORLD_SIZE"]:
-        raise InputError(f"RANK={found['RANK']} must be below WORLD_SIZE={found['WORLD_SIZE']}; start ranks by torchrun.")
+        raise InputError(
+            f"RANK={found['RANK']} must be below WORLD_SIZE={found['WORLD_SIZE']}; start ranks by torchrun."
+        )
     return found["RANK"], found["WORLD_SIZE"]
 
 
 def meet() -> dist.Store:
     """The store that torchrun (or rank 0, if ranks were started by hand) keeps. Raises InputError where there is none."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-    late = threading.Timer(START + 5, too_late, [where])  # a stranger on the port may take the call and say nothing
+    late = threading.Timer(
+        START + 5, too_late, [where]
+    )  # a stranger on the port may take the call and say nothing
     late.start()
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START)))
     except (dist.DistError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
-            raise InputError(f"The ranks cannot meet at {where}: the port is in use; choose another MASTER_PORT.") from None
+            raise InputError(
+                f"The ranks cannot meet at {where}: the port is in use; choose another MASTER_PORT."
+            ) from None
         raise InputError(f"The ranks cannot meet at {where}: {first_line(error)}.") from None
     finally:
         late.cancel()
@@ -499,7 +534,11 @@ def ended_by_torchrun(name: str, rank: int) -> None:
     """torchrun ends the ranks when one of them died; the link knows which, unless the ranks have not met yet."""
     time.sleep(5)  # `Link.end` is quicker
     if rank == 0:
-        print(f"\n{name}: torchrun ended the ranks: one of them died, or it was told to.", file=sys.stderr, flush=True)
+        print(
+            f"\n{name}: torchrun ended the ranks: one of them died, or it was told to.",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(2)
 
 
@@ -521,7 +560,9 @@ def lost(error: Exception) -> None:
         time.sleep(5)  # it ends this process meanwhile
     text = f"{type(error).__name__}: {first_line(error)}"
     if LINK.rank == 0:
-        collective = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Timed out"))
+        collective = isinstance(error, RuntimeError) and any(
+            word in str(error) for word in ("gloo", "NCCL", "Timed out")
+        )
         text = f"The ranks lost one another: {first_line(error)}." if collective else traceback.format_exc()
         print(f"{LINK.name}: {text}", file=sys.stderr)
     else:
@@ -598,7 +639,9 @@ def check_round(pos: int, accepted: int, tokens: list[int]) -> None:
 
 def code_digest() -> str:
     """Of this program: ranks on two machines must run the same."""
-    files = sorted(path for path in Path(__file__).resolve().parent.iterdir() if path.suffix in (".py", ".cpp"))
+    files = sorted(
+        path for path in Path(__file__).resolve().parent.iterdir() if path.suffix in (".py", ".cpp")
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -612,7 +655,9 @@ def file_facts(flag: str, path: Path | None) -> dict[str, str | int]:
     facts = {}
     for file in files:
         weights = file.suffix == ".safetensors" and path.is_dir()
-        same = f"{file.stat().st_size} bytes" if weights else hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        same = (
+            f"{file.stat().st_size} bytes" if weights else hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        )
         facts[f"{file.name} of {flag}"] = same
     return facts
 
@@ -626,7 +671,9 @@ def own_device(name: str) -> str:
         raise InputError(f"--device {name}: each rank takes the GPU of its number; give --device cuda.")
     needed = int(os.environ.get("LOCAL_WORLD_SIZE", here + 1))
     if needed > count:
-        raise InputError(f"{needed} ranks on this machine need {needed} GPUs, but there are {count}; lower --nproc_per_node.")
+        raise InputError(
+            f"{needed} ranks on this machine need {needed} GPUs, but there are {count}; lower --nproc_per_node."
+        )
     return f"cuda:{here}"
 
 
@@ -671,14 +718,24 @@ def open_symmetric(device: torch.device) -> None:
     except (ImportError, RuntimeError) as error:
         SYMMETRIC.clear()
         reason = first_line(error)
-        raise InputError(f"--all_reduce symmetric cannot be had here ({reason}); --all_reduce nccl always can.") from None
+        raise InputError(
+            f"--all_reduce symmetric cannot be had here ({reason}); --all_reduce nccl always can."
+        ) from None
 
 
 def add_flags(parser) -> None:
     """The flags that concern ranks."""
     add = parser.add_argument
-    add("--draft_tp", choices=("shard", "replicate"), help="ranks share the draft, or run it all alike (default: by its size)")
-    add("--all_reduce", choices=("nccl", "symmetric"), help="what sums small messages over GPUs (default: nccl)")
+    add(
+        "--draft_tp",
+        choices=("shard", "replicate"),
+        help="ranks share the draft, or run it all alike (default: by its size)",
+    )
+    add(
+        "--all_reduce",
+        choices=("nccl", "symmetric"),
+        help="what sums small messages over GPUs (default: nccl)",
+    )
     add("--check_ranks", action="store_true", help="compare tokens and positions of all ranks every round")
 
 
@@ -687,10 +744,15 @@ def check_flags(args) -> None:
     if LINK is None:
         for flag in ("draft_tp", "all_reduce", "check_ranks"):
             if getattr(args, flag, None):
-                raise InputError(f"--{flag} concerns several ranks; start them with torchrun, or leave the flag out.")
+                raise InputError(
+                    f"--{flag} concerns several ranks; start them with torchrun, or leave the flag out."
+                )
         return
     flags = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    agree({f"--{name}": value for name, value in flags.items()} | {"torch": torch.__version__, "code": code_digest()})
+    agree(
+        {f"--{name}": value for name, value in flags.items()}
+        | {"torch": torch.__version__, "code": code_digest()}
+    )
     facts = {}
     for name, value in vars(args).items():
         if isinstance(value, Path) and name != "profile":

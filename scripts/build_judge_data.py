@@ -33,15 +33,17 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Result, Settings, answer_text, check_prompt, check_settings, encode_prompt
-from judge import files_in
-from model import DTYPES, ModelArgs, pick_device, run_dtype
+from generate import Engine, NotFinite, Result, Settings, check_prompt, check_settings
+from model import DTYPES, pick_device, run_dtype
 from quantize import load_model
-from scripts.results import is_count, is_text, is_verdict, resume
-from scripts.scoring import CHECKERS, UNDECIDED, Question
-from scripts.tasks import add_question_flags, questions_of
-from scripts.train_demo import annotated
+from scripts.lib.demo_task import annotated
+from scripts.lib.pair import files_in
+from scripts.lib.results import is_count, is_text, is_verdict, resume
+from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
+from scripts.lib.tasks import add_question_flags, questions_of
+from scripts.lib.terminal import answer_text, encode_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -71,15 +73,19 @@ def list_jobs(args: argparse.Namespace, questions: list[Question]) -> list[Job]:
     """All answers to make, in the order of OUT.all. Greedy ones are made once: another sample would be the same."""
     return [
         Job(model, temperature, sample, question)
-        for model, temperature, sample in product(range(len(args.checkpoint_path)), args.temperature, range(args.samples))
+        for model, temperature, sample in product(
+            range(len(args.checkpoint_path)), args.temperature, range(args.samples)
+        )
         if sample == 0 or temperature > 0
         for question in questions
     ]
 
 
-def encode_prompts(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, questions: list[Question]) -> dict:
+def encode_prompts(
+    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, questions: list[Question]
+) -> dict:
     """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's context."""
-    context, prompts = ModelArgs.from_folder(folder).max_position, {}
+    context, prompts = read_config(folder).max_position, {}
     for question in questions:
         prompt = encode_prompt(args, tokenizer, question.prompt)
         try:
@@ -117,7 +123,9 @@ def seed_of(args: argparse.Namespace, job: Job) -> int:
     return int(hashlib.sha256(f"{args.seed} {job.question.id} {job.sample}".encode()).hexdigest()[:15], 16)
 
 
-def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list) -> Iterator[tuple[Job, Result]]:
+def answers(
+    args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list
+) -> Iterator[tuple[Job, Result]]:
     """(job, the engine's Result) for all of `todo`, with one model loaded at a time; it stopped with "not finite" where the
     logits were."""
     for at, its_jobs in groupby(todo, key=lambda job: job.model):
@@ -161,8 +169,12 @@ def check_record(record: dict, where: str) -> dict:
     kinds = {"question": is_text, "model": is_count, "prompt": is_text, "response": is_text, "reference": is_text,
              "right": is_verdict, "dropped": lambda value: value in (None, *DROPPED), "tokens": is_count,
              "source": is_text}  # fmt: skip
-    if wrong := next((name for name, kind in kinds.items() if name not in record or not kind(record[name])), None):
-        raise InputError(f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out.")
+    if wrong := next(
+        (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
+    ):
+        raise InputError(
+            f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out."
+        )
     return record
 
 
@@ -171,7 +183,12 @@ def source_of(args: argparse.Namespace, job: Job) -> str:
 
 
 def answer_all(
-    args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, lines: Lines, begin: list[dict]
+    args: argparse.Namespace,
+    todo: list[Job],
+    prompts: list,
+    tokenizers: list,
+    lines: Lines,
+    begin: list[dict],
 ) -> list[dict]:
     """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after `begin`."""
     records, progress = [], Progress("answers", len(todo))
@@ -227,7 +244,9 @@ def line_of(record: dict, problems: dict) -> str:
         errors = annotated(problems[record["question"]], record["response"], record["source"])["errors"]
     fields = ("prompt", "response", "reference", "right")
     return json.dumps(
-        {key: record[key] for key in fields} | {"errors": errors} | {k: record[k] for k in ("source", "question")}
+        {key: record[key] for key in fields}
+        | {"errors": errors}
+        | {k: record[k] for k in ("source", "question")}
     )
 
 
@@ -235,19 +254,25 @@ def write_chosen(out: Path, lines: list[str]) -> None:
     """Writes --out, but never over other content: that may be hours of annotation."""
     content = ("\n".join(lines) + "\n").encode()
     if out.exists() and read_bytes(out) != content:
-        raise InputError(f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another --out.")
+        raise InputError(
+            f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another --out."
+        )
     write_file(out, content)
 
 
 def print_summary(args: argparse.Namespace, questions: int, records: list[dict], chosen: list[dict]) -> None:
     """What each source gave, what was chosen, and why the rest was not."""
     kinds = ("right", "wrong", "cut off", "no answer")
-    kinds += tuple(kind for kind in DROPPED if kind not in kinds and any(record["dropped"] == kind for record in records))
+    kinds += tuple(
+        kind for kind in DROPPED if kind not in kinds and any(record["dropped"] == kind for record in records)
+    )
     print(f"{'source':35} answers" + "".join(f"{kind:>{max(8, len(kind) + 2)}}" for kind in kinds))
     for source in dict.fromkeys(record["source"] for record in records):
         mine = [record for record in records if record["source"] == source]
         count = Counter(r["dropped"] or ("right" if r["right"] else "wrong") for r in mine)
-        print(f"{source:35} {len(mine):7}" + "".join(f"{count[kind]:{max(8, len(kind) + 2)}}" for kind in kinds))
+        print(
+            f"{source:35} {len(mine):7}" + "".join(f"{count[kind]:{max(8, len(kind) + 2)}}" for kind in kinds)
+        )
     right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
@@ -266,7 +291,10 @@ def check_args(args: argparse.Namespace) -> None:
     args.temperature = read_temperatures(args.temperature)
     args.device = pick_device(args.device)
     args.dtype = run_dtype(args.precision, args.device)
-    inputs = [*filter(None, (args.data, args.shots_data, Path(args.questions or ""))), *files_in(args.checkpoint_path)]
+    inputs = [
+        *filter(None, (args.data, args.shots_data, Path(args.questions or ""))),
+        *files_in(args.checkpoint_path),
+    ]
     check_writable(args.out, "--out")
     args.work = args.out.with_name(args.out.name + ".all")
     for path in (args.out, args.work):
@@ -284,7 +312,9 @@ def build(args: argparse.Namespace) -> None:
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
     folders = [folder.resolve() for folder in args.checkpoint_path]
     if len(set(folders)) < len(folders):
-        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
+        raise InputError(
+            f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples."
+        )
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
     with closing(Lines(args.work)) as lines:
@@ -301,13 +331,17 @@ def build(args: argparse.Namespace) -> None:
     print_summary(args, len(questions), records, chosen)
 
 
-def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict) -> list:
+def all_records(
+    args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict
+) -> list:
     """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of another run."""
     records = resume(lines, header, check_record)
     if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
         raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
     if len(records) < len(jobs) and args.out.exists():
-        raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
+        raise InputError(
+            f"{args.out} exists, but is not the output of this run; move it, or name another --out."
+        )
     begin = [] if lines.content else [header]
     return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines, begin)
 
@@ -315,20 +349,49 @@ def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokeni
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, nargs="+", required=True, help="the models' folders; they are loaded in turn")
+    add(
+        "--checkpoint_path",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="the models' folders; they are loaded in turn",
+    )
     add_question_flags(add)
     add("--temperature", default="0,0.8", help="each model answers at each of these")
     add("--samples", type=whole(1, 10_000), default=1, help="answers a question at each temperature above 0")
-    add("--max_new_tokens", type=whole(1, 10_000_000), default=400, help="after which an answer is cut off, and dropped")
-    add("--chat", action="store_true", help="put questions into the folder's chat format, as judge.py train --chat will")
-    add("--tuples", action=argparse.BooleanOptionalAction, default=True, help="keep right and wrong pairs, not all answers")
+    add(
+        "--max_new_tokens",
+        type=whole(1, 10_000_000),
+        default=400,
+        help="after which an answer is cut off, and dropped",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="put questions into the folder's chat format, as judge.py train --chat will",
+    )
+    add(
+        "--tuples",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep right and wrong pairs, not all answers",
+    )
     add("--right", type=whole(1, 10_000), default=1, help="right answers in a tuple, at most")
     add("--wrong", type=whole(1, 10_000), default=1, help="wrong answers in a tuple, at most")
-    add("--annotate_demo", action="store_true", help="mark errors by the demo's grammar instead of leaving that open")
+    add(
+        "--annotate_demo",
+        action="store_true",
+        help="mark errors by the demo's grammar instead of leaving that open",
+    )
     add("--compile", action="store_true", help="compile the step functions with torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add("--out", type=Path, required=True, help="the chosen answers, JSON lines; OUT.all beside it holds all of them")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="the chosen answers, JSON lines; OUT.all beside it holds all of them",
+    )
     args = parser.parse_args(argv)
     run_script("build_judge_data.py", lambda: build(args))
 

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint import args_of, read_field, weight_plan
 from files import check_new_folder, checkpoint_folder, is_file, lock, opened, read_json, write_file
-from model import LLAMA31_ROPE, LLAMA32_ROPE, ModelArgs, read_field, weight_plan
+from model import LLAMA31_ROPE, LLAMA32_ROPE
 from quantize import is_scrap, write_tensors
 
 NAMES = {
@@ -36,14 +37,18 @@ TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "
 
 def open_shards(folder: Path) -> list[dict[str, Tensor]]:
     """Meta's shards in order, memory-mapped, without running any pickled code."""
-    paths = sorted(checkpoint_folder(folder, "Meta's folder with consolidated.00.pth").glob("consolidated.*.pth"))
+    paths = sorted(
+        checkpoint_folder(folder, "Meta's folder with consolidated.00.pth").glob("consolidated.*.pth")
+    )
     if not paths:
         raise InputError(f"{folder} has no consolidated.*.pth; name a folder as Meta publishes it.")
     if len(paths) > 16:
         raise InputError(f"{folder} has {len(paths)} shards; Meta publishes at most 16.")
     for number, path in enumerate(paths):
         if path.name != f"consolidated.{number:02}.pth":
-            raise InputError(f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing.")
+            raise InputError(
+                f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing."
+            )
     return [open_shard(path) for path in paths]
 
 
@@ -55,7 +60,9 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}.") from None
+        raise InputError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}."
+        ) from None
     if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
         raise InputError(f"{path} holds no tensors by name.")
     for name, tensor in shard.items():
@@ -78,9 +85,15 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
     if all(part.dim() == len(shape) and part.dtype == parts[0].dtype for part in parts):
         kv = name.endswith((".wk.weight", ".wv.weight"))
         repeats = max(1, sum(part.shape[0] for part in parts) // shape[0]) if kv else 1
-        alike = all(torch.equal(part, parts[i // repeats * repeats]) for i, part in enumerate(parts)) if repeats > 1 else True
+        alike = (
+            all(torch.equal(part, parts[i // repeats * repeats]) for i, part in enumerate(parts))
+            if repeats > 1
+            else True
+        )
         for dim in range(len(shape) if alike else 0):
-            others_fit = all(part.shape[d] == shape[d] for part in parts for d in range(len(shape)) if d != dim)
+            others_fit = all(
+                part.shape[d] == shape[d] for part in parts for d in range(len(shape)) if d != dim
+            )
             if others_fit and sum(part.shape[dim] for part in parts[::repeats]) == shape[dim]:
                 return torch.cat(parts[::repeats], dim)
     found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
@@ -99,7 +112,9 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
     dim, n_layers, n_heads = (read_field(params, name, int, where) for name in ("dim", "n_layers", "n_heads"))
     scaled = params.get("use_scaled_rope", False)
     if dim % n_heads or not isinstance(scaled, bool):
-        raise InputError(f"{where}: dim={dim} must be a multiple of n_heads={n_heads}, and use_scaled_rope true or false.")
+        raise InputError(
+            f"{where}: dim={dim} must be a multiple of n_heads={n_heads}, and use_scaled_rope true or false."
+        )
     first = shards[0]
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         if not isinstance(first.get(name), Tensor) or first[name].dim() != 2:
@@ -122,7 +137,9 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
     }  # fmt: skip
     if scaled:
         # Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3
-        factor, low, high, original = LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
+        factor, low, high, original = (
+            LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
+        )
         config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
                                   "high_freq_factor": high, "original_max_position_embeddings": original}  # fmt: skip
     return config
@@ -152,14 +169,18 @@ def convert(source: Path, out: Path) -> None:
         os.close(held)
 
 
-OURS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)")
+OURS = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)"
+)
 
 
 def clear(beside: Path) -> None:
     """Removes what a killed run left; raises InputError where there is anything else."""
     for path in beside.iterdir():
         if not OURS.fullmatch(path.name) and not is_scrap(path.name):
-            raise InputError(f"{beside}, where the folder is written to first, holds {path.name}, which is not ours.")
+            raise InputError(
+                f"{beside}, where the folder is written to first, holds {path.name}, which is not ours."
+            )
     for path in beside.iterdir():
         path.unlink()
 
@@ -188,14 +209,16 @@ def check_names(shards: list[dict[str, Tensor]], config: dict, source: Path) -> 
             raise InputError(f"{where} has no tensor {name}.")
         for name in shard:
             if name not in called and name != "rope.freqs":
-                raise InputError(f"{where} has an unexpected tensor {name}, which params.json does not call for.")
+                raise InputError(
+                    f"{where} has an unexpected tensor {name}, which params.json does not call for."
+                )
 
 
 def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, folder: Path) -> None:
     """One safetensors file a layer and one for the rest, and their index."""
     groups, weight_map, total = names_of(config), {}, 0
     progress = Progress(f"converting {source}", len(groups))
-    shapes = {name: shape for name, (_, _, shape) in weight_plan(ModelArgs.from_hf_config(config)).items()}
+    shapes = {name: shape for name, (_, _, shape) in weight_plan(args_of(config)).items()}
     for number, names in enumerate(groups, 1):
         tensors = {}
         for ours, theirs in names.items():

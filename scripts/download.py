@@ -77,7 +77,9 @@ def fetch(file: File, folder: Path, source: str) -> None:
     path = folder / file.file
     if os.path.lexists(path):
         if digest_of(path) != file.sha256:
-            raise InputError(f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away.")
+            raise InputError(
+                f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away."
+            )
         return
     part = path.with_name(path.name + ".part")
     try:
@@ -113,7 +115,13 @@ def receive(file: File, out, url: str) -> None:
             out.flush()
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} cannot be had: the server answers {error.code} {error.reason}.") from None
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ValueError,
+    ) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}; run it again to go on."
@@ -129,7 +137,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"{file.file}  {int(file.bytes):,} bytes  {file.licence}  {file.url(args.source)}")
         return
     if not args.names:
-        raise InputError("Name what to fetch, as in: python scripts/download.py gsm8k mmlu; --list shows all.")
+        raise InputError(
+            "Name what to fetch, as in: python scripts/download.py gsm8k mmlu; --list shows all."
+        )
     files = chosen(files, args.names)
     for file in files:
         check_folder((args.out / file.file).parent, "--out")
@@ -146,7 +156,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", help="folders or files of --list, or all")
-    add("--out", type=Path, default=Path(os.environ.get("JUDGE_FAST_DATA", "data")), help="where they go (default: data)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("JUDGE_FAST_DATA", "data")),
+        help="where they go (default: data)",
+    )
     add("--list", action="store_true", help="print every file, its size, licence and address")
     add("--source", default=SOURCE, help="a mirror of raw.githubusercontent.com")
     args = parser.parse_args(argv)

@@ -35,29 +35,16 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable, write_file
-from generate import DEMO, Engine, Settings, answer_text
-from judge import (
-    LABEL_POLICIES,
-    RULES,
-    RowReader,
-    TrainSettings,
-    area_under_curve,
-    balanced,
-    encode_answer,
-    encode_items,
-    extract_features,
-    fit_head,
-    load_judge,
-    read_answers,
-    split_prompts,
-    train_judge,
-)
-from model import load_model, pick_device
-from quantize import load_model as load_quantised
-from quantize import scheme_named
-from scripts import calibrate, plot, score_text
-from scripts.demo_task import (
+from generate import Engine, Settings
+from judge import LABEL_POLICIES, RULES, load_judge
+from model import pick_device
+from quantize import load_model, scheme_named
+from scripts.lib import calibration, figures, scored_text
+from scripts.lib.answers import encode_answer, encode_items, read_answers
+from scripts.lib.bench import Bench, Variant, difference, label, shares_of, summarise
+from scripts.lib.demo_task import (
     FAMILIES,
     WAIT,
     check,
@@ -70,11 +57,22 @@ from scripts.demo_task import (
     write,
     write_answer,
 )
-from scripts.evaluate import Bench, Variant, add_engine_flags, difference, label, name_models, shares_of, summarise
-from scripts.intervals import interval
-from scripts.perplexity import perplexity, read_texts
-from scripts.results import commit, machine
-from scripts.tasks import MOST, load_questions
+from scripts.lib.features import RowReader, extract_features
+from scripts.lib.flags import add_engine_flags
+from scripts.lib.intervals import interval
+from scripts.lib.likelihood import perplexity, read_texts
+from scripts.lib.pair import name_models
+from scripts.lib.results import commit, machine
+from scripts.lib.tasks import MOST, load_questions
+from scripts.lib.terminal import answer_text
+from scripts.lib.training import (
+    TrainSettings,
+    area_under_curve,
+    balanced,
+    fit_head,
+    split_prompts,
+    train_judge,
+)
 from tokenizer import decode, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +102,9 @@ def judge_table(args) -> dict:
     records = bench_of(args, questions, "judge_table").answer_all(questions, variants)
     rows = [{"family": "both", **row} for row in summary_rows(records, variants)]
     for family in FAMILIES:
-        if mine := [record for record in records if record["family"] == family]:  # a few problems may all be of one
+        if mine := [
+            record for record in records if record["family"] == family
+        ]:  # a few problems may all be of one
             rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
     plain, standard, judge = rows[:3]
     return {
@@ -124,7 +124,9 @@ def m_sweep(args) -> dict:
     variants = [Variant("plain")] + [Variant(name, DELTA if name == "judge" else None, k)
                                      for name in ("standard", "judge") for k in (*SWEEP, "auto")]  # fmt: skip
     questions = load_questions("demo", None, args.limit or 100, args.seed)
-    rows = summary_rows(bench_of(args, questions, "m_sweep", largest_k=max(SWEEP)).answer_all(questions, variants), variants)
+    rows = summary_rows(
+        bench_of(args, questions, "m_sweep", largest_k=max(SWEEP)).answer_all(questions, variants), variants
+    )
     for row, variant in zip(rows, variants):
         row |= {"name": variant.name, "k": variant.k, "tokens_a_round": 1 + (row["mean_accepted"] or 0)}
     parts = []
@@ -138,11 +140,21 @@ def m_sweep(args) -> dict:
             f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times that of the worst "
             f"(M = {worst})"
         )
-    return {"title": "Tokens a round against M", "n": len(questions), "rows": rows, "finding": "; ".join(parts) + "."}
+    return {
+        "title": "Tokens a round against M",
+        "n": len(questions),
+        "rows": rows,
+        "finding": "; ".join(parts) + ".",
+    }
 
 
 def all_thresholds() -> list[Variant]:
-    return [Variant(name, threshold) for name, rule in RULES.items() if name != "standard" for threshold in rule.walk]
+    return [
+        Variant(name, threshold)
+        for name, rule in RULES.items()
+        if name != "standard"
+        for threshold in rule.walk
+    ]
 
 
 def pareto(args) -> dict:
@@ -155,12 +167,19 @@ def pareto(args) -> dict:
     floor = next(row["accuracy"] for row in rows if row["rule"] == "plain") - 0.02
     best = {}
     for row in rows[2:]:
-        if row["accuracy"] >= floor and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]:
+        if (
+            row["accuracy"] >= floor
+            and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]
+        ):
             best[row["name"]] = row
     order = sorted(best.values(), key=lambda row: -row["mean_accepted"])
     said = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
-    return {"title": "Accuracy against m*", "n": len(questions), "rows": rows,
-            "finding": f"Within 2 points of plain's accuracy the rules reach m* {said or 'nowhere'}."}
+    return {
+        "title": "Accuracy against m*",
+        "n": len(questions),
+        "rows": rows,
+        "finding": f"Within 2 points of plain's accuracy the rules reach m* {said or 'nowhere'}.",
+    }
 
 
 def equal_risk(args) -> dict:
@@ -168,11 +187,22 @@ def equal_risk(args) -> dict:
     names, n = [name for name in RULES if name != "standard"], args.limit or 250
     found = {}
     for name in names:
-        command = ["--verify", name, "--max_harm", str(args.max_harm), "--limit", str(n), "--seed", str(args.seed + 1)]
+        command = [
+            "--verify",
+            name,
+            "--max_harm",
+            str(args.max_harm),
+            "--limit",
+            str(n),
+            "--seed",
+            str(args.seed + 1),
+        ]
         out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
-        kept = args.work / ("calibration_judge.jsonl" if name == "judge" else "calibration.jsonl")  # its runs name the judge
+        kept = args.work / (
+            "calibration_judge.jsonl" if name == "judge" else "calibration.jsonl"
+        )  # its runs name the judge
         command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
-        found[name] = calibrate.calibrate(calibrate.parse_args(command))
+        found[name] = calibration.calibrate(calibration.parse_args(command))
     variants = [Variant("plain"), Variant("standard")]
     variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
     questions = load_questions("demo", None, args.limit or 200, args.seed)
@@ -184,7 +214,10 @@ def equal_risk(args) -> dict:
     none = [name for name, c in found.items() if c["threshold"] is None]
     failed = [{"rule": name, "name": name, "threshold": None, "n": found[name]["n"]} for name in none]
     order = sorted((row for row in rows if "bound" in row), key=lambda row: -row["mean_accepted"])
-    found_by = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order) or "nowhere"
+    found_by = (
+        ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
+        or "nowhere"
+    )
     return {
         "title": f"Every rule at the same risk: at most {args.max_harm:.0%} harmed, 95% confidence",
         "n": len(questions),
@@ -205,10 +238,15 @@ def other_text(args) -> dict:
                "the draft's style": lambda p: write_answer(p, "draft", rng)}  # fmt: skip
     for writer, write_text in writers.items():
         data = args.work / "other_text.jsonl"
-        write_file(data, "".join(json.dumps({"prompt": p.question, "response": write_text(p)}) + "\n" for p in chosen).encode())
+        write_file(
+            data,
+            "".join(
+                json.dumps({"prompt": p.question, "response": write_text(p)}) + "\n" for p in chosen
+            ).encode(),
+        )
         command = argparse.Namespace(**vars(args) | {"data": data, "limit": None, "json": True, "verify": "standard,judge,kl",
                                                      "threshold": f"judge={DELTA},kl=2", "show": 0})  # fmt: skip
-        rows += [{"writer": writer, **row} for row in score_text.score(command)]
+        rows += [{"writer": writer, **row} for row in scored_text.score(command)]
     random_rows = {row["rule"].split("=")[0]: row for row in rows if row["writer"] == "any wording at random"}
     return {"title": "Somebody else's right answers as the draft", "n": n, "rows": rows,
             "finding": "Of right answers in wordings picked at random, standard verification accepts "
@@ -227,20 +265,28 @@ def read_made(paths: list[Path], script: str) -> list[dict]:
 
 def family_of(item: dict, tokenizer) -> str:
     """The family of a training answer, of either form."""
-    prompt = item["prompt"] if "prompt" in item else decode(tokenizer, item["prompt_tokens"][1:], at_start=True)
+    prompt = (
+        item["prompt"] if "prompt" in item else decode(tokenizer, item["prompt_tokens"][1:], at_start=True)
+    )
     return "list" if prompt.lstrip().startswith("The list is") else "story"
 
 
 def out_of_domain(args) -> dict:
     """Experiment 5."""
-    target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
+    target, tokenizer, rows = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+        [],
+    )
     data = {"judge": read_made(args.judge_data, "scripts/train_demo.py --stages judge"),
             "autojudge": read_made([args.mined], "scripts/mine_important_tokens.py")}  # fmt: skip
     for train_family in FAMILIES:
         for kind, answers in data.items():
             mine = [item for item in answers if family_of(item, tokenizer) == train_family]
             path = args.work / f"{kind}_{train_family}.safetensors"
-            train_judge([target], tokenizer, mine, TrainSettings(threshold=DELTA), args.work / "features").save(path)
+            train_judge(
+                [target], tokenizer, mine, TrainSettings(threshold=DELTA), args.work / "features"
+            ).save(path)
             for test_family in FAMILIES:
                 variants = [Variant("plain"), Variant("judge", DELTA)]
                 row = family_row(args, f"{kind}_{train_family}", test_family, variants, path)
@@ -251,7 +297,10 @@ def out_of_domain(args) -> dict:
     found = {(row["kind"], row["trained_on"] == row["tested_on"]): [] for row in rows}
     for row in rows:
         found[row["kind"], row["trained_on"] == row["tested_on"]].append(row)
-    where = {(kind, same): "" if kind == "kl" else " in its family" if same else " on the other family" for kind, same in found}
+    where = {
+        (kind, same): "" if kind == "kl" else " in its family" if same else " on the other family"
+        for kind, same in found
+    }
     mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
     said = [f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* {mean(part, 'mean_accepted'):.1f}"
             for key, part in found.items()]  # fmt: skip
@@ -263,19 +312,26 @@ def family_row(args, name: str, family: str, variants: list[Variant], judge: Pat
     """A rule (the second variant, beside plain) tested on one family."""
     questions = load_questions(f"demo:{family}", None, args.limit or 150, args.seed)
     more = {"judge_path": judge} if judge else {}
-    bench = bench_of(args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more)
+    bench = bench_of(
+        args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more
+    )
     return summary_rows(bench.answer_all(questions, variants), variants)[1]
 
 
 def self_correction(args) -> dict:
     """Experiment 6: the right answer up to a step, then that step wrong, in the target's wording; greedy from there."""
-    target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
+    target, tokenizer = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+    )
     engine = Engine(target, None, None, Settings("plain"), tokenizer.stop_ids, 400)
     rng, n, cases = random.Random(args.seed), args.limit or 300, []
     progress = Progress("continuations", n)
     for problem, _ in zip(problems(args.seed, held_out=True), range(n)):
         index = rng.randrange(len(problem.steps) + 1)
-        before = "".join(write(s, choose(s, "target", rng)) for s in (sentence(problem, i) for i in range(index)))
+        before = "".join(
+            write(s, choose(s, "target", rng)) for s in (sentence(problem, i) for i in range(index))
+        )
         picks = choose(sentence(problem, index), "target", rng)
         at = None
         while at is None:  # not every corruption is wrong after all
@@ -293,8 +349,13 @@ def self_correction(args) -> dict:
         progress.step()
     rows = []
     for where in ("right after the wrong characters", "at the end of the sentence", "all"):
-        if mine := [case for case in cases if where in ("all", case["where"])]:  # of few problems none may be of a kind
-            shares = {field: sum(case[field] for case in mine) / len(mine) for field in ("at_once", "right", "answer_right")}
+        if mine := [
+            case for case in cases if where in ("all", case["where"])
+        ]:  # of few problems none may be of a kind
+            shares = {
+                field: sum(case[field] for case in mine) / len(mine)
+                for field in ("at_once", "right", "answer_right")
+            }
             right = interval(sum(case["right"] for case in mine), len(mine))
             rows.append({"stopped": where, "n": len(mine), **shares, "interval": right})
     parts = [f"{row['right']:.0%} {row['stopped']}" for row in rows[:-1]]
@@ -307,17 +368,26 @@ def self_correction(args) -> dict:
 
 def label_policies(args) -> dict:
     """Experiment 7, label policies: heads trained on the same answers with each, compared by decoding."""
-    target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
+    target, tokenizer, rows = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+        [],
+    )
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
     questions = load_questions("demo", None, args.limit or 300, args.seed + 2)
     for policy in LABEL_POLICIES:
-        head = train_judge([target], tokenizer, answers, TrainSettings(policy, threshold=DELTA), args.work / "features")
+        head = train_judge(
+            [target], tokenizer, answers, TrainSettings(policy, threshold=DELTA), args.work / "features"
+        )
         path = args.work / f"policy_{policy}.safetensors"
         head.save(path)
         variants = [Variant("plain"), *(Variant("judge", delta) for delta in (0.5, 0.8, 0.9, 0.95))]
         bench = bench_of(args, questions, f"policy_{policy}", judge_path=path)
         summary = summary_rows(bench.answer_all(questions, variants), variants)[1:]
-        rows += [{"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row} for row in summary]
+        rows += [
+            {"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row}
+            for row in summary
+        ]
     mean = {policy: [sum(row[key] for row in rows if row["policy"] == policy) / 4 for key in ("mean_accepted", "difference")]
             for policy in LABEL_POLICIES}  # fmt: skip
     within = [policy for policy in LABEL_POLICIES if -mean[policy][1] <= 0.02]
@@ -342,10 +412,14 @@ def ablations(args) -> dict:
     test = split_prompts(keys, args.seed, 0.15)[0]
     for side in (test[number], ~test[number]):
         if not 0 < labels[side].sum() < side.sum():
-            raise InputError(f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give more.")
+            raise InputError(
+                f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give more."
+            )
     rows = []
     for name, x in features.items():
-        rows.append({"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])})
+        rows.append(
+            {"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])}
+        )
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
     wrong = torch.zeros(len(answers), dtype=torch.bool)
     wrong[number[labels == 0].unique()] = True
@@ -358,9 +432,16 @@ def ablations(args) -> dict:
             rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
     auc = {row["name"]: row["auc"] for row in rows}
     sizes = [row for row in rows if row["what"] != "feature"]
-    return {"title": "Ablations of feature and data", "n": len(answers), "rows": rows,
-            "finding": "AUC by feature: " + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
-            + "; by pairs of answers: " + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few") + "."}
+    return {
+        "title": "Ablations of feature and data",
+        "n": len(answers),
+        "rows": rows,
+        "finding": "AUC by feature: "
+        + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
+        + "; by pairs of answers: "
+        + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few")
+        + ".",
+    }
 
 
 @torch.inference_mode()
@@ -383,7 +464,9 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
         found = {"own row, before the final norm": own[1:], "own row, after the final norm": target.norm(own[1:]),
                  "row before": own[:-1]}  # fmt: skip
         found |= {
-            f"own row, layer {i + 1} of {len(target.layers)}": torch.cat(caught[i])[-rows:][1 : len(both) - base]
+            f"own row, layer {i + 1} of {len(target.layers)}": torch.cat(caught[i])[-rows:][
+                1 : len(both) - base
+            ]
             for i in layers[:-1]
         }
         found["target+draft"] = torch.cat([own[1:], readers[1].read(both, base, base, len(both) - 1)], dim=1)
@@ -413,17 +496,24 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
 
 def autojudge(args) -> dict:
     """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
-    target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
+    target, tokenizer = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+    )
     mined, problem_of = read_made([args.mined], "scripts/mine_important_tokens.py"), {}
     if not all("tokens" in item for item in mined):
-        raise InputError(f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote.")
+        raise InputError(
+            f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote."
+        )
     for seed in args.mined_seed:
         problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
     counts = {(truth, found): 0 for truth in (True, False) for found in (0, 1)}
     for item in mined:
         problem = problem_of.get(decode(tokenizer, item["prompt_tokens"][1:], at_start=True).strip())
         if problem is None:
-            raise InputError(f"{args.mined} is of other problems than those of --mined_seed {args.mined_seed}.")
+            raise InputError(
+                f"{args.mined} is of other problems than those of --mined_seed {args.mined_seed}."
+            )
         for place, mark in enumerate(item["labels"]):
             if mark >= 0:
                 text = decode(tokenizer, item["tokens"][: place + 1])
@@ -434,9 +524,15 @@ def autojudge(args) -> dict:
     questions = load_questions("demo", None, args.limit or 200, args.seed)
     rows = []
     for kind, path in (("judge", args.judge_path), ("autojudge", args.work / "autojudge.safetensors")):
-        variants = [Variant("plain"), Variant("standard"), *(Variant("judge", d) for d in (0.5, 0.8, 0.9, 0.95))]
+        variants = [
+            Variant("plain"),
+            Variant("standard"),
+            *(Variant("judge", d) for d in (0.5, 0.8, 0.9, 0.95)),
+        ]
         bench = bench_of(args, questions, f"autojudge_{kind}", judge_path=path)
-        rows += [{"head": kind, **row} for row in summary_rows(bench.answer_all(questions, variants), variants)[2:]]
+        rows += [
+            {"head": kind, **row} for row in summary_rows(bench.answer_all(questions, variants), variants)[2:]
+        ]
     total, important = sum(counts.values()), counts[True, 0] + counts[False, 0]
     agree = (counts[True, 1] + counts[False, 0]) / total
     labelled = {"right, unimportant": counts[True, 1], "wrong, important": counts[False, 0],
@@ -460,7 +556,9 @@ def rule_cost(args) -> dict:
             buffers.pos.fill_(100)
             began = time.perf_counter()
             with torch.inference_mode():
-                verify(engine.target, engine.head, buffers, engine.settings, engine.visible(256), engine.markers).tolist()
+                verify(
+                    engine.target, engine.head, buffers, engine.settings, engine.visible(256), engine.markers
+                ).tolist()
             times[name].append(time.perf_counter() - began)
     base = torch.tensor(times["standard"]).median()
     rows = [{"rule": name, "milliseconds": 1e3 * torch.tensor(found).median().item(),
@@ -481,10 +579,12 @@ def quantised(args) -> dict:
     questions, base = load_questions("demo", None, n, args.seed), None
     for name in TRIED:
         scheme = scheme_named(name)
-        target = load_quantised(DEMO / "target", args.device, torch.float32, scheme)
+        target = load_model(DEMO / "target", args.device, torch.float32, scheme)
         row = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, texts)}
         own = args.work / f"quantised_{name.replace('/', '_')}.safetensors"
-        train_judge([target], tokenizer, answers, TrainSettings(threshold=DELTA), args.work / "features").save(own)
+        train_judge(
+            [target], tokenizer, answers, TrainSettings(threshold=DELTA), args.work / "features"
+        ).save(own)
         heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
         if name == "none":
             del heads["the unquantised target"]
@@ -492,8 +592,14 @@ def quantised(args) -> dict:
         for trained_on, path in heads.items():
             flags = {"mode": scheme.mode, "group_size": scheme.group_size} if scheme else {}
             kept = f"quantised_{name.replace('/', '_')}_{'own' if path == own else 'first'}"
-            variants = [Variant("judge", DELTA)] if plain else [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
-            records = bench_of(args, questions, kept, judge_path=path, **flags).answer_all(questions, variants)
+            variants = (
+                [Variant("judge", DELTA)]
+                if plain
+                else [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
+            )
+            records = bench_of(args, questions, kept, judge_path=path, **flags).answer_all(
+                questions, variants
+            )
             found = {row["rule"].partition("=")[0]: row for row in summary_rows(records, variants)}
             plain = plain or {**found, "shares": shares_of(records, "plain")}  # another head changes neither
             base = base or plain["shares"]
@@ -526,7 +632,9 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
     labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
     starts = torch.tensor([0, *map(len, labels)]).cumsum(0)
     labels = torch.cat(labels)[starts[shards.answer] + shards.place]
-    test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][shards.answer] & (labels >= 0)
+    test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][
+        shards.answer
+    ] & (labels >= 0)
     return area_under_curve(torch.cat([head.score(x) for x in shards])[test], labels[test])
 
 
@@ -536,8 +644,12 @@ EXPERIMENTS = {f.__name__: f for f in (judge_table, m_sweep, pareto, equal_risk,
 
 def as_markdown(result: dict) -> str:
     """Title, finding, table, and how it was made."""
-    hidden = {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()  # a rule's label says it all
-    names = [name for name in dict.fromkeys(key for row in result["rows"] for key in row) if name not in hidden]
+    hidden = (
+        {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()
+    )  # a rule's label says it all
+    names = [
+        name for name in dict.fromkeys(key for row in result["rows"] for key in row) if name not in hidden
+    ]
 
     def cell(value) -> str:
         if isinstance(value, (list, tuple)):
@@ -554,7 +666,9 @@ def as_markdown(result: dict) -> str:
     made = f"`{result['command']}`; {result['machine']}; commit {result['commit']}."
     lines += ["", f"n {result['n']}, seed {result['seed']}; {made}"]
     if "interval" in names:
-        lines[-1] += " Intervals are 95%: `interval` is Wilson's; `difference` is to plain on the same problems."
+        lines[-1] += (
+            " Intervals are 95%: `interval` is Wilson's; `difference` is to plain on the same problems."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -589,7 +703,7 @@ def run(args: argparse.Namespace) -> None:
         }
         write_file(args.results / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
         write_file(args.results / f"{name}.md", as_markdown(result).encode())
-        plot.draw(result, args.results / f"{name}.png")
+        figures.draw(result, args.results / f"{name}.png")
         print(f"{name}: {result['finding']}")
 
 
@@ -597,16 +711,33 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=[*EXPERIMENTS, "all"], help="which, see above")
-    add("--limit", type=whole(1, MOST), help="fewer problems, for a trial (default: as many as each experiment names)")
+    add(
+        "--limit",
+        type=whole(1, MOST),
+        help="fewer problems, for a trial (default: as many as each experiment names)",
+    )
     add("--seed", type=whole(0, 2**62), default=2026, help="another seed, other problems")
     add("--max_harm", type=number(0, 1), default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
     add("--judge_data", type=Path, nargs="+", default=made[-1:] or [training / "judge_data.jsonl"],
         help="what train_demo.py --stages judge writes and trains on; more from build_judge_data.py")  # fmt: skip
-    add("--mined", type=Path, default=training / "mined.jsonl", help="what mine_important_tokens.py wrote of demo problems")
-    add("--mined_seed", type=whole(0, 2**62), nargs="+", default=[2026], help="the --seed that they were mined with")
-    add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")
+    add(
+        "--mined",
+        type=Path,
+        default=training / "mined.jsonl",
+        help="what mine_important_tokens.py wrote of demo problems",
+    )
+    add(
+        "--mined_seed",
+        type=whole(0, 2**62),
+        nargs="+",
+        default=[2026],
+        help="the --seed that they were mined with",
+    )
+    add(
+        "--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from"
+    )
     add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
     add_engine_flags(parser)
     argv = sys.argv[1:] if argv is None else argv

@@ -33,14 +33,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Settings, answer_text, check_prompt, encode_prompt, load_pair
-from judge import files_in
-from model import DTYPES, WINDOW, ModelArgs, pick_device, run_dtype
-from scripts.evaluate import name_models, own_device
-from scripts.results import check_parts, is_counts, is_seconds, is_text, parse_lines, part, rank_and_size, resume
-from scripts.scoring import CHECKERS, Question
-from scripts.tasks import add_question_flags, questions_of
+from generate import Engine, NotFinite, Settings, check_prompt
+from model import DTYPES, WINDOW, pick_device, run_dtype
+from scripts.lib.pair import files_in, load_pair, name_models, own_device
+from scripts.lib.results import (
+    check_parts,
+    is_counts,
+    is_seconds,
+    is_text,
+    parse_lines,
+    part,
+    rank_and_size,
+    resume,
+)
+from scripts.lib.scoring import CHECKERS, Question
+from scripts.lib.tasks import add_question_flags, questions_of
+from scripts.lib.terminal import answer_text, encode_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 GROWTH = 1.5  # a trial that has not ended at so many times the target's own length counts as another answer
@@ -64,7 +74,9 @@ def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> lis
     return flat[first : first + len(ids) - start].tolist()
 
 
-def mine(engine: Engine, prompt: list[int], question: Question, tokenizer: Tokenizer, max_new_tokens: int) -> dict:
+def mine(
+    engine: Engine, prompt: list[int], question: Question, tokenizer: Tokenizer, max_new_tokens: int
+) -> dict:
     """The adopted tokens of a question, where they are the draft's ("unimportant"), and the draft's tokens that changed the
     answer ("important": [[place, token], ...]). {"skipped": why} when the target's own answer cannot be compared."""
 
@@ -81,7 +93,9 @@ def mine(engine: Engine, prompt: list[int], question: Question, tokenizer: Token
     choices = draft_choices(engine, prompt + kept, before, known)
     while at < len(kept):
         token = choices[at]
-        if token == kept[at] or token in tokenizer.stop_ids:  # no rule may let a stop token through: nothing to learn
+        if (
+            token == kept[at] or token in tokenizer.stop_ids
+        ):  # no rule may let a stop token through: nothing to learn
             at += 1
             continue
         trial = kept[:at] + [token]
@@ -106,12 +120,16 @@ def training_lines(record: dict) -> list[dict]:
     lines = []
     for at, token in record["important"]:
         ids = record["tokens"][:at] + [token]  # what was adopted later lies to the right
-        lines.append({"prompt_tokens": record["prompt_tokens"], "tokens": ids, "labels": [-100] * at + [0], **source})
+        lines.append(
+            {"prompt_tokens": record["prompt_tokens"], "tokens": ids, "labels": [-100] * at + [0], **source}
+        )
     if record["unimportant"]:
         labels = [-100] * len(record["tokens"])
         for at in record["unimportant"]:
             labels[at] = 1
-        lines.append({"prompt_tokens": record["prompt_tokens"], "tokens": record["tokens"], "labels": labels, **source})
+        lines.append(
+            {"prompt_tokens": record["prompt_tokens"], "tokens": record["tokens"], "labels": labels, **source}
+        )
     return lines
 
 
@@ -125,11 +143,17 @@ def check_record(record: dict, where: str) -> dict:
         kinds |= {
             "tokens": lambda value: n > 0,
             "unimportant": lambda value: is_counts(value) and all(at < n for at in value),
-            "important": lambda value: isinstance(value, list)
-            and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value),
+            "important": lambda value: (
+                isinstance(value, list)
+                and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value)
+            ),
         }
-    if wrong := next((name for name, kind in kinds.items() if name not in record or not kind(record[name])), None):
-        raise InputError(f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out.")
+    if wrong := next(
+        (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
+    ):
+        raise InputError(
+            f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out."
+        )
     return record
 
 
@@ -151,10 +175,12 @@ def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
         args.device = pick_device(own_device(args.device))
 
 
-def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[Question]) -> dict[str, list[int]]:
+def encode_prompts(
+    args: argparse.Namespace, tokenizer: Tokenizer, questions: list[Question]
+) -> dict[str, list[int]]:
     """{question id: prompt ids}; InputError for one that leaves no room for an answer."""
     folders = (args.checkpoint_path, args.draft_checkpoint_path)
-    context, prompts = min(ModelArgs.from_folder(folder).max_position for folder in folders), {}
+    context, prompts = min(read_config(folder).max_position for folder in folders), {}
     for question in questions:
         prompts[question.id] = encode_prompt(args, tokenizer, question.prompt)
         try:
@@ -179,13 +205,20 @@ def run(args: argparse.Namespace) -> None:
     if size == 1:
         merge(args, questions, 1)
     elif rank == 0:
-        print(f"When all {size} processes are done: the same command, without torchrun, with --merge {size}", file=sys.stderr)
+        print(
+            f"When all {size} processes are done: the same command, without torchrun, with --merge {size}",
+            file=sys.stderr,
+        )
 
 
 def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
     """Loads the pair and mines the questions that `lines` lacks."""
     pair = load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, None, args.device, run_dtype(args.precision, args.device)
+        args.checkpoint_path,
+        args.draft_checkpoint_path,
+        None,
+        args.device,
+        run_dtype(args.precision, args.device),
     )
     header = {"target": pair[0].fingerprint, "draft": pair[1].fingerprint, "chat": args.chat,
               "max_new_tokens": args.max_new_tokens}  # fmt: skip
@@ -200,7 +233,9 @@ def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: d
         mine_all(args, engine, tokenizer, mineable, prompts, lines)
 
 
-def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines) -> None:
+def mine_all(
+    args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines
+) -> None:
     """Mines questions one by one; each is one line, written whole."""
     progress = Progress("questions", len(questions))
     for question in questions:
@@ -224,7 +259,9 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     for rank in range(size):
         path = part(args.out, rank, size)
         if not path.is_file():
-            raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
+            raise InputError(
+                f"There is no {path}; run all {size} processes to their end before --merge {size}."
+            )
         (_, header), *lines = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
         if "target" not in header:
             raise InputError(f"{path} is not a part of mining, or its run had not begun.")
@@ -262,13 +299,27 @@ def main(argv: list[str] | None = None) -> None:
     add("--draft_checkpoint_path", type=Path, help="the draft")
     parser.set_defaults(judge_path=None)
     add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format")
-    add("--speculate_k", type=whole(1, 1024), default=8, help="M; short, since drafts derail after a wrong token")
-    add("--max_new_tokens", type=whole(1, 10_000_000), default=200, help="after which an answer is cut off, and skipped")
+    add(
+        "--speculate_k",
+        type=whole(1, 1024),
+        default=8,
+        help="M; short, since drafts derail after a wrong token",
+    )
+    add(
+        "--max_new_tokens",
+        type=whole(1, 10_000_000),
+        default=200,
+        help="after which an answer is cut off, and skipped",
+    )
     add("--compile", action="store_true", help="compile the step functions with torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add("--out", type=Path, required=True, help="training data for judge.py, JSON lines")
-    add("--merge", type=whole(1, 1_000_000), help="merge the parts of so many processes into --out, and do nothing else")
+    add(
+        "--merge",
+        type=whole(1, 1_000_000),
+        help="merge the parts of so many processes into --out, and do nothing else",
+    )
     args = parser.parse_args(argv)
     run_script("mine_important_tokens.py", lambda: run(args))
 

@@ -28,7 +28,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from files import check_not_input, check_writable, write_file
-from scripts.plot import accepted_counts, read_run, run_rows, turn_ends
+from scripts.lib.runs import accepted_counts, read_run, run_rows, turn_ends
 
 HERE = Path(__file__).resolve().parent
 SHAPES = (  # of points and in tables, so that nothing depends on colour; drawn around 0, 0
@@ -37,7 +37,12 @@ SHAPES = (  # of points and in tables, so that nothing depends on colour; drawn 
     "M-5-3L-3-5L0-2L3-5L5-3L2 0L5 3L3 5L0 2L-3 5L-5 3L-2 0Z",
 )  # fmt: skip
 COLOURS = 7  # --c0 to --c6 of the page
-ORIGINS = {"a": "accepted draft tokens", "r": "by the rule alone", "t": "the target's own", "b": "own, after full acceptance"}
+ORIGINS = {
+    "a": "accepted draft tokens",
+    "r": "by the rule alone",
+    "t": "the target's own",
+    "b": "own, after full acceptance",
+}
 NAMES = {  # of a header's fields, where its own word does not say it
     "data": "questions, sha256", "shots": "examples before each question", "shots_data": "examples, sha256",
     "seed": "seed of the questions", "samples": "answers a question", "target": "target's fingerprint",
@@ -64,7 +69,9 @@ def cells_of(row: dict, threshold: float | None) -> dict[str, str | None]:
     """A row of the summary: heading -> what stands below it."""
     right = difference = changed = None
     if row["accuracy"] is not None:
-        right = f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
+        right = (
+            f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
+        )
     if row.get("difference") is not None:
         low, high = (100 * x for x in row["difference_interval"])
         difference = f"{100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
@@ -127,7 +134,9 @@ def ticks(low: float, high: float) -> list[float]:
     raw = max(high - low, 1e-9) / 5
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [round(n * step, 10) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(n * step, 10) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def axes(x: Callable, y: Callable, xs: list[float], ys: list[float], x_name: str, y_name: str) -> str:
@@ -167,28 +176,43 @@ def pareto_figure(rows: list[dict]) -> str:
     low = max(0, 100 * min(row["interval"][0] for _, row in scored) - 1)
     most = max(row["mean_accepted"] for _, row in drawn) * 1.08
     x, y = scale(0, most, LEFT, RIGHT), scale(low, 100.5, BOTTOM, TOP)
-    body, families = [axes(x, y, ticks(0, most), ticks(low, 100), "m*, draft tokens accepted a round", "right answers, %")], {}
+    body, families = (
+        [
+            axes(
+                x, y, ticks(0, most), ticks(low, 100), "m*, draft tokens accepted a round", "right answers, %"
+            )
+        ],
+        {},
+    )
     for number, row in scored:
-        title = (
-            f"{row['rule']}: {percent(row['accuracy'])} right, {percent(row['interval'][0])} to {percent(row['interval'][1])}"
-        )
+        title = f"{row['rule']}: {percent(row['accuracy'])} right, {percent(row['interval'][0])} to {percent(row['interval'][1])}"
         if row["mean_accepted"] is None:
             if row["rule"] == "plain":
                 at = y(100 * row["accuracy"])
                 body.append(f'<path d="M{LEFT} {at}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>')
             continue
         at, (top, bottom) = x(row["mean_accepted"]), (y(100 * share) for share in reversed(row["interval"]))
-        body.append(f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>')
+        body.append(
+            f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>'
+        )
         body.append(point(number, at, y(100 * row["accuracy"]), f"{title}, m* {row['mean_accepted']:.2f}"))
         if row["threshold"] is not None:
             body.append(f'<text class="small" x="{at - 6}" y="{y(100 * row["accuracy"]) - 6}" text-anchor="end">'
                         f"{row['threshold']:g}</text>")  # fmt: skip
-        families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append((at, y(100 * row["accuracy"])))
+        families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append(
+            (at, y(100 * row["accuracy"]))
+        )
     for points in families.values():
-        body.insert(1, f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>')
+        body.insert(
+            1, f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>'
+        )
     legend = legend_of([row["rule"] for row in rows], [number for number, _ in drawn])
-    plain = ['<svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path d="M-6 0H6" stroke="currentColor" '
-             'stroke-dasharray="2 2"/></svg> plain' for row in rows if row["rule"] == "plain" and row["accuracy"] is not None]
+    plain = [
+        '<svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path d="M-6 0H6" stroke="currentColor" '
+        'stroke-dasharray="2 2"/></svg> plain'
+        for row in rows
+        if row["rule"] == "plain" and row["accuracy"] is not None
+    ]
     return figure("".join(body), "Right answers against accepted tokens",
                   "Upright lines: 95% intervals; numbers: thresholds; up and right is better.", legend + plain)  # fmt: skip
 
@@ -199,7 +223,9 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
     if not counts:
         return ""
     most = max(map(max, counts.values()))
-    shares = {rule: [100 * found[n] / found.total() for n in range(most + 1)] for rule, found in counts.items()}
+    shares = {
+        rule: [100 * found[n] / found.total() for n in range(most + 1)] for rule, found in counts.items()
+    }
     high = max(map(max, shares.values())) * 1.05
     x, y = scale(0, most, LEFT + 8, RIGHT - 8), scale(0, high, BOTTOM, TOP)
     whole = [v for v in ticks(0, most) if v == int(v)]
@@ -210,7 +236,8 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
         points = " ".join(f"{x(n)},{y(value)}" for n, value in enumerate(values))
         body.append(f'<polyline class="none" points="{points}" style="stroke:var(--c{number % COLOURS})"/>')
         body += [
-            point(number, x(n), y(value), f"{rule}: {value:.1f}% of rounds accepted {n}") for n, value in enumerate(values)
+            point(number, x(n), y(value), f"{rule}: {value:.1f}% of rounds accepted {n}")
+            for n, value in enumerate(values)
         ]
     return figure("".join(body), "Accepted tokens a round", "The last round of an answer is cut where the answer ends.",
                   legend_of(rules, [rules.index(rule) for rule in shares]))  # fmt: skip
@@ -234,7 +261,9 @@ def origin_figure(records: list[dict], rules: list[str]) -> str:
                         f'width="{width:.1f}" height="{height}" stroke="currentColor" stroke-width=".5"/>')  # fmt: skip
             if width > 34:
                 at = (x(left) + x(left + share)) / 2
-                body.append(f'<text x="{at:.1f}" y="{top + 17}" text-anchor="middle">{letter} {100 * share:.0f}%</text>')
+                body.append(
+                    f'<text x="{at:.1f}" y="{top + 17}" text-anchor="middle">{letter} {100 * share:.0f}%</text>'
+                )
             body.append("</g>")
             left += share
     legend = [f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><rect class="{letter}" width="12" height="12" '
@@ -327,7 +356,9 @@ def make_page(header: dict, records: list[dict], title: str, written: float) -> 
         "data": page_data(records, rules),
     }  # fmt: skip
     page = (HERE / "report_page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)  # in one pass: what is put in is not looked at
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page
+    )  # in one pass: what is put in is not looked at
 
 
 def report(args: argparse.Namespace) -> None:
@@ -339,13 +370,17 @@ def report(args: argparse.Namespace) -> None:
     content = make_page(header, records, f"Run of {name}", args.results.stat().st_mtime).encode()
     write_file(args.out, content)
     questions = len({record["index"] for record in records})
-    print(f"{one_line(str(args.out))}: {len(records)} answers to {questions} questions, {len(content) / 1e6:.1f} MB")
+    print(
+        f"{one_line(str(args.out))}: {len(records)} answers to {questions} questions, {len(content) / 1e6:.1f} MB"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("results", type=Path, help="JSON lines of scripts/evaluate.py")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)"
+    )
     args = parser.parse_args(argv)
     run_script("report.py", lambda: report(args))
 

@@ -22,7 +22,6 @@ import io
 import json
 import math
 import random
-import re
 import time
 from pathlib import Path
 
@@ -32,11 +31,16 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from checkpoint import DEMO, weight_plan
 from files import check_folder, check_writable, lock, read_bytes, write_file
-from generate import DEMO, Engine, Settings, answer_text, check_compiler
-from judge import TrainSettings, print_figures, read_answers, train_judge
-from model import ModelArgs, Transformer, load_model, pick_device, weight_plan
-from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
+from generate import Engine, Settings
+from kernels import check_compiler
+from model import ModelArgs, Transformer, pick_device
+from quantize import load_model
+from scripts.lib.answers import read_answers
+from scripts.lib.demo_task import annotated, problems, write_answer, write_answer_with_errors
+from scripts.lib.terminal import answer_text
+from scripts.lib.training import TrainSettings, print_figures, train_judge
 from tokenizer import load_tokenizer
 
 VOCAB_SIZE = 640  # 3 control tokens, 256 bytes, the characters, the words
@@ -49,9 +53,19 @@ PRESETS = {  # dim, layers, heads, KV heads, intermediate size
 SCHEDULE = {"target": (2400, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
 BATCH = 64
 SAVE_EVERY = 100  # steps between saved states
-FOLDER = ("model.safetensors", "tokenizer.model", "config.json", "generation_config.json", "tokenizer_config.json")
+FOLDER = (
+    "model.safetensors",
+    "tokenizer.model",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+)
 STAGES = ("tokenizer", "target", "draft", "judge")
-JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))  # model, temperature, answers
+JUDGE_ANSWERS = (
+    ("draft", 0.0, 1000),
+    ("draft", 1.0, 1000),
+    ("target", 1.0, 200),
+)  # model, temperature, answers
 JUDGE_THRESHOLD = 0.8  # chosen on held-out problems of another seed than the results' (--seed 7)
 
 
@@ -70,7 +84,9 @@ def train_tokenizer(path: Path, seed: int) -> None:
     write_file(path, model.getvalue())
 
 
-def training_row(sp, problem, style: str, rng: random.Random, late: bool = False) -> tuple[list[int], list[int]]:
+def training_row(
+    sp, problem, style: str, rng: random.Random, late: bool = False
+) -> tuple[list[int], list[int]]:
     """Token ids and, for each, whether its prediction is trained: the answer without its wrong tokens.
 
     late: errors are rarer at the end of training, so that the target takes back right steps less often.
@@ -83,7 +99,9 @@ def training_row(sp, problem, style: str, rng: random.Random, late: bool = False
         answer, errors = write_answer(problem, style, rng), []
     pieces = sp.encode(problem.question + answer, out_type=str)
     ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
-    end = -len(problem.question) - 1  # characters from the answer's start; SentencePiece puts a space before all
+    end = (
+        -len(problem.question) - 1
+    )  # characters from the answer's start; SentencePiece puts a space before all
     for piece in pieces:
         begin, end = end, end + len(piece)
         wrong = any(begin < b and end > a for a, b in errors)
@@ -138,7 +156,9 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
     optimizers, start, began = make_optimizers(model, peak), 0, time.monotonic()
     if os.path.lexists(state):
         start = resume(model, optimizers, state, seed, steps)
-    loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids)[1].flatten(0, 1), targets.flatten()))
+    loss_of = torch.compile(
+        lambda ids, targets: F.cross_entropy(model(ids)[1].flatten(0, 1), targets.flatten())
+    )
     for step in range(start, steps):
         ids, targets = (t.to(device) for t in batch(sp, role, seed, step, step >= 0.7 * steps))
         warm, left = min(1.0, (step + 1) / 150), (steps - step) / steps
@@ -155,10 +175,15 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
         if (step + 1) % 20 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left_min = pace * (steps - step - 1) / 60
-            print(f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left", file=sys.stderr)
+            print(
+                f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left",
+                file=sys.stderr,
+            )
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             if not math.isfinite(loss.item()):
-                raise InputError(f"{role}: the loss of step {step + 1} is not finite; {state} keeps what was before.")
+                raise InputError(
+                    f"{role}: the loss of step {step + 1} is not finite; {state} keeps what was before."
+                )
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
                        "seed": seed, "steps": steps}  # fmt: skip
             buffer = io.BytesIO()
@@ -167,16 +192,22 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
     return model
 
 
-def resume(model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int) -> int:
+def resume(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
+) -> int:
     """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
 
     Raises InputError for a file of another run, and for one that no run has saved.
     """
     content = read_bytes(state)
     try:
-        saved = torch.load(io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device)
+        saved = torch.load(
+            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
+        )
         if (saved["seed"], saved["steps"]) != (seed, steps):
-            raise InputError(f"{state} is of another seed or number of steps; remove it, or name another --work.")
+            raise InputError(
+                f"{state} is of another seed or number of steps; remove it, or name another --work."
+            )
         if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
             raise ValueError(f"step is {saved['step']!r}")
         model.load_state_dict(saved["model"])
@@ -187,7 +218,9 @@ def resume(model: Transformer, optimizers: list[torch.optim.Optimizer], state: P
         raise
     except Exception as error:  # what a damaged pickle raises has no end
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew.") from None
+        raise InputError(
+            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
+        ) from None
     return saved["step"]
 
 
@@ -208,21 +241,15 @@ def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
     lines, progress = [], Progress("answers to judge", sum(count for _, _, count in JUDGE_ANSWERS))
     for role, temperature, count in JUDGE_ANSWERS:
         model = load_model(out / role, device, torch.float32)
-        engine = Engine(model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION)
+        engine = Engine(
+            model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION
+        )
         for problem, number in zip(problems(seed, held_out=False), range(count)):
             prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
             progress.step()
     write_file(path, ("\n".join(lines) + "\n").encode())
-
-
-def annotated(problem, text: str, source: str) -> dict:
-    """An answer as judge.py reads it: the first wrong word or digit is the error. Its end, too, can be the error."""
-    verdict = check(problem, text)
-    starts = [*verdict.taken_back, *([] if verdict.first_error in (None, len(text)) else [verdict.first_error])]
-    errors = [[at, max(at + 1, re.compile(r"[a-z]*").match(text, at).end())] for at in starts]
-    return {"prompt": problem.question, "response": text, "errors": errors, "source": source}
 
 
 def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
@@ -232,7 +259,9 @@ def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
     if not os.path.lexists(data):
         write_judge_data(out, data, seed + 1, device)
     settings = TrainSettings(threshold=JUDGE_THRESHOLD, seed=seed)
-    head = train_judge([target], load_tokenizer(out / "target"), read_answers(data), settings, work / "features")
+    head = train_judge(
+        [target], load_tokenizer(out / "target"), read_answers(data), settings, work / "features"
+    )
     head.save(out / "judge.safetensors")
     print_figures(head)
 
@@ -317,7 +346,9 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
     except RuntimeError:
-        raise InputError(f"{path} is no SentencePiece model; remove it, and run the stage tokenizer.") from None
+        raise InputError(
+            f"{path} is no SentencePiece model; remove it, and run the stage tokenizer."
+        ) from None
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
         raise InputError(f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove it, and run the "
                          "stage tokenizer.")  # fmt: skip
@@ -326,12 +357,20 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced")
-    parser.add_argument("--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from")
+    parser.add_argument(
+        "--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help="which to make, with commas between")
     parser.add_argument("--seed", type=whole(0, 2**62), default=1, help="of everything random")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    parser.add_argument("--steps", type=whole(1, 1_000_000), help="batches a model, for a quick trial; needs --out")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
+    )
+    parser.add_argument(
+        "--steps", type=whole(1, 1_000_000), help="batches a model, for a quick trial; needs --out"
+    )
     args = parser.parse_args(argv)
     run_script("train_demo.py", lambda: train_all(args))
 

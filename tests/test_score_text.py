@@ -11,9 +11,9 @@ from conftest import ROOT
 import generate
 from cli import InputError
 from generate import Engine, Settings
-from model import load_model
+from quantize import load_model
 from scripts import score_text
-from scripts.score_text import read_texts, rounds_of
+from scripts.lib.scored_text import read_texts, rounds_of
 from tokenizer import decode, load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -53,10 +53,15 @@ def test_the_targets_own_answer_passes_and_the_drafts_wording_needs_the_judge(tm
 
 
 def test_show_marks_each_token(tmp_path, capsys):
-    (tmp_path / "t.jsonl").write_text(json.dumps({"question": generate.DEMO_PROMPT, "answer": " First, Mia gains 99 apples"}))
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps({"question": generate.DEMO_PROMPT, "answer": " First, Mia gains 99 apples"})
+    )
     score_text.main(["--data", str(tmp_path / "t.jsonl"), "--show", "1", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "standard:  First, Mia gains <9><9>< apples>" in out and "judge:  First, Mia gains <9><9>{ apples}" in out
+    assert (
+        "standard:  First, Mia gains <9><9>< apples>" in out
+        and "judge:  First, Mia gains <9><9>{ apples}" in out
+    )
 
 
 def test_broken_files_are_named(tmp_path, capsys):

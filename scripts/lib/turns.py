@@ -2,21 +2,27 @@
 
 import json
 import re
-import sys
 import time
 from functools import reduce
 from operator import add
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from generate import Engine, Result, answer_text, as_json, encode_prompt
-from scripts.scoring import Question
-from scripts.token_details import cuts
+from generate import Engine, Result
+from scripts.lib.scoring import Question
+from scripts.lib.terminal import answer_text, as_json, encode_prompt
+from scripts.lib.token_details import cuts
 from tokenizer import Decoder, Tokenizer
 
 SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", "seconds_decode")
-LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")  # of which each turn has one entry a token, or text
+LISTS = (
+    "tokens",
+    "origin",
+    "text",
+    "cuts",
+    "p",
+    "kl",
+    "score",
+    "top",
+)  # of which each turn has one entry a token, or text
 
 
 def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
@@ -49,7 +55,9 @@ def decode_turn(
     return result
 
 
-def answer_turn(engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer) -> dict:
+def answer_turn(
+    engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer
+) -> dict:
     """The record of one turn, by our engine or by one of the peers."""
     if isinstance(engine, Engine):
         result = decode_turn(engine, prompt, max_new_tokens, seed, stops, tokenizer)
@@ -63,7 +71,9 @@ def answer_turn(engine, prompt: list[int], max_new_tokens: int, seed: int, stops
     return record | {"cuts": cuts(tokenizer, record["tokens"])}
 
 
-def answer_turns(engine, parts: list[list[int]], question: Question, max_new_tokens: int, seed: int, tokenizer, more) -> dict:
+def answer_turns(
+    engine, parts: list[list[int]], question: Question, max_new_tokens: int, seed: int, tokenizer, more
+) -> dict:
     """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and took.
 
     parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
@@ -113,8 +123,12 @@ def join(records: list[dict]) -> dict:
         if whole.get(name) is not None:
             whole[name] = reduce(add, (record[name] for record in records))
     if "mean_accepted" in whole:
-        whole["mean_accepted"] = whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
-        whole["tokens_per_second"] = len(whole["tokens"]) / whole["seconds_decode"] if whole["seconds_decode"] else 0.0
+        whole["mean_accepted"] = (
+            whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
+        )
+        whole["tokens_per_second"] = (
+            len(whole["tokens"]) / whole["seconds_decode"] if whole["seconds_decode"] else 0.0
+        )
         scores = [record["mean_score"] for record in records if record["mean_score"] is not None]
         whole["mean_score"] = sum(scores) / len(scores) if scores else None
     return whole

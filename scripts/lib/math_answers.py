@@ -77,7 +77,9 @@ def final_math(text: str) -> str | None:
         return inside.strip() or None if inside is not None else None
     if marks := list(ANSWER_IS.finditer(text)):
         rest = text[marks[-1].end() :].lstrip()
-        formula = re.match(r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.DOTALL)
+        formula = re.match(
+            r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.DOTALL
+        )
         if formula:
             return next(filter(None, formula.groups())).strip()
         return re.split(r"\.(?:\s|$)|\n", rest)[0].strip(" *") or None
@@ -124,9 +126,15 @@ def tidy(text: str) -> str:
         text = text.replace(sign, ours)
     text = re.sub(r"\^(\d)\^(\d)", r"^{\1\2}", text)
     text = re.sub(r",\\!\s*", ",", text)
-    text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\q?quad", " ", text)
+    text = re.sub(
+        r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\q?quad",
+        " ",
+        text,
+    )
     text = text.replace(";", ",")
-    text = re.sub(r"\$|\\\$|\\%|%|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:degree|circ)(?![a-zA-Z])|\\[()\[\]]", " ", text)
+    text = re.sub(
+        r"\$|\\\$|\\%|%|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:degree|circ)(?![a-zA-Z])|\\[()\[\]]", " ", text
+    )
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|infty|cup|theta)(?![a-zA-Z])", r"\\\1 ", text)
     text = re.sub(r"(?<![a-zA-Z])infinity(?![a-zA-Z])", r"\\infty ", text)
@@ -135,10 +143,14 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
     text = ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = separated(text.strip().rstrip(".").strip())
-    without = re.sub(r"\\text\s*\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\}))?(?!\s*\\between)", " ", text).strip()  # units
+    without = re.sub(
+        r"\\text\s*\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\}))?(?!\s*\\between)", " ", text
+    ).strip()  # units
     text = without or WORDS.sub(r"\1", text).strip()
     text = text.replace("\\between", "")
-    amount = re.fullmatch(r"(.*[\d}])\s*(?<![a-zA-Z\\])(?:[a-zA-Z]{2,}|[a-zA-Z]{2,}\s[a-zA-Z ]+)(?:\^\s*(?:\d|\{\d\}))?", text)
+    amount = re.fullmatch(
+        r"(.*[\d}])\s*(?<![a-zA-Z\\])(?:[a-zA-Z]{2,}|[a-zA-Z]{2,}\s[a-zA-Z ]+)(?:\^\s*(?:\d|\{\d\}))?", text
+    )
     if amount and "\\begin" not in text and not re.search(r"\\[a-zA-Z]*\s*[a-zA-Z]*$", text):
         text = amount[1]
     text = re.sub(r",?\s+(?:and|or)\s+(?:also\s+)?", lambda found: joined(found[0], text), text.strip())
@@ -176,7 +188,11 @@ def named(text: str) -> tuple[str, str]:
         names, inner = {name for name, _ in pairs}, [each for _, each in pairs]
         if len(names) > 1 or names == {""}:
             found = NAME.match(text)
-            return (squeezed(found[1]), text[found.end() :]) if found and "=" not in text[found.end() :] else ("", text)
+            return (
+                (squeezed(found[1]), text[found.end() :])
+                if found and "=" not in text[found.end() :]
+                else ("", text)
+            )
         if RELATION.search(text) and "\\cup" not in text:
             inner = [both(*inner)] if len(inner) == 2 else [text]
         return names.pop(), (r"\cup " if "\\cup" in text else ", ").join(inner)
@@ -192,16 +208,29 @@ def interval(text: str) -> tuple[str, str]:
     pieces = [piece.strip() for piece in RELATION.split(text)]
     begins, ends = (re.fullmatch(r"[a-zA-Z]|\\[a-z]+", piece) for piece in (pieces[0], pieces[-1]))
     if len(pieces) == 3 and ends and (not begins or pieces[2] < pieces[0]):
-        pieces = [*pieces[2:], {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]), pieces[0]]
+        pieces = [
+            *pieces[2:],
+            {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]),
+            pieces[0],
+        ]
     if len(pieces) == 5 and pieces[1] in (">", "\\ge") and pieces[3] in (">", "\\ge"):
-        pieces = [pieces[4], "<" if pieces[3] == ">" else "\\le", pieces[2], "<" if pieces[1] == ">" else "\\le", pieces[0]]
+        pieces = [
+            pieces[4],
+            "<" if pieces[3] == ">" else "\\le",
+            pieces[2],
+            "<" if pieces[1] == ">" else "\\le",
+            pieces[0],
+        ]
     letter = pieces[2] if len(pieces) == 5 else pieces[0]
     if len(pieces) not in (3, 5) or not re.fullmatch(r"[a-zA-Z]|\\[a-z]+", letter):
         return "", text
     if len(pieces) == 5:
         if not {pieces[1], pieces[3]} <= {"<", "\\le"}:
             return "", text
-        return letter, f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}"
+        return (
+            letter,
+            f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}",
+        )
     bound = pieces[2]
     below, above = f"(-\\infty,{bound}", f"{bound},\\infty)"
     return letter, {"<": below + ")", "\\le": below + "]", ">": "(" + above, "\\ge": "[" + above,
@@ -268,7 +297,9 @@ def structure(text: str) -> tuple[str, list[str]]:
         return "union", parts
     if matrix := re.fullmatch(r"\\begin\s*\{([bpv]?matrix)\}(.*)\\end\s*\{\1\}", text, re.DOTALL):
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
-        return f"{'v' * (matrix[1] == 'vmatrix')}matrix {len(rows)}", [cell.strip() for row in rows for cell in row.split("&")]
+        return f"{'v' * (matrix[1] == 'vmatrix')}matrix {len(rows)}", [
+            cell.strip() for row in rows for cell in row.split("&")
+        ]
     if text.startswith("\\{") and text.endswith("\\}"):
         return "list", plus_minus(split(text[2:-2], ","))
     if len(parts := split(text, ",")) > 1 or len(plus_minus([text])) > 1:
@@ -305,7 +336,10 @@ def same_value(a: str, b: str) -> bool:
     sides = [text.split("=") for text in (a, b)]
     if not all(len(side) == len(sides[0]) <= 2 for side in sides):
         return False
-    values = [[evaluate("-".join(f"({part})" for part in side), point) for side in sides] for point in range(POINTS + 1)]
+    values = [
+        [evaluate("-".join(f"({part})" for part in side), point) for side in sides]
+        for point in range(POINTS + 1)
+    ]
     if any(x is None for pair in values[:POINTS] for x in pair):
         return False
     if any(x is None or isinstance(x, complex) and x.imag for x in values[POINTS]):
@@ -492,7 +526,10 @@ def whole(digits: str) -> Fraction:
 
 def bounded(value: Value) -> Value:
     """The same. Raises ValueError for a fraction too long to compute with."""
-    if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_BITS:
+    if (
+        isinstance(value, Fraction)
+        and max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_BITS
+    ):
         raise ValueError("too long a fraction")
     return value
 
@@ -503,7 +540,12 @@ def raised(value: Value, exponent: Value) -> Value:
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
         if abs(exponent) * bits <= MOST_BITS:
             return value ** int(exponent)
-    if isinstance(value, Fraction) and isinstance(exponent, Fraction) and exponent == Fraction(1, 2) and value >= 0:
+    if (
+        isinstance(value, Fraction)
+        and isinstance(exponent, Fraction)
+        and exponent == Fraction(1, 2)
+        and value >= 0
+    ):
         above, below = math.isqrt(value.numerator), math.isqrt(value.denominator)
         if above**2 == value.numerator and below**2 == value.denominator:
             return Fraction(above, below)

@@ -42,7 +42,10 @@ def main() -> None:
         forbid_events(folder, lambda event: send(channel, {"ended": f"it was ended at {event}"}))
         serve(channel, *job)
     else:
-        forbid_events(folder, lambda event: os.write(report, json.dumps(["fail", f"the tests were ended at {event}"]).encode()))
+        forbid_events(
+            folder,
+            lambda event: os.write(report, json.dumps(["fail", f"the tests were ended at {event}"]).encode()),
+        )
         os.write(report, json.dumps(run_tests(channel, *job)).encode())
     os._exit(0)
 
@@ -161,7 +164,10 @@ class Calls:
                 try:
                     send(self.channel, [name, encode((arguments, named))])
                 except (Unspeakable, RecursionError, ValueError) as error:
-                    self.fault = "unchecked", f"the tests pass {described(error)}, which cannot leave their process"
+                    self.fault = (
+                        "unchecked",
+                        f"the tests pass {described(error)}, which cannot leave their process",
+                    )
                 except OSError:
                     pass  # its end is noticed when its answer is read
             return self.reply(arguments, named)
@@ -192,7 +198,10 @@ class Calls:
             elif self.rest:
                 self.fault = "fail", "it sent more than one answer"
             elif "ended" in reply or "unspeakable" in reply:
-                self.fault = "fail", str(reply.get("ended") or f"{reply['unspeakable']}, which is no plain data")[:300]
+                self.fault = (
+                    "fail",
+                    str(reply.get("ended") or f"{reply['unspeakable']}, which is no plain data")[:300],
+                )
         if self.fault:
             raise Broken
         return reply
@@ -317,8 +326,15 @@ def enter_namespaces(folder: str, disk: int) -> None:
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
-        user, others = 0x10000000, 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000  # CLONE_NEWUSER; PID, NET, IPC, NS
-        ids = {"setgroups": "deny", "uid_map": f"{os.getuid()} {os.getuid()} 1", "gid_map": f"{os.getgid()} {os.getgid()} 1"}
+        user, others = (
+            0x10000000,
+            0x20000000 | 0x40000000 | 0x08000000 | 0x00020000,
+        )  # CLONE_NEWUSER; PID, NET, IPC, NS
+        ids = {
+            "setgroups": "deny",
+            "uid_map": f"{os.getuid()} {os.getuid()} 1",
+            "gid_map": f"{os.getgid()} {os.getgid()} 1",
+        }
         if sys.platform != "linux":
             return
         if not libc.unshare(user | others):
@@ -327,9 +343,13 @@ def enter_namespaces(folder: str, disk: int) -> None:
                     file.write(content)
         elif libc.unshare(others):
             return
-        libc.mount(None, b"/", None, 0x40000 | 0x4000, None)  # MS_PRIVATE, MS_REC: what is mounted here stays here
+        libc.mount(
+            None, b"/", None, 0x40000 | 0x4000, None
+        )  # MS_PRIVATE, MS_REC: what is mounted here stays here
         options = f"size={disk},nr_inodes=1000,mode=700".encode()
-        if not libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4 | 8, options):  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+        if not libc.mount(
+            b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4 | 8, options
+        ):  # MS_NOSUID, MS_NODEV, MS_NOEXEC
             os.chdir(folder)
     except (ImportError, OSError, AttributeError):
         return
@@ -356,8 +376,18 @@ def lock_files(folder: str) -> None:
     all_rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     read_file, read_dir = 1 << 2, 1 << 3
     rules = libc.syscall(444, struct.pack("Q", all_rights), 8, 0)
-    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache")
-    readable = dict.fromkeys((*sys.path, os.path.join(sys.base_prefix, "lib"), *libraries, "/dev/urandom"), read_file)
+    libraries = (
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/usr/local/lib",
+        "/usr/share/zoneinfo",
+        "/etc/ld.so.cache",
+    )
+    readable = dict.fromkeys(
+        (*sys.path, os.path.join(sys.base_prefix, "lib"), *libraries, "/dev/urandom"), read_file
+    )
     for path, rights in (readable | {os.devnull: read_file | 1 << 1, folder: all_rights}).items():
         if os.path.exists(path):
             beneath = os.open(path, os.O_PATH)
@@ -390,7 +420,17 @@ def forbid_events(folder: str, tell) -> None:
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     nameless = getattr(os, "O_TMPFILE", 0)
     harmless = ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk")
-    refused = ("os.", "socket.", "subprocess.", "ctypes.", "signal.", "resource.", "pty.", "sqlite3.", "syslog.")
+    refused = (
+        "os.",
+        "socket.",
+        "subprocess.",
+        "ctypes.",
+        "signal.",
+        "resource.",
+        "pty.",
+        "sqlite3.",
+        "syslog.",
+    )
 
     def within(path, folders: tuple) -> bool:
         path = real(os.fsdecode(path if path is not None else "."))
@@ -403,7 +443,9 @@ def forbid_events(folder: str, tell) -> None:
     def may_open(path, mode: str | None, flags: int) -> bool:
         if type(path) is int or nameless and flags & nameless == nameless:
             return type(path) is int or within(path, ours)
-        if mode is None and is_folder(path):  # by os.open: paths could begin there, which this hook does not see
+        if mode is None and is_folder(
+            path
+        ):  # by os.open: paths could begin there, which this hook does not see
             return False
         return within(path, ours) and few(path) if flags & writing else within(path, readable)
 
@@ -413,7 +455,9 @@ def forbid_events(folder: str, tell) -> None:
         elif event in ("os.listdir", "os.scandir"):
             good = type(args[0]) is int or within(args[0], readable)
         elif event in ("os.mkdir", "os.remove", "os.rmdir"):
-            good = args[-1] == -1 and within(args[0], ours) and (event != "os.mkdir" or few(args[0]))  # -1: of no other folder
+            good = (
+                args[-1] == -1 and within(args[0], ours) and (event != "os.mkdir" or few(args[0]))
+            )  # -1: of no other folder
         elif event == "import":
             good = args[0] != "_posixsubprocess"
         else:

@@ -1,18 +1,15 @@
 """Hugging Face transformers on our weights, to compare speeds and results with: plain, compiled, assisted by a draft."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
+from checkpoint import weight_plan
 from cli import InputError
-from model import Transformer, weight_plan
+from model import Transformer
 
 try:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -76,8 +73,16 @@ class Peers:
         ids = torch.tensor([self.prompt], device=self.device)
         mask = torch.ones_like(ids)
         assistant = {"assistant_model": more.pop("assistant_model")} if "assistant_model" in more else {}
-        config = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(**config, **more), **assistant)
+        config = {
+            "max_new_tokens": n,
+            "min_new_tokens": n,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        return model.generate(
+            ids, attention_mask=mask, generation_config=GenerationConfig(**config, **more), **assistant
+        )
 
     @contextlib.contextmanager
     def impose(self):

@@ -41,17 +41,29 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from cli import InputError
 
 CPU_S, WALL_S = 10, 60.0  # of one program with all its tests
 MOST_SOURCES = 100  # ways to read a text that are tried
-LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0, "DISK": 64 << 20}  # RLIMIT_*, bytes
+LIMITS = {
+    "AS": 1 << 30,
+    "FSIZE": 1 << 20,
+    "NPROC": 0,
+    "NOFILE": 64,
+    "CORE": 0,
+    "DISK": 64 << 20,
+}  # RLIMIT_*, bytes
 CHILD = (Path(__file__).parent / "sandbox_child.py").read_text(encoding="utf-8")
 
 
-STOPS = ("\ndef ", "\nclass ", "\nif __name__", "\nprint(", "\n#", "\n```")  # where a plain completion has left the function
+STOPS = (
+    "\ndef ",
+    "\nclass ",
+    "\nif __name__",
+    "\nprint(",
+    "\n#",
+    "\n```",
+)  # where a plain completion has left the function
 GLUED_FENCE = re.compile(r"^(.*\S:)[ \t]*(```[ \t]*(?:python3?|py)[ \t]*)$", re.IGNORECASE | re.MULTILINE)
 LINE_OF_CODE = re.compile(
     r"(?:def|class|async|import|from|if|elif|else|for|while|try|except|finally|with|return|raise|assert|global|pass)\b"
@@ -108,7 +120,9 @@ class Process:
             self.note(*os.wait4(self.child.pid, 0)[1:])
         self.child.stdout.close()
         killed = self.child.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
-        return by_itself and killed and self.seconds > CPU_S / 2  # the kernel counts otherwise for its limit than here
+        return (
+            by_itself and killed and self.seconds > CPU_S / 2
+        )  # the kernel counts otherwise for its limit than here
 
 
 @lru_cache(maxsize=1024)
@@ -119,7 +133,11 @@ def outcome_of(prompt: str, tests: str, name: str, text: str) -> Outcome:
     with folder() as one, folder() as other:
         try:
             with ours, theirs:
-                started.append(Process("answer", theirs, one, [list(islice(programs_of(prompt, name, text), MOST_SOURCES))]))
+                started.append(
+                    Process(
+                        "answer", theirs, one, [list(islice(programs_of(prompt, name, text), MOST_SOURCES))]
+                    )
+                )
                 started.append(Process("tests", ours, other, [prompt, tests, name]))
             report = read_report(*started, deadline)
         finally:
@@ -130,7 +148,11 @@ def outcome_of(prompt: str, tests: str, name: str, text: str) -> Outcome:
         return Outcome("timeout", f"it used more than {CPU_S} s of processor time")
     if time.monotonic() >= deadline:
         return Outcome("timeout", f"it took more than {WALL_S:g} s")
-    return Outcome(*report) if report is not None else Outcome("fail", "the tests ended before they said anything")
+    return (
+        Outcome(*report)
+        if report is not None
+        else Outcome("fail", "the tests ended before they said anything")
+    )
 
 
 def read_report(answer: Process, tests: Process, deadline: float) -> list[str] | None:
@@ -173,7 +195,10 @@ def clear(path: str) -> None:
             inner = clear_level(here)
             if inner is None and not below:
                 return
-            outer, here = here, os.open(inner or "..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            outer, here = (
+                here,
+                os.open(inner or "..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here),
+            )
             os.close(outer)
             if inner is None:
                 os.rmdir(below.pop(), dir_fd=here)
@@ -208,7 +233,9 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
     place of the prompt's; what does not continues the prompt, indented if it is not.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
-    text = re.sub(r"^[ \t\u00a0]*\u00a0", lambda found: found[0].replace("\u00a0", " "), text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^[ \t\u00a0]*\u00a0", lambda found: found[0].replace("\u00a0", " "), text, flags=re.MULTILINE
+    )
     text = GLUED_FENCE.sub(r"\1\n\2", text)
     defines = re.compile(rf"^[ \t]*(?:(?:async )?def {name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))", re.MULTILINE)
     blocks = blocks_of(text)
@@ -221,7 +248,9 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
             before = [block for block in (blocks[i][0] for i in range(at)) if not defines.search(block)]
             for code in blocks[at]:
                 if before:
-                    yield defined(prompt, name, "\n".join([*map(textwrap.dedent, before), textwrap.dedent(code)]))
+                    yield defined(
+                        prompt, name, "\n".join([*map(textwrap.dedent, before), textwrap.dedent(code)])
+                    )
                 yield defined(prompt, name, code)
     for block in blocks:
         yield from completed(prompt, block[0])
@@ -236,7 +265,11 @@ def blocks_of(text: str) -> list[list[str]]:
     """The contents of Markdown's code blocks; of each one up to every line that may end it, first that which should: a fence
     no deeper than its own. A docstring's example is deeper, as a rule."""
     lines, blocks, at = text.split("\n"), [], 0
-    fences = [(i, found) for i, line in enumerate(lines) if (found := re.match(r"([ \t>]*)(`{3,}|~{3,})([^`]*)$", line))]
+    fences = [
+        (i, found)
+        for i, line in enumerate(lines)
+        if (found := re.match(r"([ \t>]*)(`{3,}|~{3,})([^`]*)$", line))
+    ]
     for place, (begin, opening) in enumerate(fences):
         if begin < at:
             continue
@@ -258,7 +291,9 @@ def cut(code: str, after: int) -> str:
 def unfenced(text: str, defines: re.Pattern) -> Iterator[str]:
     """Code that stands in a text without a block: from each line that may begin it, to each that may end it."""
     first = defines.search(text)
-    begins = [found.start() for found in re.finditer(r"^(?:import|from|def|class|async|@)\b", text, re.MULTILINE)]
+    begins = [
+        found.start() for found in re.finditer(r"^(?:import|from|def|class|async|@)\b", text, re.MULTILINE)
+    ]
     for begin in [*[begin for begin in begins if begin < first.start()][:8], first.start()]:
         code = without_prose(text[begin:], ("if __name__", "print("))
         tops = [found.start() for found in re.finditer(r"^(?!\s)", code, re.MULTILINE)]
@@ -303,12 +338,20 @@ def allow_code_execution() -> None:
 def check_allowed() -> None:
     """Raises InputError when code would be run that nobody has allowed."""
     if not code_is_allowed:
-        raise InputError("Checking code runs programs that a model wrote; allow that with --allow_code_execution.")
+        raise InputError(
+            "Checking code runs programs that a model wrote; allow that with --allow_code_execution."
+        )
     if os.name != "posix":
-        raise InputError("Checking code needs Linux or another POSIX system, where it can limit what a program does.")
-    found = outcome_of("def f():\n", "def check(candidate):\n    assert candidate() == (1, 'a')", "f", "    return 1, 'a'")
+        raise InputError(
+            "Checking code needs Linux or another POSIX system, where it can limit what a program does."
+        )
+    found = outcome_of(
+        "def f():\n", "def check(candidate):\n    assert candidate() == (1, 'a')", "f", "    return 1, 'a'"
+    )
     if found.verdict != "pass":
-        raise InputError(f"Checking code cannot be done here: a program without fault does not pass ({found.reason}).")
+        raise InputError(
+            f"Checking code cannot be done here: a program without fault does not pass ({found.reason})."
+        )
 
 
 def outcome(item: dict, text: str) -> Outcome:

@@ -8,7 +8,6 @@ import argparse
 import glob
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -18,12 +17,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 from cli import InputError, shortened, whole
-from files import Lines, check_folder, check_not_input, check_writable, parse_object, read_bytes, write_file
+from files import (
+    Lines,
+    check_folder,
+    check_not_input,
+    check_writable,
+    is_number,
+    parse_object,
+    read_bytes,
+    write_file,
+)
 from judge import RULES
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
@@ -32,10 +38,6 @@ MOST_PROCESSES = 1_000_000
 
 def is_count(value) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def is_seconds(value) -> bool:
@@ -47,7 +49,9 @@ def is_verdict(value) -> bool:
 
 
 def is_index(value) -> bool:
-    return is_count(value) or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value) is not None)
+    return is_count(value) or (
+        isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value) is not None
+    )
 
 
 def is_rule(value) -> bool:
@@ -63,7 +67,13 @@ def is_counts(value) -> bool:
 
 
 def is_turns(value) -> bool:
-    kinds = {"text": is_text, "new_tokens": is_count, "rounds": is_count, "seconds": is_seconds, "accept_lengths": is_counts}
+    kinds = {
+        "text": is_text,
+        "new_tokens": is_count,
+        "rounds": is_count,
+        "seconds": is_seconds,
+        "accept_lengths": is_counts,
+    }
     return isinstance(value, list) and all(
         isinstance(turn, dict) and all(kind(turn.get(name)) for name, kind in kinds.items()) for turn in value
     )
@@ -84,14 +94,18 @@ def check_answer(record: dict, where: str) -> dict:
     """The record of an answer. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
     missing = next((name for name in ANSWER if name not in record), None)
     if missing:
-        raise InputError(f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another --out.")
+        raise InputError(
+            f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another --out."
+        )
     fields = ANSWER | {name: kind for name, kind in MAYBE.items() if name in record}
     wrong = next((name for name, kind in fields.items() if not kind(record[name])), None)
     if wrong is None:
         wrong = next((name for name, holds in CONSISTENT.items() if not holds(record)), None)
     if wrong:
         found = shortened(json.dumps(record[wrong]))
-        raise InputError(f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another --out.")
+        raise InputError(
+            f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another --out."
+        )
     return record
 
 
@@ -109,7 +123,9 @@ MADE = ("command", "machine", "commit")  # of a header: how a run was made, whic
 
 def how_made() -> dict:
     """What a header says beside the settings."""
-    command = shlex.join(os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:]))
+    command = shlex.join(
+        os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:])
+    )
     return dict(zip(MADE, (command, machine(), commit())))
 
 
@@ -118,7 +134,11 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     name = names[0].split(":")[1].strip() if names else platform.processor()
     return f"{torch.get_num_threads()} of {os.cpu_count()} cores of {name}, torch {torch.__version__}"
 
@@ -148,7 +168,9 @@ def check_header(path: Path, lines: list[dict], rest: bytes, header: dict) -> No
     if not lines and not (begin.startswith(rest) or rest.startswith(begin)):
         raise InputError(f"{path} is not a results file of this script (no header); name another --out.")
     if lines and (differ := unlike(header, lines[0])):
-        raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
+        raise InputError(
+            f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it."
+        )
 
 
 def parse_lines(path: Path, text: bytes) -> list[tuple[str, dict]]:
@@ -157,7 +179,9 @@ def parse_lines(path: Path, text: bytes) -> list[tuple[str, dict]]:
     try:
         return [(f"{path}, line {number}", parse_object(line, f"line {number}")) for number, line in lines]
     except InputError as error:
-        raise InputError(f"{path} is not a results file of this script ({str(error)[:-1]}); name another --out.") from None
+        raise InputError(
+            f"{path} is not a results file of this script ({str(error)[:-1]}); name another --out."
+        ) from None
 
 
 def resume(lines: Lines, header: dict, check: Callable[[dict, str], dict] = check_answer) -> list[dict]:
@@ -177,7 +201,9 @@ def by_key(path: Path, records: list[dict], known: dict | None = None) -> dict[t
     for record in records:
         key = record.get("rule"), record.get("index")
         if key in found:
-            raise InputError(f"{path} holds the answer of {key[0]} to question {key[1]} a second time; remove one of the two.")
+            raise InputError(
+                f"{path} holds the answer of {key[0]} to question {key[1]} a second time; remove one of the two."
+            )
         found[key] = record
     return found
 
@@ -187,7 +213,9 @@ def check_same_questions(path: Path, records: dict[tuple, dict], questions: list
     asked = {question.index: question.asked or question.prompt for question in questions}
     for (_, index), record in records.items():
         if index in asked and record.get("question") != asked[index]:
-            raise InputError(f"{path} holds an answer to another question {index} than is asked now; name another --out.")
+            raise InputError(
+                f"{path} holds an answer to another question {index} than is asked now; name another --out."
+            )
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -199,7 +227,9 @@ def rank_and_size() -> tuple[int, int]:
         rank, size = 0, 0
     if rank >= size:
         rank, size = (shortened(text).strip("'") for text in given)
-        raise InputError(f"RANK {rank} and WORLD_SIZE {size} in the environment are not those of a torchrun process.")
+        raise InputError(
+            f"RANK {rank} and WORLD_SIZE {size} in the environment are not those of a torchrun process."
+        )
     return rank, size
 
 
@@ -226,7 +256,9 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
     for rank in range(size):
         path = part(out, rank, size)
         if not path.is_file():
-            raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
+            raise InputError(
+                f"There is no {path}; run all {size} processes to their end before --merge {size}."
+            )
         (_, first), *records = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
         if "target" not in first:
             raise InputError(f"{path} is not a part of a run, or its run had not begun.")
@@ -287,7 +319,9 @@ def model_answers(records: list[dict], content: dict) -> dict[str, str]:
             "choices": [choice], "tstamp": record["time"],
         })  # fmt: skip
     return {
-        f"{model}.jsonl": "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["question_id"]))
+        f"{model}.jsonl": "".join(
+            json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["question_id"])
+        )
         for model, lines in files.items()
     }
 
@@ -296,7 +330,9 @@ def write_model_answers(folder: Path, records: list[dict], questions: list) -> N
     """Writes one answer file a rule into `folder`, each by rename. Raises InputError for a record without its turns."""
     for record in records:
         if "turns" not in record or "time" not in record:
-            raise InputError(f"The answer of {record['rule']} to question {record['index']} lacks 'turns' or 'time'.")
+            raise InputError(
+                f"The answer of {record['rule']} to question {record['index']} lacks 'turns' or 'time'."
+            )
     content = {question.index: question.content for question in questions}
     for name, text in model_answers(records, content).items():
         write_file(folder / name, text.encode())

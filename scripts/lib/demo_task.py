@@ -13,10 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-WAIT = " Wait, that is wrong."  # follows a wrong step in the target's training text; the step is then done again
+WAIT = (
+    " Wait, that is wrong."  # follows a wrong step in the target's training text; the step is then done again
+)
 FAMILIES = ("story", "list")
 
-NAMES = {"Mia": "she", "Tom": "he", "Ana": "she", "Ben": "he", "Eva": "she", "Max": "he", "Lea": "she", "Sam": "he"}
+NAMES = {
+    "Mia": "she",
+    "Tom": "he",
+    "Ana": "she",
+    "Ben": "he",
+    "Eva": "she",
+    "Max": "he",
+    "Lea": "she",
+    "Sam": "he",
+}
 ITEMS = ("apples", "coins", "books", "cards", "shells", "stamps", "pens", "beads")
 ASKED = {"+": ("buys", "finds", "wins"), "-": ("sells", "loses", "eats"), "*": ("multiplies it by",)}
 
@@ -93,12 +104,16 @@ def make_list(rng: random.Random) -> Problem:
     numbers = tuple(rng.sample(range(2, 80), rng.randint(4, 5)))
     text, steps, last = [f"The list is {show(numbers)}."], [], ""
     for _ in range(rng.randint(2, 3)):
-        op = rng.choice([o for o in ("sort", "reverse", "drop first", "drop last", "add") if o.split()[0] != last])
+        op = rng.choice(
+            [o for o in ("sort", "reverse", "drop first", "drop last", "add") if o.split()[0] != last]
+        )
         last, number = op.split()[0], rng.randint(2, 19) if op == "add" else 0
         after = apply_list(op, numbers, number)
         steps.append(Step(op, numbers, number, after))
         text.append(
-            {"sort": "Sort it.", "reverse": "Reverse it.", "add": f"Add {number} to each."}.get(op, f"Drop the {op[5:]}.")
+            {"sort": "Sort it.", "reverse": "Reverse it.", "add": f"Add {number} to each."}.get(
+                op, f"Drop the {op[5:]}."
+            )
         )
         numbers = after
     question = rng.choice(["largest", "smallest", "first plus last"])
@@ -139,7 +154,11 @@ def sentence(problem: Problem, index: int, step: Step | None = None) -> list[Slo
     if problem.family == "list":
         return [start, verb, LINK, LISTED, Slot((f" {show(step.after)}",)), Slot((".", " now."))]
     subject = Slot((f" {problem.name}", f" {NAMES[problem.name]}"))
-    amount = Slot((f" {step.number} {problem.item}", f" {step.number} of them") if step.op != "*" else (f" {step.number}",))
+    amount = Slot(
+        (f" {step.number} {problem.item}", f" {step.number} of them")
+        if step.op != "*"
+        else (f" {step.number}",)
+    )
     equation = Slot((f" {step.before}{step.op}{step.number}={step.after}",))
     return [start, subject, verb, amount, LINK, TOTAL, equation, Slot((f" {problem.item}.", ".", " in all."))]
 
@@ -206,7 +225,11 @@ def corrupt(problem: Problem, index: int, rng: random.Random) -> Step:
     step = problem.steps[index]
     kind = rng.random()
     if isinstance(step.after, tuple):
-        if kind < 0.15 and index + 1 < len(problem.steps) and isinstance(problem.steps[index + 1].after, tuple):
+        if (
+            kind < 0.15
+            and index + 1 < len(problem.steps)
+            and isinstance(problem.steps[index + 1].after, tuple)
+        ):
             return problem.steps[index + 1]  # leaves this step out
         if kind < 0.25:
             other = rng.choice(["sort", "reverse", "drop first", "drop last", "add"])
@@ -291,7 +314,9 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
         for at in ends:
             for wording in slot.wordings:
                 shared = 0
-                while shared < len(wording) and at + shared < len(text) and text[at + shared] == wording[shared]:
+                while (
+                    shared < len(wording) and at + shared < len(text) and text[at + shared] == wording[shared]
+                ):
                     shared += 1
                 furthest = max(furthest, at + shared)
                 if shared == len(wording):
@@ -320,3 +345,14 @@ def problems(seed: int, held_out: bool, family: str | None = None) -> Iterator[P
         problem = make_problem(rng, family)
         if is_held_out(problem) == held_out:
             yield problem
+
+
+def annotated(problem, text: str, source: str) -> dict:
+    """An answer as judge.py reads it: the first wrong word or digit is the error. Its end, too, can be the error."""
+    verdict = check(problem, text)
+    starts = [
+        *verdict.taken_back,
+        *([] if verdict.first_error in (None, len(text)) else [verdict.first_error]),
+    ]
+    errors = [[at, max(at + 1, re.compile(r"[a-z]*").match(text, at).end())] for at in starts]
+    return {"prompt": problem.question, "response": text, "errors": errors, "source": source}

@@ -1,10 +1,8 @@
 """95% intervals of shares, of differences on the same items, and pass@k. Pure arithmetic; sources at each function."""
 
 import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
 from cli import InputError
 
@@ -69,3 +67,33 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     if not (0 <= right <= n and 1 <= k <= n):
         raise InputError(f"{right} right of {n} samples say nothing about {k} samples.")
     return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def upper_bound(harms: int, n: int, confidence: float) -> float:
+    """Clopper-Pearson's upper bound of a share: the largest p for which at most `harms` of n is not too unlikely."""
+    if harms >= n:
+        return 1.0
+    few = 2 * harms < n  # else the other tail has fewer terms
+    k = (
+        torch.arange(harms + 1, dtype=torch.double)
+        if few
+        else torch.arange(harms + 1, n + 1, dtype=torch.double)
+    )
+    total = torch.tensor(float(n), dtype=torch.double)
+    choose = (total + 1).lgamma() - (k + 1).lgamma() - (total - k + 1).lgamma()
+    low, high = harms / n, 1.0
+    for _ in range(60):  # bisection
+        p = (low + high) / 2
+        tail = (
+            (choose + k * math.log(p) + (total - k) * math.log1p(-p)).exp().sum().item()
+            if p < 1
+            else float(not few)
+        )
+        at_most = tail if few else 1 - tail
+        low, high = (p, high) if at_most > 1 - confidence else (low, p)
+    return high
+
+
+def share_interval(k: int, n: int) -> tuple[float, float]:
+    """Clopper and Pearson's 95% interval of a share k of n; of nothing it is 0 to 1."""
+    return (1 - upper_bound(n - k, n, 0.975), upper_bound(k, n, 0.975)) if n else (0.0, 1.0)

@@ -23,18 +23,14 @@ The checkers, and what each takes for a text's final answer:
 
 import hashlib
 import re
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.demo_task import answer_of, check
-from scripts.math_answers import final_math, same_math
-from scripts.sandbox import code_passes, outcome
+from scripts.lib.demo_task import answer_of, check
+from scripts.lib.math_answers import final_math, same_math
+from scripts.lib.sandbox import code_passes, outcome
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,9 @@ NUMBER = re.compile(
     r"(?:(?: (?P<above>[0-9]{1,6}))?/(?P<below>[1-9][0-9]*)(?![0-9/])"
     r"|[eE](?P<e>[+-]?[0-9]+)(?![\w.])|\s?(?:[x×*·]|\\times|\\cdot)\s?10\s?\^\{?(?P<ten>-?[0-9]+)\}?|\^\{?(?P<power>-?[0-9]+)\}?)?"
 )
-FRACTION = re.compile(r"(?:([0-9])\s?)?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
+FRACTION = re.compile(
+    r"(?:([0-9])\s?)?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
+)
 NUMBER_MARK = re.compile(
     r"####(?=[ \t*$€£-]*(?:[0-9](?:[0-9,.]*[0-9])?|\.[0-9]+)(?: ?[0-9]*/[0-9]+)?[ \t]*[%€£\w]*[.*]*[ \t]*$)"
     r"|\\(?:boxed|fbox)\s*\{"
@@ -87,8 +85,12 @@ NEXT_TO = re.compile(
     r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! ]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?"
     r"|(?:about|around|exactly|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a total of)\b)*"
 )
-CLAUSE_END = re.compile(r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n")
-OPERATOR = re.compile(r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]")  # the number before is part of a calculation
+CLAUSE_END = re.compile(
+    r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n"
+)
+OPERATOR = re.compile(
+    r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]"
+)  # the number before is part of a calculation
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 MOST_DIGITS = 1000  # beyond, numbers are compared as they are written
 TYPOGRAPHY = {
@@ -96,7 +98,9 @@ TYPOGRAPHY = {
     **{char: "^" + plain for char, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")}, "\u2044": "/", "\u2019": "'",
     **{char: f" {above}/{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
 }  # fmt: skip
-BETWEEN_GROUPS = re.compile(r"(?<=[0-9])(?:[\u00a0\u2007\u2009\u202f'_]|\\[,!;: ]|\{,\}|~)(?=[0-9]{3}(?![0-9]))")
+BETWEEN_GROUPS = re.compile(
+    r"(?<=[0-9])(?:[\u00a0\u2007\u2009\u202f'_]|\\[,!;: ]|\{,\}|~)(?=[0-9]{3}(?![0-9]))"
+)
 SPACED_GROUPS = re.compile(r"(?<![\w.,/^])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")
 DOTTED_GROUPS = re.compile(
     r"(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]{1,2}(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3})(?![.,]?[0-9]))"
@@ -128,7 +132,9 @@ def plain(text: str) -> str:
     text = BETWEEN_GROUPS.sub("", text.replace("{,}", ",").replace("\\$", "$").replace("\\!", ""))
     text = SPACED_GROUPS.sub(lambda found: found[0].replace(" ", ""), text)
     text = DOTTED_GROUPS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
-    mixed = FRACTION.sub(lambda found: f"{found[1] or ''}\0{found[2] or found[3]}/{found[4] or found[5]}", text)
+    mixed = FRACTION.sub(
+        lambda found: f"{found[1] or ''}\0{found[2] or found[3]}/{found[4] or found[5]}", text
+    )
     return re.sub(r"(?<=[0-9])\0", " ", mixed).replace("\0", "")
 
 
@@ -148,8 +154,13 @@ def number_after(text: str, mark: re.Match) -> re.Match | None:
         return last[0] if last else None
     clause = CLAUSE_END.search(text, first.end(), end)
     equals = re.compile("[=≈]").finditer(text, first.end(), clause.start() if clause else end)
-    values = [first, *filter(None, (NUMBER.search(text, sign.end(), end) for sign in deque(equals, maxlen=20)))]
-    return next((value for value in reversed(values) if not OPERATOR.match(text, value.end(), end)), values[-1])
+    values = [
+        first,
+        *filter(None, (NUMBER.search(text, sign.end(), end) for sign in deque(equals, maxlen=20))),
+    ]
+    return next(
+        (value for value in reversed(values) if not OPERATOR.match(text, value.end(), end)), values[-1]
+    )
 
 
 def closing(text: str, at: int) -> int:
@@ -164,7 +175,11 @@ def closing(text: str, at: int) -> int:
 
 def one_spelling(number: re.Match) -> str:
     """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as written."""
-    sign, digits, below = "-" if number["sign"] else "", number["digits"].replace(",", ""), number["below"] or "1"
+    sign, digits, below = (
+        "-" if number["sign"] else "",
+        number["digits"].replace(",", ""),
+        number["below"] or "1",
+    )
     exponent = number["e"] or number["ten"] or "0"
     power = number["power"] or "1"
     if max(len(digits), len(below)) > MOST_DIGITS or max(len(exponent), len(power)) > 4:
@@ -217,7 +232,9 @@ def compared_by(answer_in: Callable[[str], str | None]) -> Checker:
     """A text is right when its final answer is the reference's."""
     return Checker(
         lambda question, text: answer_in(text),
-        lambda question, text: answer_in(text) is not None and answer_in(text) == answer_in(question.reference),
+        lambda question, text: (
+            answer_in(text) is not None and answer_in(text) == answer_in(question.reference)
+        ),
     )
 
 
@@ -226,7 +243,10 @@ def math_is_right(question: Question, text: str) -> bool:
     return found is not None and same_math(found, question.reference)
 
 
-UNDECIDED = ("timeout", "unchecked")  # of the checker `code`: not right, but a program that no test has found wrong
+UNDECIDED = (
+    "timeout",
+    "unchecked",
+)  # of the checker `code`: not right, but a program that no test has found wrong
 CHECKERS = {
     "number": compared_by(final_number),
     "math": Checker(lambda question, text: final_math(text), math_is_right),
