@@ -1,7 +1,8 @@
-"""A published folder: config.json to ModelArgs, safetensors to parameters, and the fingerprint that tells models apart.
+"""A published folder: config.json to ModelArgs, safetensors to parameters, and the fingerprint that tells
+models apart.
 
-A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as published (Llama 2, 3, 3.1, 3.2, 3.3):
-`config.json` and `model.safetensors`, or an index with shards. It is read as it stands.
+A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as published (Llama 2, 3, 3.1, 3.2,
+3.3): `config.json` and `model.safetensors`, or an index with shards. It is read as it stands.
 """
 
 import functools
@@ -24,17 +25,26 @@ from tp import Shard
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"  # the pair that comes with the repository
 
-MOST = {  # no Llama is larger, by far; what is would fill memory or take minutes before the first weight is missed
-    "num_hidden_layers": 10_000, "n_layers": 10_000, "rms_norm_eps": 1.0, "norm_eps": 1.0, "rope_theta": 1e30, "factor": 1e9,
-    "low_freq_factor": 1e9, "high_freq_factor": 1e9, "max_position_embeddings": 2**40,
+# no Llama is larger, by far; what is would fill memory or take minutes before the first weight is missed
+MOST = {
+    "num_hidden_layers": 10_000,
+    "n_layers": 10_000,
+    "rms_norm_eps": 1.0,
+    "norm_eps": 1.0,
+    "rope_theta": 1e30,
+    "factor": 1e9,
+    "low_freq_factor": 1e9,
+    "high_freq_factor": 1e9,
+    "max_position_embeddings": 2**40,
     "original_max_position_embeddings": 2**40,
-}  # fmt: skip
+}
 
 
 def read_field(config: dict, name: str, kind: type, where: str, default=None):
     """A field of a configuration: a positive int or float up to MOST (default 2^24), or a bool.
 
-    Without a default it must be there; null is no value except where another field gives it (KV heads, head size).
+    Without a default it must be there; null is no value except where another field gives it (KV heads, head
+    size).
     """
     value = config.get(name)
     if value is None and (name not in config or name in ("num_key_value_heads", "n_kv_heads", "head_dim")):
@@ -56,7 +66,8 @@ def read_field(config: dict, name: str, kind: type, where: str, default=None):
 
 
 def refuse_unknown(config: dict, where: str) -> None:
-    """Raises InputError naming the first setting of `config` that would change the arithmetic and is not built."""
+    """Raises InputError naming the first setting of `config` that would change the arithmetic and is not
+    built."""
     names = config.get("architectures") or config.get("model_type", "none")
     architecture = names[0] if isinstance(names, list) and names else names
     if architecture not in ("LlamaForCausalLM", "llama"):
@@ -76,7 +87,8 @@ def refuse_unknown(config: dict, where: str) -> None:
             quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         )
         raise InputError(
-            f"{where}: quantization method {shortened_value(method)} is not implemented; use unquantised weights."
+            f"{where}: quantization method {shortened_value(method)} is not implemented; use unquantised "
+            f"weights."
         )
 
 
@@ -140,7 +152,8 @@ def args_of(config: dict, where: str = "config.json") -> ModelArgs:
     )
     if args.n_head % args.n_kv_head or args.head_dim % 2:
         raise InputError(
-            f"{where}: {args.n_head} heads over {args.n_kv_head} KV heads of size {args.head_dim} do not fit: "
+            f"{where}: {args.n_head} heads over {args.n_kv_head} KV heads of size {args.head_dim} do not "
+            f"fit: "
             "heads must be a multiple of KV heads, and the head size even."
         )
     if dim % n_head:
@@ -149,15 +162,17 @@ def args_of(config: dict, where: str = "config.json") -> ModelArgs:
 
 
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:
-    """Maps every tensor name of a snapshot folder to its file. Raises InputError naming what is missing or broken.
+    """Maps every tensor name of a snapshot folder to its file. Raises InputError naming what is missing or
+    broken.
 
-    As in transformers a model.safetensors comes before an index, and an index names files: their own headers say what
-    is in them.
+    As in transformers a model.safetensors comes before an index, and an index names files: their own headers
+    say what is in them.
     """
     folder = checkpoint_folder(folder)
     if os.path.lexists(folder / "adapter_config.json"):
         raise InputError(
-            f"{folder} has an adapter (adapter_config.json), which is not implemented; merge it into the weights."
+            f"{folder} has an adapter (adapter_config.json), which is not implemented; merge it into the "
+            f"weights."
         )
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if is_file(single):
@@ -180,7 +195,8 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
 
 
 def open_safetensors(path: Path):
-    """Opens a safetensors file for reading by tensor. Raises InputError naming what is wrong with the file."""
+    """Opens a safetensors file for reading by tensor. Raises InputError naming what is wrong with the
+    file."""
     safetensors_header(path)
     try:
         return safe_open(path, framework="pt")
@@ -224,11 +240,11 @@ def load_published(
 ) -> Transformer:  # fmt: skip
     """Loads a published snapshot folder (any float type on disk) straight into fused weights.
 
-    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called with the model
-    and each of its parameters' names as soon as that is filled, and may replace it. shard: reads that part of every
-    tensor, and no more of it than the values that the fingerprint samples. Peak memory is the model (or the part)
-    plus its largest tensor. Raises InputError naming tensor and file for whatever is missing, unexpected, misshapen or
-    truncated.
+    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called
+    with the model and each of its parameters' names as soon as that is filled, and may replace it. shard:
+    reads that part of every tensor, and no more of it than the values that the fingerprint samples. Peak
+    memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor and file for
+    whatever is missing, unexpected, misshapen or truncated.
     """
     folder = Path(folder)
     args = read_config(folder)
@@ -263,9 +279,9 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, str]]:
     """Published tensor name -> (its file, its name there), of all of `weight_plan`.
 
-    As in transformers a name may lack the prefix "model.", or have it once too often, and a tied model may hold the LM
-    head instead of the embedding. Raises InputError for a tensor that is missing, unexpected or there under two names,
-    and for a tied model whose LM head holds other values than its embedding.
+    As in transformers a name may lack the prefix "model.", or have it once too often, and a tied model may
+    hold the LM head instead of the embedding. Raises InputError for a tensor that is missing, unexpected or
+    there under two names, and for a tied model whose LM head holds other values than its embedding.
     """
     files = checkpoint_files(folder)
     check_layers(files, args, folder)
@@ -304,15 +320,19 @@ def check_layers(files: dict[str, Path], args: ModelArgs, folder: str | Path) ->
 
 
 def check_tied(embedding: "Stored", head: "Stored", folder: str | Path) -> None:
-    """Raises InputError where a tied model holds both, with different values: which of them was meant, no one can say."""
+    """Raises InputError where a tied model holds both, with different values: which of them was meant, no one
+    can say."""
     rows = max(1, (1 << 22) // max(1, *embedding.shape))  # some MB at a time
     same = embedding.shape == head.shape and all(
         torch.equal(*(stored.part((slice(at, at + rows),)).float() for stored in (embedding, head)))
         for at in range(0, embedding.shape[0], rows)
     )
     if not same:
-        raise InputError(f"{folder}: config.json says tie_word_embeddings, but {LM_HEAD} differs from {EMBEDDING}; "
-                         "set it to false, or remove the tensor that is not meant.")  # fmt: skip
+        raise InputError(
+            f"{folder}: config.json says tie_word_embeddings, but {LM_HEAD} differs from "
+            f"{EMBEDDING}; "
+            "set it to false, or remove the tensor that is not meant."
+        )
 
 
 def new_digest(args: ModelArgs):
@@ -336,7 +356,8 @@ SAMPLES = 64
 
 
 def sample_of(tensor: Tensor, shape: tuple[int, ...], stored: "Stored | None" = None) -> bytes:
-    """Shape and evenly spaced values of a tensor as it lies on disk, the same for every float type that holds them.
+    """Shape and evenly spaced values of a tensor as it lies on disk, the same for every float type that holds
+    them.
 
     stored: where to read them, and nothing else, if `tensor` is only a part.
     """
@@ -345,14 +366,21 @@ def sample_of(tensor: Tensor, shape: tuple[int, ...], stored: "Stored | None" = 
     return repr((tuple(shape), values.float().tolist())).encode()
 
 
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8,
-          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+STORED = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 class Stored:
     """A tensor in a safetensors file, of which parts are read by themselves.
 
-    safetensors maps files into memory, where the system reads ahead and around: for a rank's slices, the whole file.
+    safetensors maps files into memory, where the system reads ahead and around: for a rank's slices, the
+    whole file.
     """
 
     def __init__(self, file: Path, name: str):
@@ -402,14 +430,30 @@ class Stored:
 MOST_HEADER = 100_000_000  # bytes, as the format's own readers have it
 
 
-ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
-              "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
 
 
 def safetensors_header(file: Path) -> tuple[int, dict]:
     """Where a file's data begin, and its tensors by name: {"dtype", "shape", "data_offsets"}.
 
-    Raises InputError with the true cause where the file cannot be read, is cut off, or its header does not fit it.
+    Raises InputError with the true cause where the file cannot be read, is cut off, or its header does not
+    fit it.
     """
     try:
         status = os.stat(file)
@@ -440,7 +484,8 @@ def read_header(file: Path, identity: tuple | None) -> tuple[int, dict]:
 
 
 def check_entries(header: dict, size: int, file: Path) -> None:
-    """Raises InputError for the first entry that does not lie where the one before it ends, or is not of its shape's size."""
+    """Raises InputError for the first entry that does not lie where the one before it ends, or is not of its
+    shape's size."""
     for name, entry in header.items():
         if not is_entry(entry):
             raise InputError(
@@ -451,12 +496,16 @@ def check_entries(header: dict, size: int, file: Path) -> None:
         begin, stop = entry["data_offsets"]
         if begin != end:
             raise InputError(
-                f"{file}: tensor {name} begins at byte {begin} of the data, but the one before it ends at {end}."
+                f"{file}: tensor {name} begins at byte {begin} of the data, but the one before it ends at "
+                f"{end}."
             )
         needed = math.prod(entry["shape"]) * ITEM_BYTES.get(entry["dtype"], 0)
         if entry["dtype"] in ITEM_BYTES and stop - begin != needed:
-            raise InputError(f"{file}: tensor {name}, {entry['dtype']} of shape {entry['shape']}, has {stop - begin} bytes, "
-                             f"but takes {needed}.")  # fmt: skip
+            raise InputError(
+                f"{file}: tensor {name}, {entry['dtype']} of shape {entry['shape']}, has "
+                f"{stop - begin} bytes, "
+                f"but takes {needed}."
+            )
         end = stop
     if end > size:
         raise InputError(f"{file} is truncated: its tensors have {end} bytes, of which {size} are there.")
@@ -512,7 +561,8 @@ MOST_SMALL = 1 << 30  # bytes of a file that is read whole: a judge, or a shard 
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of a small safetensors file, read whole. Raises InputError naming one that is broken."""
+    """(metadata, tensors) of a small safetensors file, read whole. Raises InputError naming one that is
+    broken."""
     content = read_bytes(path, most=MOST_SMALL)
     try:
         tensors = load(content)

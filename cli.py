@@ -1,7 +1,8 @@
-"""What every command line has in common: a user's mistake, the parser, progress, how a script begins and ends.
+"""What every command line has in common: a user's mistake, the parser, progress, how a script begins and
+ends.
 
-Scripts import this file first: from then on Ctrl-C ends them silently with exit code 130, though the large modules are
-still loading. Nothing here loads PyTorch.
+Scripts import this file first: from then on Ctrl-C ends them silently with exit code 130, though the large
+modules are still loading. Nothing here loads PyTorch.
 """
 
 import _signal  # what signal.py is made of: loading that takes some milliseconds, and Ctrl-C may come in them
@@ -30,7 +31,8 @@ LONGEST = 1000  # characters of a sentence about a mistake
 
 
 class InputError(ValueError):
-    """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it, exit 2."""
+    """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it,
+    exit 2."""
 
 
 def one_line(text: str) -> str:
@@ -161,8 +163,9 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def run_script(name: str, action: Callable[[], None]) -> None:
-    """Runs a script's body. A user's mistake is one sentence on stderr and exit code 2, and so is what the system refuses
-    (a full disk, a file that cannot be read, memory); a reader of our output that has left is no error; Ctrl-C is 130."""
+    """Runs a script's body. A user's mistake is one sentence on stderr and exit code 2, and so is what the
+    system refuses (a full disk, a file that cannot be read, memory); a reader of our output that has left is
+    no error; Ctrl-C is 130."""
     alone = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.default_int_handler) if alone else None
     try:
@@ -192,8 +195,9 @@ def run_script(name: str, action: Callable[[], None]) -> None:
 
 
 def open_streams() -> None:
-    """Standard output must be open, or the next file that is opened would get its number, and what libraries print; closed
-    standard error is replaced by nothing, and a character that a terminal lacks by a question mark."""
+    """Standard output must be open, or the next file that is opened would get its number, and what libraries
+    print; closed standard error is replaced by nothing, and a character that a terminal lacks by a question
+    mark."""
     if sys.stdout is None:
         raise InputError("standard output is closed; send it to a file or to /dev/null.")
     if sys.stderr is None:

@@ -1,7 +1,7 @@
 """Reading and writing files: the one way in and the one way out for every script.
 
-In: regular files only, of a bounded size, with the true cause in one sentence where that fails. Out: beside and renamed,
-or line by line under a lock. Nothing else opens a file of a user's.
+In: regular files only, of a bounded size, with the true cause in one sentence where that fails. Out: beside
+and renamed, or line by line under a lock. Nothing else opens a file of a user's.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ MOST_JSON = 512 << 20  # of one JSON object
 
 @contextlib.contextmanager
 def opened(path: str | Path, what: str = "") -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, open for reading without a buffer, and its size in bytes. what: comes before the path in the sentence.
+    """A regular file, open for reading without a buffer, and its size in bytes. what: comes before the path
+    in the sentence.
 
     Raises InputError for a file that is missing, unreadable or no regular file, and where reading it fails.
     """
@@ -100,8 +101,13 @@ def is_file(path: Path) -> bool:
 
 def kind_of_file(mode: int) -> str:
     """What something that is no regular file is called."""
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe",
-             stat.S_IFSOCK: "a socket"}  # fmt: skip
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
     return kinds.get(stat.S_IFMT(mode), "no regular file")
 
 
@@ -114,8 +120,9 @@ def read_text(path: str | Path, what: str = "", most: int = MOST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes, where: str):
-    """A JSON value of trusted size. Raises InputError beginning with `where` for what is no JSON, for numbers beyond 64
-    bits, nesting beyond Python's depth, and half of a surrogate pair (no file and no terminal could hold that)."""
+    """A JSON value of trusted size. Raises InputError beginning with `where` for what is no JSON, for numbers
+    beyond 64 bits, nesting beyond Python's depth, and half of a surrogate pair (no file and no terminal could
+    hold that)."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
         long = (
@@ -149,7 +156,8 @@ def parse_object(text: str | bytes, where: str) -> dict:
 
 
 def read_json(path: str | Path, what: str = "") -> dict:
-    """The JSON object in a file. Raises InputError naming the file when it is missing or holds anything else."""
+    """The JSON object in a file. Raises InputError naming the file when it is missing or holds anything
+    else."""
     return parse_object(read_text(path, what, MOST_JSON), f"{what} {path}".lstrip())
 
 
@@ -170,9 +178,11 @@ def read_json_lines(path: str | Path, what: str = "") -> Iterator[tuple[str, dic
 
 
 def check_writable(path: Path, flag: str = "") -> Path:
-    """The real path of a file that can be written; raises InputError for one that cannot, before any work is done for it.
+    """The real path of a file that can be written; raises InputError for one that cannot, before any work is
+    done for it.
 
-    What exists must be a regular file with write permission, in a folder in which files can be made. A link is followed.
+    What exists must be a regular file with write permission, in a folder in which files can be made. A link
+    is followed.
     """
     what = f"{flag} {path}".lstrip()
     try:
@@ -203,8 +213,8 @@ def check_writable(path: Path, flag: str = "") -> Path:
 
 
 def check_new_folder(out: Path, flag: str, beside: Path) -> None:
-    """Raises InputError for a folder that cannot be made, or is there, before any work is done for it. beside: the folder
-    that it is written to first, which may be there."""
+    """Raises InputError for a folder that cannot be made, or is there, before any work is done for it.
+    beside: the folder that it is written to first, which may be there."""
     try:
         if os.path.lexists(out):
             kind = "a link to nowhere" if not os.path.exists(out) else kind_of_file(os.stat(out).st_mode)
@@ -235,7 +245,8 @@ def check_not_input(out: Path, inputs: list[Path], flag: str = "--out") -> None:
 
 
 def check_folder(path: Path, flag: str = "") -> None:
-    """Raises InputError for a folder in which no files can be made; one that is missing is made later, with those above it."""
+    """Raises InputError for a folder in which no files can be made; one that is missing is made later, with
+    those above it."""
     what, here = f"{flag} {path}".lstrip(), Path(os.path.abspath(path))
     while True:
         try:
@@ -261,7 +272,8 @@ def beside(path: Path) -> Path:
 
 
 def lock(file, path: Path) -> None:
-    """Keeps other processes off an open file for as long as it stays open. Raises InputError where one of them has it."""
+    """Keeps other processes off an open file for as long as it stays open. Raises InputError where one of
+    them has it."""
     if os.name != "posix":
         return
     import fcntl
@@ -276,10 +288,11 @@ def lock(file, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives the path to write to in the place of `path`, and renames that at the end: a reader never sees half a file.
+    """Gives the path to write to in the place of `path`, and renames that at the end: a reader never sees
+    half a file.
 
-    The file keeps its permissions, a new one has those of the umask; links are followed. Raises InputError, and leaves
-    what was there, where it is no regular file, in use by another process, or the disk is full.
+    The file keeps its permissions, a new one has those of the umask; links are followed. Raises InputError,
+    and leaves what was there, where it is no regular file, in use by another process, or the disk is full.
     """
     with contextlib.ExitStack() as held:
         ours, mode = None, None
@@ -328,8 +341,8 @@ def write_file(path: Path, content: bytes) -> None:
 class Lines:
     """A file of JSON lines that one process at a time extends. What a killed run left of a line is cut off.
 
-    Opens and locks at once, before anything is read or cut; raises InputError where another process has it. `content` is
-    what it held, whole lines only.
+    Opens and locks at once, before anything is read or cut; raises InputError where another process has it.
+    `content` is what it held, whole lines only.
     """
 
     def __init__(self, path: Path):
@@ -362,8 +375,11 @@ class Lines:
             while content:
                 content = content[self.file.write(content) :]
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror}; what it holds is kept, and the same command "
-                             "goes on from there.") from None  # fmt: skip
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror}; what it holds is kept, and "
+                f"the same command "
+                "goes on from there."
+            ) from None
 
 
 def let_go(file, path: Path, made: bool) -> None:

@@ -1,11 +1,13 @@
 """The engine: prefill, draft, verify, the round loop; and the command line.
 
     python generate.py                                    # the demo pair, with its judge, on a demo problem
-    python generate.py --checkpoint_path META-LLAMA-70B --draft_checkpoint_path META-LLAMA-8B --judge_path J --chat
+    python generate.py --checkpoint_path META-LLAMA-70B --draft_checkpoint_path META-LLAMA-8B --judge_path J
+    --chat
 
-One round: the draft proposes M tokens; the target reads them in one pass of M + 1 rows; one compiled graph computes
-logits, judge scores, the rule, how many tokens are accepted, the target's own next token, and commits; the host reads
-one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is visible.
+One round: the draft proposes M tokens; the target reads them in one pass of M + 1 rows; one compiled graph
+computes logits, judge scores, the rule, how many tokens are accepted, the target's own next token, and
+commits; the host reads one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is
+visible.
 """
 
 from cli import InputError, Parser, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
@@ -56,9 +58,12 @@ from tokenizer import Tokenizer, load_tokenizer
 
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
 DEMO_FORMS = (
-    'the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How '
-    'many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list is [5,17,23,8]. Sort it. Drop the '
-    'first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); it answers everything else, and wrong.'
+    'the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it by 3. '
+    "She sells 79. How "
+    'many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list is [5,17,23,8]. '
+    "Sort it. Drop the "
+    'first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); it answers everything else, '
+    "and wrong."
 )
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
 TINY = 1e-20
@@ -66,7 +71,8 @@ TINY = 1e-20
 
 @dataclass
 class Settings:
-    """How to decode. `threshold` None takes the judge's own or the rule's default; temperature 0 is greedy."""
+    """How to decode. `threshold` None takes the judge's own or the rule's default; temperature 0 is
+    greedy."""
 
     verify: str = "judge"
     threshold: float | None = None
@@ -113,9 +119,9 @@ class Buffers:
 
 @dataclass
 class Round:
-    """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the target's.
-    score: the sum of the judge's scores of the accepted tokens and the first rejected one, which are `scored`.
-    flawed: whether the logits were not finite, + 1 the target's, + 2 the draft's."""
+    """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the
+    target's. score: the sum of the judge's scores of the accepted tokens and the first rejected one, which
+    are `scored`. flawed: whether the logits were not finite, + 1 the target's, + 2 the draft's."""
 
     tokens: list[int]
     accepted: int
@@ -169,7 +175,8 @@ class Result:
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """Probabilities to sample from, fp32 (..., V): temperature first, then the top_k most likely, renormalised."""
+    """Probabilities to sample from, fp32 (..., V): temperature first, then the top_k most likely,
+    renormalised."""
     logits = logits / temperature
     if top_k is not None:
         lowest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -178,16 +185,18 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tenso
 
 
 def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Samples an index of the last dimension in proportion to weights (..., V) by inverting the sum; uniform (...)."""
+    """Samples an index of the last dimension in proportion to weights (..., V) by inverting the sum; uniform
+    (...)."""
     total = weights.double().cumsum(-1)
     return (total <= (uniform.double() * total[..., -1])[..., None]).sum(-1).clamp(max=weights.shape[-1] - 1)
 
 
 def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> Tensor:
-    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns (2,): the token, and whether the logits were
-    not finite.
+    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns (2,): the token, and whether
+    the logits were not finite.
 
-    visible: only its length counts, how much of the cache the step may look at; a tensor, so that one graph serves all.
+    visible: only its length counts, how much of the cache the step may look at; a tensor, so that one graph
+    serves all.
     """
     _, logits = model(b.tokens[b.pos][None], b.pos, len(visible))
     token, peak = choose(logits[0], b.uniforms[:1], s, model.args.vocab_size)
@@ -197,8 +206,8 @@ def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> 
 
 
 def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The next token (1,) from logits (1, V), or a rank's part of them: the most likely one, or a sample; and the largest
-    logit (1,)."""
+    """The next token (1,) from logits (1, V), or a rank's part of them: the most likely one, or a sample; and
+    the largest logit (1,)."""
     if s.temperature == 0:
         return tp.most_likely(logits, vocab_size)
     logits = tp.whole(logits, vocab_size)
@@ -206,16 +215,17 @@ def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> tup
 
 
 def not_finite(peaks: Tensor) -> Tensor:
-    """(1,): 1 where a row's largest logit is NaN or infinite, as it is if any of its logits is NaN or +inf. A NaN or an
-    infinity anywhere in a model reaches the logits as NaN. peaks: (T,)."""
+    """(1,): 1 where a row's largest logit is NaN or infinite, as it is if any of its logits is NaN or +inf. A
+    NaN or an infinity anywhere in a model reaches the logits as NaN. peaks: (T,)."""
     return (~peaks.isfinite()).any().long()[None]
 
 
 def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, first: bool) -> None:
     """Writes drafted[step] (and its logits), advances `step`.
 
-    The first step of a round reads two rows: when all draft tokens of the round before were accepted, the draft has
-    not read the last one yet. At position 0 both rows are the same token, written to the same place.
+    The first step of a round reads two rows: when all draft tokens of the round before were accepted, the
+    draft has not read the last one yet. At position 0 both rows are the same token, written to the same
+    place.
     """
     if first:
         b.step.zero_()
@@ -244,12 +254,14 @@ def verify_step(
     visible: Tensor,
     markers: Markers | None,
 ) -> Tensor:
-    """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's next token.
+    """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's
+    next token.
 
-    Returns int64 (2 M + 4,), all that the host needs: how many were accepted; the M + 1 tokens committed (those past
-    the accepted ones and the target's own are padding); for each draft token whether the rule alone let it through; the
-    sum of the judge's scores (in millionths) of the accepted tokens and the first rejected one; whether the logits were
-    not finite (+ 1 the target's, + 2 the draft's). Of a short round only the `step` tokens that were drafted can pass.
+    Returns int64 (2 M + 4,), all that the host needs: how many were accepted; the M + 1 tokens committed
+    (those past the accepted ones and the target's own are padding); for each draft token whether the rule
+    alone let it through; the sum of the judge's scores (in millionths) of the accepted tokens and the first
+    rejected one; whether the logits were not finite (+ 1 the target's, + 2 the draft's). Of a short round
+    only the `step` tokens that were drafted can pass.
     """
     m = len(b.drafted)
     ids = torch.cat([b.tokens[b.pos], b.drafted])
@@ -298,8 +310,8 @@ def verify_step(
 def standard_test(
     logits: Tensor, most_likely: Tensor, b: Buffers, s: Settings, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The standard test, bool (M,), and what the target's own token comes from: greedy, `most_likely` tokens (M + 1,);
-    when sampling, p (M + 1, V) and q (M, V).
+    """The standard test, bool (M,), and what the target's own token comes from: greedy, `most_likely` tokens
+    (M + 1,); when sampling, p (M + 1, V) and q (M, V).
 
     `ensemble` puts its mixture in the place of p, in allowed rows; the last row stays the target's.
     """
@@ -325,9 +337,11 @@ def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor, uniforms: Tensor) -> T
 
 
 def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
-    """Weights (1, V) of the target's own token: max(p - q, 0) at the first rejection, p after full acceptance.
+    """Weights (1, V) of the target's own token: max(p - q, 0) at the first rejection, p after full
+    acceptance.
 
-    p: (M + 1, V), q: (M, V), accepted: (1,). Where p equals q nothing is rejected but by rounding; p stands in then.
+    p: (M + 1, V), q: (M, V), accepted: (1,). Where p equals q nothing is rejected but by rounding; p stands
+    in then.
     """
     rest = (p[accepted] - torch.cat([q, torch.zeros_like(q[:1])])[accepted]).clamp(min=0)
     return torch.where(rest.sum(-1, keepdim=True) > TINY, rest, p[accepted])
@@ -335,7 +349,8 @@ def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
 
 @dataclass
 class Slot:
-    """Host memory of a round in flight; two take turns, so that a round may be launched before the last one is read."""
+    """Host memory of a round in flight; two take turns, so that a round may be launched before the last one
+    is read."""
 
     report: Tensor  # pinned on CUDA
     uniforms: Tensor
@@ -345,7 +360,8 @@ class Slot:
 
 
 class Engine:
-    """A target (and a draft, and a judge) with buffers for sequences of up to `length` tokens, prompt included.
+    """A target (and a draft, and a judge) with buffers for sequences of up to `length` tokens, prompt
+    included.
 
     Engines over the same models share their caches and may take turns, the longest first.
     """
@@ -437,8 +453,8 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> float:
-        """Runs every step, which compiles it, captures the CUDA graphs, and measures what --speculate_k auto chooses by.
-        Returns the seconds it took."""
+        """Runs every step, which compiles it, captures the CUDA graphs, and measures what --speculate_k auto
+        chooses by. Returns the seconds it took."""
         started = time.monotonic()
         # As few rows as a last pass may have: products of few rows are tuned for them, too
         self.prefill([0] * min(WINDOW + 1, self.capacity))
@@ -463,7 +479,8 @@ class Engine:
         return time.monotonic() - started
 
     def measure(self, window: int, repeats: int = 9) -> None:
-        """Tells `pace` the median seconds of a round for each size; the sizes take turns, as other work comes and goes."""
+        """Tells `pace` the median seconds of a round for each size; the sizes take turns, as other work comes
+        and goes."""
         seconds = {m: [] for m in self.sizes}
         for m in self.sizes * repeats:
             self.buffers.pos.fill_(max(0, window - m - 2))
@@ -479,7 +496,8 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int], keep: int = 0) -> None:
-        """Reads all of the prompt but its last token into the caches, in passes of PREFILL_ROWS, the last one padded.
+        """Reads all of the prompt but its last token into the caches, in passes of PREFILL_ROWS, the last one
+        padded.
 
         keep: so many of its first tokens are there already, from the sequence before.
         """
@@ -513,8 +531,8 @@ class Engine:
         return visible
 
     def steps(self, visible: Tensor, m: int, drafts: int = 0) -> list:
-        """What a round launches, in order: the draft loop (of `drafts` tokens, default m) and the verification of m, or the
-        plain step. The last one reports."""
+        """What a round launches, in order: the draft loop (of `drafts` tokens, default m) and the
+        verification of m, or the plain step. The last one reports."""
         b, s = self.buffers, self.settings
         if self.draft is None:
             return [lambda: self.plain_step(self.target, b, s, visible)]
@@ -528,8 +546,9 @@ class Engine:
 
     @torch.inference_mode()
     def launch(self, needed: int, m: int = 0, most: int = 0) -> Slot:
-        """Starts a round of m draft tokens (default speculate_k), or only of the `most` that can still be used, which may look
-        at positions below `needed`; waits for nothing. A captured draft loop always makes m."""
+        """Starts a round of m draft tokens (default speculate_k), or only of the `most` that can still be
+        used, which may look at positions below `needed`; waits for nothing. A captured draft loop always
+        makes m."""
         b, m = self.buffers, m or self.settings.speculate_k
         drafts = m if self.graphs or not most else min(m, most)
         slot = self.slots[0]
@@ -571,8 +590,9 @@ class Engine:
     ) -> Iterator[tuple[int, str]]:
         """Decodes after `prompt`, yields (token, origin) as rounds commit them, and fills `result`.
 
-        Stops exactly at the first stop token (which is put out) or after max_new_tokens. keep: as in `prefill`.
-        With `overlap` a round is under way before the last one is read; one that lies past the end is thrown away.
+        Stops exactly at the first stop token (which is put out) or after max_new_tokens. keep: as in
+        `prefill`. With `overlap` a round is under way before the last one is read; one that lies past the end
+        is thrown away.
         """
         check_prompt(prompt, max_new_tokens, self.length, *self.context)
         result = self.result = result or Result(len(prompt))
@@ -603,7 +623,8 @@ class Engine:
             yield from fresh
 
     def size_of_round(self, needed: int, left: int) -> tuple[int, int]:
-        """M of a round that looks at positions below `needed`, and how many draft tokens can be used, of `left` to come."""
+        """M of a round that looks at positions below `needed`, and how many draft tokens can be used, of
+        `left` to come."""
         most = left + self.ahead
         return self.pace.choose(needed, most), most
 
@@ -650,13 +671,14 @@ class Engine:
 
 
 def capacity_for(length: int, speculate_k: int) -> int:
-    """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for the drafts
-    of two rounds past the end, since one may be under way when the end is found."""
+    """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for
+    the drafts of two rounds past the end, since one may be under way when the end is found."""
     return -(-(length + 2 * (speculate_k + 1)) // WINDOW) * WINDOW
 
 
 def threshold_of(settings: Settings, head: JudgeHead | None) -> float | None:
-    """The threshold in force: as asked for, else the judge's own, else the rule's default; None without a knob."""
+    """The threshold in force: as asked for, else the judge's own, else the rule's default; None without a
+    knob."""
     if settings.verify in ("plain", "standard"):
         return None
     if settings.threshold is not None:
@@ -682,7 +704,8 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
         raise InputError(f"--verify {settings.verify} needs a draft; name one with --draft_checkpoint_path.")
     if settings.relax_between is not None and settings.verify in ("plain", "standard"):
         raise InputError(
-            f"--relax_between says where a rule applies, but --verify {settings.verify} has none; leave it out."
+            f"--relax_between says where a rule applies, but --verify {settings.verify} has none; leave it "
+            f"out."
         )
     if settings.verify == "judge" and not has_judge:
         raise InputError("--verify judge needs a judge; name one with --judge_path.")
@@ -702,7 +725,8 @@ def smallest_context(target: ModelArgs, draft: ModelArgs | None) -> tuple[int, s
 def check_prompt(
     prompt: list[int], max_new_tokens: int, length: int, context: int, whose: str = "the model's context"
 ) -> None:
-    """Raises InputError when the prompt is empty, or prompt and output do not fit the context, `whose` it is, or the cache."""
+    """Raises InputError when the prompt is empty, or prompt and output do not fit the context, `whose` it is,
+    or the cache."""
     if not prompt:
         raise InputError("The prompt is empty; give at least one token.")
     if max_new_tokens < 1:
@@ -734,7 +758,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to say").add_argument
     add(
         "--prompt",
-        help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo problem)",
+        help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo "
+        "problem)",
     )
     add("--chat", action="store_true", help="put the prompt into the folder's chat format")
     add(
@@ -831,7 +856,8 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
     dtype, shape = run_dtype(args.precision, device), read_config(args.checkpoint_path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise InputError(
-            f"{args.checkpoint_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {shape.vocab_size}."
+            f"{args.checkpoint_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
+            f"{shape.vocab_size}."
         )
     length = args.cache_length or prompt_tokens + args.max_new_tokens
     if args.interactive and not args.cache_length:
@@ -861,16 +887,26 @@ def settings_of(args: argparse.Namespace) -> Settings:
     budget = (getattr(args, "max_new_tokens", None) or 1 << 30) + (
         RULES[args.verify].ahead if args.verify in RULES else 0
     )
-    return Settings(args.verify, args.threshold, min(max(SIZES) if auto else args.speculate_k, budget), args.temperature,
-                    args.top_k or None, args.compile, args.min_prob, auto, between,
-                    check_ranks=getattr(args, "check_ranks", False),
-                    debug_numerics=getattr(args, "debug_numerics", False))  # fmt: skip
+    return Settings(
+        args.verify,
+        args.threshold,
+        min(max(SIZES) if auto else args.speculate_k, budget),
+        args.temperature,
+        args.top_k or None,
+        args.compile,
+        args.min_prob,
+        auto,
+        between,
+        check_ranks=getattr(args, "check_ranks", False),
+        debug_numerics=getattr(args, "debug_numerics", False),
+    )
 
 
 def run_samples(
     args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], drift: Drift
 ) -> None:
-    """Generates --num_samples answers and prints them: the answer on standard output, figures on standard error."""
+    """Generates --num_samples answers and prints them: the answer on standard output, figures on standard
+    error."""
     paint = Paint(sys.stdout, engine.draft is not None, args.marks)
     for sample in range(args.num_samples):
         last = sample + 1 == args.num_samples
@@ -902,7 +938,8 @@ COMPARED = 5  # pairs of runs that a ratio of speeds is the median of, after one
 
 
 def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int]) -> None:
-    """Decodes the same prompt without a draft and with it, by turns, and prints passes of the target and speeds of both."""
+    """Decodes the same prompt without a draft and with it, by turns, and prints passes of the target and
+    speeds of both."""
     settings = replace(
         engine.settings, verify="plain", threshold=None, adaptive=False, relax_between=None, min_prob=0.0
     )
@@ -921,13 +958,19 @@ def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int])
         "" if args.temperature else f", {'the same text' if plain.tokens == fast.tokens else 'another text'}"
     )
     print(summary("plain", plain), file=sys.stderr)
-    print(f"{args.verify}: {fast.rounds} passes of the target for {len(fast.tokens)} tokens, plain: {plain.rounds} for "
-          f"{len(plain.tokens)}{same}; {ratios[COMPARED // 2]:.2f} times as fast (median of {COMPARED} runs by turns, "
-          f"{ratios[0]:.2f} to {ratios[-1]:.2f}).", file=sys.stderr)  # fmt: skip
+    print(
+        f"{args.verify}: {fast.rounds} passes of the target for {len(fast.tokens)} tokens, plain: "
+        f"{plain.rounds} for "
+        f"{len(plain.tokens)}{same}; {ratios[COMPARED // 2]:.2f} times as fast (median of {COMPARED} runs "
+        f"by turns, "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}).",
+        file=sys.stderr,
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for a command line that cannot run, before anything is loaded. A calibration gives the rule."""
+    """Raises InputError for a command line that cannot run, before anything is loaded. A calibration gives
+    the rule."""
     if args.calibration:
         calibration = read_calibration(args.calibration)
         rule = calibration["conditions"]["verify"]

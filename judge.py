@@ -1,15 +1,18 @@
 """The judge head, the verification rules, their data, and training a head.
 
-A judge is one linear layer on the target's last hidden state before the final norm, at the draft token's own position
-(Judge Decoding, arXiv 2501.19309). A draft token passes when the standard test OR the rule accepts it.
+A judge is one linear layer on the target's last hidden state before the final norm, at the draft token's own
+position (Judge Decoding, arXiv 2501.19309). A draft token passes when the standard test OR the rule accepts
+it.
 
-    python judge.py train --data answers.jsonl --out judge.safetensors       # of the demo target, or --checkpoint_path
-    python judge.py calibrate --verify judge --max_harm 0.02 --questions demo        # see scripts/calibrate.py
+    python judge.py train --data answers.jsonl --out judge.safetensors       # of the demo target, or
+    --checkpoint_path python judge.py calibrate --verify judge --max_harm 0.02 --questions demo        # see
+    scripts/calibrate.py
 
 Training data are JSON lines, one answer each, in either form:
 
-    {"prompt": "...", "response": "...", "errors": [[start, end], ...], "source": "..."}      characters of the response
-    {"prompt_tokens": [...], "tokens": [...], "labels": [1 right, 0 wrong, -100 ignored, ...], "source": "..."}
+    {"prompt": "...", "response": "...", "errors": [[start, end], ...], "source": "..."}      characters of
+    the response {"prompt_tokens": [...], "tokens": [...], "labels": [1 right, 0 wrong, -100 ignored, ...],
+    "source": "..."}
 """
 
 from cli import InputError, Parser, shortened_value  # isort: skip  (first: from here on Ctrl-C is silent)
@@ -47,7 +50,8 @@ def no_prompts() -> Tensor:
 
 @dataclass(frozen=True)
 class JudgeHead:
-    """score = sigmoid(weight . hidden + draft_weight . draft_hidden + bias), in fp32. `info`: the header, on its making."""
+    """score = sigmoid(weight . hidden + draft_weight . draft_hidden + bias), in fp32. `info`: the header, on
+    its making."""
 
     weight: Tensor  # (dim,)
     bias: Tensor  # ()
@@ -62,8 +66,8 @@ class JudgeHead:
         return "target" if self.draft_weight is None else "target+draft"
 
     def score(self, hidden: Tensor, draft_hidden: Tensor | None = None) -> Tensor:
-        """Probability that each token is right. hidden (..., dim): its own rows of the target's pre-norm states;
-        draft_hidden (..., dim of the draft): the draft's states in the rows that proposed it."""
+        """Probability that each token is right. hidden (..., dim): its own rows of the target's pre-norm
+        states; draft_hidden (..., dim of the draft): the draft's states in the rows that proposed it."""
         z = hidden.float() @ self.weight + self.bias
         return torch.sigmoid(z if self.draft_weight is None else z + draft_hidden.float() @ self.draft_weight)
 
@@ -74,7 +78,8 @@ class JudgeHead:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes `judge.safetensors`, beside and renamed. One entry in its header, since their order is not kept."""
+        """Writes `judge.safetensors`, beside and renamed. One entry in its header, since their order is not
+        kept."""
         header = {
             "threshold": self.threshold,
             "feature": self.feature,
@@ -120,7 +125,8 @@ def load_judge(path: str | Path, target: Transformer, draft: Transformer | None 
 
 
 def head_of(header: dict, tensors: dict[str, Tensor], where: str) -> JudgeHead:
-    """The head in a judge's file. Raises InputError beginning with `where`, naming what no training has written."""
+    """The head in a judge's file. Raises InputError beginning with `where`, naming what no training has
+    written."""
     if missing := next(
         (name for name in ("threshold", "feature", "target_fingerprint", "info") if name not in header), None
     ):
@@ -128,7 +134,8 @@ def head_of(header: dict, tensors: dict[str, Tensor], where: str) -> JudgeHead:
     threshold, feature, info = header["threshold"], header["feature"], header["info"]
     if feature not in list(FEATURES):
         raise InputError(
-            f"{where} reads the feature {shortened_value(feature)}; this engine gives {' and '.join(FEATURES)}."
+            f"{where} reads the feature {shortened_value(feature)}; this engine gives "
+            f"{' and '.join(FEATURES)}."
         )
     if not isinstance(header["target_fingerprint"], str):
         raise InputError(f"{where} is not a judge file: its 'target_fingerprint' is no text.")
@@ -163,27 +170,40 @@ def head_of(header: dict, tensors: dict[str, Tensor], where: str) -> JudgeHead:
     if not is_number(threshold):
         raise InputError(f"{where} is not a judge file: its threshold is {shortened_value(threshold)}.")
     check_threshold("judge", threshold, f"{where}: threshold")
-    return JudgeHead(weights["weight"], weights["bias"].reshape(()), float(threshold), header["target_fingerprint"], info,
-                     weights.get("draft_weight"), trained_on)  # fmt: skip
+    return JudgeHead(
+        weights["weight"],
+        weights["bias"].reshape(()),
+        float(threshold),
+        header["target_fingerprint"],
+        info,
+        weights.get("draft_weight"),
+        trained_on,
+    )
 
 
 def check_info(info: object, where: str) -> None:
-    """Raises InputError beginning with `where` for notes on a head's training that no training has written."""
+    """Raises InputError beginning with `where` for notes on a head's training that no training has
+    written."""
     if not isinstance(info, dict):
         raise InputError(f"{where} is not a judge file: its 'info' is no object.")
     kinds = {
-        "chat": lambda value: type(value) is bool, "rows": lambda value: type(value) is int and value > 0,
-        "label_policy": lambda value: value in LABEL_POLICIES, "held_out": lambda value: isinstance(value, dict),
-        "guard": lambda value: isinstance(value, dict), "l2": lambda value: is_number(value, 0),
-        "draft_fingerprint": lambda value: isinstance(value, str), "dtype": lambda value: isinstance(value, str),
-        "answers": lambda value: type(value) is int and value >= 0, "data": lambda value: isinstance(value, str),
-    }  # fmt: skip
+        "chat": lambda value: type(value) is bool,
+        "rows": lambda value: type(value) is int and value > 0,
+        "label_policy": lambda value: value in LABEL_POLICIES,
+        "held_out": lambda value: isinstance(value, dict),
+        "guard": lambda value: isinstance(value, dict),
+        "l2": lambda value: is_number(value, 0),
+        "draft_fingerprint": lambda value: isinstance(value, str),
+        "dtype": lambda value: isinstance(value, str),
+        "answers": lambda value: type(value) is int and value >= 0,
+        "data": lambda value: isinstance(value, str),
+    }
     if bad := next((name for name, fine in kinds.items() if name in info and not fine(info[name])), None):
         raise InputError(f"{where} is broken: {bad!r} in its 'info' cannot be {shortened_value(info[bad])}.")
 
 
-# A rule is (draft_tokens (M,), target_logits (M, V), draft_logits (M, V), scores (M,), threshold ()) -> bool (M,).
-# target_logits[i] is the row BEFORE draft token i, which predicts it; scores[i] was read AT token i.
+# A rule is (draft_tokens (M,), target_logits (M, V), draft_logits (M, V), scores (M,), threshold ()) -> bool
+# (M,). target_logits[i] is the row BEFORE draft token i, which predicts it; scores[i] was read AT token i.
 
 
 def standard(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, threshold) -> Tensor:
@@ -197,7 +217,8 @@ def judge(draft_tokens, target_logits, draft_logits, scores: Tensor, threshold: 
 
 
 def kl(draft_tokens, target_logits: Tensor, draft_logits: Tensor, scores, threshold: Tensor) -> Tensor:
-    """KL(target || draft) < tau, but only where the target is not sure: max p <= 0.9 (JuDi, arXiv 2601.04766)."""
+    """KL(target || draft) < tau, but only where the target is not sure: max p <= 0.9 (JuDi, arXiv
+    2601.04766)."""
     log_p, log_q = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
     p = log_p.exp()
     return (p.amax(-1) <= 0.9) & ((p * (log_p - log_q)).sum(-1) < threshold)
@@ -224,7 +245,8 @@ AGREED = 6  # W of window: the token itself and the next five
 def topn_delta(
     draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, threshold: Tensor
 ) -> Tensor:
-    """The token is among the target's TOPN most likely, and p(token) >= max p - delta (TensorRT-LLM's relaxed acceptance)."""
+    """The token is among the target's TOPN most likely, and p(token) >= max p - delta (TensorRT-LLM's relaxed
+    acceptance)."""
     p = target_logits.softmax(-1)
     own = p.gather(-1, draft_tokens[:, None])
     return ((p > own).sum(-1) < TOPN) & (own.squeeze(-1) >= p.amax(-1) - threshold)
@@ -241,11 +263,13 @@ def divergence(
 
 
 def window(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, threshold: Tensor) -> Tensor:
-    """The target is undecided, H3 >= h, and its own choices are the next AGREED - 1 draft tokens (FLy, arXiv 2511.22972).
+    """The target is undecided, H3 >= h, and its own choices are the next AGREED - 1 draft tokens (FLy, arXiv
+    2511.22972).
 
-    H3: -sum of p ln p, in nats, over the target's 3 most likely tokens, p from the whole softmax. The last AGREED tokens
-    of a draft never pass. This is the authors' code (github.com/AMD-AGI/FLy, fly/models/FLy.py); vLLM (pull requests
-    50808, 53987) asks for one more agreeing token, and for a p of the token above 0.
+    H3: -sum of p ln p, in nats, over the target's 3 most likely tokens, p from the whole softmax. The last
+    AGREED tokens of a draft never pass. This is the authors' code (github.com/AMD-AGI/FLy,
+    fly/models/FLy.py); vLLM (pull requests 50808, 53987) asks for one more agreeing token, and for a p of the
+    token above 0.
     """
     p = target_logits.softmax(-1).topk(min(3, target_logits.shape[-1])).values
     agrees = F.pad((target_logits.argmax(-1) == draft_tokens).long(), (0, AGREED))
@@ -259,8 +283,9 @@ def window(draft_tokens: Tensor, target_logits: Tensor, draft_logits, scores, th
 def ensemble(
     draft_tokens: Tensor, target_logits: Tensor, draft_logits: Tensor, scores, threshold: Tensor
 ) -> Tensor:
-    """The token is the most likely one of the mixture w p + (1 - w) q (DIVERSE, arXiv 2604.07622; `transformers` has it
-    as `assistant_ensemble_weight`). Its correction and its sampling are the mixture's, too: see `mixture`."""
+    """The token is the most likely one of the mixture w p + (1 - w) q (DIVERSE, arXiv 2604.07622;
+    `transformers` has it as `assistant_ensemble_weight`). Its correction and its sampling are the mixture's,
+    too: see `mixture`."""
     return mixture(target_logits.softmax(-1), draft_logits.softmax(-1), threshold).argmax(-1) == draft_tokens
 
 
@@ -274,7 +299,8 @@ def mixture(p: Tensor, q: Tensor, weight: Tensor, min_prob: float = 0.0) -> Tens
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule with what its threshold is called, its range, the default, and a walk from strict to loose for calibration.
+    """A rule with what its threshold is called, its range, the default, and a walk from strict to loose for
+    calibration.
 
     ahead: so many draft tokens after a token decide with it; with fewer of them drafted it does not pass.
     """
@@ -336,10 +362,11 @@ def rule_mask(
     stop_ids: Tensor,
     min_prob: float = 0.0,
 ) -> Tensor:
-    """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone, nor does a token that the
-    target gives less than min_prob.
+    """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone, nor does a token
+    that the target gives less than min_prob.
 
-    `ensemble` is the exception for stop tokens: it decodes the mixture, whose own correction would be that very token.
+    `ensemble` is the exception for stop tokens: it decodes the mixture, whose own correction would be that
+    very token.
     """
     accepted = RULES[name].accept(draft_tokens, target_logits, draft_logits, scores, threshold)
     if name != "ensemble":
@@ -352,8 +379,9 @@ def rule_mask(
 
 
 class Markers(NamedTuple):
-    """Two texts as an automaton over tokens: table[state, token] is the next state; from `inside` on, the text stands
-    between them. It reads bytes, so that it does not matter how the texts were cut into tokens."""
+    """Two texts as an automaton over tokens: table[state, token] is the next state; from `inside` on, the
+    text stands between them. It reads bytes, so that it does not matter how the texts were cut into
+    tokens."""
 
     table: Tensor  # (states, V) uint8
     inside: int
@@ -362,9 +390,9 @@ class Markers(NamedTuple):
         return Markers(self.table.to(device), self.inside)
 
     def walk(self, region: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-        """From state `region` (1,) over draft tokens (M,): which of them a rule may accept, bool (M,), and the states
-        (M + 1,) before, between and after them. The token that completes either text is left to the standard test (unless
-        it also begins the next stretch, as one that closes and opens at once)."""
+        """From state `region` (1,) over draft tokens (M,): which of them a rule may accept, bool (M,), and
+        the states (M + 1,) before, between and after them. The token that completes either text is left to
+        the standard test (unless it also begins the next stretch, as one that closes and opens at once)."""
         states = [region]
         for token in drafted.split(1):
             states.append(self.table[states[-1], token].long())
@@ -401,8 +429,8 @@ def make_markers(between: tuple[str, str] | None, tokenizer: Tokenizer, vocab_si
 
 
 def byte_automaton(begin: bytes, end: bytes) -> Tensor:
-    """Knuth-Morris-Pratt for two texts in turn, (states, 256) uint8: state k < len(begin) has seen k bytes of begin,
-    state len(begin) + k has seen begin and then k bytes of end."""
+    """Knuth-Morris-Pratt for two texts in turn, (states, 256) uint8: state k < len(begin) has seen k bytes of
+    begin, state len(begin) + k has seen begin and then k bytes of end."""
     rows = []
     for text, base, done in ((begin, 0, len(begin)), (end, len(begin), 0)):
         for seen in range(len(text)):

@@ -1,17 +1,13 @@
-"""The products and the attention of a few rows: where decoding spends its time, and what libraries are slowest at.
+"""The products and the attention of a few rows: where decoding spends its time, and what libraries are
+slowest at.
 
-`linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use, elsewhere
-and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a Triton kernel that reads
-from dataclasses import dataclass
-from torch import Tensor
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
-import gc
-import torch
-import types
-from cli import InputError
-from the device how far the text goes, so that one captured graph serves every position. `few_rows` multiplies up to 64
-rows with quantised weights there; on a CPU kernels.cpp does.
+`linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use,
+elsewhere and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a
+Triton kernel that reads from dataclasses import dataclass from torch import Tensor from
+torch._inductor.cpp_builder import get_cpp_compiler from torch._inductor.exc import InvalidCxxCompiler import
+gc import torch import types from cli import InputError from the device how far the text goes, so that one
+captured graph serves every position. `few_rows` multiplies up to 64 rows with quantised weights there; on a
+CPU kernels.cpp does.
 """
 
 import gc
@@ -42,7 +38,8 @@ except ImportError:  # CPU builds of PyTorch come without it
 
 SOURCE = Path(__file__).resolve().with_name("kernels.cpp")
 FLAGS = (
-    "-O3 -std=c++20 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp "
+    "-O3 -std=c++20 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fassociative-math "
+    "-fno-signed-zeros -fopenmp "
     "-shared -fPIC"
 )
 MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
@@ -120,7 +117,8 @@ def cache_folder() -> Path:
 
 
 def usable_cache() -> Path:
-    """`cache_folder`, made where it is missing; where it cannot be written, one of this user's own among temporary files."""
+    """`cache_folder`, made where it is missing; where it cannot be written, one of this user's own among
+    temporary files."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -224,7 +222,8 @@ if triton is not None:
         INT4: tl.constexpr, GROUP: tl.constexpr, X_K: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """x (T, X_K) times BLOCK_N quantised weight rows, over one part of the columns, each `each` wide: fp32 (T, N)."""
+        """x (T, X_K) times BLOCK_N quantised weight rows, over one part of the columns, each `each` wide:
+        fp32 (T, N)."""
         rows, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         number = tl.program_id(1)
         begin, end = number * each, tl.minimum(number * each + each, K)
@@ -258,7 +257,8 @@ if triton is not None:
 
 
 class Tiling(NamedTuple):
-    """How `few_rows` cuts a product: sizes of a block, warps and loads in flight of a program, programs a multiprocessor."""
+    """How `few_rows` cuts a product: sizes of a block, warps and loads in flight of a program, programs a
+    multiprocessor."""
 
     block_n: int
     block_k: int
@@ -276,11 +276,13 @@ tilings: dict[str, Tiling] = {}  # the choices of this process, by shape
 
 @torch.library.custom_op("judge_fast::few_rows", mutates_args=())
 def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) of up to MOST_ROWS rows times a quantised weight, packed as quantize.py says -> (..., n), on a GPU.
+    """x (..., k) of up to MOST_ROWS rows times a quantised weight, packed as quantize.py says -> (..., n), on
+    a GPU.
 
-    Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into parts that run
-    side by side where the weight has too few rows to fill the GPU; the parts are summed in fp32. The first product of a
-    shape measures TILINGS, unless an earlier process has, on the same kind of GPU.
+    Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into
+    parts that run side by side where the weight has too few rows to fill the GPU; the parts are summed in
+    fp32. The first product of a shape measures TILINGS, unless an earlier process has, on the same kind of
+    GPU.
     """
     block_m = power_of_2(x.numel() // x.shape[-1])
     fitting = [tiling for tiling in TILINGS if weight.shape[0] % tiling.block_n == 0]
@@ -305,10 +307,23 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, n: int, tiling: Tiling) -
     n_parts = -(-k // each)
     part = torch.empty(n_parts, rows, n_padded, dtype=torch.float32, device=x.device)
     product_part[(blocks, n_parts)](
-        x.contiguous(), weight, scales, part, n_padded, k, rows, each, INT4=int4, GROUP=k // scales.shape[1] if int4 else 1,
-        X_K=x.shape[-1], BLOCK_M=power_of_2(rows), BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-    )  # fmt: skip
+        x.contiguous(),
+        weight,
+        scales,
+        part,
+        n_padded,
+        k,
+        rows,
+        each,
+        INT4=int4,
+        GROUP=k // scales.shape[1] if int4 else 1,
+        X_K=x.shape[-1],
+        BLOCK_M=power_of_2(rows),
+        BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
     return part.sum(0)[:, :n].to(x.dtype).view(*x.shape[:-1], n)
 
 
@@ -337,7 +352,8 @@ def tilings_file(device: torch.device) -> Path:
 
 
 def read_tilings(device: torch.device) -> dict[str, Tiling]:
-    """What earlier processes chose; nothing where the file is missing or damaged: then it is measured again."""
+    """What earlier processes chose; nothing where the file is missing or damaged: then it is measured
+    again."""
     try:
         return {key: Tiling(*found) for key, found in json.loads(tilings_file(device).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -345,7 +361,8 @@ def read_tilings(device: torch.device) -> dict[str, Tiling]:
 
 
 def write_tilings(device: torch.device) -> None:
-    """Keeps the choices, beside those of other processes. Where that fails, the next process measures again."""
+    """Keeps the choices, beside those of other processes. Where that fails, the next process measures
+    again."""
     path = tilings_file(device)
     try:
         path.parent.mkdir(
@@ -362,7 +379,8 @@ def write_tilings(device: torch.device) -> None:
 
 
 def scaled_product(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) in bf16 or fp32, quantised to e4m3 with one scale a row, times fp8 weights (N, K), scales (N,) -> (..., n).
+    """x (..., k) in bf16 or fp32, quantised to e4m3 with one scale a row, times fp8 weights (N, K), scales
+    (N,) -> (..., n).
 
     Any number of rows, by PyTorch's product of fp8 with fp8, whose output is bf16.
     """
@@ -381,11 +399,13 @@ def few_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
 
 @torch.library.custom_op("judge_fast::attend", mutates_args=())
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
-    """Attention of T rows over the part of a KV cache that they may see; traffic follows pos, not the cache's length.
+    """Attention of T rows over the part of a KV cache that they may see; traffic follows pos, not the cache's
+    length.
 
-    q: (n_kv_head, group * T, D), row r being query head r // T of its group and token r % T. k_cache, v_cache:
-    (1, n_kv_head, length, D). pos: (T,) ascending positions; row t sees positions up to pos[t]. -> (1, T, heads * D).
-    The positions are cut into parts that run side by side (flash decoding); softmax and sums are fp32.
+    q: (n_kv_head, group * T, D), row r being query head r // T of its group and token r % T. k_cache,
+    v_cache: (1, n_kv_head, length, D). pos: (T,) ascending positions; row t sees positions up to pos[t]. ->
+    (1, T, heads * D). The positions are cut into parts that run side by side (flash decoding); softmax and
+    sums are fp32.
     """
     n_kv, rows, d = q.shape
     blocks = -(-rows // 128)
@@ -441,7 +461,8 @@ class Graph:
 
 
 def capture(action, pool) -> Graph:
-    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to tune.
+    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to
+    tune.
 
     pool: memory that graphs share which never run at the same time (torch.cuda.graph_pool_handle()).
     """
@@ -468,9 +489,10 @@ def check_compiler() -> None:
 def compile_step(step, device: str, cpp_wrapper: bool = True):
     """Compiles a step function for one engine, as one graph that serves every length of `visible`.
 
-    A model, its settings and its buffers never change within an engine, so that only `first` is guarded: checking the
-    rest would cost more than a small draft's step. The copied code object keeps engines apart, since dynamo caches by
-    code object. cpp_wrapper: off where a step holds collectives, which the C++ wrapper around CPU kernels cannot call.
+    A model, its settings and its buffers never change within an engine, so that only `first` is guarded:
+    checking the rest would cost more than a small draft's step. The copied code object keeps engines apart,
+    since dynamo caches by code object. cpp_wrapper: off where a step holds collectives, which the C++ wrapper
+    around CPU kernels cannot call.
     """
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
 

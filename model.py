@@ -1,8 +1,9 @@
-"""Llama 3.1 for one sequence at the lowest latency: arguments, static KV cache, transformer, loading a folder.
+"""Llama 3.1 for one sequence at the lowest latency: arguments, static KV cache, transformer, loading a
+folder.
 
-A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as published (Llama 2, 3, 3.1, 3.2, 3.3):
-`config.json` and `model.safetensors`, or an index with shards. It is read as it stands. RoPE uses the half-split
-layout of those weights. Nothing here knows about drafts or judges.
+A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as published (Llama 2, 3, 3.1, 3.2,
+3.3): `config.json` and `model.safetensors`, or an index with shards. It is read as it stands. RoPE uses the
+half-split layout of those weights. Nothing here knows about drafts or judges.
 """
 
 import math
@@ -50,7 +51,8 @@ def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a Llama. Names follow gpt-fast; checkpoint.py reads them from Hugging Face's `config.json`."""
+    """The shape of a Llama. Names follow gpt-fast; checkpoint.py reads them from Hugging Face's
+    `config.json`."""
 
     dim: int
     n_layer: int
@@ -80,8 +82,8 @@ class ModelArgs:
         return 2 * self.n_layer * self.n_kv_head * self.head_dim * length * dtype.itemsize
 
     def step_bytes(self, length: int, dtype: torch.dtype, rows: int = 1) -> int:
-        """Bytes that a step of `rows` rows must read at position `length`: every weight once (of an embedding that is
-        not the LM head, too, only the rows' own), and the cache so far."""
+        """Bytes that a step of `rows` rows must read at position `length`: every weight once (of an embedding
+        that is not the LM head, too, only the rows' own), and the cache so far."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.dim
         return (self.n_params - embedding + rows * self.dim) * dtype.itemsize + self.cache_bytes(
             length, dtype
@@ -90,7 +92,8 @@ class ModelArgs:
 
 LLAMA31_ROPE = (8.0, 1.0, 4.0, 8192)
 LLAMA32_ROPE = (32.0, 1.0, 4.0, 8192)
-# Published shapes, for benchmarks with random weights: dim, layers, heads, KV heads, intermediate, head_dim, rope, tied
+# Published shapes, for benchmarks with random weights: dim, layers, heads, KV heads, intermediate, head_dim,
+# rope, tied
 PRESETS = {
     "Llama-3.2-1B": (2048, 16, 32, 8, 8192, 64, LLAMA32_ROPE, True),
     "Llama-3.2-3B": (3072, 28, 24, 8, 8192, 128, LLAMA32_ROPE, True),
@@ -101,7 +104,8 @@ PRESETS = {
 
 
 def preset(name: str) -> ModelArgs:
-    """The arguments of a published Llama by name, for random weights. Raises InputError with the names known."""
+    """The arguments of a published Llama by name, for random weights. Raises InputError with the names
+    known."""
     if name not in PRESETS:
         raise InputError(f"There is no preset {name!r}; known are {', '.join(PRESETS)}.")
     dim, n_layer, n_head, n_kv_head, intermediate, head_dim, rope, tied = PRESETS[name]
@@ -175,7 +179,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, window: int
     ) -> Tensor:
-        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask and window as `see` gives -> (B, T, dim)."""
+        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask and window as `see` gives -> (B,
+        T, dim)."""
         a, (batch, rows, _) = self.args, x.shape
         qkv = self.wqkv(x).view(batch, rows, -1, a.head_dim)
         q, k, v = qkv.split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
@@ -212,16 +217,18 @@ def causal_mask(pos: Tensor, window: int, dtype: torch.dtype) -> Tensor:
 
 
 def heads_as_rows(q: Tensor, n_kv_head: int) -> Tensor:
-    """(1, T, n_head, D) -> (1, n_kv_head, group * T, D), row r being query head r // T of its group and token r % T."""
+    """(1, T, n_head, D) -> (1, n_kv_head, group * T, D), row r being query head r // T of its group and token
+    r % T."""
     _, rows, _, d = q.shape
     return q.view(1, rows, n_kv_head, -1, d).permute(0, 2, 3, 1, 4).reshape(1, n_kv_head, -1, d)
 
 
 def use_heads_as_rows(q: Tensor) -> bool:
-    """Whether the query heads of one KV head become further rows of q (1, T, ...), so that its cache is read once.
+    """Whether the query heads of one KV head become further rows of q (1, T, ...), so that its cache is read
+    once.
 
-    Measured with PyTorch's attention on a CPU (benchmarks/attention_bf16.md, attention_fp32.md): it pays for single rows,
-    and in fp32 for those of a verification.
+    Measured with PyTorch's attention on a CPU (benchmarks/attention_bf16.md, attention_fp32.md): it pays for
+    single rows, and in fp32 for those of a verification.
     """
     rows = q.shape[1]
     return q.device.type == "cpu" and rows <= (kernels.MOST_ROWS if q.dtype == torch.float32 else 2)
@@ -254,7 +261,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama. Without caches it reads whole sequences (training); after `setup_caches` it decodes one sequence.
+    """A Llama. Without caches it reads whole sequences (training); after `setup_caches` it decodes one
+    sequence.
 
     local: the shape of the weights held here, where they are a part of the model (tp.py); default: all of it.
     """
@@ -284,7 +292,8 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.dtype
 
     def setup_caches(self, length: int) -> None:
-        """Allocates KV caches and the RoPE table for `length` positions; keeps longer ones that fit the weights."""
+        """Allocates KV caches and the RoPE table for `length` positions; keeps longer ones that fit the
+        weights."""
         cache = self.layers[0].attention.k_cache
         if (
             cache is not None
@@ -312,11 +321,12 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Reads tokens, returns (hidden, logits).
 
-        tokens: (B, T) ids. pos: (T,) their ascending positions in the cache (B = 1), or None to read whole sequences
-        without a cache. window: the step sees cache positions below it (at least max(pos) + 1; default: all).
-        prefill: the rows are many, and the last of the window (on a GPU other kernels serve them).
-        hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits, vocab) in fp32,
-        for the last n_logits rows (default all; 0 skips the LM head); of a part of a model only its part of the vocabulary.
+        tokens: (B, T) ids. pos: (T,) their ascending positions in the cache (B = 1), or None to read whole
+        sequences without a cache. window: the step sees cache positions below it (at least max(pos) + 1;
+        default: all). prefill: the rows are many, and the last of the window (on a GPU other kernels serve
+        them). hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits,
+        vocab) in fp32, for the last n_logits rows (default all; 0 skips the LM head); of a part of a model
+        only its part of the vocabulary.
         """
         window = self.cache_length if window is None else window
         x = self.tok_embeddings(tokens)
@@ -330,9 +340,11 @@ class Transformer(nn.Module):
         return x, self.output(self.norm(rows)).float()
 
     def see(self, x: Tensor, pos: Tensor, window: int, prefill: bool = False) -> Tensor | None:
-        """What is added to attention scores, 0 or -inf: (T, window), or (group * T, window) for rows by `heads_as_rows`.
+        """What is added to attention scores, 0 or -inf: (T, window), or (group * T, window) for rows by
+        `heads_as_rows`.
 
-        On a GPU nothing of that size is made: the decoding kernel needs none (None), and a prefill has a diagonal.
+        On a GPU nothing of that size is made: the decoding kernel needs none (None), and a prefill has a
+        diagonal.
         """
         if x.device.type == "cuda":
             return causal_lower_right(len(pos), window) if prefill else None
@@ -344,7 +356,8 @@ def random_model(
     args: ModelArgs, device: str | torch.device, dtype: torch.dtype, seed: int = 0,
     complete: Callable[["Transformer", str], None] | None = None,
 ) -> Transformer:  # fmt: skip
-    """A model with random weights, made on `device` layer by layer, so that memory never holds more than the model.
+    """A model with random weights, made on `device` layer by layer, so that memory never holds more than the
+    model.
 
     complete: as in `load_model`.
     """
@@ -381,7 +394,8 @@ def materialise(model: Transformer, name: str, dtype: torch.dtype, device: str |
 
 
 def first_not_finite(model: Transformer, ids: list[int]) -> str:
-    """Where numbers first stop being finite when `ids` are read in one pass, by module, or in which weights: a clause."""
+    """Where numbers first stop being finite when `ids` are read in one pass, by module, or in which weights:
+    a clause."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.float().isfinite().all():
             return f"the weight {name} holds NaN or infinity"

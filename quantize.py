@@ -1,12 +1,13 @@
 """Weight-only quantisation: int8, int4 and fp8 weights that are read in a quarter to a half of the time.
 
-    python quantize.py --checkpoint_path DIR --mode int8 --out DIR2       # DIR2 is a folder that generate.py loads
-    python generate.py --checkpoint_path DIR --mode int4                  # or quantised while it is loaded
+    python quantize.py --checkpoint_path DIR --mode int8 --out DIR2       # DIR2 is a folder that generate.py
+    loads python generate.py --checkpoint_path DIR --mode int4                  # or quantised while it is
+    loaded
 
-Every row of a weight matrix (an output channel) is quantised by itself, so that fusing and sharding by rows change
-nothing. int8 and fp8 (e4m3) have one scale a row; int4 a scale, and unless --symmetric an offset, a group of 32, 64 or 128
-columns. Activations stay as they are; kernels.py says how the products are done. Embedding, norms and, unless
---quantize_lm_head, the LM head are not quantised; nor is the judge.
+Every row of a weight matrix (an output channel) is quantised by itself, so that fusing and sharding by rows
+change nothing. int8 and fp8 (e4m3) have one scale a row; int4 a scale, and unless --symmetric an offset, a
+group of 32, 64 or 128 columns. Activations stay as they are; kernels.py says how the products are done.
+Embedding, norms and, unless --quantize_lm_head, the LM head are not quantised; nor is the judge.
 """
 
 from cli import InputError, Parser, Progress, run_script, shortened, shortened_value, whole  # isort: skip  (first: from here on Ctrl-C is silent)
@@ -50,7 +51,8 @@ TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 @dataclass(frozen=True)
 class Scheme:
-    """How to quantise. group_size and symmetric concern int4 alone; dynamic, activations too, token by token, fp8."""
+    """How to quantise. group_size and symmetric concern int4 alone; dynamic, activations too, token by token,
+    fp8."""
 
     mode: str
     group_size: int = 32
@@ -97,12 +99,13 @@ def scheme_named(name: str) -> Scheme | None:
 def quantize(
     weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing needs.
+    """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing
+    needs.
 
-    int8, fp8: weight (N, K'), scales (N,) fp32, and a weight is q * scale. int4: weight (N, K' / 2) uint8, scales
-    (N, K' / group, 2) bf16, and a weight is q * scales[..., 0] + scales[..., 1]; when symmetric the latter is -8 times
-    the former. whole_row: where these are some columns of a weight, gives the largest of all columns from the largest of
-    these (N,), so that their scales are those of the whole rows.
+    int8, fp8: weight (N, K'), scales (N,) fp32, and a weight is q * scale. int4: weight (N, K' / 2) uint8,
+    scales (N, K' / group, 2) bf16, and a weight is q * scales[..., 0] + scales[..., 1]; when symmetric the
+    latter is -8 times the former. whole_row: where these are some columns of a weight, gives the largest of
+    all columns from the largest of these (N,), so that their scales are those of the whole rows.
     """
     unit, columns = unit_of(scheme), weight.shape[1] + -weight.shape[1] % unit_of(scheme)
     parts = list(weight.split(slice_rows(columns)))
@@ -145,8 +148,8 @@ def unit_of(scheme: Scheme) -> int:
 def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Groups (N, groups, size) -> q in 0..15, and scales (N, groups, 2) in bf16: scale and offset.
 
-    For each of CLIPS the range is shrunk, and scale and offset fitted to the q that it gives by least squares; the best
-    by the error weighted with the weight's own square (large weights matter more) is kept.
+    For each of CLIPS the range is shrunk, and scale and offset fitted to the q that it gives by least
+    squares; the best by the error weighted with the weight's own square (large weights matter more) is kept.
     """
     importance = w.square() + 1e-12
     low, high = w.amin(-1), w.amax(-1)
@@ -188,7 +191,8 @@ def to_levels(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 def fit(
     w: Tensor, q: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and offset (N, groups) that minimise the weighted error of given levels; kept where that is undetermined."""
+    """Scale and offset (N, groups) that minimise the weighted error of given levels; kept where that is
+    undetermined."""
     if symmetric:
         levels = q - 8
         below = (importance * levels.square()).sum(-1)
@@ -204,7 +208,8 @@ def fit(
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """q (N, K) of 0..15 -> (N, K / 2): of each 32 columns the first 16 in the lower halves of 16 bytes, the rest above."""
+    """q (N, K) of 0..15 -> (N, K / 2): of each 32 columns the first 16 in the lower halves of 16 bytes, the
+    rest above."""
     low, high = q.to(torch.uint8).unflatten(1, (-1, 2, 16)).unbind(2)
     return (low | high << 4).flatten(1)
 
@@ -224,7 +229,8 @@ def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def product_in_slices(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) of any type times packed weights (N, K'), in x's type -> (..., n). Dequantises SLICE numbers at a time."""
+    """x (..., k) of any type times packed weights (N, K'), in x's type -> (..., n). Dequantises SLICE numbers
+    at a time."""
     y, k = x.new_empty(*x.shape[:-1], n), x.shape[-1]
     some = slice_rows(weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1))
     for begin in range(0, n, some):
@@ -246,11 +252,12 @@ def many_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor
 
 
 def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed weights, rows padded, as kernels.cpp reads them: of 16 rows at a time all columns, in lines of 64 bytes.
+    """Packed weights, rows padded, as kernels.cpp reads them: of 16 rows at a time all columns, in lines of
+    64 bytes.
 
-    int8, fp8: a line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a byte is a sign
-    and 7 bits of magnitude. int4: a line holds 8 columns, of each row 32 bits, columns 2p and 2p + 1 in bits 4p and 4p + 16;
-    scales and offsets lie by blocks of 16 rows, too.
+    int8, fp8: a line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a
+    byte is a sign and 7 bits of magnitude. int4: a line holds 8 columns, of each row 32 bits, columns 2p and
+    2p + 1 in bits 4p and 4p + 16; scales and offsets lie by blocks of 16 rows, too.
     """
     if weight.dtype == torch.uint8:
         q = (
@@ -269,7 +276,8 @@ def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer of packed weights, on a CPU in tiles; n_out and n_in are the sizes that the packing has padded."""
+    """A linear layer of packed weights, on a CPU in tiles; n_out and n_in are the sizes that the packing has
+    padded."""
 
     def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, dynamic: bool = False):
         super().__init__()
@@ -344,14 +352,16 @@ def prepare(device: torch.device, scheme: Scheme) -> None:
 
 
 def check_device(device: torch.device, scheme: Scheme | None) -> None:
-    """Raises InputError for a scheme whose numbers a GPU does not have: fp8 begins with compute capability 8.9."""
+    """Raises InputError for a scheme whose numbers a GPU does not have: fp8 begins with compute capability
+    8.9."""
     if scheme is None or scheme.mode != "fp8" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         found = ".".join(map(str, capability))
         raise InputError(
-            f"--mode fp8 needs a GPU of compute capability 8.9 or more; {device} has {found}: use int8 or int4."
+            f"--mode fp8 needs a GPU of compute capability 8.9 or more; {device} has {found}: use int8 or "
+            f"int4."
         )
 
 
@@ -361,8 +371,9 @@ def load_model(
 ) -> Transformer:  # fmt: skip
     """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
 
-    dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights and scales
-    are the slices of the whole's. Raises InputError as `checkpoint.load_published` does, and when folder, scheme and shard do not fit.
+    dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights
+    and scales are the slices of the whole's. Raises InputError as `checkpoint.load_published` does, and when
+    folder, scheme and shard do not fit.
     """
     folder, device = Path(folder), torch.device(device)
     written = read_scheme(folder)
@@ -387,7 +398,8 @@ def load_model(
 
 
 def completer(scheme: Scheme, shard: Shard | None = None) -> Callable[[Transformer, str], None]:
-    """What quantises a model's layers one by one, as soon as each is filled (`complete` of checkpoint.load_published)."""
+    """What quantises a model's layers one by one, as soon as each is filled (`complete` of
+    checkpoint.load_published)."""
 
     def complete(model: Transformer, parameter: str) -> None:
         model.quantization = str(scheme)
@@ -429,7 +441,8 @@ def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
 
 
 def grouped_plan(args: ModelArgs) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Our parameters -> the published tensors that they are made of, from top to bottom, with their shapes."""
+    """Our parameters -> the published tensors that they are made of, from top to bottom, with their
+    shapes."""
     groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, (ours, _, shape) in checkpoint.weight_plan(args).items():
         groups.setdefault(ours, []).append((name, shape))
@@ -449,7 +462,8 @@ def packed_shapes(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[tor
 def packed_part(
     part: tuple[slice, ...], shape: tuple[int, ...], scheme: Scheme
 ) -> dict[str, tuple[slice, ...]]:
-    """What a part of a weight (N, K) is of its packed weight and of its scales: columns of int8 and fp8 need all scales."""
+    """What a part of a weight (N, K) is of its packed weight and of its scales: columns of int8 and fp8 need
+    all scales."""
     if len(part) < 2:
         return {"": part, "_scale": part}
     unit, (rows, columns) = unit_of(scheme), part
@@ -472,7 +486,8 @@ def load_quantized(
     progress, places = Progress(f"loading {folder}", len(groups)), checkpoint.weight_plan(local)
 
     def read(name: str, kind: torch.dtype | None, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-        """The part of one tensor, whose type (None: any of DTYPES) and whole shape are checked; counts its bytes."""
+        """The part of one tensor, whose type (None: any of DTYPES) and whole shape are checked; counts its
+        bytes."""
         file = files.get(name)
         if file is None:
             raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")
@@ -514,9 +529,9 @@ def load_quantized(
 def convert(source: Path, out: Path, scheme: Scheme) -> None:
     """Writes a quantised copy of a folder, one layer a file; a killed run goes on where it stopped.
 
-    All is written to `out`.partial, which is renamed at the end; meanwhile no other process writes there. Memory: the
-    largest layer. Raises InputError, before any work, for an `out` that is there, save where a run was killed when it had
-    only to tidy up.
+    All is written to `out`.partial, which is renamed at the end; meanwhile no other process writes there.
+    Memory: the largest layer. Raises InputError, before any work, for an `out` that is there, save where a
+    run was killed when it had only to tidy up.
     """
     check_scheme(scheme)
     args = read_config(source)
@@ -547,8 +562,8 @@ SETTINGS = "settings.json"  # what an unfinished run is doing
 
 
 def is_complete(out: Path, work: Path, source: Path, scheme: Scheme) -> bool:
-    """Whether a run was killed between the folder's new name and the end: removes what it would have. Raises InputError
-    where the folder is complete and nothing is left to do."""
+    """Whether a run was killed between the folder's new name and the end: removes what it would have. Raises
+    InputError where the folder is complete and nothing is left to do."""
     if not os.path.isfile(out / "config.json"):
         return False
     entry = {"scheme": asdict(scheme), "packing": PACKING}
@@ -602,7 +617,8 @@ def is_scrap(name: str) -> bool:
 
 
 def write_shards(source: Path, work: Path, args: ModelArgs, files: dict, scheme: Scheme) -> dict[str, str]:
-    """One file a layer and one for the rest, those that are there already left as they are -> tensor name to file."""
+    """One file a layer and one for the rest, those that are there already left as they are -> tensor name to
+    file."""
     shards: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
     for name, (ours, _, shape) in checkpoint.weight_plan(args).items():
         layer = ours.split(".")[1] if ours.startswith("layers.") else "other"
@@ -633,7 +649,8 @@ def write_shard(
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file with the permissions of the umask, written beside and renamed. Raises InputError on a full disk."""
+    """A safetensors file with the permissions of the umask, written beside and renamed. Raises InputError on
+    a full disk."""
     with replacing(file) as fresh:
         try:
             save_file(tensors, fresh, metadata={"format": "pt"})
@@ -688,8 +705,8 @@ def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> 
 def temporary_bytes(
     args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, device: torch.device, rows: int = 2048
 ) -> int:
-    """The most bytes that loading and reading a prompt, `rows` at a time, take beside the weights as `weight_bytes` counts
-    them: a layer before it is quantised, and what is dequantised at a time."""
+    """The most bytes that loading and reading a prompt, `rows` at a time, take beside the weights as
+    `weight_bytes` counts them: a layer before it is quantised, and what is dequantised at a time."""
     if scheme is None:
         return 0
     largest = most_of_slice = 0
@@ -723,7 +740,8 @@ def add_mode_flags(parser: argparse.ArgumentParser, required: bool = False) -> N
 
 
 def scheme_of(args: argparse.Namespace, whose: str = "") -> Scheme | None:
-    """The scheme of a command line with `add_mode_flags`, None without --mode (whose: "draft_", without --draft_mode)."""
+    """The scheme of a command line with `add_mode_flags`, None without --mode (whose: "draft_", without
+    --draft_mode)."""
     mode = getattr(args, whose + "mode", None)
     if not mode:
         given = [

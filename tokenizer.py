@@ -1,8 +1,10 @@
-"""Text to ids and back: tiktoken (Llama 3), SentencePiece (Llama 2 and the demo pair), chat templates, stop tokens.
+"""Text to ids and back: tiktoken (Llama 3), SentencePiece (Llama 2 and the demo pair), chat templates, stop
+tokens.
 
-`load_tokenizer(folder)` takes what a published folder holds: Llama 3's `tokenizer.json`, or `tokenizer.model` or
-`original/tokenizer.model` in either format. Text is always plain text: "<|eot_id|>" typed by a user becomes ordinary
-tokens, never the control token; only `encode_chat` writes control tokens, those that the folder's own chat template has.
+`load_tokenizer(folder)` takes what a published folder holds: Llama 3's `tokenizer.json`, or `tokenizer.model`
+or `original/tokenizer.model` in either format. Text is always plain text: "<|eot_id|>" typed by a user
+becomes ordinary tokens, never the control token; only `encode_chat` writes control tokens, those that the
+folder's own chat template has.
 """
 
 import base64
@@ -75,8 +77,9 @@ class TokenizerBase:
         return self.encode(text)
 
     def check_chat(self) -> None:
-        """Raises InputError where this folder has no chat template, or one that cannot be used; else makes the chat format's
-        own end of turn a stop token, whichever others the folder names. To be called before stop_ids are handed on."""
+        """Raises InputError where this folder has no chat template, or one that cannot be used; else makes
+        the chat format's own end of turn a stop token, whichever others the folder names. To be called before
+        stop_ids are handed on."""
         if self.chat is None:
             raise InputError(f"{self.no_chat}; run it without --chat.")
         if self.names is None:
@@ -88,9 +91,9 @@ class TokenizerBase:
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The folder's chat format for [{"role", "content"}, ...], up to where the assistant's answer begins.
 
-        The ids are those of transformers' apply_chat_template, but that control tokens come from the template alone: where
-        a message spells one, it stays plain text. Raises InputError as `check_chat`, and where the template refuses these
-        messages.
+        The ids are those of transformers' apply_chat_template, but that control tokens come from the template
+        alone: where a message spells one, it stays plain text. Raises InputError as `check_chat`, and where
+        the template refuses these messages.
         """
         for message in messages:
             check_text(message["content"])
@@ -113,8 +116,8 @@ class TokenizerBase:
         return ids + (self.encode_piece(plain, first and not ids) if plain else [])
 
     def encode_next(self, turn: str) -> list[int]:
-        """What comes between an answer, whose ids stay as they were decoded, and the next one: the end that the template
-        gives an answer, the user's next `turn`, and how an answer begins."""
+        """What comes between an answer, whose ids stay as they were decoded, and the next one: the end that
+        the template gives an answer, the user's next `turn`, and how an answer begins."""
         check_text(turn)
         self.check_chat()
         answer = "An answer"
@@ -140,7 +143,8 @@ class TiktokenTokenizer(TokenizerBase):
         whole = set(ranks.values()) == set(range(base)) and b"" not in ranks
         if not whole or not all(bytes([byte]) in ranks for byte in range(256)):
             raise InputError(
-                f"{where} is not a whole vocabulary: it needs every single byte, and ranks from 0 without gaps."
+                f"{where} is not a whole vocabulary: it needs every single byte, and ranks from 0 without "
+                f"gaps."
             )
         super().__init__({name: base + offset for name, offset in CONTROL.items()})
         self.model = tiktoken.Encoding("llama3", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
@@ -161,7 +165,8 @@ class TiktokenTokenizer(TokenizerBase):
         return self.token_of_id[id].decode(errors="replace") if id in self.token_of_id else None
 
     def token_bytes(self, id: int, first: bool = False) -> bytes:
-        """The bytes that a token stands for; control tokens by their names, and ids beyond the tokenizer by their number."""
+        """The bytes that a token stands for; control tokens by their names, and ids beyond the tokenizer by
+        their number."""
         if id in self.token_of_id:
             return self.token_of_id[id]
         return self.control_of_id.get(id, f"<|reserved_{id}|>".encode())
@@ -224,8 +229,8 @@ class SentencePieceTokenizer(TokenizerBase):
         return self.pieces[id] if id < self.vocab_size else None
 
     def token_bytes(self, id: int, first: bool = False) -> bytes:
-        """The bytes that a token stands for; ids beyond the tokenizer by their number. `first`: it begins the text, so the
-        space put before all text goes."""
+        """The bytes that a token stands for; ids beyond the tokenizer by their number. `first`: it begins the
+        text, so the space put before all text goes."""
         if not 0 <= id < self.vocab_size:
             return self.control_of_id.get(id, f"<|reserved_{id}|>".encode())
         text = self.bytes_of_id[id]
@@ -237,7 +242,8 @@ Tokenizer = TiktokenTokenizer | SentencePieceTokenizer
 
 
 def check_text(text: str) -> None:
-    """Raises InputError for text that is no valid Unicode (half of a surrogate pair, as broken escapes leave it)."""
+    """Raises InputError for text that is no valid Unicode (half of a surrogate pair, as broken escapes leave
+    it)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -263,17 +269,18 @@ class Decoder:
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int], at_start: bool = False) -> str:
-    """Text of ids. at_start: they begin a text (SentencePiece's leading space goes); else they continue one."""
+    """Text of ids. at_start: they begin a text (SentencePiece's leading space goes); else they continue
+    one."""
     decoder = Decoder(tokenizer, at_start)
     return "".join([*map(decoder.push, ids), decoder.flush()])
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a snapshot folder, with its chat template and the stop tokens of its generation_config.json or, where
-    that names none, of its config.json.
+    """The tokenizer of a snapshot folder, with its chat template and the stop tokens of its
+    generation_config.json or, where that names none, of its config.json.
 
-    As in transformers a tokenizer.json comes first. Raises InputError when there is no tokenizer, none of a kind that is
-    implemented, when two contradict each other, and for whatever is damaged.
+    As in transformers a tokenizer.json comes first. Raises InputError when there is no tokenizer, none of a
+    kind that is implemented, when two contradict each other, and for whatever is damaged.
     """
     folder = checkpoint_folder(folder)
     settings = read_optional(folder / "tokenizer_config.json")
@@ -331,7 +338,8 @@ def check_size(tokenizer: Tokenizer, size, folder: Path) -> None:
 
 
 def read_stops(stops, tokenizer: Tokenizer, config: dict, where: Path) -> list[int]:
-    """A folder's stop tokens. A model may have more tokens than its tokenizer (Llama 2's with a chat format of its own)."""
+    """A folder's stop tokens. A model may have more tokens than its tokenizer (Llama 2's with a chat format
+    of its own)."""
     size = config.get("vocab_size")
     limit = max(tokenizer.vocab_size, size if type(size) is int and size <= MOST_ID else 0)
     found = stops if isinstance(stops, list) else [stops]
@@ -360,7 +368,8 @@ def read_model_file(path: Path, legacy: bool) -> Tokenizer:
 
 
 def check_agreement(tokenizer: Tokenizer, content: dict | None, file: Path, whole: Path) -> None:
-    """Raises InputError where a tokenizer.json, which transformers would read, has other tokens than tokenizer.model."""
+    """Raises InputError where a tokenizer.json, which transformers would read, has other tokens than
+    tokenizer.model."""
     if content is None:
         return
     model = content.get("model") if isinstance(content.get("model"), dict) else {}
@@ -374,12 +383,14 @@ def check_agreement(tokenizer: Tokenizer, content: dict | None, file: Path, whol
         or any(vocab.get(piece) != id for id, piece in enumerate(pieces))
     ):
         raise InputError(
-            f"{whole} is neither Llama 3's byte-level BPE nor of the same tokens as {file}; one of them must go."
+            f"{whole} is neither Llama 3's byte-level BPE nor of the same tokens as {file}; one of them must "
+            f"go."
         )
 
 
 def is_llama3(content: dict) -> bool:
-    """Whether a tokenizer.json is Llama 3's byte-level BPE, in all that decides about ids but the vocabulary."""
+    """Whether a tokenizer.json is Llama 3's byte-level BPE, in all that decides about ids but the
+    vocabulary."""
     model, pre = content.get("model"), content.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(pre, dict) or content.get("normalizer") is not None:
         return False
@@ -392,14 +403,21 @@ def is_llama3(content: dict) -> bool:
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     )
     return (
-        model.get("type") == "BPE" and plain and split.get("type") == "Split" and split.get("pattern") == {"Regex": SPLIT}
-        and split.get("behavior") == "Isolated" and not split.get("invert")
-        and level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and not level.get("use_regex", True)
-    )  # fmt: skip
+        model.get("type") == "BPE"
+        and plain
+        and split.get("type") == "Split"
+        and split.get("pattern") == {"Regex": SPLIT}
+        and split.get("behavior") == "Isolated"
+        and not split.get("invert")
+        and level.get("type") == "ByteLevel"
+        and not level.get("add_prefix_space")
+        and not level.get("use_regex", True)
+    )
 
 
 def ranks_of_json(content: dict, where: str) -> dict[bytes, int]:
-    """Llama 3's byte-pair ranks from Hugging Face's tokenizer.json, where an ordinary token's id is its rank."""
+    """Llama 3's byte-pair ranks from Hugging Face's tokenizer.json, where an ordinary token's id is its
+    rank."""
     if not is_llama3(content):
         raise InputError(
             f"{where} is not Llama 3's byte-level BPE; only that form of tokenizer.json is implemented."
@@ -444,7 +462,8 @@ def added_tokens(folder: Path, content: dict | None, settings: dict) -> list[tup
 
 
 def add_names(tokenizer: Tokenizer, found: list[tuple[object, object, str]]) -> None:
-    """Gives a tokenizer the names of added tokens. Raises InputError for ids and names that are none, or are double."""
+    """Gives a tokenizer the names of added tokens. Raises InputError for ids and names that are none, or are
+    double."""
     names: dict[int, str] = {}
     ids: dict[str, int] = {}
     for id, name, where in found:
@@ -459,13 +478,15 @@ def add_names(tokenizer: Tokenizer, found: list[tuple[object, object, str]]) -> 
         piece = tokenizer.piece(id)
         if piece is not None and name not in (piece, piece.replace("\u2581", " ")):
             raise InputError(
-                f"{where}: token {id} is {shortened_value(name)}, but {shortened_value(piece)} in the vocabulary."
+                f"{where}: token {id} is {shortened_value(name)}, but {shortened_value(piece)} in the "
+                f"vocabulary."
             )
     tokenizer.add_names(names)
 
 
 def special_tokens(folder: Path, settings: dict, tokenizer: Tokenizer) -> dict[str, str]:
-    """What a template may call bos_token and so on: as the folder says, else the tokenizer's own first and last token."""
+    """What a template may call bos_token and so on: as the folder says, else the tokenizer's own first and
+    last token."""
     names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
     older = read_optional(folder / "special_tokens_map.json")
     own = {name: tokenizer.control_of_id.get(id, b"").decode() for name, id in
@@ -503,8 +524,8 @@ MOST_MEMORY = 1 << 30  # bytes that a template may take on top of what the proce
 
 
 class ChatTemplate:
-    """A folder's chat template, filled in as transformers fills it in. source: its text; where: its file, in a sentence;
-    special: what it may call bos_token, eos_token and so on."""
+    """A folder's chat template, filled in as transformers fills it in. source: its text; where: its file, in
+    a sentence; special: what it may call bos_token, eos_token and so on."""
 
     def __init__(self, source: str, where: str, special: dict[str, str]):
         self.source, self.where, self.special = source, where, special
@@ -512,11 +533,13 @@ class ChatTemplate:
         self.now = datetime.now()
 
     def render(self, messages: list[dict[str, str]], controls: Callable) -> list[tuple[str, bool]]:
-        """The filled-in template in parts (text, whether it is the template's own and not a message's content).
+        """The filled-in template in parts (text, whether it is the template's own and not a message's
+        content).
 
-        To tell them apart, texts that no one can guess stand in for the contents. A template may look into a content (as
-        DeepSeek's, which drops what was thought in earlier turns): then that content is left as it is, if the template's
-        own text has the same control tokens (by `controls`) with it and without. Raises InputError where it has not.
+        To tell them apart, texts that no one can guess stand in for the contents. A template may look into a
+        content (as DeepSeek's, which drops what was thought in earlier turns): then that content is left as
+        it is, if the template's own text has the same control tokens (by `controls`) with it and without.
+        Raises InputError where it has not.
         """
         self.now = datetime.now()
         whole = self.fill(messages)
@@ -539,7 +562,8 @@ class ChatTemplate:
             if found == wanted and "".join(text for text, _ in parts) == whole:
                 return parts
         raise InputError(
-            f"{self.where}: the chat template changes a message that spells a control token; leave that text out."
+            f"{self.where}: the chat template changes a message that spells a control token; leave that text "
+            f"out."
         )
 
     def after_answer(self) -> str:
@@ -553,7 +577,8 @@ class ChatTemplate:
         return text.partition(answer)[2].partition(last)[0]
 
     def fill(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The filled-in template. Raises InputError with what it says against the messages, or what is wrong with it."""
+        """The filled-in template. Raises InputError with what it says against the messages, or what is wrong
+        with it."""
         try:
             with bounded():
                 if self.template is None:
@@ -575,7 +600,8 @@ class ChatTemplate:
             ) from None
 
     def environment(self) -> jinja2.Environment:
-        """Jinja as chat templates expect it (settings and functions are those of transformers' apply_chat_template)."""
+        """Jinja as chat templates expect it (settings and functions are those of transformers'
+        apply_chat_template)."""
         extensions = ["jinja2.ext.loopcontrols", Generation]
         jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         jinja.filters["tojson"] = to_json
@@ -597,7 +623,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Generation(Extension):
-    """The block {% generation %}, which marks an assistant's words for training; here it is only its content."""
+    """The block {% generation %}, which marks an assistant's words for training; here it is only its
+    content."""
 
     tags = {"generation"}
 
@@ -625,7 +652,8 @@ class TooLong(BaseException):
 
 @contextmanager
 def bounded(steps: int = MOST_STEPS) -> Iterator[None]:
-    """Python for at most so many lines and, on Linux, in at most MOST_MEMORY more than now: raises TooLong, MemoryError."""
+    """Python for at most so many lines and, on Linux, in at most MOST_MEMORY more than now: raises TooLong,
+    MemoryError."""
     left = steps
 
     def count(frame, event, arg):
@@ -684,6 +712,7 @@ def chat_source(folder: Path, settings: dict) -> tuple[str | None, str]:
     if not found:
         return (
             None,
-            f"{folder} has no chat format: neither chat_template.jinja nor chat_template in tokenizer_config.json",
+            f"{folder} has no chat format: neither chat_template.jinja nor chat_template in "
+            f"tokenizer_config.json",
         )
     return found, str(where)

@@ -1,18 +1,20 @@
 """Marks the wrong spans of model answers by hand, in a terminal: training data for a judge.
 
-    python scripts/annotate.py --data answers.jsonl --out annotated.jsonl --checkpoint_path Llama-3.1-8B-Instruct
+    python scripts/annotate.py --data answers.jsonl --out annotated.jsonl --checkpoint_path
+    Llama-3.1-8B-Instruct
 
---data holds one JSON object a line: `prompt`, `response`, and, where there are any, `errors` (null or missing: nobody has
-looked yet), `reference` (shown with the question), `right` and `source`. All further fields are kept. Answers with
-`"right": true` and no errors are known to be right: they are passed on and not asked about, unless with --all.
+--data holds one JSON object a line: `prompt`, `response`, and, where there are any, `errors` (null or
+missing: nobody has looked yet), `reference` (shown with the question), `right` and `source`. All further
+fields are kept. Answers with `"right": true` and no errors are known to be right: they are passed on and not
+asked about, unless with --all.
 
---out holds the answers that are done, in the order of --data, with `errors` as [start, end) in characters of the response.
-Marks are whole tokens, as the checkpoint's tokenizer splits the answer: a judge knows nothing smaller. A character whose
-bytes are spread over several tokens is marked as one, with all of them.
+--out holds the answers that are done, in the order of --data, with `errors` as [start, end) in characters of
+the response. Marks are whole tokens, as the checkpoint's tokenizer splits the answer: a judge knows nothing
+smaller. A character whose bytes are spread over several tokens is marked as one, with all of them.
 
-Every change goes into the journal beside it (--out with .marks appended) before it is shown. The journal alone counts, --out
-is written from it: whatever ends the program, the next start goes on at the first answer that is not done. Answers are
-known there by their text, so --data may grow or change its order meanwhile.
+Every change goes into the journal beside it (--out with .marks appended) before it is shown. The journal
+alone counts, --out is written from it: whatever ends the program, the next start goes on at the first answer
+that is not done. Answers are known there by their text, so --data may grow or change its order meanwhile.
 """
 
 import os
@@ -101,7 +103,8 @@ def answer_key(item: dict) -> str:
 
 
 class Journal:
-    """Marks as they were made, one JSON line a change: {"answer", "errors", "done"}; the last line of an answer counts.
+    """Marks as they were made, one JSON line a change: {"answer", "errors", "done"}; the last line of an
+    answer counts.
 
     One process at a time. Raises InputError when another one has it, or when the file is no journal.
     """
@@ -181,7 +184,8 @@ class Marking:
 
 
 def make_units(spans: list[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
-    """The response cut where one token ends and the next begins, and nowhere within a character or a token."""
+    """The response cut where one token ends and the next begins, and nowhere within a character or a
+    token."""
     cuts, reach = [0], 0
     for start, end in spans:
         if start >= reach and cuts[-1] < start < length:
@@ -191,7 +195,8 @@ def make_units(spans: list[tuple[int, int]], length: int) -> tuple[tuple[int, in
 
 
 def open_answer(tokenizer: Tokenizer, item: dict, errors: list[list[int]]) -> Marking:
-    """An answer in the tokenizer's units, those marked that an error touches (as `label_tokens` reads them)."""
+    """An answer in the tokenizer's units, those marked that an error touches (as `label_tokens` reads
+    them)."""
     response = item["response"]
     units = make_units(encode_answer(tokenizer, item["prompt"], response)[2], len(response))
     starts = tuple(
@@ -267,7 +272,8 @@ def width_of(char: str) -> int:
 
 @cache
 def visible(char: str) -> str:
-    """A character as it is safe to show: text from a model may hold what would drive the terminal or turn its writing round."""
+    """A character as it is safe to show: text from a model may hold what would drive the terminal or turn its
+    writing round."""
     if char < " " and char not in "\t\n":
         return chr(0x2400 + ord(char))  # its picture
     hidden = unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")
@@ -477,7 +483,8 @@ def split_keys(data: bytes) -> tuple[list[str], bytes]:
 
 
 def show(text: str) -> None:
-    """Writes straight to the terminal: in UTF-8 whatever the locale, and nothing is left over when it is gone."""
+    """Writes straight to the terminal: in UTF-8 whatever the locale, and nothing is left over when it is
+    gone."""
     data = text.encode(errors="replace")
     while data:
         data = data[os.write(1, data) :]
@@ -485,7 +492,8 @@ def show(text: str) -> None:
 
 @contextmanager
 def full_screen():
-    """The terminal in raw mode on its other screen, without cursor and wrapping; as it was afterwards, come what may."""
+    """The terminal in raw mode on its other screen, without cursor and wrapping; as it was afterwards, come
+    what may."""
     before = termios.tcgetattr(0)
     try:
         tty.setraw(0, termios.TCSADRAIN)  # Ctrl-C is a key like any other: nothing interrupts a write

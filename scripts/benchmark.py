@@ -1,16 +1,20 @@
-"""Speed, and how far it is from the physical limit: the bytes that a step must read over the measured bandwidth.
+"""Speed, and how far it is from the physical limit: the bytes that a step must read over the measured
+bandwidth.
 
-    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside transformers
-    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --speculate_k 20 --compile
-    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out benchmarks/mine.json
+    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside
+    transformers python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17
+    --speculate_k 20 --compile python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2
+    --compile --out benchmarks/mine.json
 
-Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see the machine in
-the same state; a step is timed right after one that is not, as in decoding, where the step before has left in the caches
-what they hold. `--accept N` imposes how many draft tokens every round accepts, so that the speed at a known m* can be
-measured without the weights that reach it; such figures are marked "imposed". A table for people; the last line is JSON.
+Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see
+the machine in the same state; a step is timed right after one that is not, as in decoding, where the step
+before has left in the caches what they hold. `--accept N` imposes how many draft tokens every round accepts,
+so that the speed at a known m* can be measured without the weights that reach it; such figures are marked
+"imposed". A table for people; the last line is JSON.
 
-The table gives median, least and most of the repeats, from 20 repeats on the quartiles in place of the extremes. A part is
-marked noisy where these lie further apart than a quarter of the median. The JSON holds every single time.
+The table gives median, least and most of the repeats, from 20 repeats on the quartiles in place of the
+extremes. A part is marked noisy where these lie further apart than a quarter of the median. The JSON holds
+every single time.
 """
 
 import os
@@ -78,7 +82,8 @@ NOISY = 0.25  # of the median: a part whose times spread further is marked
 
 @dataclass
 class Part:
-    """Something that is timed: the bytes that it must read, for a prefill its floating-point operations instead."""
+    """Something that is timed: the bytes that it must read, for a prefill its floating-point operations
+    instead."""
 
     name: str
     action: Callable[[], float]  # runs it once and returns the seconds
@@ -93,7 +98,8 @@ class Part:
 def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]:
     """Bytes a second of (reading, copying) 1 GiB (4 GiB on a GPU), best of 5; a copy counts reads and writes.
 
-    On a CPU a read is a sum or, where that is faster, a product with one row: what PyTorch's sum reaches is not the limit.
+    On a CPU a read is a sum or, where that is faster, a product with one row: what PyTorch's sum reaches is
+    not the limit.
     """
     size = (2**32 if device.type == "cuda" else 2**30) // dtype_bytes
     source = torch.ones(size, device=device)
@@ -112,7 +118,8 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
 
 
 def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
-    """An action that runs several times back to back, after once that does not count, and returns the seconds of one."""
+    """An action that runs several times back to back, after once that does not count, and returns the seconds
+    of one."""
 
     def run() -> float:
         action()
@@ -184,7 +191,8 @@ class Workbench:
         return engine
 
     def judge(self) -> JudgeHead | None:
-        """The judge of the command line, or, for random weights, a head of the right size that is computed all the same."""
+        """The judge of the command line, or, for random weights, a head of the right size that is computed
+        all the same."""
         if self.args.verify != "judge":
             return None
         if self.args.judge_path is not None:
@@ -212,7 +220,8 @@ class Workbench:
         return engine
 
     def step(self, engine: Engine, m: int, which: int, position: int) -> Callable[[], None]:
-        """One launch of an engine's round: its plain step, draft loop (0) or verification (1), at `position`."""
+        """One launch of an engine's round: its plain step, draft loop (0) or verification (1), at
+        `position`."""
         visible = engine.visible(min(position + m + 1, engine.capacity))
 
         @torch.inference_mode()
@@ -226,7 +235,8 @@ class Workbench:
         return run
 
     def parts(self) -> list[Part]:
-        """What is measured, for every position: plain step, one draft step, draft loop, verification for every M, round."""
+        """What is measured, for every position: plain step, one draft step, draft loop, verification for
+        every M, round."""
         a, parts, k = self.args, [], self.args.speculate_k
         target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
         for position in a.positions:
@@ -259,7 +269,8 @@ class Workbench:
         return parts + self.generations()
 
     def read_bytes(self, shape: ModelArgs, which: int, position: int, rows: int = 1) -> int:
-        """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are quantised."""
+        """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are
+        quantised."""
         saved = weight_bytes(shape, self.dtype, None) - weight_bytes(shape, self.dtype, self.schemes[which])
         return shape.step_bytes(position, self.dtype, rows) - saved
 
@@ -269,13 +280,19 @@ class Workbench:
         self.fast.round(position + self.args.speculate_k + 1, self.args.speculate_k)
 
     def prefill_part(self, length: int) -> Part:
-        """The target reads a prompt of `length` tokens; its operations: two a weight and token, and attention's."""
+        """The target reads a prompt of `length` tokens; its operations: two a weight and token, and
+        attention's."""
         a = self.target.args
         prompt = synthetic(length + 1, a.vocab_size)
         matrices = a.n_params - a.vocab_size * a.dim * (1 if a.tie_embeddings else 2)
         flops = 2 * matrices * length + 2 * a.n_layer * a.n_head * a.head_dim * length**2
-        return Part(f"prefill of {length} tokens", lambda: timed(lambda: self.plain.prefill(prompt), self.device),
-                    (0, length - 1), flops=flops, tokens=length)  # fmt: skip
+        return Part(
+            f"prefill of {length} tokens",
+            lambda: timed(lambda: self.plain.prefill(prompt), self.device),
+            (0, length - 1),
+            flops=flops,
+            tokens=length,
+        )
 
     def generations(self) -> list[Part]:
         """Whole generations from a short prompt, ours and, with --peers, transformers'."""
@@ -323,8 +340,8 @@ class Workbench:
         return result.seconds_decode
 
     def round_figures(self, rows: list[dict]) -> dict:
-        """Of the speculative generations: the share of a round's time that no step accounts for, and tokens a round, in how
-        many rounds. The last round counts unless the generation's end cuts it."""
+        """Of the speculative generations: the share of a round's time that no step accounts for, and tokens a
+        round, in how many rounds. The last round counts unless the generation's end cuts it."""
         if self.fast is None:
             return {}
         a, result = self.args, self.result
@@ -353,7 +370,8 @@ class Workbench:
 
 
 def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
-    """The first workbench and all parts: of the command line's own modes, or for each of --modes the target so."""
+    """The first workbench and all parts: of the command line's own modes, or for each of --modes the target
+    so."""
     draft = scheme_of(args, "draft_")
     if not args.modes:
         bench = Workbench(args, (scheme_of(args), draft))
@@ -381,7 +399,8 @@ def synthetic(n: int, vocab_size: int) -> list[int]:
 
 
 def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """Ways to attend over one layer's cache, for rows of decoding and verification, at 512, 4k and 32k positions."""
+    """Ways to attend over one layer's cache, for rows of decoding and verification, at 512, 4k and 32k
+    positions."""
     parts, device = [], args.device
     shape = (1, model.n_kv_head, 32768, model.head_dim)
     caches = [[torch.randn(shape, device=device).to(dtype) for _ in range(2)] for _ in range(COPIES)]
@@ -416,7 +435,8 @@ def attention_ways(
 
 
 def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the weights alone)."""
+    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
+    weights alone)."""
     parts, device = [], args.device
     kernels.use_cpu_kernels()
     schemes = [
@@ -451,7 +471,8 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
 
 
 class LibraryInt4:
-    """PyTorch's own product with int4 weights in groups of 128, for comparison; weight (N, K) in bf16 or fp32."""
+    """PyTorch's own product with int4 weights in groups of 128, for comparison; weight (N, K) in bf16 or
+    fp32."""
 
     GROUP = 128
 
@@ -489,7 +510,8 @@ def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
 
 
 def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
-    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU as a graph."""
+    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
+    as a graph."""
 
     @torch.inference_mode()
     def all_of_them() -> None:
@@ -506,7 +528,8 @@ def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float
 
 
 def measure(parts: list[Part], repeats: int) -> Iterator[None]:
-    """Times all parts in turn, `repeats` times after one round that does not count; yields after each that does."""
+    """Times all parts in turn, `repeats` times after one round that does not count; yields after each that
+    does."""
     progress = Progress("measuring", len(parts) * (repeats + 1))
     for turn in range(repeats + 1):
         for part in parts:
@@ -519,7 +542,8 @@ def measure(parts: list[Part], repeats: int) -> Iterator[None]:
 
 
 def summarise(part: Part, limit: float) -> dict:
-    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM repeats."""
+    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
+    repeats."""
     n, median = len(part.seconds), statistics.median(part.seconds)
     row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
            "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
@@ -548,8 +572,10 @@ def as_table(rows: list[dict]) -> str:
     """A Markdown table."""
     n = rows[0]["n"]
     between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
-    lines = [f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
-             "|" + "---|" * 9]  # fmt: skip
+    lines = [
+        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
+        "|" + "---|" * 9,
+    ]
     for row in rows:
         low, high = range_of(row)
         first, last = row["positions"] or ("", "")
@@ -575,8 +601,11 @@ def noise(rows: list[dict]) -> str:
     between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
     if not noisy:
         return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
-    return (f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of their median. "
-            "Measure them again on an idle machine before anything is built on a difference.")  # fmt: skip
+    return (
+        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
+        f"their median. "
+        "Measure them again on an idle machine before anything is built on a difference."
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -605,7 +634,8 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.peers and (args.max_new_tokens == 1 or args.mode or args.draft_mode or args.modes):
         raise InputError(
-            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, --max_new_tokens."
+            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, "
+            "--max_new_tokens."
         )
     if (args.attention or args.products) and (args.profile or args.peers):
         raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
@@ -636,7 +666,8 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def fit_lengths(args: argparse.Namespace) -> int:
-    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context; returns it."""
+    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context;
+    returns it."""
     context = min(shape.max_position for shape in shapes_of(args) if shape is not None)
     args.positions = list(dict.fromkeys(args.positions or [max(1, min(500, context - rows_ahead(args)))]))
     args.prefill = list(dict.fromkeys([min(512, context)] if args.prefill is None else args.prefill))
@@ -651,7 +682,8 @@ def rows_ahead(args: argparse.Namespace) -> int:
 
 
 def check_lengths(args: argparse.Namespace) -> None:
-    """Raises InputError where positions, prompts or caches do not fit the models, or the models one another."""
+    """Raises InputError where positions, prompts or caches do not fit the models, or the models one
+    another."""
     context, (target, draft) = fit_lengths(args), shapes_of(args)
     longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
     if longest > context:
@@ -659,8 +691,11 @@ def check_lengths(args: argparse.Namespace) -> None:
             f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}."
         )
     if (reached := max(args.positions) + rows_ahead(args)) > context:
-        raise InputError(f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach {reached} tokens, "
-                         f"but the context is {context}.")  # fmt: skip
+        raise InputError(
+            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach "
+            f"{reached} tokens, "
+            f"but the context is {context}."
+        )
     for length in args.cache_length or []:
         if length < needed_length(args):
             raise InputError(
@@ -668,14 +703,16 @@ def check_lengths(args: argparse.Namespace) -> None:
             )
     if draft is not None and target.vocab_size != draft.vocab_size:
         raise InputError(
-            f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} tokens."
+            f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} "
+            f"tokens."
         )
     if args.checkpoint_path and args.draft_checkpoint_path:
         check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
 
 
 def needed_length(args: argparse.Namespace) -> int:
-    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their position."""
+    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
+    position."""
     ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
     return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
 
@@ -707,11 +744,17 @@ def make_report(
     """All that was measured so far. read, copy: bytes a second."""
     limit = copy if args.device.type == "cuda" else read
     report = {
-        "schema": SCHEMA, "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": machine(), "commit": commit(), **settings_of(args, bench),
-        "read_gb_per_s": read / 1e9, "copy_gb_per_s": copy / 1e9, "limit": "copy" if args.device.type == "cuda" else "read",
+        "schema": SCHEMA,
+        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine(),
+        "commit": commit(),
+        **settings_of(args, bench),
+        "read_gb_per_s": read / 1e9,
+        "copy_gb_per_s": copy / 1e9,
+        "limit": "copy" if args.device.type == "cuda" else "read",
         "rows": [summarise(part, limit) for part in parts],
-    }  # fmt: skip
+    }
     if bench is None:
         return report
     figures = (
@@ -721,19 +764,30 @@ def make_report(
 
 
 def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
-    """What was measured, as fields. Rule, threshold, M and imposed acceptance are those of the rounds, None without any."""
+    """What was measured, as fields. Rule, threshold, M and imposed acceptance are those of the rounds, None
+    without any."""
     drafts = bench is not None and bench.fast is not None
     schemes = (scheme_of(args), scheme_of(args, "draft_"))
     dtype = str(run_dtype(args.precision, args.device)).removeprefix("torch.")
     return {
         "model": model_name(args.checkpoint_path, args.preset),
-        "draft_model": model_name(args.draft_checkpoint_path, args.draft_preset), "rule": args.verify if drafts else None,
+        "draft_model": model_name(args.draft_checkpoint_path, args.draft_preset),
+        "rule": args.verify if drafts else None,
         "threshold": bench.fast.settings.threshold if drafts else None,
-        "speculate_k": args.speculate_k if drafts else None, "imposed_acceptance": args.accept,
-        "mode": schemes[0] and str(schemes[0]), "draft_mode": schemes[1] and str(schemes[1]), "modes": modes_of(args),
-        "compile": args.compile, "precision": dtype, "dtype": dtype, "device": str(args.device), "torch": torch.__version__,
-        "prompt_tokens": args.prompt_tokens, "max_new_tokens": args.max_new_tokens, "repeats": args.repeats,
-    }  # fmt: skip
+        "speculate_k": args.speculate_k if drafts else None,
+        "imposed_acceptance": args.accept,
+        "mode": schemes[0] and str(schemes[0]),
+        "draft_mode": schemes[1] and str(schemes[1]),
+        "modes": modes_of(args),
+        "compile": args.compile,
+        "precision": dtype,
+        "dtype": dtype,
+        "device": str(args.device),
+        "torch": torch.__version__,
+        "prompt_tokens": args.prompt_tokens,
+        "max_new_tokens": args.max_new_tokens,
+        "repeats": args.repeats,
+    }
 
 
 def as_text(report: dict) -> str:
@@ -741,7 +795,8 @@ def as_text(report: dict) -> str:
     made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
     lines = [f"`{report['command']}`; {made}.", ""]
     lines.append(
-        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} GB/s (reads and "
+        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} "
+        f"GB/s (reads and "
         f"writes); the limit is {report['limit']}."
     )
     lines += ["", as_table(report["rows"]), ""]

@@ -1,18 +1,21 @@
-"""Answers to train a judge on: several models answer the same questions, and a checker says which answers are right.
+"""Answers to train a judge on: several models answer the same questions, and a checker says which answers are
+right.
 
     python scripts/build_judge_data.py --questions gsm8k/train.jsonl --checker number --limit 500 --chat \\
         --checkpoint_path LLAMA-8B LLAMA-70B --temperature 0,0.8 --samples 2 --out answers.jsonl
 
-The recipe of Judge Decoding (arXiv 2501.19309): per question one right and one wrong answer, from different models where
-there is a choice; a person then marks the wrong spans (scripts/annotate.py). A line of --out is what judge.py train reads:
-`{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A right answer has no errors, []; a wrong
-one has null, which judge.py refuses until somebody has put [start, end] there.
+The recipe of Judge Decoding (arXiv 2501.19309): per question one right and one wrong answer, from different
+models where there is a choice; a person then marks the wrong spans (scripts/annotate.py). A line of --out is
+what judge.py train reads: `{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A
+right answer has no errors, []; a wrong one has null, which judge.py refuses until somebody has put [start,
+end] there.
 
-An answer that --max_new_tokens cut off, that gives no final answer, or whose logits are not finite, is dropped. Every
-answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the
-same files. --out is written once, at the end, and never over anything else: annotations put into it are safe. Demo
-questions are training problems, never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar,
-also the steps that a right answer takes back.
+An answer that --max_new_tokens cut off, that gives no final answer, or whose logits are not finite, is
+dropped. Every answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes
+from there and ends with the same files. --out is written once, at the end, and never over anything else:
+annotations put into it are safe. Demo questions are training problems, never the held-out ones;
+--annotate_demo marks their wrong words and digits by the grammar, also the steps that a right answer takes
+back.
 """
 
 import os
@@ -70,7 +73,8 @@ def read_temperatures(text: str) -> list[float]:
 
 
 def list_jobs(args: argparse.Namespace, questions: list[Question]) -> list[Job]:
-    """All answers to make, in the order of OUT.all. Greedy ones are made once: another sample would be the same."""
+    """All answers to make, in the order of OUT.all. Greedy ones are made once: another sample would be the
+    same."""
     return [
         Job(model, temperature, sample, question)
         for model, temperature, sample in product(
@@ -84,7 +88,8 @@ def list_jobs(args: argparse.Namespace, questions: list[Question]) -> list[Job]:
 def encode_prompts(
     args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, questions: list[Question]
 ) -> dict:
-    """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's context."""
+    """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's
+    context."""
     context, prompts = read_config(folder).max_position, {}
     for question in questions:
         prompt = encode_prompt(args, tokenizer, question.prompt)
@@ -126,8 +131,8 @@ def seed_of(args: argparse.Namespace, job: Job) -> int:
 def answers(
     args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list
 ) -> Iterator[tuple[Job, Result]]:
-    """(job, the engine's Result) for all of `todo`, with one model loaded at a time; it stopped with "not finite" where the
-    logits were."""
+    """(job, the engine's Result) for all of `todo`, with one model loaded at a time; it stopped with "not
+    finite" where the logits were."""
     for at, its_jobs in groupby(todo, key=lambda job: job.model):
         model = load_model(args.checkpoint_path[at], args.device, args.dtype)
         length = max(map(len, prompts[at].values())) + args.max_new_tokens
@@ -165,10 +170,19 @@ def record(args: argparse.Namespace, job: Job, tokens: int, text: str, stop_reas
 
 
 def check_record(record: dict, where: str) -> dict:
-    """A line of OUT.all. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
-    kinds = {"question": is_text, "model": is_count, "prompt": is_text, "response": is_text, "reference": is_text,
-             "right": is_verdict, "dropped": lambda value: value in (None, *DROPPED), "tokens": is_count,
-             "source": is_text}  # fmt: skip
+    """A line of OUT.all. Raises InputError beginning with `where`, and naming the field, for what no run has
+    written."""
+    kinds = {
+        "question": is_text,
+        "model": is_count,
+        "prompt": is_text,
+        "response": is_text,
+        "reference": is_text,
+        "right": is_verdict,
+        "dropped": lambda value: value in (None, *DROPPED),
+        "tokens": is_count,
+        "source": is_text,
+    }
     if wrong := next(
         (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
     ):
@@ -190,7 +204,8 @@ def answer_all(
     lines: Lines,
     begin: list[dict],
 ) -> list[dict]:
-    """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after `begin`."""
+    """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after
+    `begin`."""
     records, progress = [], Progress("answers", len(todo))
     for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
         text = answer_text(tokenizers[job.model], result.tokens)
@@ -202,7 +217,8 @@ def answer_all(
 
 
 def pick(records: list[dict], count: int, used: Counter, turn: int, models: int) -> list[dict]:
-    """Up to `count` different answers, each from the model `used` least so far; ties go to the models by turns."""
+    """Up to `count` different answers, each from the model `used` least so far; ties go to the models by
+    turns."""
     picked, rest = [], list(records)
     while rest and len(picked) < count:
         best = min(rest, key=lambda record: (used[record["model"]], (record["model"] - turn) % models))
@@ -213,8 +229,8 @@ def pick(records: list[dict], count: int, used: Counter, turn: int, models: int)
 
 
 def choose(records: list[dict], models: int, right: int, wrong: int) -> list[dict]:
-    """The paper's tuples: of each question that has both, so many right and wrong answers, from different models if
-    possible. The kind that fewer models gave has the first choice."""
+    """The paper's tuples: of each question that has both, so many right and wrong answers, from different
+    models if possible. The kind that fewer models gave has the first choice."""
     chosen, groups = [], {}
     for record in records:
         if not record["dropped"]:
@@ -238,7 +254,8 @@ def different(records: list[dict]) -> list[dict]:
 
 
 def line_of(record: dict, problems: dict) -> str:
-    """An answer as judge.py reads it. problems: {question id: demo problem} where its grammar is to mark the errors."""
+    """An answer as judge.py reads it. problems: {question id: demo problem} where its grammar is to mark the
+    errors."""
     errors = [] if record["right"] else None
     if problems:
         errors = annotated(problems[record["question"]], record["response"], record["source"])["errors"]
@@ -255,7 +272,8 @@ def write_chosen(out: Path, lines: list[str]) -> None:
     content = ("\n".join(lines) + "\n").encode()
     if out.exists() and read_bytes(out) != content:
         raise InputError(
-            f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another --out."
+            f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another "
+            f"--out."
         )
     write_file(out, content)
 
@@ -277,11 +295,14 @@ def print_summary(args: argparse.Namespace, questions: int, records: list[dict],
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
         f"{args.out}: {tuples}{len(chosen)} answers ({right} right, {len(chosen) - right} wrong), "
-        f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, {dropped} dropped."
+        f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, "
+        f"{dropped} dropped."
     )
     texts = len(different(records))
-    others = {f"{len(records) - dropped - texts} with the text of another": len(records) - dropped - texts,
-              f"{texts - len(chosen)} beside a pair or without one (--no-tuples keeps them)": texts - len(chosen)}  # fmt: skip
+    others = {
+        f"{len(records) - dropped - texts} with the text of another": len(records) - dropped - texts,
+        f"{texts - len(chosen)} beside a pair or without one (--no-tuples keeps them)": texts - len(chosen),
+    }
     if said := [what for what, count in ({f"{dropped} dropped": dropped} | others).items() if count]:
         print(f"Not written there, but in {args.work}: {', '.join(said)}.")
 
@@ -313,7 +334,8 @@ def build(args: argparse.Namespace) -> None:
     folders = [folder.resolve() for folder in args.checkpoint_path]
     if len(set(folders)) < len(folders):
         raise InputError(
-            f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples."
+            f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise "
+            f"--samples."
         )
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
@@ -323,7 +345,8 @@ def build(args: argparse.Namespace) -> None:
         chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
         if not chosen:
             raise InputError(
-                "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a "
+                "There is nothing to choose: no question has both a right and a wrong answer; ask more "
+                "questions, add a "
                 f"weaker checkpoint or a higher --temperature, or see {args.work} for what was dropped."
             )
         demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
@@ -334,7 +357,8 @@ def build(args: argparse.Namespace) -> None:
 def all_records(
     args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict
 ) -> list:
-    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of another run."""
+    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of
+    another run."""
     records = resume(lines, header, check_record)
     if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
         raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")

@@ -3,12 +3,13 @@
     python scripts/download.py gsm8k mmlu          # or a file, gsm8k/test.jsonl; or all
     python scripts/download.py --list
 
-scripts/download.tsv holds for each file its repository, commit, licence, size and sha256. A file goes to NAME.part first,
-which a later run goes on with, and gets its name once its hash is right; one that is there already is only verified. Most
-come from the benchmarks' own repositories. Three do not, and differ in form from what the authors first published: arc (of
-LLM-Adapters: question and choices in one text, answers as answer1), mmlu (a header row, answers 0 to 3; the authors' own
-files, without header and with letters, are read as well) and math500 (each problem begins with "Return your final response
-within \\boxed{}.", which is taken away when it is read).
+scripts/download.tsv holds for each file its repository, commit, licence, size and sha256. A file goes to
+NAME.part first, which a later run goes on with, and gets its name once its hash is right; one that is there
+already is only verified. Most come from the benchmarks' own repositories. Three do not, and differ in form
+from what the authors first published: arc (of LLM-Adapters: question and choices in one text, answers as
+answer1), mmlu (a header row, answers 0 to 3; the authors' own files, without header and with letters, are
+read as well) and math500 (each problem begins with "Return your final response within \\boxed{}.", which is
+taken away when it is read).
 """
 
 import os
@@ -73,7 +74,8 @@ def digest_of(path: Path) -> str:
 
 
 def fetch(file: File, folder: Path, source: str) -> None:
-    """Downloads one file, or verifies the one that is there. Raises InputError; what has come stays in NAME.part."""
+    """Downloads one file, or verifies the one that is there. Raises InputError; what has come stays in
+    NAME.part."""
     path = folder / file.file
     if os.path.lexists(path):
         if digest_of(path) != file.sha256:
@@ -93,8 +95,11 @@ def fetch(file: File, folder: Path, source: str) -> None:
                     part.unlink()  # nothing came
             if digest_of(part) != file.sha256:
                 part.unlink()
-                raise InputError(f"{file.url(source)} gave another file than the one in download.tsv (its sha256 differs); "
-                                 "nothing is kept.")  # fmt: skip
+                raise InputError(
+                    f"{file.url(source)} gave another file than the one in download.tsv (its "
+                    f"sha256 differs); "
+                    "nothing is kept."
+                )
             os.replace(part, path)
     except OSError as error:
         raise InputError(f"{part} cannot be written: {error.strerror or error}.") from None

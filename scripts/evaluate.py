@@ -1,16 +1,18 @@
 """Accuracy, accepted tokens and speed of several verification rules on the same questions, in one run.
 
-    python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile
-    python scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl ... --verify topk --threshold topk=2,topk=3,topk=5
-    torchrun --nproc_per_node 8 scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl     # then once:
-    python scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl --merge 8
+    python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile python
+    scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl ... --verify topk --threshold
+    topk=2,topk=3,topk=5 torchrun --nproc_per_node 8 scripts/evaluate.py --task mmlu --data mmlu ... --out
+    results.jsonl     # then once: python scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl
+    --merge 8
 
-Every question is answered by every rule before the next question, so that all rules see the machine in the same state.
-One JSON line an answer goes to --out and is flushed; a killed run resumes from there. What questions may be is in
-scripts/tasks.py, how they are put in scripts/public_tasks.py, and how they are checked in scripts/scoring.py.
-Of several processes (torchrun) each has its own engine, answers every so-many-th question and keeps its part beside --out.
-An answer whose logits are not finite is recorded as failed (no text, not right) and the run goes on: the table counts it, a
-line on standard error says how many there were, and the exit code is then 2.
+Every question is answered by every rule before the next question, so that all rules see the machine in the
+same state. One JSON line an answer goes to --out and is flushed; a killed run resumes from there. What
+questions may be is in scripts/tasks.py, how they are put in scripts/public_tasks.py, and how they are checked
+in scripts/scoring.py. Of several processes (torchrun) each has its own engine, answers every so-many-th
+question and keeps its part beside --out. An answer whose logits are not finite is recorded as failed (no
+text, not right) and the run goes on: the table counts it, a line on standard error says how many there were,
+and the exit code is then 2.
 """
 
 import os
@@ -60,11 +62,16 @@ def print_table(rows: list[dict]) -> None:
         return "-" if values is None else f"{100 * values[0]:{form}} to {100 * values[1]:{form}}"
 
     columns = {
-        "rule": [row["rule"] for row in rows], "n": [str(row["n"]) for row in rows],
-        "right": [share(row["accuracy"]) for row in rows], "95% interval": [span(row["interval"]) for row in rows],
-        "- plain": ["-" if row.get("difference") is None else f"{100 * row['difference']:+.1f}" for row in rows],
+        "rule": [row["rule"] for row in rows],
+        "n": [str(row["n"]) for row in rows],
+        "right": [share(row["accuracy"]) for row in rows],
+        "95% interval": [span(row["interval"]) for row in rows],
+        "- plain": [
+            "-" if row.get("difference") is None else f"{100 * row['difference']:+.1f}" for row in rows
+        ],
         "95% interval ": [span(row.get("difference_interval"), "+.1f") for row in rows],
-        "lost": [str(row.get("lost", "-")) for row in rows], "won": [str(row.get("won", "-")) for row in rows],
+        "lost": [str(row.get("lost", "-")) for row in rows],
+        "won": [str(row.get("won", "-")) for row in rows],
         "failed": [str(row.get("failed", "-")) for row in rows],
         "answer": [share(row["answer_accuracy"]) for row in rows],
         "95% interval  ": [span(row.get("answer_interval")) for row in rows],
@@ -73,7 +80,7 @@ def print_table(rows: list[dict]) -> None:
         "by rule": [share(row["by_rule_share"]) for row in rows],
         "tokens/s": [f"{row['tokens_per_second']:.1f}" for row in rows],
         "x plain": ["-" if row["ratio"] is None else f"{row['ratio']:.2f}" for row in rows],
-    }  # fmt: skip
+    }
     if columns["answer"] == columns["right"]:
         del columns["answer"], columns["95% interval  "]
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
@@ -89,14 +96,19 @@ def check_failed(records: list[dict]) -> None:
         rules = ", ".join(
             f"{n} of {rule}" for rule, n in Counter(record["rule"] for record in failed).items()
         )
-        raise InputError(f"{len(failed)} of {len(records)} answers failed ({rules}) and count as not right; the first, to "
-                         f"question {failed[0]['index']}: {failed[0]['failed']}")  # fmt: skip
+        raise InputError(
+            f"{len(failed)} of {len(records)} answers failed ({rules}) and count as not right; "
+            f"the first, to "
+            f"question {failed[0]['index']}: {failed[0]['failed']}"
+        )
 
 
 def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their summary rows.
+    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their
+    summary rows.
 
-    As one of several processes only its share, into its own part of --out, and rows of that; with --merge nothing is answered.
+    As one of several processes only its share, into its own part of --out, and rows of that; with --merge
+    nothing is answered.
     """
     rules = parse_rules(args.verify, args.threshold)
     labels = [label(rule) for rule in rules]
@@ -129,8 +141,8 @@ def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
 
 
 def share_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Which of how many shares of the questions this run answers: --part, or with torchrun, unless its processes run one model
-    together, this process's."""
+    """Which of how many shares of the questions this run answers: --part, or with torchrun, unless its
+    processes run one model together, this process's."""
     if args.part is None:
         return (0, 1) if args.tp else rank_and_size()
     index, _, size = args.part.partition("/")
@@ -189,7 +201,8 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
 
 
 def check_outputs(args: argparse.Namespace, labels: list[str], rank: int, size: int) -> None:
-    """Raises InputError where what is to be written cannot be, or would replace an input, before anything is loaded."""
+    """Raises InputError where what is to be written cannot be, or would replace an input, before anything is
+    loaded."""
     inputs = [Path(path) for path in (args.data, args.shots_data, args.questions, args.judge_path) if path]
     if args.merge and os.path.lexists(args.out):
         raise InputError(

@@ -3,21 +3,21 @@
     python scripts/experiments.py judge_table          # or another of the names below, or all
     python scripts/experiments.py pareto --limit 50 --results trial
 
-    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its main table)
-    m_sweep         tokens a round and tokens/s against M, for standard and judge, and --speculate_k auto
-    pareto          accuracy against m* over thresholds, for every rule
-    equal_risk      every rule calibrated to the same bound on harm, then compared
-    other_text      how much of somebody else's text passes, standard and judge
-    out_of_domain   judge and AutoJudge head trained on one family, tested on the other, beside training-free kl
-    self_correction the target made to go on after a wrong span: how often it puts it right
-    label_policies  the three ways to label what follows an error, trained and decoded
-    ablations       feature, row, layer, size of the training set, target+draft
-    autojudge       mining: share of important tokens, AUC, agreement with the true labels
-    rule_cost       what each rule adds to the verification's time (needs --compile)
-    quantised       the target in int8, fp8 and int4: perplexity, accuracy, m*, and the judge as it is and trained anew
+    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its
+    main table) m_sweep         tokens a round and tokens/s against M, for standard and judge, and
+    --speculate_k auto pareto          accuracy against m* over thresholds, for every rule equal_risk
+    every rule calibrated to the same bound on harm, then compared other_text      how much of somebody else's
+    text passes, standard and judge out_of_domain   judge and AutoJudge head trained on one family, tested on
+    the other, beside training-free kl self_correction the target made to go on after a wrong span: how often
+    it puts it right label_policies  the three ways to label what follows an error, trained and decoded
+    ablations       feature, row, layer, size of the training set, target+draft autojudge       mining: share
+    of important tokens, AUC, agreement with the true labels rule_cost       what each rule adds to the
+    verification's time (needs --compile) quantised       the target in int8, fp8 and int4: perplexity,
+    accuracy, m*, and the judge as it is and trained anew
 
-Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems), command,
-machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed run resumes.
+Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems),
+command, machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed
+run resumes.
 """
 
 import os
@@ -108,12 +108,17 @@ def judge_table(args) -> dict:
             rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
     plain, standard, judge = rows[:3]
     return {
-        "title": "Plain, standard and judge", "n": len(questions), "rows": rows,
-        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} times as many tokens a round "
-        f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} "
-        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and wins "
+        "title": "Plain, standard and judge",
+        "n": len(questions),
+        "rows": rows,
+        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} times as "
+        f"many tokens a round "
+        f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes "
+        f"{judge['ratio']:.2f} "
+        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and "
+        f"wins "
         f"{judge['won']} that plain has wrong.",
-    }  # fmt: skip
+    }
 
 
 SWEEP = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -135,9 +140,11 @@ def m_sweep(args) -> dict:
         speed = {k: row["tokens_per_second"] for k, row in mine.items()}
         best, worst = (pick((k for k in speed if k != "auto"), key=speed.get) for pick in (max, min))
         parts.append(
-            f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to {mine[16]['mean_accepted']:.1f} "
+            f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to "
+            f"{mine[16]['mean_accepted']:.1f} "
             f"at 16 and {mine[32]['mean_accepted']:.1f} at 32 and is fastest at M = {best}; auto reaches "
-            f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times that of the worst "
+            f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times "
+            f"that of the worst "
             f"(M = {worst})"
         )
     return {
@@ -224,18 +231,23 @@ def equal_risk(args) -> dict:
         "calibrated_on": n,
         "rows": rows + failed,
         "seed_of_calibration": args.seed + 1,
-        "finding": f"At the same bound the rules accept m* {found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
+        "finding": f"At the same bound the rules accept m* "
+        f"{found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
     }
 
 
 def other_text(args) -> dict:
-    """Experiment 4: text by other writers of the same task, right and wrong, as JSON lines through score_text.py."""
+    """Experiment 4: text by other writers of the same task, right and wrong, as JSON lines through
+    score_text.py."""
     rng, n, rows = random.Random(args.seed), args.limit or 300, []
     chosen = [problem for problem, _ in zip(problems(args.seed, held_out=True), range(n))]
     mixed = lambda p: "".join(write(s, [rng.randrange(len(x.wordings)) for x in s])  # noqa: E731
                               for s in (sentence(p, i) for i in range(len(p.steps) + 1)))  # fmt: skip
-    writers = {"the target's own style": lambda p: write_answer(p, "target", rng), "any wording at random": mixed,
-               "the draft's style": lambda p: write_answer(p, "draft", rng)}  # fmt: skip
+    writers = {
+        "the target's own style": lambda p: write_answer(p, "target", rng),
+        "any wording at random": mixed,
+        "the draft's style": lambda p: write_answer(p, "draft", rng),
+    }
     for writer, write_text in writers.items():
         data = args.work / "other_text.jsonl"
         write_file(
@@ -244,19 +256,34 @@ def other_text(args) -> dict:
                 json.dumps({"prompt": p.question, "response": write_text(p)}) + "\n" for p in chosen
             ).encode(),
         )
-        command = argparse.Namespace(**vars(args) | {"data": data, "limit": None, "json": True, "verify": "standard,judge,kl",
-                                                     "threshold": f"judge={DELTA},kl=2", "show": 0})  # fmt: skip
+        command = argparse.Namespace(
+            **vars(args)
+            | {
+                "data": data,
+                "limit": None,
+                "json": True,
+                "verify": "standard,judge,kl",
+                "threshold": f"judge={DELTA},kl=2",
+                "show": 0,
+            }
+        )
         rows += [{"writer": writer, **row} for row in scored_text.score(command)]
     random_rows = {row["rule"].split("=")[0]: row for row in rows if row["writer"] == "any wording at random"}
-    return {"title": "Somebody else's right answers as the draft", "n": n, "rows": rows,
-            "finding": "Of right answers in wordings picked at random, standard verification accepts "
-            f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, "
-            f"the judge {random_rows['judge']['mean_accepted']:.1f} "
-            f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the tokens)."}  # fmt: skip
+    return {
+        "title": "Somebody else's right answers as the draft",
+        "n": n,
+        "rows": rows,
+        "finding": "Of right answers in wordings picked at random, standard verification accepts "
+        f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, "
+        f"the judge {random_rows['judge']['mean_accepted']:.1f} "
+        f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the "
+        f"tokens).",
+    }
 
 
 def read_made(paths: list[Path], script: str) -> list[dict]:
-    """Training answers that another script makes. Raises InputError naming that script when they are missing."""
+    """Training answers that another script makes. Raises InputError naming that script when they are
+    missing."""
     for path in paths:
         if not path.is_file():
             raise InputError(f"There is no {path}; {script} makes it.")
@@ -302,8 +329,11 @@ def out_of_domain(args) -> dict:
         for kind, same in found
     }
     mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
-    said = [f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* {mean(part, 'mean_accepted'):.1f}"
-            for key, part in found.items()]  # fmt: skip
+    said = [
+        f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* "
+        f"{mean(part, 'mean_accepted'):.1f}"
+        for key, part in found.items()
+    ]
     return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
             "finding": "; ".join(said) + "."}  # fmt: skip
 
@@ -319,7 +349,8 @@ def family_row(args, name: str, family: str, variants: list[Variant], judge: Pat
 
 
 def self_correction(args) -> dict:
-    """Experiment 6: the right answer up to a step, then that step wrong, in the target's wording; greedy from there."""
+    """Experiment 6: the right answer up to a step, then that step wrong, in the target's wording; greedy from
+    there."""
     target, tokenizer = (
         load_model(DEMO / "target", args.device, torch.float32),
         load_tokenizer(DEMO / "target"),
@@ -361,9 +392,15 @@ def self_correction(args) -> dict:
     parts = [f"{row['right']:.0%} {row['stopped']}" for row in rows[:-1]]
     examples = [next((c for c in cases if c["right"] is right and c["at_once"] is once), None)
                 for right in (True, False) for once in (True, False)]  # fmt: skip
-    return {"title": "The target after a wrong span", "n": n, "rows": rows, "examples": [case for case in examples if case],
-            "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends right at every "
-            f"step in {rows[-1]['right']:.0%} ({', '.join(parts)})."}  # fmt: skip
+    return {
+        "title": "The target after a wrong span",
+        "n": n,
+        "rows": rows,
+        "examples": [case for case in examples if case],
+        "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends "
+        f"right at every "
+        f"step in {rows[-1]['right']:.0%} ({', '.join(parts)}).",
+    }
 
 
 def label_policies(args) -> dict:
@@ -388,8 +425,13 @@ def label_policies(args) -> dict:
             {"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row}
             for row in summary
         ]
-    mean = {policy: [sum(row[key] for row in rows if row["policy"] == policy) / 4 for key in ("mean_accepted", "difference")]
-            for policy in LABEL_POLICIES}  # fmt: skip
+    mean = {
+        policy: [
+            sum(row[key] for row in rows if row["policy"] == policy) / 4
+            for key in ("mean_accepted", "difference")
+        ]
+        for policy in LABEL_POLICIES
+    }
     within = [policy for policy in LABEL_POLICIES if -mean[policy][1] <= 0.02]
     best = max(within, key=lambda policy: mean[policy][0], default="none")
     lost = {policy: [] for policy in LABEL_POLICIES}
@@ -402,7 +444,8 @@ def label_policies(args) -> dict:
 
 
 def ablations(args) -> dict:
-    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right ones are."""
+    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right
+    ones are."""
     target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
     answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
@@ -413,7 +456,8 @@ def ablations(args) -> dict:
     for side in (test[number], ~test[number]):
         if not 0 < labels[side].sum() < side.sum():
             raise InputError(
-                f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give more."
+                f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give "
+                f"more."
             )
     rows = []
     for name, x in features.items():
@@ -446,11 +490,16 @@ def ablations(args) -> dict:
 
 @torch.inference_mode()
 def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """{variant: features (N, d)}, labels (N,) and answer number (N,): one reading of all answers with hooks on the layers."""
+    """{variant: features (N, d)}, labels (N,) and answer number (N,): one reading of all answers with hooks
+    on the layers."""
     layers = [i for i in range(len(target.layers)) if (i + 1) % 3 == 0]
     caught, parts, labels, number = {}, {}, [], []
-    hooks = [target.layers[i].register_forward_hook(lambda module, inputs, out, i=i: caught.setdefault(i, []).append(out[0]))
-             for i in layers]  # fmt: skip
+    hooks = [
+        target.layers[i].register_forward_hook(
+            lambda module, inputs, out, i=i: caught.setdefault(i, []).append(out[0])
+        )
+        for i in layers
+    ]
     length = max(len(answer.prompt) + len(answer.ids) for answer in answers)
     readers = [RowReader(model, 17, length) for model in (target, draft)]
     progress = Progress("reading answers", len(answers))
@@ -461,8 +510,11 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
         readers[0].ids = []  # read it all: the hooks need every row
         own = readers[0].read(both, base, base, len(both))
         rows = -(-(len(both) - base) // 17) * 17
-        found = {"own row, before the final norm": own[1:], "own row, after the final norm": target.norm(own[1:]),
-                 "row before": own[:-1]}  # fmt: skip
+        found = {
+            "own row, before the final norm": own[1:],
+            "own row, after the final norm": target.norm(own[1:]),
+            "row before": own[:-1],
+        }
         found |= {
             f"own row, layer {i + 1} of {len(target.layers)}": torch.cat(caught[i])[-rows:][
                 1 : len(both) - base
@@ -481,16 +533,21 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
 
 
 def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, test: torch.Tensor) -> dict:
-    """AUC of the head at the best of three L2, with its standard error, and wrong tokens accepted at 95% recall."""
+    """AUC of the head at the best of three L2, with its standard error, and wrong tokens accepted at 95%
+    recall."""
     best = {}
     for weight, bias in fit_head([x], labels, balanced(labels, train), [0.1, 0.01, 0.001]):
         scores, truth = (x @ weight + bias)[test], labels[test]
         auc, right, wrong = area_under_curve(scores, truth), scores[truth == 1], scores[truth == 0]
         if auc > best.get("auc", -1):
             cut = right.quantile(0.05) if len(right) < 1 << 24 else right.sort().values[len(right) // 20]
-            best = {"auc": auc, "auc_error": math.sqrt(auc * (1 - auc) / max(1, len(wrong))), "wrong_tokens": len(wrong),
-                    "training_wrong_tokens": int((labels[train] == 0).sum()),
-                    "wrong_accepted_at_95": (wrong > cut).float().mean().item()}  # fmt: skip
+            best = {
+                "auc": auc,
+                "auc_error": math.sqrt(auc * (1 - auc) / max(1, len(wrong))),
+                "wrong_tokens": len(wrong),
+                "training_wrong_tokens": int((labels[train] == 0).sum()),
+                "wrong_accepted_at_95": (wrong > cut).float().mean().item(),
+            }
     return best
 
 
@@ -538,15 +595,26 @@ def autojudge(args) -> dict:
     labelled = {"right, unimportant": counts[True, 1], "wrong, important": counts[False, 0],
                 "right, important": counts[True, 0], "wrong, unimportant": counts[False, 1]}  # fmt: skip
     wrong, auc = counts[False, 0] + counts[False, 1], head.info["held_out"]["auc"]
-    return {"title": "AutoJudge's mining", "n": len(questions), "rows": rows, "labels": labelled, "auc": auc,
-            "mismatches": total, "important": important / total, "agreement": agree,
-            "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on mined labels is "
-            f"{auc:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {wrong} wrong tokens {counts[False, 1]} "
-            f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did."}  # fmt: skip
+    return {
+        "title": "AutoJudge's mining",
+        "n": len(questions),
+        "rows": rows,
+        "labels": labelled,
+        "auc": auc,
+        "mismatches": total,
+        "important": important / total,
+        "agreement": agree,
+        "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on "
+        f"mined labels is "
+        f"{auc:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {wrong} wrong tokens "
+        f"{counts[False, 1]} "
+        f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did.",
+    }
 
 
 def rule_cost(args) -> dict:
-    """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position; medians."""
+    """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position;
+    medians."""
     questions, times = load_questions("demo", None, 1, args.seed), {name: [] for name in RULES}
     bench, n = bench_of(args, questions, "rule_cost"), args.limit or 3000
     engines = {name: bench.engine(Variant(name)) for name in RULES}
@@ -561,8 +629,14 @@ def rule_cost(args) -> dict:
                 ).tolist()
             times[name].append(time.perf_counter() - began)
     base = torch.tensor(times["standard"]).median()
-    rows = [{"rule": name, "milliseconds": 1e3 * torch.tensor(found).median().item(),
-             "added": (torch.tensor(found).median() / base - 1).item()} for name, found in times.items()]  # fmt: skip
+    rows = [
+        {
+            "rule": name,
+            "milliseconds": 1e3 * torch.tensor(found).median().item(),
+            "added": (torch.tensor(found).median() / base - 1).item(),
+        }
+        for name, found in times.items()
+    ]
     return {"title": f"Time of a verification of {args.speculate_k + 1} rows by rule", "n": n, "rows": rows,
             "finding": f"Beside {1e3 * base:.2f} ms of standard verification the rules add "
             + ", ".join(f"{row['rule']} {row['added']:+.1%}" for row in rows[1:]) + "."}  # fmt: skip
@@ -605,23 +679,43 @@ def quantised(args) -> dict:
             base = base or plain["shares"]
             change = difference(plain["shares"], base)
             lost = difference(shares_of(records, label(variants[-1])), plain["shares"])
-            rows.append({
-                **row, "plain": plain["plain"]["accuracy"],
-                "change": change["difference"], "change_interval": change["difference_interval"],
-                "standard_m": plain["standard"]["mean_accepted"], "judge_trained_on": trained_on,
-                "auc": held_out_auc(load_judge(path, target), target, tokenizer, answers, args.work / "features"),
-                "judge_m": found["judge"]["mean_accepted"], "judge": found["judge"]["accuracy"],
-                "lost": lost["lost"], "won": lost["won"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    **row,
+                    "plain": plain["plain"]["accuracy"],
+                    "change": change["difference"],
+                    "change_interval": change["difference_interval"],
+                    "standard_m": plain["standard"]["mean_accepted"],
+                    "judge_trained_on": trained_on,
+                    "auc": held_out_auc(
+                        load_judge(path, target), target, tokenizer, answers, args.work / "features"
+                    ),
+                    "judge_m": found["judge"]["mean_accepted"],
+                    "judge": found["judge"]["accuracy"],
+                    "lost": lost["lost"],
+                    "won": lost["won"],
+                }
+            )
     first, others = rows[0], [row for row in rows[1:] if row["judge_trained_on"] != "this target"]
-    said = [f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} points and m* "
-            f"{row['judge_m']:.1f}" for row in others]  # fmt: skip
+    said = [
+        f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} "
+        f"points and m* "
+        f"{row['judge_m']:.1f}"
+        for row in others
+    ]
     as_it_is, anew = ([row["auc"] for row in rows[1:] if row["judge_trained_on"] == which] for which in heads)
-    return {"title": "Quantised targets", "n": n, "rows": rows,
-            "finding": f"Perplexity, accuracy and the judge's m* beside the unquantised target's ({first['perplexity']:.4f}, "
-            f"{first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. Its head has AUC {first['auc']:.4f} there, "
-            f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where heads of their own reach {min(anew):.4f} "
-            f"to {max(anew):.4f}."}  # fmt: skip
+    return {
+        "title": "Quantised targets",
+        "n": n,
+        "rows": rows,
+        "finding": f"Perplexity, accuracy and the judge's m* beside the unquantised target's "
+        f"({first['perplexity']:.4f}, "
+        f"{first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. Its head has AUC "
+        f"{first['auc']:.4f} there, "
+        f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where heads of their own "
+        f"reach {min(anew):.4f} "
+        f"to {max(anew):.4f}.",
+    }
 
 
 def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> float:
@@ -638,8 +732,23 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
     return area_under_curve(torch.cat([head.score(x) for x in shards])[test], labels[test])
 
 
-EXPERIMENTS = {f.__name__: f for f in (judge_table, m_sweep, pareto, equal_risk, other_text, out_of_domain, self_correction,
-                                       label_policies, ablations, autojudge, rule_cost, quantised)}  # fmt: skip
+EXPERIMENTS = {
+    f.__name__: f
+    for f in (
+        judge_table,
+        m_sweep,
+        pareto,
+        equal_risk,
+        other_text,
+        out_of_domain,
+        self_correction,
+        label_policies,
+        ablations,
+        autojudge,
+        rule_cost,
+        quantised,
+    )
+}
 
 
 def as_markdown(result: dict) -> str:
@@ -720,8 +829,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--max_harm", type=number(0, 1), default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
-    add("--judge_data", type=Path, nargs="+", default=made[-1:] or [training / "judge_data.jsonl"],
-        help="what train_demo.py --stages judge writes and trains on; more from build_judge_data.py")  # fmt: skip
+    add(
+        "--judge_data",
+        type=Path,
+        nargs="+",
+        default=made[-1:] or [training / "judge_data.jsonl"],
+        help="what train_demo.py --stages judge writes and trains on; more from build_judge_data.py",
+    )
     add(
         "--mined",
         type=Path,

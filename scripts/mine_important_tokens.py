@@ -6,14 +6,15 @@
     torchrun --nproc_per_node 8 scripts/mine_important_tokens.py ... --out mined.jsonl     # then once:
     python scripts/mine_important_tokens.py ... --out mined.jsonl --merge 8
 
-Take the target's own greedy answer. Where the draft would first have said another token, put that token, let the target
-finish greedily, and compare the two final answers (not the reference). The same: the token is unimportant, and the new
-continuation is adopted. Another: it is important, and the target's token stays. Go on at the next such place to the right.
+Take the target's own greedy answer. Where the draft would first have said another token, put that token, let
+the target finish greedily, and compare the two final answers (not the reference). The same: the token is
+unimportant, and the new continuation is adopted. Another: it is important, and the target's token stays. Go
+on at the next such place to the right.
 
-The target finishes with the draft's help (`standard` verification, which gives the same tokens), and nothing that the
-caches hold already is read again. Each process keeps its share in OUT.partRANKofSIZE, a line a question, and resumes from
-there. OUT holds what judge.py train reads: for each important token the text up to it with label 0, and for each question
-the adopted text with label 1 at the unimportant ones.
+The target finishes with the draft's help (`standard` verification, which gives the same tokens), and nothing
+that the caches hold already is read again. Each process keeps its share in OUT.partRANKofSIZE, a line a
+question, and resumes from there. OUT holds what judge.py train reads: for each important token the text up to
+it with label 0, and for each question the adopted text with label 1 at the unimportant ones.
 """
 
 import os
@@ -58,7 +59,8 @@ GROWTH = 1.5  # a trial that has not ended at so many times the target's own len
 
 @torch.inference_mode()
 def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> list[int]:
-    """The draft's most likely token for each position from `start` to the end of `ids`, given what is before it.
+    """The draft's most likely token for each position from `start` to the end of `ids`, given what is before
+    it.
 
     known: so many leading tokens the draft's cache holds already.
     """
@@ -77,8 +79,9 @@ def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> lis
 def mine(
     engine: Engine, prompt: list[int], question: Question, tokenizer: Tokenizer, max_new_tokens: int
 ) -> dict:
-    """The adopted tokens of a question, where they are the draft's ("unimportant"), and the draft's tokens that changed the
-    answer ("important": [[place, token], ...]). {"skipped": why} when the target's own answer cannot be compared."""
+    """The adopted tokens of a question, where they are the draft's ("unimportant"), and the draft's tokens
+    that changed the answer ("important": [[place, token], ...]). {"skipped": why} when the target's own
+    answer cannot be compared."""
 
     def final(ids: list[int]) -> str | None:
         return CHECKERS[question.checker].final_answer(question, answer_text(tokenizer, ids))
@@ -134,7 +137,8 @@ def training_lines(record: dict) -> list[dict]:
 
 
 def check_record(record: dict, where: str) -> dict:
-    """A line of a part. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
+    """A line of a part. Raises InputError beginning with `where`, and naming the field, for what no run has
+    written."""
     kinds = {"question": is_text, "source": is_text, "prompt_tokens": is_counts, "seconds": is_seconds}
     if "skipped" in record:
         kinds["skipped"] = is_text
@@ -158,7 +162,8 @@ def check_record(record: dict, where: str) -> dict:
 
 
 def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
-    """Raises InputError for a command line that cannot run, before anything is loaded or written; completes it."""
+    """Raises InputError for a command line that cannot run, before anything is loaded or written; completes
+    it."""
     name_models(args)
     if args.merge and size > 1:
         raise InputError(f"--merge {args.merge} goes without torchrun.")
@@ -245,13 +250,22 @@ def mine_all(
         except NotFinite:
             record = {"skipped": "not finite"}
         source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
-        lines.add(record | {"question": question.id, "group": question.group, "source": source, "prompt_tokens": prompt,
-                            "seconds": time.monotonic() - began})  # fmt: skip
+        lines.add(
+            record
+            | {
+                "question": question.id,
+                "group": question.group,
+                "source": source,
+                "prompt_tokens": prompt,
+                "seconds": time.monotonic() - began,
+            }
+        )
         progress.step()
 
 
 def merge(args: argparse.Namespace, questions: list[Question], size: int) -> None:
-    """Writes OUT from the parts of `size` processes, in the order of the questions, and prints what was found.
+    """Writes OUT from the parts of `size` processes, in the order of the questions, and prints what was
+    found.
 
     Raises InputError naming a part or a question that is missing, or parts of different runs.
     """

@@ -1,11 +1,12 @@
 """Perplexity of a checkpoint on a text, unquantised and with each kind of quantised weights, in one run.
 
     python scripts/perplexity.py --text book.txt --mode none int8 int4 fp8 --checkpoint_path Llama-3.1-8B
-    python scripts/perplexity.py                                     # the demo target on demo problems, all modes
+    python scripts/perplexity.py                                     # the demo target on demo problems, all
+    modes
 
-A window of --window tokens slides over the text by --stride; only the tokens that are new in it count, each with at least
-window - stride tokens before it (but for the first window). Every window begins with begin-of-text. One JSON object on
-the last line.
+A window of --window tokens slides over the text by --stride; only the tokens that are new in it count, each
+with at least window - stride tokens before it (but for the first window). Every window begins with
+begin-of-text. One JSON object on the last line.
 """
 
 import os
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         row = rows[-1]
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1
         print(
-            f"{name:10} perplexity {row['perplexity']:.4f} ({row['change']:+.2%}), {row['bits_per_token']:.4f} bits a token"
+            f"{name:10} perplexity {row['perplexity']:.4f} ({row['change']:+.2%}), "
+            f"{row['bits_per_token']:.4f} bits a token"
         )
     print(json.dumps({"text": args.text, "tokens": n, "window": window, "stride": args.stride, "rows": rows}))
 

@@ -1,17 +1,20 @@
-"""What a pair of models needs and gives on given GPUs, before they are rented: memory a rank, seconds a round, tokens/s.
+"""What a pair of models needs and gives on given GPUs, before they are rented: memory a rank, seconds a
+round, tokens/s.
 
-    python scripts/plan.py                                     # the papers' two configurations, and a 405B on 16 GPUs
-    python scripts/plan.py --target Llama-3.1-70B --draft Llama-3.1-8B --mode int8 --gpus 4 --gpu h200 --m_star 12
-    python scripts/plan.py --check                             # held against every measured round in benchmarks/
+    python scripts/plan.py                                     # the papers' two configurations, and a 405B on
+    16 GPUs python scripts/plan.py --target Llama-3.1-70B --draft Llama-3.1-8B --mode int8 --gpus 4 --gpu h200
+    --m_star 12 python scripts/plan.py --check                             # held against every measured round
+    in benchmarks/
 
-A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so far) over
-the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an all-reduce of n bytes moves
-2 (1 - 1/N) n a rank, an all-gather (N - 1) n. Nothing else is counted: no arithmetic, no launches, no host. So this is a
-bound from below on a round; --check says how far the measured ones are from it.
+A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so
+far) over the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an
+all-reduce of n bytes moves 2 (1 - 1/N) n a rank, an all-gather (N - 1) n. Nothing else is counted: no
+arithmetic, no launches, no host. So this is a bound from below on a round; --check says how far the measured
+ones are from it.
 
-Acceptance: a draft token passes with probability a, if those before it did, the same at every place. A round of M then
-accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m*, without the target's own token), which
-gives a, and a the m* of every other M. The best M has the most tokens a second.
+Acceptance: a draft token passes with probability a, if those before it did, the same at every place. A round
+of M then accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m*, without the
+target's own token), which gives a, and a the m* of every other M. The best M has the most tokens a second.
 """
 
 import os
@@ -41,7 +44,8 @@ from scripts.lib import speed_report
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PART = re.compile(
-    r"(?:(?P<mode>\S+): )?(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>[0-9]*)(?: rows)? at "
+    r"(?:(?P<mode>\S+): )?(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>[0-9]*)(?: "
+    r"rows)? at "
     r"(?P<at>[0-9]+)"
 )
 SCHEME = re.compile(
@@ -54,7 +58,8 @@ GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory in bytes, bandwidth and link (one way, to all others together) in bytes a second, latency of a collective in s."""
+    """memory in bytes, bandwidth and link (one way, to all others together) in bytes a second, latency of a
+    collective in s."""
 
     memory: float
     bandwidth: float
@@ -108,7 +113,8 @@ class Plan:
     gather: bool = False  # the rule needs probabilities
 
     def round(self, m: int, position: int) -> float:
-        """Seconds of a round of m draft tokens: m draft steps, the first of two rows, and a verification of m + 1 rows."""
+        """Seconds of a round of m draft tokens: m draft steps, the first of two rows, and a verification of m
+        + 1 rows."""
         drafting = 0.0
         if self.draft is not None and m > 0:
             first, other = (self.draft.seconds(self.gpu, position, rows, 1, self.gather) for rows in (2, 1))
@@ -119,8 +125,11 @@ class Plan:
         """Bytes a rank, by what they are for."""
         roles = [role for role in (self.target, self.draft) if role is not None]
         capacity = capacity_for(length, m)
-        return {"weights": sum(role.weights() for role in roles),
-                "caches": sum(role.local.cache_bytes(capacity, role.dtype) for role in roles), "graphs": GRAPHS}  # fmt: skip
+        return {
+            "weights": sum(role.weights() for role in roles),
+            "caches": sum(role.local.cache_bytes(capacity, role.dtype) for role in roles),
+            "graphs": GRAPHS,
+        }
 
 
 def accepted(a: float, m: int) -> float:
@@ -155,7 +164,8 @@ def shape_of(name: str) -> tuple[ModelArgs, Path | None]:
 
 
 def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
-    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.MODES (a quantised folder has its own)."""
+    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.MODES (a quantised
+    folder has its own)."""
     args, folder = shape_of(name)
     scheme = Scheme(mode, group_size if mode == "int4" else 32) if mode in MODES else None
     if folder is not None and (written := read_scheme(folder)):
@@ -179,8 +189,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise InputError(f"{args.draft} and {args.target} do not share a vocabulary.")
         if draft.args.n_params > target.args.n_params:
             sizes = [f"{role.args.n_params / 1e9:.3g}" for role in (draft, target)]
-            raise InputError(f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} against {sizes[1]} "
-                             "billion weights); name the smaller one as --draft.")  # fmt: skip
+            raise InputError(
+                f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} "
+                f"against {sizes[1]} "
+                "billion weights); name the smaller one as --draft."
+            )
         where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
     return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
@@ -212,10 +225,11 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     )
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
-        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + {memory['caches'] / 1e9:.2f} GB of caches for "
+        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + {memory['caches'] / 1e9:.2f} GB of "
+        f"caches for "
         f"{length} tokens + {memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
         f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
-    ]  # fmt: skip
+    ]
     figures = {"memory": memory, "fits": total <= plan.gpu.memory, "plain_seconds": plain}
     if plan.draft is not None:
         m_star, a = args.m_star, acceptance(args.m_star, k)
@@ -225,10 +239,16 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
         lines += [
             f"  draft {where}: a round of M = {k} takes {seconds * 1e3:.2f} ms",
             f"  at m* {m_star:g}: {speed:.0f} tokens/s, {speed * plain:.1f} times plain",
-            f"  best M where a = {a:.3f} of draft tokens pass: {best}, m* {accepted(a, best):.1f}, {best_speed:.0f} tokens/s",
+            f"  best M where a = {a:.3f} of draft tokens pass: {best}, m* {accepted(a, best):.1f}, "
+            f"{best_speed:.0f} tokens/s",
         ]
-        figures |= {"round_seconds": seconds, "tokens_per_second": speed, "acceptance": a, "best_speculate_k": best,
-                    "best_tokens_per_second": best_speed}  # fmt: skip
+        figures |= {
+            "round_seconds": seconds,
+            "tokens_per_second": speed,
+            "acceptance": a,
+            "best_speculate_k": best,
+            "best_tokens_per_second": best_speed,
+        }
     return lines, figures
 
 
@@ -251,7 +271,8 @@ DEFAULTS = [  # the papers' two configurations (Judge Decoding, arXiv 2501.19309
 
 
 def field_of(report: dict, name: str, kind: type, where: str):
-    """A field of a report, None where it may be missing (kind: str | None). Raises InputError naming file and field."""
+    """A field of a report, None where it may be missing (kind: str | None). Raises InputError naming file and
+    field."""
     value = report.get(name)
     if isinstance(value, bool) or not isinstance(value, kind):
         raise InputError(
@@ -281,8 +302,8 @@ def scheme_written(text: str | None, where: str) -> Scheme | None:
 
 
 def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | None]]:
-    """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report by benchmark.py.
-    One of schema 1 says so in its command and its parts alone."""
+    """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report
+    by benchmark.py. One of schema 1 says so in its command and its parts alone."""
     if report.get("schema", 1) == 1:
         args = parsed_command(field_of(report, "command", str, where), where)
         shapes, schemes = speed_report.shapes_of(args), (scheme_of(args), scheme_of(args, "draft_"))
@@ -303,7 +324,8 @@ def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | 
         modes = field_of(report, "modes", dict | None, where) or {}
     else:
         raise InputError(
-            f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and {speed_report.SCHEMA}."
+            f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and "
+            f"{speed_report.SCHEMA}."
         )
     found = {
         name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes
@@ -312,7 +334,8 @@ def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | 
 
 
 def parsed_command(command: str, where: str) -> argparse.Namespace:
-    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is none."""
+    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
+    none."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -323,8 +346,9 @@ def parsed_command(command: str, where: str) -> argparse.Namespace:
 
 
 def predictions(report: dict, where: str = "The report") -> list[tuple[str, float, float]]:
-    """(part, predicted ms, measured ms) of each step and round in a report by scripts/benchmark.py, from the models, types
-    and M that it names and the bandwidth that it measured. It ran on one device. Raises InputError naming what is wrong."""
+    """(part, predicted ms, measured ms) of each step and round in a report by scripts/benchmark.py, from the
+    models, types and M that it names and the bandwidth that it measured. It ran on one device. Raises
+    InputError naming what is wrong."""
     try:
         models, modes = measured_models(report, where)
     except InputError as error:
@@ -392,7 +416,8 @@ def check(folder: Path) -> tuple[list[str], dict]:
         raise InputError(f"{folder} holds no report by scripts/benchmark.py to hold predictions against.")
     middle = sorted(all_errors)[len(all_errors) // 2]
     lines.append(
-        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} to {max(all_errors):+.0%} "
+        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} to "
+        f"{max(all_errors):+.0%} "
         "(all on one device; collectives and GPUs are unmeasured)"
     )
     return lines, {

@@ -1,11 +1,13 @@
 """Figures from result files, written as PNG beside each; the names are printed.
 
     python scripts/plot.py results.jsonl                                        # of scripts/evaluate.py
-    python scripts/plot.py benchmarks/latency_1b.json benchmarks/pareto.json    # of benchmark.py, of experiments.py
+    python scripts/plot.py benchmarks/latency_1b.json benchmarks/pareto.json    # of benchmark.py, of
+    experiments.py
 
-Of evaluate.py's results: accuracy against m* (NAME.pareto.png; a line joins the thresholds of a rule), how many draft
-tokens the rounds accepted (NAME.accepted.png), and tokens a round and a second against M (NAME.m_sweep.png) where a rule
-ran with several M, as in --verify judge@8,judge@16,judge@auto. Of benchmark.py's: the time of a round by part.
+Of evaluate.py's results: accuracy against m* (NAME.pareto.png; a line joins the thresholds of a rule), how
+many draft tokens the rounds accepted (NAME.accepted.png), and tokens a round and a second against M
+(NAME.m_sweep.png) where a rule ran with several M, as in --verify judge@8,judge@16,judge@auto. Of
+benchmark.py's: the time of a round by part.
 """
 
 import os

@@ -1,12 +1,15 @@
-"""How much of a given text would pass verification: human text, or a stronger model's answers, as if it were the draft.
+"""How much of a given text would pass verification: human text, or a stronger model's answers, as if it were
+the draft.
 
-    python scripts/score_text.py --data answers.jsonl --verify standard,judge --show 3
-    python scripts/score_text.py --data gpt.jsonl --checkpoint_path BIG --judge_path judge.safetensors --chat --verify judge
+    python scripts/score_text.py --data answers.jsonl --verify standard,judge --show 3 python
+    scripts/score_text.py --data gpt.jsonl --checkpoint_path BIG --judge_path judge.safetensors --chat
+    --verify judge
 
-JSON lines with `prompt` and `response` (or `question` and `answer`); other fields are left alone. Judge Decoding (arXiv
-2501.19309) found that standard verification accepts about two tokens a round of even GPT-4o's or a person's text: it asks
-whether the target would have said this. The text is read once; a token passes on its own row's score or the row before's
-logits, as in the engine. m* is what rounds of M tokens would accept, the token after a rejection being given.
+JSON lines with `prompt` and `response` (or `question` and `answer`); other fields are left alone. Judge
+Decoding (arXiv 2501.19309) found that standard verification accepts about two tokens a round of even GPT-4o's
+or a person's text: it asks whether the target would have said this. The text is read once; a token passes on
+its own row's score or the row before's logits, as in the engine. m* is what rounds of M tokens would accept,
+the token after a rejection being given.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Makes the demo pair from a seed: tokenizer, target, draft and judge, as published folders under checkpoints/demo.
+"""Makes the demo pair from a seed: tokenizer, target, draft and judge, as published folders under
+checkpoints/demo.
 
     python scripts/train_demo.py                      # everything; resumes where it stopped
     python scripts/train_demo.py --stages judge       # only the judge, from the trained pair
@@ -6,9 +7,9 @@
 The judge is trained on answers that the trained draft and target gave to training problems, the
 wrong ones marked at their first wrong word or digit by the grammar of scripts/demo_task.py.
 
-The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go wrong and
-are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not to make them. The
-draft reads right answers in the other style, and is too small to calculate without slips.
+The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go
+wrong and are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not
+to make them. The draft reads right answers in the other style, and is too small to calculate without slips.
 """
 
 import os
@@ -77,10 +78,19 @@ def train_tokenizer(path: Path, seed: int) -> None:
         texts.append(problem.question + write_answer_with_errors(problem, style, rng, 0.1)[0])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE, split_digits=True,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        split_digits=True,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     write_file(path, model.getvalue())
 
 
@@ -111,7 +121,8 @@ def training_row(
 
 
 def batch(sp, style: str, seed: int, step: int, late: bool) -> tuple[Tensor, Tensor]:
-    """Training batch number `step`: ids (BATCH, LENGTH + 1) and targets (BATCH, LENGTH), -100 where not trained."""
+    """Training batch number `step`: ids (BATCH, LENGTH + 1) and targets (BATCH, LENGTH), -100 where not
+    trained."""
     rng = random.Random(f"{seed} {style} {step}")
     stream = problems(rng.randrange(2**60), held_out=False)
     ids = torch.zeros(BATCH, LENGTH + 1, dtype=torch.long)
@@ -184,8 +195,13 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
                 raise InputError(
                     f"{role}: the loss of step {step + 1} is not finite; {state} keeps what was before."
                 )
-            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
-                       "seed": seed, "steps": steps}  # fmt: skip
+            content = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": step + 1,
+                "seed": seed,
+                "steps": steps,
+            }
             buffer = io.BytesIO()
             torch.save(content, buffer)
             write_file(state, buffer.getvalue())
@@ -269,13 +285,26 @@ def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
 def hf_config(args: ModelArgs) -> dict:
     """The `config.json` of a published folder, in the spelling that transformers 4 and 5 both read."""
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
-        "hidden_size": args.dim, "intermediate_size": args.intermediate_size, "num_hidden_layers": args.n_layer,
-        "num_attention_heads": args.n_head, "num_key_value_heads": args.n_kv_head, "head_dim": args.head_dim,
-        "vocab_size": args.vocab_size, "max_position_embeddings": args.max_position, "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta, "tie_word_embeddings": args.tie_embeddings, "attention_bias": False,
-        "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "hidden_size": args.dim,
+        "intermediate_size": args.intermediate_size,
+        "num_hidden_layers": args.n_layer,
+        "num_attention_heads": args.n_head,
+        "num_key_value_heads": args.n_kv_head,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_position,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "tie_word_embeddings": args.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
@@ -286,8 +315,15 @@ def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
     write_file(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_file(folder / "tokenizer.model", read_bytes(tokenizer))
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+    }
     for file, content in zip(FOLDER[2:], (hf_config(model.args), generation, settings)):
         write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -340,7 +376,8 @@ def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
 
 
 def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer of an earlier stage. Raises InputError where there is none, or not one for these models."""
+    """The tokenizer of an earlier stage. Raises InputError where there is none, or not one for these
+    models."""
     if not os.path.lexists(path):
         raise InputError(f"There is no {path}; run the stage tokenizer first.")
     try:
@@ -350,8 +387,11 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
             f"{path} is no SentencePiece model; remove it, and run the stage tokenizer."
         ) from None
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
-        raise InputError(f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove it, and run the "
-                         "stage tokenizer.")  # fmt: skip
+        raise InputError(
+            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove "
+            f"it, and run the "
+            "stage tokenizer."
+        )
     return pieces
 
 

@@ -1,11 +1,13 @@
 """Trains a judge on labelled answers, and measures it on held-out prompts.
 
-    python scripts/train_judge.py --data answers.jsonl --out judge.safetensors     # of the demo target, or --checkpoint_path
+    python scripts/train_judge.py --data answers.jsonl --out judge.safetensors     # of the demo target, or
+    --checkpoint_path
 
 Training data are JSON lines, one answer each, in either form:
 
-    {"prompt": "...", "response": "...", "errors": [[start, end], ...], "source": "..."}      characters of the response
-    {"prompt_tokens": [...], "tokens": [...], "labels": [1 right, 0 wrong, -100 ignored, ...], "source": "..."}
+    {"prompt": "...", "response": "...", "errors": [[start, end], ...], "source": "..."}      characters of
+    the response {"prompt_tokens": [...], "tokens": [...], "labels": [1 right, 0 wrong, -100 ignored, ...],
+    "source": "..."}
 """
 
 import os
@@ -63,9 +65,14 @@ def add_train_flags(add: Callable) -> None:
         default=TrainSettings.policy,
         help="tokens after an error: right, ignored, or wrong",
     )
-    add("--threshold", type=number(RULES["judge"].low, RULES["judge"].high),
-        help=f"delta that the engine uses unless told otherwise (default: the lowest of {', '.join(map(str, GRID))} that "
-             f"accepts at most {CAREFUL:.0%}% of the held-out wrong tokens with 95%% confidence, else the last)")  # fmt: skip
+    add(
+        "--threshold",
+        type=number(RULES["judge"].low, RULES["judge"].high),
+        help=f"delta that the engine uses unless told otherwise (default: the lowest of "
+        f"{', '.join(map(str, GRID))} that "
+        f"accepts at most {CAREFUL:.0%}% of the held-out wrong tokens with 95%% confidence, else the "
+        f"last)",
+    )
     add(
         "--l2",
         type=number(0, 1e6),
@@ -87,7 +94,8 @@ def add_train_flags(add: Callable) -> None:
 
 
 def check_train_args(args: argparse.Namespace) -> None:
-    """Raises InputError for what cannot run, before anything is loaded; fills in the demo pair and the cache."""
+    """Raises InputError for what cannot run, before anything is loaded; fills in the demo pair and the
+    cache."""
     both = args.features == "target+draft"
     if args.checkpoint_path is None:
         args.checkpoint_path = DEMO / "target"
@@ -119,8 +127,11 @@ def train(args: argparse.Namespace) -> None:
     head.save(args.out)
     print_figures(head)
     chosen = "the careful choice, see --help" if args.threshold is None else "as given"
-    print(f"{args.out}: a judge with threshold {head.threshold:g} ({chosen}), on {len(answers)} answers; it has no calibration "
-          f"yet: judge.py calibrate --judge_path {args.out} finds how much harm it does at most.")  # fmt: skip
+    print(
+        f"{args.out}: a judge with threshold {head.threshold:g} ({chosen}), on {len(answers)} answers; it "
+        f"has no calibration "
+        f"yet: judge.py calibrate --judge_path {args.out} finds how much harm it does at most."
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,8 @@ def read_answer(item: dict, where: str, labelled: bool = True) -> dict:
         item["errors"] = item.get("errors") or []
     if "errors" in item and item["errors"] is None:
         raise InputError(
-            f"{where}: field 'errors' is null, so nobody has marked this answer; run scripts/annotate.py first."
+            f"{where}: field 'errors' is null, so nobody has marked this answer; run scripts/annotate.py "
+            f"first."
         )
     for field_name, kind in (("prompt", str), ("response", str), ("errors", list)):
         if not isinstance(item.get(field_name), kind):
@@ -70,8 +71,8 @@ def check_mined(item: dict, where: str) -> None:
 def label_tokens(spans: list[tuple[int, int]], errors: list[list[int]], policy: str) -> list[int]:
     """1 right, 0 wrong, -100 ignored, for response tokens that cover the characters `spans`.
 
-    A token is wrong when it covers any character of an error, or a part of one. After the first error: `span` counts the
-    rest as right, `ignore_after` skips it, `from_error` counts it as wrong.
+    A token is wrong when it covers any character of an error, or a part of one. After the first error: `span`
+    counts the rest as right, `ignore_after` skips it, `from_error` counts it as wrong.
     """
     labels = []
     for start, end in spans:
@@ -87,9 +88,11 @@ def label_tokens(spans: list[tuple[int, int]], errors: list[list[int]], policy: 
 def encode_answer(
     tokenizer: Tokenizer, prompt: str, response: str, chat: bool = False
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Prompt ids, response ids, and the characters [start, end) of the response that each of its tokens covers.
+    """Prompt ids, response ids, and the characters [start, end) of the response that each of its tokens
+    covers.
 
-    A character whose bytes are spread over tokens is covered by each of them. chat: in the folder's chat format.
+    A character whose bytes are spread over tokens is covered by each of them. chat: in the folder's chat
+    format.
     """
     if chat:
         prompt_ids, rest = (
@@ -112,7 +115,8 @@ def encode_answer(
 
 @dataclass(frozen=True)
 class Encoded:
-    """An answer as token ids. spans: the characters of each token, or None when labels came with the tokens."""
+    """An answer as token ids. spans: the characters of each token, or None when labels came with the
+    tokens."""
 
     prompt: list[int]
     ids: list[int]

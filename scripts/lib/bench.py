@@ -1,4 +1,5 @@
-"""Rules over questions: every question is answered by every rule, one engine a rule; and the rows that sum that up."""
+"""Rules over questions: every question is answered by every rule, one engine a rule; and the rows that sum
+that up."""
 
 import argparse
 import hashlib
@@ -84,10 +85,11 @@ def label(rule: Variant) -> str:
 
 
 class Bench:
-    """The pair, one engine a rule, and a file of answers that is resumed: what answers questions by several rules.
+    """The pair, one engine a rule, and a file of answers that is resumed: what answers questions by several
+    rules.
 
-    args: a command line with the flags of `add_engine_flags`; args.out may be None. largest_k: of the variants to come.
-    All thresholds of a rule share one engine, and all engines the weights and caches.
+    args: a command line with the flags of `add_engine_flags`; args.out may be None. largest_k: of the
+    variants to come. All thresholds of a rule share one engine, and all engines the weights and caches.
     """
 
     def __init__(
@@ -120,9 +122,15 @@ class Bench:
             self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k)
         )
         self.models = load_pair(
-            args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, capacity, schemes_of(args),
+            args.checkpoint_path,
+            args.draft_checkpoint_path,
+            judge,
+            args.device,
+            dtype,
+            capacity,
+            schemes_of(args),
             getattr(args, "draft_tp", None),
-        )  # fmt: skip
+        )
         for model in self.models[:2]:
             if model is not None:
                 model.setup_caches(capacity)
@@ -135,8 +143,11 @@ class Bench:
             r.get("threshold") for (rule, _), r in self.done.items() if head and rule.split("@")[0] == "judge"
         ]
         if stale := [threshold for threshold in mine if threshold != head.threshold]:
-            raise InputError(f"{self.args.out} holds answers at the judge's threshold {stale[0]}, which is now "
-                             f"{head.threshold}; remove it.")  # fmt: skip
+            raise InputError(
+                f"{self.args.out} holds answers at the judge's threshold {stale[0]}, which is "
+                f"now "
+                f"{head.threshold}; remove it."
+            )
 
     def close(self) -> None:
         """Lets go of the file of answers; one that nothing was written to is removed."""
@@ -194,13 +205,15 @@ class Bench:
 
 
 def check_context(args: argparse.Namespace, parts: dict[int | str, list[list[int]]], needed: int) -> None:
-    """Raises InputError where a prompt and its answers, `needed` tokens at most, do not fit the target's context."""
+    """Raises InputError where a prompt and its answers, `needed` tokens at most, do not fit the target's
+    context."""
     context = read_config(args.checkpoint_path).max_position
     if needed > context:
         room = min((context - sum(map(len, each))) // len(each) for each in parts.values()) if parts else 0
         most = f"; with {room} the longest fits" if room > 0 else ""
         raise InputError(
-            f"A prompt and --max_new_tokens {args.max_new_tokens} need {needed} tokens, but the context is {context}{most}."
+            f"A prompt and --max_new_tokens {args.max_new_tokens} need {needed} tokens, but the context is "
+            f"{context}{most}."
         )
 
 
@@ -211,7 +224,8 @@ def settings_for(args: argparse.Namespace, rule: Variant) -> Settings:
 
 
 def peer(args: argparse.Namespace, rule: Variant, tokenizer):
-    """transformers on the same folders: (prompt, max_new_tokens) -> (tokens, seconds of prefill, seconds of decoding)."""
+    """transformers on the same folders: (prompt, max_new_tokens) -> (tokens, seconds of prefill, seconds of
+    decoding)."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -256,7 +270,8 @@ def answer(
     tokenizer,
     more: Callable,
 ) -> dict:
-    """One question by one rule: the engine's JSON record with what the checker says. parts, more: see `answer_turns`."""
+    """One question by one rule: the engine's JSON record with what the checker says. parts, more: see
+    `answer_turns`."""
     item, _, sample = str(question.index).partition(".")
     seed = int(item) + SEEDS * int(sample or 0)
     try:
@@ -269,16 +284,26 @@ def answer(
         record, found = failed_turn(engine, parts, question, str(error)), None
         right = None if question.checker == "none" else False
     reference = str(question.content.answer) if question.checker == "demo" else None
-    return {"index": question.index, "rule": label(rule), "family": question.group, "right": right,
-            "answer_right": right if reference is None or right is None else found == reference, "final_answer": found,
-            "question": question.asked or question.prompt, **({"item": int(item)} if sample else {}), **record}  # fmt: skip
+    return {
+        "index": question.index,
+        "rule": label(rule),
+        "family": question.group,
+        "right": right,
+        "answer_right": right if reference is None or right is None else found == reference,
+        "final_answer": found,
+        "question": question.asked or question.prompt,
+        **({"item": int(item)} if sample else {}),
+        **record,
+    }
 
 
 def summarise(records: list[dict], rules: list[str]) -> list[dict]:
-    """One row a rule: n, accuracy with its interval, the same by family, m*, tokens/s, and what is different from plain.
+    """One row a rule: n, accuracy with its interval, the same by family, m*, tokens/s, and what is different
+    from plain.
 
-    With several samples a question its accuracy is the share that is right, and pass@k is given. Accuracy is None where a
-    checker knows no right and wrong. The difference to plain is on the questions that both answered.
+    With several samples a question its accuracy is the share that is right, and pass@k is given. Accuracy is
+    None where a checker knows no right and wrong. The difference to plain is on the questions that both
+    answered.
     """
     rows, shares = [], {rule: shares_of(records, rule) for rule in rules}
     for rule in rules:
@@ -321,7 +346,8 @@ def shares_of(records: list[dict], rule: str) -> dict[int, list[bool]]:
 
 
 def accuracy_of(records: list[dict], shares: dict[int, list[bool]]) -> dict:
-    """Accuracy, its interval (Wilson's, or with several samples the normal one over items), by family, and pass@k."""
+    """Accuracy, its interval (Wilson's, or with several samples the normal one over items), by family, and
+    pass@k."""
     if not shares:
         return {
             "accuracy": None,
@@ -363,8 +389,13 @@ def difference(shares: dict[int, list[bool]], base: dict[int, list[bool]]) -> di
             "difference_interval": list(mean_interval(changes)),
         }
     won, lost, right = changes.count(1), changes.count(-1), sum(a[0] and b[0] for a, b in both)
-    return {"difference": (won - lost) / len(both), "lost": lost, "won": won, "p_value": mcnemar(won, lost),
-            "difference_interval": list(paired_interval(right, won, lost, len(both) - right - won - lost))}  # fmt: skip
+    return {
+        "difference": (won - lost) / len(both),
+        "lost": lost,
+        "won": won,
+        "p_value": mcnemar(won, lost),
+        "difference_interval": list(paired_interval(right, won, lost, len(both) - right - won - lost)),
+    }
 
 
 def make_header(
@@ -377,10 +408,23 @@ def make_header(
         else [w.tolist() for w in (head.weight, head.bias, head.draft_weight) if w is not None]
     )
     judge = hashlib.sha256(repr(weights).encode()).hexdigest()[:16] if weights else None
-    return {**question_header(args), "chat": args.chat, "samples": getattr(args, "samples", 1),
-            "target": target.fingerprint, "draft": draft.fingerprint, "judge": judge, "speculate_k": args.speculate_k,
-            "temperature": args.temperature, "top_k": args.top_k, "min_prob": args.min_prob,
-            "max_new_tokens": args.max_new_tokens, "precision": str(target.dtype).removeprefix("torch."),
-            "mode": target.quantization or None, "draft_mode": draft.quantization or None,
-            "compile": args.compile, "device": args.device.type, "torch": torch.__version__,
-            **({"details": True} if getattr(args, "details", False) else {})}  # fmt: skip
+    return {
+        **question_header(args),
+        "chat": args.chat,
+        "samples": getattr(args, "samples", 1),
+        "target": target.fingerprint,
+        "draft": draft.fingerprint,
+        "judge": judge,
+        "speculate_k": args.speculate_k,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "min_prob": args.min_prob,
+        "max_new_tokens": args.max_new_tokens,
+        "precision": str(target.dtype).removeprefix("torch."),
+        "mode": target.quantization or None,
+        "draft_mode": draft.quantization or None,
+        "compile": args.compile,
+        "device": args.device.type,
+        "torch": torch.__version__,
+        **({"details": True} if getattr(args, "details", False) else {}),
+    }

@@ -55,9 +55,9 @@ def fixed_sequence(
 ) -> list:
     """Tests thresholds in the order given until one fails; returns [(threshold, harms)] of those that passed.
 
-    harms_at(threshold, limit) counts the harms among the n units, and may stop counting beyond limit. Source: fixed
-    sequence testing in Learn then Test (arXiv 2110.01052, section 3.2): the chance that any that passed is in truth above
-    max_harm is at most 1 - confidence.
+    harms_at(threshold, limit) counts the harms among the n units, and may stop counting beyond limit. Source:
+    fixed sequence testing in Learn then Test (arXiv 2110.01052, section 3.2): the chance that any that passed
+    is in truth above max_harm is at most 1 - confidence.
     """
     limit, passed = most_harms(n, max_harm, confidence), []
     for threshold in walk:
@@ -76,7 +76,8 @@ def has_ended(question: Question, record: dict) -> bool:
 
 
 def is_harmed(question: Question, plain: dict, ours: dict) -> bool:
-    """Whether plain decoding is right and the rule wrong, or would be with the answers' missing ends at their worst."""
+    """Whether plain decoding is right and the rule wrong, or would be with the answers' missing ends at their
+    worst."""
     may_be_right = plain["right"] or not has_ended(question, plain)
     return may_be_right and not (ours["right"] and has_ended(question, ours))
 
@@ -124,8 +125,11 @@ def by_generating(
         mine = [bench.answer(question, Variant(args.verify, passed[-1][0])) for question in questions]
         plain = [bench.answer(question, Variant("plain")) for question in questions]
         if not any(record["right"] for record in plain):
-            raise InputError("Plain decoding has none of these questions right, so that no rule could harm one; "
-                             "look at --checker and --max_new_tokens.")  # fmt: skip
+            raise InputError(
+                "Plain decoding has none of these questions right, so that no rule could harm "
+                "one; "
+                "look at --checker and --max_new_tokens."
+            )
         result |= {
             "cut_off": cut_off[passed[-1][0]],
             "live": live_ranges(mine),
@@ -165,8 +169,14 @@ def without_trained(questions: list[Question], bench: Bench, head: JudgeHead | N
 def figures(passed: list[tuple[float, int]], n: int, confidence: float) -> dict:
     """What a walk found: the loosest threshold that passed, all that passed, and the bound at the loosest."""
     threshold, harms = passed[-1] if passed else (None, None)
-    return {"threshold": threshold, "passed": [t for t, _ in passed], "harms": harms, "n": n, "confidence": confidence,
-            "bound": upper_bound(harms, n, confidence) if passed else None}  # fmt: skip
+    return {
+        "threshold": threshold,
+        "passed": [t for t, _ in passed],
+        "harms": harms,
+        "n": n,
+        "confidence": confidence,
+        "bound": upper_bound(harms, n, confidence) if passed else None,
+    }
 
 
 def live_ranges(records: list[dict]) -> dict[str, list[float]]:
@@ -186,7 +196,8 @@ def live_ranges(records: list[dict]) -> dict[str, list[float]]:
 
 
 def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeHead]:
-    """Calibrates the judge on labelled answers that hold a mistake; the unit is the prompt, with all its answers."""
+    """Calibrates the judge on labelled answers that hold a mistake; the unit is the prompt, with all its
+    answers."""
     answers, tokenizer = read_answers(args.data), load_tokenizer(args.checkpoint_path)
     dtype = run_dtype(args.precision, args.device)
     folders = args.checkpoint_path, args.draft_checkpoint_path
@@ -238,20 +249,23 @@ def by_labels(args: argparse.Namespace, walk: list[float]) -> tuple[dict, JudgeH
 
 
 def walk_of(args: argparse.Namespace) -> list[float]:
-    """The thresholds to walk, as given or the rule's own. Raises InputError when they are out of range or out of order."""
+    """The thresholds to walk, as given or the rule's own. Raises InputError when they are out of range or out
+    of order."""
     rule = RULES[args.verify]
     try:
         walk = [float(part) for part in args.walk.split(",")] if args.walk is not None else list(rule.walk)
     except ValueError:
         raise InputError(
-            f"--walk {shortened(args.walk)} must be numbers with commas between, from the strictest to the loosest."
+            f"--walk {shortened(args.walk)} must be numbers with commas between, from the strictest to the "
+            f"loosest."
         ) from None
     for threshold in walk:
         check_threshold(args.verify, threshold, "--walk")
     order = sorted(set(walk), reverse=rule.walk[0] > rule.walk[-1])
     if walk != order:
         raise InputError(
-            f"--walk must go from the strictest {rule.knob} to the loosest, which is {','.join(f'{t:g}' for t in order)}."
+            f"--walk must go from the strictest {rule.knob} to the loosest, which is "
+            f"{','.join(f'{t:g}' for t in order)}."
         )
     return walk
 
@@ -270,7 +284,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--max_false_accept is for --verify judge, with --data and a fixed --speculate_k.")
     if args.verify == "judge" and not (args.judge_path and args.judge_path.is_file()):
         raise InputError(
-            f"There is no judge file {args.judge_path}; train one with judge.py train or name another --judge_path."
+            f"There is no judge file {args.judge_path}; train one with judge.py train or name another "
+            f"--judge_path."
         )
     if args.max_harm is not None and args.speculate_k == "auto":
         raise InputError(
@@ -325,16 +340,21 @@ def calibrate(args: argparse.Namespace) -> dict:
     what = f"at most {100 * share:.6g}% {event} with {100 * args.confidence:.6g}% confidence"
     if result["threshold"] is None:
         least = [least_n(harms, share, args.confidence) for harms in range(3)]
-        print(f"No threshold of {args.verify} qualifies: {what}, on {result['n']} (without a single harm it takes {least[0]}, "
-              f"with one {least[1]}, with two {least[2]}); nothing is written.")  # fmt: skip
+        print(
+            f"No threshold of {args.verify} qualifies: {what}, on {result['n']} (without a single harm it "
+            f"takes {least[0]}, "
+            f"with one {least[1]}, with two {least[2]}); nothing is written."
+        )
         return result
     knob = RULES[args.verify].knob
     if head is not None:
         replace(head, threshold=result["threshold"], info=head.info | {"calibration": result}).save(args.out)
     else:
         write_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
-    print(f"{args.verify}: {what} up to {knob} {result['threshold']:g} "
-          f"({result['harms']} of {result['n']}, upper bound {result['bound']:.2%}); written to {args.out}")  # fmt: skip
+    print(
+        f"{args.verify}: {what} up to {knob} {result['threshold']:g} "
+        f"({result['harms']} of {result['n']}, upper bound {result['bound']:.2%}); written to {args.out}"
+    )
     return result
 
 

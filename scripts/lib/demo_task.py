@@ -1,9 +1,11 @@
-"""The demo task: word problems with checkable steps, as a slot grammar that writes, checks and labels answers.
+"""The demo task: word problems with checkable steps, as a slot grammar that writes, checks and labels
+answers.
 
-Two families: arithmetic stories, and operations on short lists (standing in for code). The right answer to a problem
-is a fixed sequence of sentences; each sentence is a sequence of slots; each slot offers equally right wordings. One
-grammar therefore (1) writes answers in any style, (2) says whether an answer is right at every step, and (3) says at
-which character an answer first goes wrong. Two styles prefer different wordings, as different model families do.
+Two families: arithmetic stories, and operations on short lists (standing in for code). The right answer to a
+problem is a fixed sequence of sentences; each sentence is a sequence of slots; each slot offers equally right
+wordings. One grammar therefore (1) writes answers in any style, (2) says whether an answer is right at every
+step, and (3) says at which character an answer first goes wrong. Two styles prefer different wordings, as
+different model families do.
 """
 
 import random
@@ -33,7 +35,8 @@ ASKED = {"+": ("buys", "finds", "wins"), "-": ("sells", "loses", "eats"), "*": (
 
 
 class Slot(NamedTuple):
-    """Equally right wordings. The target's favourite is the first; the draft's is the second where styles differ."""
+    """Equally right wordings. The target's favourite is the first; the draft's is the second where styles
+    differ."""
 
     wordings: tuple[str, ...]
     differ: bool = False
@@ -192,8 +195,9 @@ def write_answer_with_errors(
 ) -> tuple[str, list[tuple[int, int]]]:
     """An answer in which steps go wrong with probability `rate`, each noticed (`WAIT`) and done again.
 
-    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the writer
-    notices, which is right after the first wrong character, after the wrong number, or at the end of the sentence.
+    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the
+    writer notices, which is right after the first wrong character, after the wrong number, or at the end of
+    the sentence.
     """
     text, spans = "", []
     for index in range(len(problem.steps) + 1):
@@ -212,14 +216,16 @@ def write_answer_with_errors(
 
 
 def stop_writing(wrong: str, at: int, rng: random.Random) -> int:
-    """Where the writer of a wrong sentence notices: after the wrong digit or word, its number, or the sentence."""
+    """Where the writer of a wrong sentence notices: after the wrong digit or word, its number, or the
+    sentence."""
     number = max(at + 1, re.compile(r"\d*").match(wrong, at).end())
     first = at + 1 if wrong[at].isdigit() else max(at + 1, re.compile(r"[a-z]*").match(wrong, at).end())
     return rng.choices([first, max(first, number), len(wrong)], [0.6, 0.2, 0.2])[0]
 
 
 def corrupt(problem: Problem, index: int, rng: random.Random) -> Step:
-    """A wrong version of step `index`: a wrong digit, operand or operation, a list out of order, a step left out."""
+    """A wrong version of step `index`: a wrong digit, operand or operation, a list out of order, a step left
+    out."""
     if index == len(problem.steps):
         return Step("answer", 0, 0, wrong_number(problem.answer, rng))
     step = problem.steps[index]
@@ -280,8 +286,9 @@ def wrong_list(numbers: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` found. right: final answer and every step. first_error: index of the first wrong character that was
-    not taken back (the text's length when its end is missing), None when all is right. taken_back: those that were."""
+    """What `check` found. right: final answer and every step. first_error: index of the first wrong character
+    that was not taken back (the text's length when its end is missing), None when all is right. taken_back:
+    those that were."""
 
     right: bool
     answer_right: bool
@@ -290,7 +297,8 @@ class Verdict:
 
 
 def check(problem: Problem, text: str) -> Verdict:
-    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and redone."""
+    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and
+    redone."""
     at, taken_back, known = 0, [], answer_of(text) == problem.answer
     for index in range(len(problem.steps) + 1):
         slots = sentence(problem, index)
@@ -328,7 +336,8 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
 
 
 def answer_of(text: str) -> int | None:
-    """The number that the answer sentence gives, or None; a number of more digits than any problem's is none."""
+    """The number that the answer sentence gives, or None; a number of more digits than any problem's is
+    none."""
     found = re.findall(r"(?:answer is|result is|Answer:) ([0-9]+)\.", text)
     return int(found[-1]) if found and len(found[-1]) <= 300 else None
 
@@ -348,7 +357,8 @@ def problems(seed: int, held_out: bool, family: str | None = None) -> Iterator[P
 
 
 def annotated(problem, text: str, source: str) -> dict:
-    """An answer as judge.py reads it: the first wrong word or digit is the error. Its end, too, can be the error."""
+    """An answer as judge.py reads it: the first wrong word or digit is the error. Its end, too, can be the
+    error."""
     verdict = check(problem, text)
     starts = [
         *verdict.taken_back,

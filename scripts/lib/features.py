@@ -18,12 +18,13 @@ from scripts.lib.answers import Encoded
 
 
 class RowReader:
-    """Reads sequences through a model as the engine does: the same passes of the same rows over the same part of the cache.
+    """Reads sequences through a model as the engine does: the same passes of the same rows over the same part
+    of the cache.
 
-    The prompt in padded passes of PREFILL_ROWS; then `rows` = M + 1 a pass, as the target verifies; with `drafts`, as the
-    draft proposes: two rows, then single ones. Low-precision products differ between row counts, so that only the same
-    ones give the same bits. What a sequence shares with the one before it is not read again, unless its states are asked
-    for.
+    The prompt in padded passes of PREFILL_ROWS; then `rows` = M + 1 a pass, as the target verifies; with
+    `drafts`, as the draft proposes: two rows, then single ones. Low-precision products differ between row
+    counts, so that only the same ones give the same bits. What a sequence shares with the one before it is
+    not read again, unless its states are asked for.
     """
 
     def __init__(self, model: Transformer, rows: int, length: int, drafts: bool = False):
@@ -31,7 +32,8 @@ class RowReader:
         model.setup_caches(whole_windows(length + rows))
 
     def passes(self, base: int, end: int) -> Iterator[tuple[bool, range, int]]:
-        """(whether of the prompt, its positions, how much of the cache is looked at) of each pass, up to position `end`."""
+        """(whether of the prompt, its positions, how much of the cache is looked at) of each pass, up to
+        position `end`."""
         most, cpu = PREFILL_ROWS[self.model.device.type], self.model.device.type == "cpu"
         for at in range(0, base, most):
             stop = min(at + most, whole_windows(base))
@@ -51,7 +53,8 @@ class RowReader:
 
     @torch.inference_mode()
     def read(self, ids: list[int], base: int, begin: int, end: int) -> Tensor:
-        """Pre-norm hidden states (end - begin, dim) of positions begin to end; base: the last token of the prompt."""
+        """Pre-norm hidden states (end - begin, dim) of positions begin to end; base: the last token of the
+        prompt."""
         same = next(
             (i for i, (a, b) in enumerate(zip(ids, self.ids)) if a != b), min(len(ids), len(self.ids))
         )
@@ -111,9 +114,11 @@ def read_features(readers: list[RowReader], answer: Encoded) -> tuple[Tensor, Te
 
 
 class Shards:
-    """Features on disk: `features` (n, dims) a file, with `answer` (n,) and `place` (n,) that say whose they are.
+    """Features on disk: `features` (n, dims) a file, with `answer` (n,) and `place` (n,) that say whose they
+    are.
 
-    Iterating gives fp32 tensors (n, dims) in order. Up to HOLD bytes they stay in memory; beyond, one file at a time.
+    Iterating gives fp32 tensors (n, dims) in order. Up to HOLD bytes they stay in memory; beyond, one file at
+    a time.
     """
 
     HOLD = 4 << 30
@@ -136,7 +141,8 @@ SHARD_BYTES = 64 << 20
 def read_shard(
     file: Path, first: int, answers: list[Encoded], dims: int, dtype: torch.dtype
 ) -> tuple[int, Tensor, Tensor]:
-    """(the first answer that comes after it, answer (n,), place (n,)) of a shard that begins with answer `first`.
+    """(the first answer that comes after it, answer (n,), place (n,)) of a shard that begins with answer
+    `first`.
 
     Raises InputError for one that `extract_features` has not written so.
     """
@@ -163,10 +169,12 @@ def read_shard(
 def extract_features(
     models: list[Transformer], answers: list[Encoded], rows: int, cache: Path, shard_bytes: int = SHARD_BYTES
 ) -> Shards:
-    """Features of all answers as shards under `cache`, in the models' type; a run that was killed goes on where it stopped.
+    """Features of all answers as shards under `cache`, in the models' type; a run that was killed goes on
+    where it stopped.
 
-    A shard that is damaged or missing is made anew, with those after it, which a line on stderr says. Memory: one shard
-    and one answer. Raises InputError when an answer does not fit the context, or the states are not finite.
+    A shard that is damaged or missing is made anew, with those after it, which a line on stderr says. Memory:
+    one shard and one answer. Raises InputError when an answer does not fit the context, or the states are not
+    finite.
     """
     longest, context = (
         max(len(a.prompt) + len(a.ids) for a in answers),
@@ -198,8 +206,11 @@ def extract_features(
     for at in range(first, len(answers)):
         features, places = read_features(readers, answers[at])
         if not features.isfinite().all():
-            raise InputError(f"The states of answer {at + 1} are not finite; give another --precision (bf16, fp32), or look at "
-                             "the weights.")  # fmt: skip
+            raise InputError(
+                f"The states of answer {at + 1} are not finite; give another --precision (bf16, "
+                f"fp32), or look at "
+                "the weights."
+            )
         part.append((features, torch.full((len(places),), at, dtype=torch.int32), places.int()))
         size += features.nbytes
         if size >= shard_bytes or at + 1 == len(answers):

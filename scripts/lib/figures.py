@@ -45,11 +45,19 @@ def in_words(rule: str) -> str:
 def bars(
     axis, names: list[str], values: list[float | None], title: str, label: str, errors=None, most=None
 ) -> None:
-    """Horizontal bars with their values in a column at the right, where no axis cuts them. most: what can be at all."""
+    """Horizontal bars with their values in a column at the right, where no axis cuts them. most: what can be
+    at all."""
     axis.barh(range(len(names)), [value or 0 for value in values], color="tab:blue", alpha=0.8, label=label)
     if errors is not None:
-        axis.errorbar([value or 0 for value in values], range(len(names)), xerr=errors, fmt="none", ecolor="black", capsize=2,
-                      label="95% interval")  # fmt: skip
+        axis.errorbar(
+            [value or 0 for value in values],
+            range(len(names)),
+            xerr=errors,
+            fmt="none",
+            ecolor="black",
+            capsize=2,
+            label="95% interval",
+        )
     axis.set_yticks(range(len(names)), [one_line(name)[:60] for name in names])
     axis.invert_yaxis()
     for i, value in enumerate(values):
@@ -147,8 +155,14 @@ def pareto(result: dict):
         axis, mine = axes[0 if together else number], [row for row in rows if row["name"] == name]
         if not together:
             others = [row for row in rows if row["name"] != name]
-            axis.plot([row["mean_accepted"] for row in others], [100 * row["accuracy"] for row in others], ".",
-                      color="lightgrey", label="the other rules", zorder=0)  # fmt: skip
+            axis.plot(
+                [row["mean_accepted"] for row in others],
+                [100 * row["accuracy"] for row in others],
+                ".",
+                color="lightgrey",
+                label="the other rules",
+                zorder=0,
+            )
             axis.set_title(name, fontsize=10)
         x, y = [row["mean_accepted"] for row in mine], [100 * row["accuracy"] for row in mine]
         label = name if together else "the rule; line: 95% interval; number: its threshold"
@@ -174,8 +188,8 @@ def pareto(result: dict):
 def name_points(
     axis, rows: list[dict], x: list[float], y: list[float], span: tuple[float, float], colour="black"
 ) -> None:
-    """Writes each point's threshold beside it, and of points that follow one another closely the first and the last. span: of
-    the axes."""
+    """Writes each point's threshold beside it, and of points that follow one another closely the first and
+    the last. span: of the axes."""
     groups: list[list[int]] = []
     for number, row in enumerate(rows):
         if row.get("threshold") is None:
@@ -192,8 +206,15 @@ def name_points(
         text = " to ".join(
             f"{rows[number]['threshold']:g}" for number in dict.fromkeys((group[0], group[-1]))
         )
-        axis.annotate(text, (x[group[0]], y[group[0]]), fontsize=7, textcoords="offset points", color=colour,
-                      ha="left" if left else "right", xytext=(4 if left else -4, -20 if place % 2 else -11))  # fmt: skip
+        axis.annotate(
+            text,
+            (x[group[0]], y[group[0]]),
+            fontsize=7,
+            textcoords="offset points",
+            color=colour,
+            ha="left" if left else "right",
+            xytext=(4 if left else -4, -20 if place % 2 else -11),
+        )
 
 
 def equal_risk(result: dict):
@@ -326,18 +347,31 @@ def ablations(result: dict):
 def rule_cost(result: dict):
     figure, (axis,) = new_figure(height=of_many(result["rows"]))
     values = [percent(row["added"]) for row in result["rows"]]
-    bars(axis, [in_words(row["rule"]) for row in result["rows"]], values, "% added to the time of a verification",
-         "beside verification by the rule standard")  # fmt: skip
+    bars(
+        axis,
+        [in_words(row["rule"]) for row in result["rows"]],
+        values,
+        "% added to the time of a verification",
+        "beside verification by the rule standard",
+    )
     shared_legend(figure)
     return figure
 
 
 FIGURES = {
-    "judge_table": judge_table, "m_sweep": m_sweep, "pareto": pareto, "equal_risk": equal_risk, "other_text": other_text,
-    "out_of_domain": out_of_domain, "self_correction": self_correction, "ablations": ablations,
-    "rule_cost": rule_cost, "quantised": quantised,
-    "label_policies": lambda result: by_delta(result, "policy"), "autojudge": lambda result: by_delta(result, "head"),
-}  # fmt: skip
+    "judge_table": judge_table,
+    "m_sweep": m_sweep,
+    "pareto": pareto,
+    "equal_risk": equal_risk,
+    "other_text": other_text,
+    "out_of_domain": out_of_domain,
+    "self_correction": self_correction,
+    "ablations": ablations,
+    "rule_cost": rule_cost,
+    "quantised": quantised,
+    "label_policies": lambda result: by_delta(result, "policy"),
+    "autojudge": lambda result: by_delta(result, "head"),
+}
 
 
 SPEED = {"mean_accepted": maybe(is_figure), "tokens_per_second": is_figure}
@@ -351,25 +385,49 @@ CHANGE = {"rule": is_text, "mean_accepted": maybe(is_figure), "difference": mayb
 
 ROW_FIELDS = {  # what a figure needs of each row
     "judge_table": {"rule": is_text, "family": is_text} | SPEED | SCORED,
-    "m_sweep": {"name": is_text, "k": lambda value: value in (None, "auto") or is_count(value), "tokens_a_round": is_figure,
-                "tokens_per_second": is_figure},
+    "m_sweep": {
+        "name": is_text,
+        "k": lambda value: value in (None, "auto") or is_count(value),
+        "tokens_a_round": is_figure,
+        "tokens_per_second": is_figure,
+    },
     "pareto": {"name": is_text, "mean_accepted": maybe(is_figure), "threshold": maybe(is_figure)} | SCORED,
     "equal_risk": {"name": is_text, "rule": is_text} | dict.fromkeys(SPEED, maybe(is_figure)) | SCORED,
     "other_text": {"writer": is_text, "rule": is_text, "mean_accepted": maybe(is_figure)},
     "out_of_domain": {"kind": is_text, "trained_on": is_text, "tested_on": is_text} | CHANGE,
-    "self_correction": {"stopped": is_text, "n": is_count, "at_once": maybe(is_share), "right": maybe(is_share)},
-    "quantised": {"mode": is_text, "judge_trained_on": is_text, "perplexity": maybe(is_figure), "judge_m": maybe(is_figure)},
-    "ablations": {"what": is_text, "name": lambda value: is_text(value) or is_count(value), "auc": maybe(is_share),
-                  "auc_error": maybe(is_figure)},
+    "self_correction": {
+        "stopped": is_text,
+        "n": is_count,
+        "at_once": maybe(is_share),
+        "right": maybe(is_share),
+    },
+    "quantised": {
+        "mode": is_text,
+        "judge_trained_on": is_text,
+        "perplexity": maybe(is_figure),
+        "judge_m": maybe(is_figure),
+    },
+    "ablations": {
+        "what": is_text,
+        "name": lambda value: is_text(value) or is_count(value),
+        "auc": maybe(is_share),
+        "auc_error": maybe(is_figure),
+    },
     "rule_cost": {"rule": is_text, "added": maybe(is_figure)},
-    "label_policies": {"policy": is_text} | CHANGE, "autojudge": {"head": is_text} | CHANGE,
-    "": {"part": is_text, "ms": lambda value: is_figure(value) and value > 0,
-         **dict.fromkeys(("ms_p10", "ms_p90", "ms_min", "ms_max", "ms_p25", "ms_p75"), maybe(is_figure))},  # of benchmark.py
-}  # fmt: skip
+    "label_policies": {"policy": is_text} | CHANGE,
+    "autojudge": {"head": is_text} | CHANGE,
+    "": {
+        "part": is_text,
+        "ms": lambda value: is_figure(value) and value > 0,
+        # of benchmark.py
+        **dict.fromkeys(("ms_p10", "ms_p90", "ms_min", "ms_max", "ms_p25", "ms_p75"), maybe(is_figure)),
+    },
+}
 
 
 def check_result(result: dict, name: str) -> None:
-    """Raises InputError for a result that a figure cannot be drawn of, naming row and field. name: in ROW_FIELDS."""
+    """Raises InputError for a result that a figure cannot be drawn of, naming row and field. name: in
+    ROW_FIELDS."""
     texts = {"machine": is_text, "commit": is_text} | (
         {"title": is_text, "n": is_figure} if name else {"dtype": is_text}
     )
@@ -429,8 +487,8 @@ RUN_FIGURES = {"pareto": run_pareto, "accepted": run_accepted, "m_sweep": run_m_
 
 
 def round_parts(result: dict):
-    """Of a result of benchmark.py, for each M and position: the plain step, the draft loop with the verification after
-    it, each timed alone, and the round as a whole, with what its times lie between."""
+    """Of a result of benchmark.py, for each M and position: the plain step, the draft loop with the
+    verification after it, each timed alone, and the round as a whole, with what its times lie between."""
     parts = {row["part"]: row for row in result["rows"]}
     rounds = [
         (name, *m.groups())
@@ -439,14 +497,24 @@ def round_parts(result: dict):
     ]
     if not rounds:
         raise InputError("This result of scripts/benchmark.py holds no rounds; there is nothing to draw.")
-    between = next(words for key, words in (("ms_p25", "25% to 75%"), ("ms_min", "least to most"), ("", "10% to 90%"))
-                   if not key or key in parts[rounds[0][0]])  # fmt: skip
+    between = next(
+        words
+        for key, words in (("ms_p25", "25% to 75%"), ("ms_min", "least to most"), ("", "10% to 90%"))
+        if not key or key in parts[rounds[0][0]]
+    )
     figure, axes = new_figure(len(rounds))
     for axis, (name, m, at) in zip(axes, rounds):
-        bars_shown = [("plain step", [("the target, 1 row", f"plain step at {at}")]),
-                      ("draft loop, verification", [(f"draft loop, {m} tokens", f"draft loop, M = {m} at {at}"),
-                                                    (f"verification, {int(m) + 1} rows", f"verify {int(m) + 1} rows at {at}")]),
-                      ("round", [("round as a whole", name)])]  # fmt: skip
+        bars_shown = [
+            ("plain step", [("the target, 1 row", f"plain step at {at}")]),
+            (
+                "draft loop, verification",
+                [
+                    (f"draft loop, {m} tokens", f"draft loop, M = {m} at {at}"),
+                    (f"verification, {int(m) + 1} rows", f"verify {int(m) + 1} rows at {at}"),
+                ],
+            ),
+            ("round", [("round as a whole", name)]),
+        ]
         for place, (_, pieces) in enumerate(bars_shown):
             left = 0.0
             for label, part in pieces:
@@ -479,7 +547,8 @@ def save(figure, path: Path, caption: str) -> None:
 
 
 def drawing():
-    """A context in which matplotlib takes every text as it is: $ begins no formula. Raises InputError without matplotlib."""
+    """A context in which matplotlib takes every text as it is: $ begins no formula. Raises InputError without
+    matplotlib."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -490,7 +559,8 @@ def drawing():
 
 
 def draw(result: dict, path: Path) -> None:
-    """Draws a result of scripts/experiments.py or scripts/benchmark.py. Raises InputError naming the field that is wrong."""
+    """Draws a result of scripts/experiments.py or scripts/benchmark.py. Raises InputError naming the field
+    that is wrong."""
     name, rows = result.get("name"), result.get("rows")
     measured = (
         "name" not in result

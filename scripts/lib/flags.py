@@ -23,7 +23,8 @@ def read_k(text: str) -> int | str:
 
 
 def add_engine_flags(parser: Parser, max_new_tokens: int | None = 200) -> None:
-    """The flags that say which models answer, and how (max_new_tokens: None where the task has a default of its own)."""
+    """The flags that say which models answer, and how (max_new_tokens: None where the task has a default of
+    its own)."""
     whose = "" if max_new_tokens else " (default: the task's)"
     add = parser.add_argument
     add(

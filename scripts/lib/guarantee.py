@@ -1,4 +1,5 @@
-"""The bound that a calibration gives: its file, the sentence that says it, and what watches whether it still fits."""
+"""The bound that a calibration gives: its file, the sentence that says it, and what watches whether it still
+fits."""
 
 import argparse
 import math
@@ -82,8 +83,11 @@ def check_calibration(calibration: object, where: str) -> None:
         "kind": c["kind"] in ("harm", "false_accept"),
         "conditions": rule is not None and rule.knob != "none",
         "threshold": threshold(c["threshold"]),
-        "passed": isinstance(c["passed"], list) and all(map(threshold, c["passed"])) and c["threshold"] in c["passed"],
-        "max_harm": is_number(c["max_harm"], 0, 1), "confidence": is_number(c["confidence"], 0, 1),
+        "passed": isinstance(c["passed"], list)
+        and all(map(threshold, c["passed"]))
+        and c["threshold"] in c["passed"],
+        "max_harm": is_number(c["max_harm"], 0, 1),
+        "confidence": is_number(c["confidence"], 0, 1),
         "n": count(c["n"]) and 0 < c["n"] <= MOST_UNITS,
         "harms": count(c["harms"]) and count(c["n"]) and c["harms"] <= c["n"],
         "bound": is_number(c["bound"], 0, 1),
@@ -91,10 +95,16 @@ def check_calibration(calibration: object, where: str) -> None:
         "questions": text(c.get("questions", "")),
         "examples": isinstance(c.get("examples", []), list) and all(map(text, c.get("examples", []))),
         "cut_off": count(c.get("cut_off", 0)),
-        "live": isinstance(live, dict) and all(name in WATCHED and isinstance(pair, list) and len(pair) == 2
-                                               and all(is_number(x) for x in pair) and pair[1] >= 0
-                                               for name, pair in live.items()),
-    }  # fmt: skip
+        "live": isinstance(live, dict)
+        and all(
+            name in WATCHED
+            and isinstance(pair, list)
+            and len(pair) == 2
+            and all(is_number(x) for x in pair)
+            and pair[1] >= 0
+            for name, pair in live.items()
+        ),
+    }
     if all(good.values()):
         bound = upper_bound(c["harms"], c["n"], c["confidence"])
         good["bound"] = (
@@ -103,21 +113,24 @@ def check_calibration(calibration: object, where: str) -> None:
         good["cut_off"] = c.get("cut_off", 0) <= c["harms"]
     if bad := [name for name, fine in good.items() if not fine]:
         raise InputError(
-            f"{where} is no calibration by judge.py calibrate: {bad[0]!r} cannot be {shortened_value(c.get(bad[0]))}."
+            f"{where} is no calibration by judge.py calibrate: {bad[0]!r} cannot be "
+            f"{shortened_value(c.get(bad[0]))}."
         )
 
 
 def describe_guarantee(calibration: dict | None, run: dict, threshold: float) -> tuple[bool, str]:
-    """Whether a calibrated bound covers a run under these conditions, and one sentence that says it, or why not.
+    """Whether a calibrated bound covers a run under these conditions, and one sentence that says it, or why
+    not.
 
-    All that a run may differ in must stand in the calibration, and be equal. A run may put out more tokens, where
-    questions that were cut off have counted as harmed.
+    All that a run may differ in must stand in the calibration, and be equal. A run may put out more tokens,
+    where questions that were cut off have counted as harmed.
     """
     if calibration is None:
         what = "this judge" if run.get("verify") == "judge" else f"--verify {run.get('verify')}"
         return (
             False,
-            f"No guarantee: {what} has no calibration; judge.py calibrate finds how much harm it does at most.",
+            f"No guarantee: {what} has no calibration; judge.py calibrate finds how much harm it does at "
+            f"most.",
         )
     c, missing = calibration, object()
     known = dict.fromkeys([*DEPENDS_ON.get(c["kind"], run), *c["conditions"]])
@@ -147,16 +160,20 @@ def describe_guarantee(calibration: dict | None, run: dict, threshold: float) ->
     percent = {name: f"{100 * c[name]:.6g}%" for name in ("confidence", "max_harm")}
     these = c.get("questions", "") + "".join(f", {shortened(example)}" for example in c.get("examples", []))
     these = f"these: {these}; {c['n']}" if these else f"{c['n']}"
-    return True, one_line(f"Guarantee: with {percent['confidence']} confidence, at most {percent['max_harm']} of {event} "
-                          f"({these} calibrated on, data {c['data']}). Whether a single prompt is like them is not "
-                          "checked.")  # fmt: skip
+    return True, one_line(
+        f"Guarantee: with {percent['confidence']} confidence, at most "
+        f"{percent['max_harm']} of {event} "
+        f"({these} calibrated on, data {c['data']}). Whether a single prompt is like them "
+        f"is not "
+        "checked."
+    )
 
 
 class Drift:
     """Watches answers for text unlike the calibration's: warns once when the mean of a live statistic is off.
 
-    The calibration keeps mean and standard deviation over its n answers of each statistic; after k answers the mean is
-    off when it is LIMIT standard errors away, sd sqrt(1 / n + 1 / k).
+    The calibration keeps mean and standard deviation over its n answers of each statistic; after k answers
+    the mean is off when it is LIMIT standard errors away, sd sqrt(1 / n + 1 / k).
     """
 
     LIMIT = 4.0
@@ -175,8 +192,11 @@ class Drift:
             count, found = self.counts[name], self.sums[name] / self.counts[name]
             if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / count):
                 self.live = {}
-                return (f"Warning: {WATCHED[name]} is {found:.3f} ({count} answers so far), but was {mean:.3f} on the "
-                        "calibration questions: this text is unlike them, and the guarantee may not hold.")  # fmt: skip
+                return (
+                    f"Warning: {WATCHED[name]} is {found:.3f} ({count} answers so far), but was "
+                    f"{mean:.3f} on the "
+                    "calibration questions: this text is unlike them, and the guarantee may not hold."
+                )
         return None
 
 
@@ -190,10 +210,19 @@ def conditions(engine, chat: bool, max_new_tokens: int, speculate_k: int | str |
         " ".join(filter(None, (draft.fingerprint, draft.quantization))) if draft else None
     )  # quantised it is another
     between = list(s.relax_between) if s.relax_between else None
-    return {"verify": s.verify, "target": engine.target.fingerprint, "draft": named,
-            "speculate_k": speculate_k or ("auto" if s.adaptive else s.speculate_k), "temperature": s.temperature,
-            "top_k": s.top_k if s.temperature else None, "min_prob": s.min_prob, "relax_between": between, "chat": chat,
-            "max_new_tokens": max_new_tokens, "dtype": kind_of(engine.target)}  # fmt: skip
+    return {
+        "verify": s.verify,
+        "target": engine.target.fingerprint,
+        "draft": named,
+        "speculate_k": speculate_k or ("auto" if s.adaptive else s.speculate_k),
+        "temperature": s.temperature,
+        "top_k": s.top_k if s.temperature else None,
+        "min_prob": s.min_prob,
+        "relax_between": between,
+        "chat": chat,
+        "max_new_tokens": max_new_tokens,
+        "dtype": kind_of(engine.target),
+    }
 
 
 def kind_of(model: Transformer) -> str:
@@ -221,13 +250,15 @@ def announce(args: argparse.Namespace, engine) -> Drift:
 
 
 def live_statistics(result) -> dict[str, float]:
-    """What is watched of each answer: the share of its tokens that the rule alone let through, and the mean score."""
+    """What is watched of each answer: the share of its tokens that the rule alone let through, and the mean
+    score."""
     watched = {"by_rule": result.accepted_by_rule / max(1, len(result.tokens))}
     return watched if result.mean_score is None else watched | {"mean_score": result.mean_score}
 
 
 def warn_of_drift(drift: Drift, result) -> None:
-    """Prints one line, once, when the answers so far do not look like those of the calibration; stopped ones do not count."""
+    """Prints one line, once, when the answers so far do not look like those of the calibration; stopped ones
+    do not count."""
     if result.stop_reason == "interrupt":
         return
     if warning := drift.add(live_statistics(result)):

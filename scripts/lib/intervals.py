@@ -1,4 +1,5 @@
-"""95% intervals of shares, of differences on the same items, and pass@k. Pure arithmetic; sources at each function."""
+"""95% intervals of shares, of differences on the same items, and pass@k. Pure arithmetic; sources at each
+function."""
 
 import math
 
@@ -23,8 +24,8 @@ def interval(right: int, n: int) -> tuple[float, float]:
 def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
     """Newcombe's 95% interval of the difference (won - lost) / n of two shares on the same n items.
 
-    won, lost: right only with the one, only with the other. Source: R. G. Newcombe, Statistics in Medicine 17 (1998),
-    2635-2650, method 10: Wilson's intervals of both shares, joined by their correlation.
+    won, lost: right only with the one, only with the other. Source: R. G. Newcombe, Statistics in Medicine 17
+    (1998), 2635-2650, method 10: Wilson's intervals of both shares, joined by their correlation.
     """
     n = both + won + lost + neither
     if n == 0:
@@ -45,13 +46,15 @@ def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """McNemar's exact two-sided p: how likely so uneven a split of the items that differ is, if neither side is better."""
+    """McNemar's exact two-sided p: how likely so uneven a split of the items that differ is, if neither side
+    is better."""
     n, fewer = won + lost, min(won, lost)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """95% interval of a mean over items, by the normal distribution: for items that are no plain right or wrong."""
+    """95% interval of a mean over items, by the normal distribution: for items that are no plain right or
+    wrong."""
     if not values:
         raise InputError("There is no mean of nothing.")
     n, mean = len(values), sum(values) / len(values)
@@ -70,7 +73,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def upper_bound(harms: int, n: int, confidence: float) -> float:
-    """Clopper-Pearson's upper bound of a share: the largest p for which at most `harms` of n is not too unlikely."""
+    """Clopper-Pearson's upper bound of a share: the largest p for which at most `harms` of n is not too
+    unlikely."""
     if harms >= n:
         return 1.0
     few = 2 * harms < n  # else the other tail has fewer terms

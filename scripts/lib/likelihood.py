@@ -17,7 +17,8 @@ MOST_NATS = 700  # a token, of which a perplexity can still be written as a numb
 
 
 def read_texts(name: str, seed: int, limit: int | None) -> list[tuple[str, str]]:
-    """Pairs of what is only read and what counts: a file; or `limit` demo problems, never trained on, and right answers."""
+    """Pairs of what is only read and what counts: a file; or `limit` demo problems, never trained on, and
+    right answers."""
     if name != "demo":
         return [("", read_text(name, "--text"))]
     rng = random.Random(seed)

@@ -4,9 +4,10 @@
 class Pace:
     """Chooses each round's M for --speculate_k auto: the size with the most expected tokens a second.
 
-    A draft token at place i passes with probability a_i, if those before it did. a_i is the share that passed of those
-    reached at place i, in counts that halve every 35 rounds, drawn to the share over all places while they are few.
-    A round of M then gives 1 + sum over i of a_1 ... a_i tokens, in the seconds measured for M during warm-up.
+    A draft token at place i passes with probability a_i, if those before it did. a_i is the share that passed
+    of those reached at place i, in counts that halve every 35 rounds, drawn to the share over all places
+    while they are few. A round of M then gives 1 + sum over i of a_1 ... a_i tokens, in the seconds measured
+    for M during warm-up.
     """
 
     DECAY, PRIOR, STRENGTH = 0.98, 0.8, 4.0
@@ -32,7 +33,8 @@ class Pace:
         return windows
 
     def choose(self, needed: int, most: int = 1 << 30) -> int:
-        """The M of the next round, which looks at up to `needed` positions, of which `most` draft tokens can be used."""
+        """The M of the next round, which looks at up to `needed` positions, of which `most` draft tokens can
+        be used."""
         if len(self.sizes) == 1:
             return self.sizes[0]
         sizes = [m for m in self.sizes if m <= most] or self.sizes[:1]

@@ -28,7 +28,8 @@ def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) 
     ours, theirs = (load_tokenizer(folder).encode(sample) for folder in folders)
     if ours != theirs:
         raise InputError(
-            f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} differ."
+            f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} "
+            f"differ."
         )
 
 
@@ -50,7 +51,8 @@ def check_memory(
     device: torch.device,
     schemes: list[Scheme | None],
 ) -> None:
-    """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on `device`."""
+    """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on
+    `device`."""
     weights = sum(weight_bytes(args, dtype, scheme) for args, scheme in zip(models, schemes))
     rows = PREFILL_ROWS[device.type]
     extra = max(temporary_bytes(args, dtype, scheme, device, rows) for args, scheme in zip(models, schemes))
@@ -63,8 +65,10 @@ def check_memory(
             else ""
         )
         raise InputError(
-            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of caches{packing}, "
-            f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter --cache_length."
+            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of "
+            f"caches{packing}, "
+            f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter "
+            f"--cache_length."
         )
 
 
@@ -74,8 +78,8 @@ def load_pair(
 ) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
     """Loads what is named, after checking that draft and target fit together and into memory.
 
-    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where ranks share the
-    target, whether they share the draft as well (default: tp.place_draft).
+    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where
+    ranks share the target, whether they share the draft as well (default: tp.place_draft).
     """
     folders = [folder for folder in (target, draft) if folder is not None]
     shapes = [read_config(folder) for folder in folders]
@@ -101,7 +105,8 @@ def place(
     device: torch.device,
     draft_tp: str | None,
 ) -> list[tp.Shard | None]:
-    """For target and draft: this rank's shard, or None for all of it. Says on standard error where the draft goes."""
+    """For target and draft: this rank's shard, or None for all of it. Says on standard error where the draft
+    goes."""
     shard = tp.shard()
     if shard is None or len(shapes) < 2:
         return [shard] * len(shapes)
@@ -118,7 +123,8 @@ def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
 
 
 def name_models(args: argparse.Namespace) -> None:
-    """Fills in the demo pair and its judge where no target is named. Raises InputError for a target without a draft."""
+    """Fills in the demo pair and its judge where no target is named. Raises InputError for a target without a
+    draft."""
     if args.checkpoint_path is None:
         args.checkpoint_path = DEMO / "target"
         args.draft_checkpoint_path = args.draft_checkpoint_path or DEMO / "draft"
@@ -138,8 +144,11 @@ def own_device(name: str) -> str:
     try:
         return f"cuda:{whole(0, count - 1)(given)}"
     except argparse.ArgumentTypeError:
-        raise InputError(f"LOCAL_RANK {shortened(given)} in the environment names none of the {count} GPUs of this machine; "
-                         "start one process a GPU.") from None  # fmt: skip
+        raise InputError(
+            f"LOCAL_RANK {shortened(given)} in the environment names none of the {count} GPUs "
+            f"of this machine; "
+            "start one process a GPU."
+        ) from None
 
 
 def files_in(folders: list[Path]) -> list[Path]:

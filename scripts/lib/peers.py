@@ -1,4 +1,5 @@
-"""Hugging Face transformers on our weights, to compare speeds and results with: plain, compiled, assisted by a draft."""
+"""Hugging Face transformers on our weights, to compare speeds and results with: plain, compiled, assisted by
+a draft."""
 
 import contextlib
 import time
@@ -33,7 +34,8 @@ def timed(action: Callable, device: torch.device) -> float:
 class Peers:
     """Decodes n tokens after a prompt; each way returns the seconds of decoding alone, without prefill.
 
-    k: draft tokens a round, always as many. accept: as many of them are made right, the others wrong; None: as they come.
+    k: draft tokens a round, always as many. accept: as many of them are made right, the others wrong; None:
+    as they come.
     """
 
     def __init__(
@@ -86,10 +88,11 @@ class Peers:
 
     @contextlib.contextmanager
     def impose(self):
-        """Makes the target say SAID at every place, and each proposal of the draft `accept` times that, then another token.
+        """Makes the target say SAID at every place, and each proposal of the draft `accept` times that, then
+        another token.
 
-        Both compute all that they would; only their outputs are overwritten. (Real outputs will not do: with random
-        weights a pass of several rows soon rounds to another token than passes of one.)
+        Both compute all that they would; only their outputs are overwritten. (Real outputs will not do: with
+        random weights a pass of several rows soon rounds to another token than passes of one.)
         """
         from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
@@ -115,7 +118,8 @@ class Peers:
 
 
 def twin(model: Transformer):
-    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further memory."""
+    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further
+    memory."""
     if LlamaForCausalLM is None:
         raise InputError("--peers needs the package transformers; pip install -r requirements-dev.txt.")
 
@@ -125,11 +129,20 @@ def twin(model: Transformer):
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3"} | dict(zip(names, a.rope_scaling))
     config = LlamaConfig(
-        vocab_size=a.vocab_size, hidden_size=a.dim, intermediate_size=a.intermediate_size, num_hidden_layers=a.n_layer,
-        num_attention_heads=a.n_head, num_key_value_heads=a.n_kv_head, head_dim=a.head_dim, rms_norm_eps=a.norm_eps,
-        max_position_embeddings=a.max_position, rope_parameters=rope, tie_word_embeddings=a.tie_embeddings,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=a.vocab_size,
+        hidden_size=a.dim,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.n_layer,
+        num_attention_heads=a.n_head,
+        num_key_value_heads=a.n_kv_head,
+        head_dim=a.head_dim,
+        rms_norm_eps=a.norm_eps,
+        max_position_embeddings=a.max_position,
+        rope_parameters=rope,
+        tie_word_embeddings=a.tie_embeddings,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
     for name, (ours, row, shape) in weight_plan(a).items():

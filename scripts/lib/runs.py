@@ -55,24 +55,33 @@ def maybe(kind: Callable) -> Callable:
 
 
 FIELDS = {  # of an answer; `maybe` fields may be missing
-    "rule": is_text, "index": lambda value: is_count(value) or is_text(value), "family": is_text, "question": is_text,
-    "right": lambda value: value is None or isinstance(value, bool), "text": is_text,
+    "rule": is_text,
+    "index": lambda value: is_count(value) or is_text(value),
+    "family": is_text,
+    "question": is_text,
+    "right": lambda value: value is None or isinstance(value, bool),
+    "text": is_text,
     "answer_right": lambda value: value is None or isinstance(value, bool),
     "tokens": lambda value: isinstance(value, list) and all(type(token) is int for token in value),
-    "rounds": is_count, "drafted": is_count, "accepted": is_count, "accepted_by_rule": is_count,
+    "rounds": is_count,
+    "drafted": is_count,
+    "accepted": is_count,
+    "accepted_by_rule": is_count,
     "seconds_decode": lambda value: is_figure(value) and 0 <= value <= MOST,
-    "threshold": maybe(is_figure), "speculate_k": lambda value: value in (None, "auto") or is_count(value),
-    "failed": maybe(is_text), "item": maybe(is_count),
+    "threshold": maybe(is_figure),
+    "speculate_k": lambda value: value in (None, "auto") or is_count(value),
+    "failed": maybe(is_text),
+    "item": maybe(is_count),
     "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
-}  # fmt: skip
+}
 
 
 OPTIONAL = ("failed", "threshold", "speculate_k", "item", "final_answer")
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
-    """The header and the answers of a results file of scripts/evaluate.py. A last line that was cut off is left out, with
-    a note. Raises InputError naming file, line and field of whatever else is wrong."""
+    """The header and the answers of a results file of scripts/evaluate.py. A last line that was cut off is
+    left out, with a note. Raises InputError naming file, line and field of whatever else is wrong."""
     *lines, rest = read_text(path).split("\n")
     if rest and lines:
         print(
@@ -129,7 +138,8 @@ def check_record(record, where: str) -> None:
             )
     if record["accepted_by_rule"] > record["accepted"]:
         raise InputError(
-            f"{where}: field 'accepted_by_rule' is {record['accepted_by_rule']}, more than were accepted at all."
+            f"{where}: field 'accepted_by_rule' is {record['accepted_by_rule']}, more than were accepted at "
+            f"all."
         )
     if record["drafted"] and not record["rounds"]:
         raise InputError(f"{where}: field 'rounds' is 0, but 'drafted' is {record['drafted']}.")
@@ -162,7 +172,8 @@ def check_tokens(record: dict, where: str) -> None:
     cuts = record.get("cuts")
     if cuts is not None and (not all(map(is_count, cuts)) or sum(cuts) != len(record["text"])):
         raise InputError(
-            f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} characters."
+            f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} "
+            f"characters."
         )
     turns = record.get("turns") or []
     good = isinstance(turns, list) and all(
@@ -173,7 +184,8 @@ def check_tokens(record: dict, where: str) -> None:
 
 
 def check_together(path: Path, records: list[dict]) -> None:
-    """Raises InputError where answers do not go together: some of a rule scored and some not, or none of any length."""
+    """Raises InputError where answers do not go together: some of a rule scored and some not, or none of any
+    length."""
     scored: dict[str, bool] = {}
     for number, record in enumerate(records, 2):
         if scored.setdefault(record["rule"], record["right"] is not None) != (record["right"] is not None):
@@ -186,23 +198,29 @@ def check_together(path: Path, records: list[dict]) -> None:
             continue  # such answers have neither
         if sum(r["seconds_decode"] for r in mine) < 1e-9 or not any(r["tokens"] for r in mine):
             raise InputError(
-                f"{path}: the answers of {rule} hold no tokens, or took no time; there is nothing to show of it."
+                f"{path}: the answers of {rule} hold no tokens, or took no time; there is nothing to show of "
+                f"it."
             )
 
 
 def accepted_a_round(origin: str) -> list[int]:
-    """How many draft tokens each round accepted: a round ends with the target's own token, t or b, or with the answer."""
+    """How many draft tokens each round accepted: a round ends with the target's own token, t or b, or with
+    the answer."""
     return [len(run) - 1 if run[-1] in "tb" else len(run) for run in re.findall("[ar]*[tb]|[ar]+$", origin)]
 
 
 def run_rows(records: list[dict]) -> list[dict]:
-    """The summary rows of a run as the figures want them: with `name`, the rule without threshold and M, `threshold`, `k`,
-    the M, and tokens a round."""
+    """The summary rows of a run as the figures want them: with `name`, the rule without threshold and M,
+    `threshold`, `k`, the M, and tokens a round."""
     rows = summarise(records, list(dict.fromkeys(record["rule"] for record in records)))
     for row in rows:
         first = next(record for record in records if record["rule"] == row["rule"])
-        row |= {"name": re.split("[=@]", row["rule"])[0], "k": first.get("speculate_k"),
-                "threshold": first.get("threshold"), "tokens_a_round": 1 + (row["mean_accepted"] or 0)}  # fmt: skip
+        row |= {
+            "name": re.split("[=@]", row["rule"])[0],
+            "k": first.get("speculate_k"),
+            "threshold": first.get("threshold"),
+            "tokens_a_round": 1 + (row["mean_accepted"] or 0),
+        }
     return rows
 
 
@@ -214,7 +232,8 @@ def turn_ends(record: dict) -> list[int]:
 
 
 def accepted_counts(records: list[dict]) -> dict[str, Counter]:
-    """For each rule that drafts: how many rounds accepted 0, 1, 2, ... draft tokens. Answers without `origin` are left out."""
+    """For each rule that drafts: how many rounds accepted 0, 1, 2, ... draft tokens. Answers without `origin`
+    are left out."""
     counts: dict[str, Counter] = {}
     for record in records:
         if record["drafted"] and record.get("origin"):
@@ -227,8 +246,8 @@ def accepted_counts(records: list[dict]) -> dict[str, Counter]:
 
 
 def range_of(row: dict) -> tuple[float, float]:
-    """What a part's times lie between, in ms, in a row by benchmark.py: its quartiles where it has them, else least and most
-    (in files of schema 1 the 10% and 90% points)."""
+    """What a part's times lie between, in ms, in a row by benchmark.py: its quartiles where it has them, else
+    least and most (in files of schema 1 the 10% and 90% points)."""
     for low, high in (("ms_p25", "ms_p75"), ("ms_min", "ms_max"), ("ms_p10", "ms_p90")):
         if row.get(low) is not None and row.get(high) is not None:
             return row[low], row[high]

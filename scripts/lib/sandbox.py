@@ -4,23 +4,26 @@
     outcome(item, "    return x + 1")        # item: a line of HumanEval.jsonl; Outcome("pass", "")
     code_passes(item, "    return x + 1")    # True
 
-Nothing runs before `allow_code_execution()`. Two fresh interpreters work for each program (scripts/sandbox_child.py), alike
-locked in, each with an empty environment and an empty folder: one runs the program, the other the tests. What the tests
-call is asked of the first as plain data, and compared in the second, which never holds an object of the program's nor any of
-its code. So an `__eq__` that says yes, a subclass of int, a look at frames or at the checker's code, and what is written to
-any open file win nothing: the expected values are not in the program's process. What still can be won without solving the
-problem: a program may know HumanEval's inputs by heart and answer each as expected, and where tests take NaN or an error for
-right, it may give these. What is no plain data (generators, objects of the program's own classes) is no right answer; tests
-that pass functions or objects cannot be held here, and their outcome is "unchecked", never "pass".
+Nothing runs before `allow_code_execution()`. Two fresh interpreters work for each program
+(scripts/sandbox_child.py), alike locked in, each with an empty environment and an empty folder: one runs the
+program, the other the tests. What the tests call is asked of the first as plain data, and compared in the
+second, which never holds an object of the program's nor any of its code. So an `__eq__` that says yes, a
+subclass of int, a look at frames or at the checker's code, and what is written to any open file win nothing:
+the expected values are not in the program's process. What still can be won without solving the problem: a
+program may know HumanEval's inputs by heart and answer each as expected, and where tests take NaN or an error
+for right, it may give these. What is no plain data (generators, objects of the program's own classes) is no
+right answer; tests that pass functions or objects cannot be held here, and their outcome is "unchecked",
+never "pass".
 
-Each process has limits: of processor time (CPU_S; the wall clock allows WALL_S, so that a busy machine fails nobody), memory,
-file size and processes. An audit hook ends it when it opens files elsewhere, a socket or a process, sends a signal, or makes
-more than 64 files. Where Linux permits, it has process, network, mount and user namespaces of its own, and its folder is a
-file system in memory of 64 MB; elsewhere 64 files of 1 MB are what the hook and the limits leave it. Landlock keeps it
-from all files but Python's. This stops what models write by mistake. It is no boundary against code that sets out to break
-it: audit hooks can be got around from within the interpreter, and then, where there are no namespaces, a process owned by
-root may start others without limit (until its time is up) and make as many files as it likes, and one without Landlock
-either may reach the tests' process. Run it in a container or a virtual machine if that matters.
+Each process has limits: of processor time (CPU_S; the wall clock allows WALL_S, so that a busy machine fails
+nobody), memory, file size and processes. An audit hook ends it when it opens files elsewhere, a socket or a
+process, sends a signal, or makes more than 64 files. Where Linux permits, it has process, network, mount and
+user namespaces of its own, and its folder is a file system in memory of 64 MB; elsewhere 64 files of 1 MB are
+what the hook and the limits leave it. Landlock keeps it from all files but Python's. This stops what models
+write by mistake. It is no boundary against code that sets out to break it: audit hooks can be got around from
+within the interpreter, and then, where there are no namespaces, a process owned by root may start others
+without limit (until its time is up) and make as many files as it likes, and one without Landlock either may
+reach the tests' process. Run it in a container or a virtual machine if that matters.
 """
 
 import json
@@ -72,14 +75,16 @@ LINE_OF_CODE = re.compile(
 
 
 class Outcome(NamedTuple):
-    """What became of a program. verdict: pass, fail, timeout, or unchecked where its tests cannot be held. reason: a line."""
+    """What became of a program. verdict: pass, fail, timeout, or unchecked where its tests cannot be held.
+    reason: a line."""
 
     verdict: str
     reason: str
 
 
 class Process:
-    """One of the two locked-in processes, with a session and a folder of its own. report: what it printed, in the end."""
+    """One of the two locked-in processes, with a session and a folder of its own. report: what it printed, in
+    the end."""
 
     def __init__(self, role: str, channel: socket.socket, folder: str, job: list):
         limits = LIMITS | {"CPU": CPU_S}
@@ -88,9 +93,15 @@ class Process:
             task.write(json.dumps([role, channel.fileno(), folder, limits, job]).encode())
             task.seek(0)
             self.child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-c", CHILD], cwd=folder, env={"TMPDIR": folder}, stdin=task,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, pass_fds=[channel.fileno()],
-            )  # fmt: skip
+                [sys.executable, "-I", "-S", "-B", "-c", CHILD],
+                cwd=folder,
+                env={"TMPDIR": folder},
+                stdin=task,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=[channel.fileno()],
+            )
 
     def ended(self) -> bool:
         """Whether it has ended, by itself; what it started is then ended too."""
@@ -110,7 +121,8 @@ class Process:
             os.killpg(self.child.pid, signal.SIGKILL)
 
     def end(self, patience: float) -> bool:
-        """Ends it and all that it started, after `patience` seconds. Returns whether its processor time was used up."""
+        """Ends it and all that it started, after `patience` seconds. Returns whether its processor time was
+        used up."""
         until = time.monotonic() + patience
         while not self.ended() and time.monotonic() < until:
             time.sleep(0.005)
@@ -209,7 +221,8 @@ def clear(path: str) -> None:
 
 
 def clear_level(here: int) -> str | None:
-    """Removes from an open folder what is no folder, and empty ones, until one is met that is not empty: its name."""
+    """Removes from an open folder what is no folder, and empty ones, until one is met that is not empty: its
+    name."""
     with os.scandir(here) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
@@ -226,11 +239,12 @@ def clear_level(here: int) -> str | None:
 def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
     """The programs that a text can be read as, best first; the first without a syntax error is run.
 
-    Of Markdown code blocks (``` or ~~~) the last that defines the function counts, after the definitions of those before it;
-    without one the first that continues the prompt. A text that begins indented is a plain completion, if that is a program;
-    so is a text without blocks that does not define the function, cut at the first of STOPS. Where a text defines the function
-    without a block, it begins at its first line of code and ends before what is none. What defines the function takes the
-    place of the prompt's; what does not continues the prompt, indented if it is not.
+    Of Markdown code blocks (``` or ~~~) the last that defines the function counts, after the definitions of
+    those before it; without one the first that continues the prompt. A text that begins indented is a plain
+    completion, if that is a program; so is a text without blocks that does not define the function, cut at
+    the first of STOPS. Where a text defines the function without a block, it begins at its first line of code
+    and ends before what is none. What defines the function takes the place of the prompt's; what does not
+    continues the prompt, indented if it is not.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
     text = re.sub(
@@ -262,8 +276,8 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
 
 
 def blocks_of(text: str) -> list[list[str]]:
-    """The contents of Markdown's code blocks; of each one up to every line that may end it, first that which should: a fence
-    no deeper than its own. A docstring's example is deeper, as a rule."""
+    """The contents of Markdown's code blocks; of each one up to every line that may end it, first that which
+    should: a fence no deeper than its own. A docstring's example is deeper, as a rule."""
     lines, blocks, at = text.split("\n"), [], 0
     fences = [
         (i, found)
@@ -289,7 +303,8 @@ def cut(code: str, after: int) -> str:
 
 
 def unfenced(text: str, defines: re.Pattern) -> Iterator[str]:
-    """Code that stands in a text without a block: from each line that may begin it, to each that may end it."""
+    """Code that stands in a text without a block: from each line that may begin it, to each that may end
+    it."""
     first = defines.search(text)
     begins = [
         found.start() for found in re.finditer(r"^(?:import|from|def|class|async|@)\b", text, re.MULTILINE)
@@ -303,7 +318,8 @@ def unfenced(text: str, defines: re.Pattern) -> Iterator[str]:
 
 
 def without_prose(code: str, stops: tuple[str, ...] = ()) -> str:
-    """What comes before the first line, after the first, that begins with one of `stops`, or unindented as no code does."""
+    """What comes before the first line, after the first, that begins with one of `stops`, or unindented as no
+    code does."""
     for found in re.finditer(r"(?<=\n)(?!\s).+", code):
         if not LINE_OF_CODE.match(found[0]) or found[0].startswith(stops):
             return code[: found.start()]
@@ -355,11 +371,13 @@ def check_allowed() -> None:
 
 
 def outcome(item: dict, text: str) -> Outcome:
-    """What becomes of a text by the tests of `item`, a line of HumanEval. Raises InputError when that is not allowed."""
+    """What becomes of a text by the tests of `item`, a line of HumanEval. Raises InputError when that is not
+    allowed."""
     check_allowed()
     return outcome_of(item["prompt"], item["test"], item["entry_point"], text)
 
 
 def code_passes(item: dict, text: str) -> bool:
-    """Whether a text passes the tests of `item`, a line of HumanEval. Raises InputError when that is not allowed."""
+    """Whether a text passes the tests of `item`, a line of HumanEval. Raises InputError when that is not
+    allowed."""
     return outcome(item, text).verdict == "pass"

@@ -1,9 +1,10 @@
 """What runs in the two processes by which scripts/sandbox.py checks a program: the answer's, and its tests'.
 
-Started by `python -c` with this very text, one role a process, both locked in alike before they run anything. They speak
-JSON lines over a socket: the tests' process sends the name of a function and its arguments, the answer's process what the
-call gave, or raised, and the arguments afterwards. What crosses is plain data, built again on the other side from exact
-builtin types: no object of the answer's, and none of its code, ever comes to where the comparing is done.
+Started by `python -c` with this very text, one role a process, both locked in alike before they run anything.
+They speak JSON lines over a socket: the tests' process sends the name of a function and its arguments, the
+answer's process what the call gave, or raised, and the arguments afterwards. What crosses is plain data,
+built again on the other side from exact builtin types: no object of the answer's, and none of its code, ever
+comes to where the comparing is done.
 """
 
 import builtins
@@ -23,7 +24,8 @@ class Unspeakable(Exception):
 
 
 class Broken(BaseException):
-    """The answer's process does not answer as it should; no `except Exception` in the tests may take that for an error."""
+    """The answer's process does not answer as it should; no `except Exception` in the tests may take that for
+    an error."""
 
 
 def main() -> None:
@@ -54,7 +56,8 @@ def main() -> None:
 
 
 def serve(channel: int, sources: list[str]) -> None:
-    """Runs the first of these programs that compiles, then calls its functions as asked, until the asking ends."""
+    """Runs the first of these programs that compiles, then calls its functions as asked, until the asking
+    ends."""
     namespace: dict = {"__name__": "answer"}
     try:
         exec(first_that_compiles(sources), namespace)
@@ -70,8 +73,10 @@ def serve(channel: int, sources: list[str]) -> None:
                 raise NameError(f"the answer defines no {name}")
             value = namespace[name](*arguments, **named)
         except Exception as error:
-            reply = {"raised": [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"],
-                     "text": described(error)}  # fmt: skip
+            reply = {
+                "raised": [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"],
+                "text": described(error),
+            }
         else:
             reply = said(value, arguments)
         try:
@@ -81,7 +86,8 @@ def serve(channel: int, sources: list[str]) -> None:
 
 
 def first_that_compiles(sources: list[str]):
-    """The code of the first program without a syntax error. Raises that of the first program where all have one."""
+    """The code of the first program without a syntax error. Raises that of the first program where all have
+    one."""
     first = None
     for source in sources:
         try:
@@ -113,8 +119,8 @@ def described(error: BaseException) -> str:
 def run_tests(channel: int, prompt: str, tests: str, name: str) -> list[str]:
     """[verdict, reason] of HumanEval's tests on the functions of the answer's process.
 
-    The prompt is trusted, and its helper functions (poly, encode_cyclic) are run here. Names that the tests use and nothing
-    here defines are taken for further functions of the answer's.
+    The prompt is trusted, and its helper functions (poly, encode_cyclic) are run here. Names that the tests
+    use and nothing here defines are taken for further functions of the answer's.
     """
     calls = Calls(channel)
     namespace: dict = {"__name__": "tests"}
@@ -151,7 +157,8 @@ def names_in(code) -> set:
 
 
 class Calls:
-    """Calls into the answer's process. fault: verdict and reason, once a call could not be made or was not answered."""
+    """Calls into the answer's process. fault: verdict and reason, once a call could not be made or was not
+    answered."""
 
     def __init__(self, channel: int):
         self.channel, self.rest, self.fault = channel, bytearray(), ()
@@ -176,7 +183,8 @@ class Calls:
         return candidate
 
     def reply(self, arguments: tuple, named: dict):
-        """What a call gave; what it changed in its arguments is changed here. Raises what it raised, or Broken."""
+        """What a call gave; what it changed in its arguments is changed here. Raises what it raised, or
+        Broken."""
         try:
             reply = self.read()
             merged((arguments, named), decode(reply["arguments"]))
@@ -244,7 +252,8 @@ def merged(old, new):
 
 
 def encode(value, dict_like: bool = False):
-    """A value as JSON: exact builtin types only, those that JSON lacks as {kind: ...}. Raises Unspeakable for others.
+    """A value as JSON: exact builtin types only, those that JSON lacks as {kind: ...}. Raises Unspeakable for
+    others.
 
     dict_like: take collections' Counter, defaultdict and OrderedDict for the dicts that they equal.
     """
@@ -271,7 +280,8 @@ def encode(value, dict_like: bool = False):
 
 
 def decode(value):
-    """The value of such JSON. Raises ValueError, TypeError, LookupError or RecursionError for what `encode` does not write."""
+    """The value of such JSON. Raises ValueError, TypeError, LookupError or RecursionError for what `encode`
+    does not write."""
     if type(value) is list:
         return [decode(each) for each in value]
     if type(value) is not dict:
@@ -301,7 +311,8 @@ def send(channel: int, message) -> None:
 
 
 def receive(channel: int, rest: bytearray) -> bytes | None:
-    """The next message, None at the end; rest: what was read beyond it. Raises ValueError for one that is too long."""
+    """The next message, None at the end; rest: what was read beyond it. Raises ValueError for one that is too
+    long."""
     start = 0
     while (end := rest.find(b"\n", start)) < 0:
         start = len(rest)
@@ -320,8 +331,8 @@ def receive(channel: int, rest: bytearray) -> bytes | None:
 
 
 def enter_namespaces(folder: str, disk: int) -> None:
-    """Where Linux permits: no network, no sight of other processes, none that outlives this one, and `folder` as a file
-    system in memory, of `disk` bytes, that is gone with the last of them."""
+    """Where Linux permits: no network, no sight of other processes, none that outlives this one, and `folder`
+    as a file system in memory, of `disk` bytes, that is gone with the last of them."""
     try:
         import ctypes
 
@@ -361,7 +372,8 @@ def enter_namespaces(folder: str, disk: int) -> None:
 
 
 def lock_files(folder: str) -> None:
-    """Where Linux has Landlock: the kernel itself lets nothing be read but Python and libraries, nor written but `folder`."""
+    """Where Linux has Landlock: the kernel itself lets nothing be read but Python and libraries, nor written
+    but `folder`."""
     import struct
 
     try:
@@ -409,8 +421,8 @@ def set_limits(limits: dict) -> None:
 
 
 def forbid_events(folder: str, tell) -> None:
-    """From here on ends the process at once, where no `except` can hold it, when it reaches out of `folder`, or makes more
-    than MOST_FILES files and folders in it; tell: is given the event before."""
+    """From here on ends the process at once, where no `except` can hold it, when it reaches out of `folder`,
+    or makes more than MOST_FILES files and folders in it; tell: is given the event before."""
     fork_exec = type(sys)("_posixsubprocess")  # asyncio and others import subprocess without using it
     fork_exec.fork_exec = None
     sys.modules["_posixsubprocess"] = fork_exec

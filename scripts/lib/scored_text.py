@@ -44,7 +44,8 @@ def read_texts(path: Path, limit: int | None) -> list[dict]:
 def passes(
     models: tuple, variants: list[Variant], texts: list[Encoded], args, stop_ids: list[int]
 ) -> list[list[list[str]]]:
-    """For each text and variant one letter a token: a(ccepted by the standard test), r(ule alone), t (neither)."""
+    """For each text and variant one letter a token: a(ccepted by the standard test), r(ule alone), t
+    (neither)."""
     target, draft, head = models
     length, k = (
         max(len(t.prompt) + len(t.ids) for t in texts),
@@ -79,7 +80,8 @@ def passes(
 
 
 def rounds_of(letters: list[str], m: int) -> tuple[int, int]:
-    """(accepted tokens, rounds) when rounds of m tokens read on through a text; each also gives the token after it."""
+    """(accepted tokens, rounds) when rounds of m tokens read on through a text; each also gives the token
+    after it."""
     at = accepted = rounds = 0
     while at < len(letters):
         run = next(
@@ -146,7 +148,8 @@ def score(args: argparse.Namespace) -> list[dict]:
     print("rule            tokens  passed  by the rule alone     m*")
     for row in rows:
         print(
-            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} {row['by_rule']:18.1%} {row['mean_accepted']:6.2f}"
+            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} {row['by_rule']:18.1%} "
+            f"{row['mean_accepted']:6.2f}"
         )
     return rows
 

@@ -1,4 +1,5 @@
-"""What a text gives as its final answer, and whether that is right: numbers, letters, LaTeX, programs, demo problems.
+"""What a text gives as its final answer, and whether that is right: numbers, letters, LaTeX, programs, demo
+problems.
 
     CHECKERS[question.checker].is_right(question, "The answer is 18.")
 
@@ -35,7 +36,8 @@ from scripts.lib.sandbox import code_passes, outcome
 
 @dataclass(frozen=True)
 class Question:
-    """One question. content: what its checker needs besides (the demo's Problem, or the line's whole JSON object)."""
+    """One question. content: what its checker needs besides (the demo's Problem, or the line's whole JSON
+    object)."""
 
     index: int | str  # position in its source; "12.3" is sample 3 of question 12
     prompt: str
@@ -61,8 +63,8 @@ class Checker:
     is_right: Callable[[Question, str], bool | None]  # None: there is no right and wrong
 
 
-# An optional sign (no minus between two numbers), then digits that no letter precedes, with the fraction of a mixed number,
-# a fraction's denominator, or an exponent.
+# An optional sign (no minus between two numbers), then digits that no letter precedes, with the fraction of a
+# mixed number, a fraction's denominator, or an exponent.
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}])-|(?i:\bnegative\s+|(?:(?<=\bis )|(?<=: ))minus\s+))?"
     r"[$€£¥₹]?(?P<digits>(?<![A-Za-z0-9^])(?<![\w)}]_)(?<![\^_]\{)(?<!\^-)(?<!\^\{-)"
@@ -82,8 +84,10 @@ NUMBER_MARK = re.compile(
     re.MULTILINE,
 )
 NEXT_TO = re.compile(
-    r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! ]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?"
-    r"|(?:about|around|exactly|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a total of)\b)*"
+    r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! "
+    r"]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?"
+    r"|(?:about|around|exactly|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a "
+    r"total of)\b)*"
 )
 CLAUSE_END = re.compile(
     r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n"
@@ -94,10 +98,16 @@ OPERATOR = re.compile(
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 MOST_DIGITS = 1000  # beyond, numbers are compared as they are written
 TYPOGRAPHY = {
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), **dict(zip("０１２３４５６７８９．，", "0123456789.,")),
-    **{char: "^" + plain for char, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")}, "\u2044": "/", "\u2019": "'",
-    **{char: f" {above}/{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
-}  # fmt: skip
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
+    **dict(zip("０１２３４５６７８９．，", "0123456789.,")),
+    **{char: "^" + plain for char, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")},
+    "\u2044": "/",
+    "\u2019": "'",
+    **{
+        char: f" {above}/{below}"
+        for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")
+    },
+}
 BETWEEN_GROUPS = re.compile(
     r"(?<=[0-9])(?:[\u00a0\u2007\u2009\u202f'_]|\\[,!;: ]|\{,\}|~)(?=[0-9]{3}(?![0-9]))"
 )
@@ -114,7 +124,8 @@ LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
 
 
 def final_number(text: str) -> str | None:
-    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on top."""
+    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on
+    top."""
     text = plain(text)
     for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
         if found := number_after(text, mark):
@@ -124,7 +135,8 @@ def final_number(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """A text in ASCII's signs, without the separators of thousands that are no commas, and with \\frac12 as 1/2."""
+    """A text in ASCII's signs, without the separators of thousands that are no commas, and with \\frac12 as
+    1/2."""
     for char, ours in TYPOGRAPHY.items():
         text = text.replace(char, ours)
     raised = re.compile(r"\^-?[0-9](?:\^[0-9])+")  # a superscript of several signs, each changed alone
@@ -139,7 +151,8 @@ def plain(text: str) -> str:
 
 
 def number_after(text: str, mark: re.Match) -> re.Match | None:
-    """The number that a mark gives: next to it, after the "=" that follows there, or the last of what it is said in."""
+    """The number that a mark gives: next to it, after the "=" that follows there, or the last of what it is
+    said in."""
     begin, end = mark.end(), len(text)
     if mark[0].endswith("{"):
         begin, end = mark.end(), closing(text, mark.end())
@@ -174,7 +187,8 @@ def closing(text: str, at: int) -> int:
 
 
 def one_spelling(number: re.Match) -> str:
-    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as written."""
+    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as
+    written."""
     sign, digits, below = (
         "-" if number["sign"] else "",
         number["digits"].replace(",", ""),

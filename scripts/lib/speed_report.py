@@ -26,7 +26,8 @@ DIMENSIONS = re.compile("([0-9]+)x([0-9]+)")
 
 
 def shape_of(name: str) -> ModelArgs:
-    """A preset's arguments; DIMxLAYERS: heads of 64, a quarter as many KV heads, 4 DIM in between, 32,000 tokens."""
+    """A preset's arguments; DIMxLAYERS: heads of 64, a quarter as many KV heads, 4 DIM in between, 32,000
+    tokens."""
     if not (found := DIMENSIONS.fullmatch(name)):
         return preset(name if len(name) <= 60 else shortened(name))
     dim, layers = (int(digits) if len(digits) < 7 else MOST for digits in found.groups())
@@ -65,7 +66,8 @@ def modes_of(args: argparse.Namespace) -> dict[str, str | None] | None:
 
 
 def model_name(folder: Path | None, name: str | None) -> str | None:
-    """A preset's name or a folder, one of this repository from its root on, so that it is found on other machines."""
+    """A preset's name or a folder, one of this repository from its root on, so that it is found on other
+    machines."""
     if folder is not None and folder.resolve().is_relative_to(ROOT):
         folder = folder.resolve().relative_to(ROOT)
     return printable(str(folder)) if folder is not None else name
@@ -90,13 +92,30 @@ def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Names
         help="the rule of the rounds (default: judge; standard for folders without one)",
     )
     add("--speculate_k", type=whole(1, 1024), default=16, help="M, draft tokens a round")
-    add("--rows", type=whole(2, 1025), nargs="*", default=[], help="verify so many rows, one of them the last known token's,"
-        " too, beside M + 1")  # fmt: skip
+    add(
+        "--rows",
+        type=whole(2, 1025),
+        nargs="*",
+        default=[],
+        help="verify so many rows, one of them the last known token's, too, beside M + 1",
+    )
     add("--accept", type=whole(0, 1024), help="impose how many draft tokens each round accepts")
-    add("--positions", type=whole(1, MOST), nargs="+", help="where to measure steps and rounds (default: 500, or where the"
-        " last round ends with the context)")  # fmt: skip
-    add("--cache_length", type=whole(1, MOST), nargs="+", help="positions that the cache holds (default: what the run needs);"
-        " with several, the plain step is measured with each")  # fmt: skip
+    add(
+        "--positions",
+        type=whole(1, MOST),
+        nargs="+",
+        help="where to measure steps and rounds (default: "
+        "500, or where the"
+        " last round ends with the context)",
+    )
+    add(
+        "--cache_length",
+        type=whole(1, MOST),
+        nargs="+",
+        help="positions that the cache holds (default: "
+        "what the run needs);"
+        " with several, the plain step is measured with each",
+    )
     add_mode_flags(parser)
     add(
         "--modes",

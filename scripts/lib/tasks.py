@@ -1,12 +1,14 @@
-"""Questions with reference answers: of the demo, of public benchmarks, of your own files; and the flags that name them.
+"""Questions with reference answers: of the demo, of public benchmarks, of your own files; and the flags that
+name them.
 
     questions = load_questions("mine.jsonl", "number", limit=100)
     CHECKERS[questions[0].checker].is_right(questions[0], "The answer is 18.")
 
---task names a public benchmark, --data its file as published; scripts/public_tasks.py says in what words it is put.
---questions names `demo`, `demo:story`, `demo:list` (scripts/demo_task.py), or a file of your own: JSON lines, gzipped or not,
-with the fields `prompt` (or `question`), `reference` (or `answer`, or `canonical_solution`) and, where lines differ,
-`checker` (scripts/scoring.py). Their prompts are put to the model as they stand.
+--task names a public benchmark, --data its file as published; scripts/public_tasks.py says in what words it
+is put. --questions names `demo`, `demo:story`, `demo:list` (scripts/demo_task.py), or a file of your own:
+JSON lines, gzipped or not, with the fields `prompt` (or `question`), `reference` (or `answer`, or
+`canonical_solution`) and, where lines differ, `checker` (scripts/scoring.py). Their prompts are put to the
+model as they stand.
 """
 
 import hashlib
@@ -33,8 +35,8 @@ def load_questions(
 ) -> list[Question]:
     """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
 
-    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError naming
-    file, line and field of whatever is wrong, and when code would have to run that is not allowed.
+    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
+    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
     """
     if checker is not None and checker not in CHECKERS:
         raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
@@ -86,7 +88,8 @@ def read_question(item: dict, where: str, index: int, checker: str | None) -> Qu
         kind, found = "letter" if checker == "choice" else "number", find(reference)
         if found is None:
             raise InputError(
-                f"{where}: the reference {reference[-60:]!r} gives no {kind}, which --checker {checker} needs."
+                f"{where}: the reference {reference[-60:]!r} gives no {kind}, which --checker {checker} "
+                f"needs."
             )
     group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
     return Question(index, prompt, reference, checker, group, item)
@@ -99,7 +102,8 @@ def choice_of(reference: str) -> str | None:
 
 
 def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
-    """The first of these fields that the object has, as valid text that is not empty (a number is taken as text)."""
+    """The first of these fields that the object has, as valid text that is not empty (a number is taken as
+    text)."""
     name = next((name for name in names if name in item), None)
     if name is None:
         raise InputError(f"{where} has no field {' or '.join(repr(name) for name in names)}.")
@@ -146,15 +150,16 @@ def add_question_flags(add: Callable) -> None:
 def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool = True) -> list[Question]:
     """The questions that a parsed command line names.
 
-    scored: refuse those that have no right and wrong answers. stops: whether the caller ends answers at Question.stops; if
-    not, questions with any are refused.
+    scored: refuse those that have no right and wrong answers. stops: whether the caller ends answers at
+    Question.stops; if not, questions with any are refused.
     """
     if args.allow_code_execution:
         allow_code_execution()
     if args.task in (None, "demo"):
         if args.data or args.shots or args.shots_data:
             raise InputError(
-                "--data, --shots and --shots_data belong to a --task with a file, not to the demo or --questions."
+                "--data, --shots and --shots_data belong to a --task with a file, not to the demo or "
+                "--questions."
             )
         if args.task and args.questions not in (None, "demo", *(f"demo:{family}" for family in FAMILIES)):
             raise InputError("Give one of --task and --questions.")

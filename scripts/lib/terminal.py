@@ -15,8 +15,8 @@ from tokenizer import Decoder, Tokenizer, decode
 
 
 class Paint:
-    """Text with each token marked by who accepted it: by colours on a terminal, by brackets with `marks` or NO_COLOR, not at
-    all elsewhere, where the answer itself is wanted.
+    """Text with each token marked by who accepted it: by colours on a terminal, by brackets with `marks` or
+    NO_COLOR, not at all elsewhere, where the answer itself is wanted.
 
     The target's own token is marked alike after a rejection (t) and after full acceptance (b).
     """
@@ -67,18 +67,31 @@ def name_of(engine) -> str:
 def as_json(engine, result, text: str) -> str:
     """One sample as one line of JSON."""
     s = engine.settings
-    return json.dumps({
-        "prompt_tokens": result.prompt_tokens, "tokens": result.tokens, "origin": "".join(result.origin), "text": text,
-        "stop_reason": result.stop_reason,
-        "rounds": result.rounds, "drafted": result.drafted, "accepted": result.accepted,
-        "accepted_by_rule": result.accepted_by_rule, "mean_accepted": result.mean_accepted,
-        "seconds_prefill": result.seconds_prefill, "seconds_decode": result.seconds_decode,
-        "tokens_per_second": result.tokens_per_second, "verify": s.verify,
-        "threshold": s.threshold,
-        "min_prob": s.min_prob, "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
-        "mean_score": result.mean_score,
-        "device": str(engine.target.device), "dtype": kind_of(engine.target),
-    })  # fmt: skip
+    return json.dumps(
+        {
+            "prompt_tokens": result.prompt_tokens,
+            "tokens": result.tokens,
+            "origin": "".join(result.origin),
+            "text": text,
+            "stop_reason": result.stop_reason,
+            "rounds": result.rounds,
+            "drafted": result.drafted,
+            "accepted": result.accepted,
+            "accepted_by_rule": result.accepted_by_rule,
+            "mean_accepted": result.mean_accepted,
+            "seconds_prefill": result.seconds_prefill,
+            "seconds_decode": result.seconds_decode,
+            "tokens_per_second": result.tokens_per_second,
+            "verify": s.verify,
+            "threshold": s.threshold,
+            "min_prob": s.min_prob,
+            "speculate_k": "auto" if s.adaptive else s.speculate_k,
+            "relax_between": s.relax_between,
+            "mean_score": result.mean_score,
+            "device": str(engine.target.device),
+            "dtype": kind_of(engine.target),
+        }
+    )
 
 
 def ask() -> str | None:
@@ -94,7 +107,8 @@ def ask() -> str | None:
 
 
 def chat_loop(args: argparse.Namespace, engine, tokenizer: Tokenizer, drift: Drift) -> None:
-    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full.
+    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it
+    is full.
 
     Ctrl-C stops the answer, of which what was shown is kept; while a prompt is asked for it ends the program.
     """
@@ -126,7 +140,8 @@ def chat_loop(args: argparse.Namespace, engine, tokenizer: Tokenizer, drift: Dri
 def stream_answer(
     args: argparse.Namespace, engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint
 ) -> tuple[str, object]:
-    """Prints one answer as it comes, as long as there is room for it or until Ctrl-C, and returns what was shown."""
+    """Prints one answer as it comes, as long as there is room for it or until Ctrl-C, and returns what was
+    shown."""
     room = min(engine.length, engine.context[0]) - len(prompt)
     decoder, shown = Decoder(tokenizer), []
     try:
@@ -165,8 +180,8 @@ MOST_INPUT = 64 << 20  # bytes of a prompt on standard input; no context holds m
 
 
 def read_stdin() -> str:
-    """Standard input as UTF-8, without a byte-order mark and the line's end that `echo` adds. Raises InputError where it is
-    closed, endless, empty or no text."""
+    """Standard input as UTF-8, without a byte-order mark and the line's end that `echo` adds. Raises
+    InputError where it is closed, endless, empty or no text."""
     if sys.stdin is None:
         raise InputError("--prompt - finds standard input closed.")
     try:

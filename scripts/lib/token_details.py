@@ -1,7 +1,9 @@
-"""What target, draft and judge say of each token of a finished answer; `evaluate.py --details` keeps it for report.py.
+"""What target, draft and judge say of each token of a finished answer; `evaluate.py --details` keeps it for
+report.py.
 
-One more pass of each model over prompt and answer, outside all timing and without the caches. Mind the rows: the target's
-probability and KL(target || draft) are of the row before a token, which predicts it; the judge reads the token's own row.
+One more pass of each model over prompt and answer, outside all timing and without the caches. Mind the rows:
+the target's probability and KL(target || draft) are of the row before a token, which predicts it; the judge
+reads the token's own row.
 """
 
 from typing import NamedTuple
@@ -56,13 +58,15 @@ def token_details(
     found = Details(torch.cat(p), torch.cat(kl), score, torch.cat(top))
     if not all(values is None or values.isfinite().all() for values in found):
         raise NotFinite(
-            "The details of an answer are not finite: the models' logits overflow; try --precision fp32 or bf16."
+            "The details of an answer are not finite: the models' logits overflow; try --precision fp32 or "
+            "bf16."
         )
     return found
 
 
 def as_fields(details: Details, tokenizer: Tokenizer, tokens: list[int]) -> dict:
-    """The fields of a result line: lists p, kl, score, and top, a text where it is not the token, else None."""
+    """The fields of a result line: lists p, kl, score, and top, a text where it is not the token, else
+    None."""
 
     def rounded(values: Tensor | None) -> list[float] | None:
         return None if values is None else [float(f"{x:.4g}") for x in values.tolist()]

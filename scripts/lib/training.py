@@ -33,11 +33,12 @@ def moments(shards: Iterable[Tensor], used: Tensor) -> tuple[Tensor, Tensor]:
 def fit_head(
     shards: Iterable[Tensor], labels: Tensor, weights: Tensor, l2: list[float]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Weighted logistic regression: one (weight (dims,), bias ()) for each penalty in `l2`; give them from strong to weak.
+    """Weighted logistic regression: one (weight (dims,), bias ()) for each penalty in `l2`; give them from
+    strong to weak.
 
-    shards: fp32 (n, dims), N rows in all, read several times; labels (N,) 1 or 0; weights (N,) fp64, 0 leaves a row out.
-    Features are standardised for the fit; the scaling is folded into the result. Memory: shards held in memory are held
-    once more, standardised; of shards on disk it takes one at a time.
+    shards: fp32 (n, dims), N rows in all, read several times; labels (N,) 1 or 0; weights (N,) fp64, 0 leaves
+    a row out. Features are standardised for the fit; the scaling is folded into the result. Memory: shards
+    held in memory are held once more, standardised; of shards on disk it takes one at a time.
     """
     mean, std = moments(shards, weights > 0)
 
@@ -55,7 +56,8 @@ def fit_head(
 
 
 def minimise(w: Tensor, strength: float, batches: Callable[[], Iterator[tuple[Tensor, ...]]]) -> None:
-    """Minimises, in place over w (dims + 1,) fp64, the weighted logistic loss plus strength |w|^2 (without the bias)."""
+    """Minimises, in place over w (dims + 1,) fp64, the weighted logistic loss plus strength |w|^2 (without
+    the bias)."""
 
     def loss_of() -> Tensor:
         """The loss at w, with its gradient in w.grad."""
@@ -74,7 +76,8 @@ def minimise(w: Tensor, strength: float, batches: Callable[[], Iterator[tuple[Te
 
 
 def balanced(labels: Tensor, used: Tensor, guard: Tensor | None = None, guard_weight: float = 0.0) -> Tensor:
-    """Weights (N,) fp64: right tokens weigh 1/2 in sum, wrong ones 1/2, guarded ones guard_weight / 2; unused ones 0."""
+    """Weights (N,) fp64: right tokens weigh 1/2 in sum, wrong ones 1/2, guarded ones guard_weight / 2; unused
+    ones 0."""
     guard = torch.zeros_like(used) if guard is None else guard
     weights = torch.zeros(len(labels), dtype=torch.double)
     for part, share in ((labels == 1, 1), ((labels == 0) & ~guard, 1), (guard, guard_weight)):
@@ -91,9 +94,9 @@ def area_under_curve(scores: Tensor, labels: Tensor) -> float:
 
 
 def measure_head(scores: Tensor, labels: Tensor, thresholds: list[float]) -> dict:
-    """AUC; for each threshold the share of right tokens accepted (recall), of accepted tokens that are right (precision),
-    and of wrong tokens accepted (false_accept); and the reliability curve: in ten bins of the score, the mean score
-    against the share that is right."""
+    """AUC; for each threshold the share of right tokens accepted (recall), of accepted tokens that are right
+    (precision), and of wrong tokens accepted (false_accept); and the reliability curve: in ten bins of the
+    score, the mean score against the share that is right."""
     right, wrong = scores[labels == 1], scores[labels == 0]
     rows = []
     for threshold in thresholds:
@@ -107,14 +110,20 @@ def measure_head(scores: Tensor, labels: Tensor, thresholds: list[float]) -> dic
         if inside.any():
             curve.append({"tokens": int(inside.sum()), "score": scores[inside].double().mean().item(),
                           "right": labels[inside].double().mean().item()})  # fmt: skip
-    return {"right_tokens": len(right), "wrong_tokens": len(wrong), "auc": area_under_curve(scores, labels), "at": rows,
-            "reliability": curve}  # fmt: skip
+    return {
+        "right_tokens": len(right),
+        "wrong_tokens": len(wrong),
+        "auc": area_under_curve(scores, labels),
+        "at": rows,
+        "reliability": curve,
+    }
 
 
 def split_prompts(
     keys: Tensor, seed: int, held_out: float = 0.2, validation: float = 0.16
 ) -> tuple[Tensor, Tensor]:
-    """Which answers are held out and which validate, bool (answers,) each. All answers of a prompt fall on one side."""
+    """Which answers are held out and which validate, bool (answers,) each. All answers of a prompt fall on
+    one side."""
     prompts = keys.unique()
     order = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed % 2**63))]
     first, second = int(len(order) * held_out), int(len(order) * (held_out + validation))
@@ -123,8 +132,8 @@ def split_prompts(
 
 @dataclass
 class TrainSettings:
-    """How to train a head. l2 None: the best of L2_GRID by AUC on prompts that are set aside for it; threshold None: the
-    careful one."""
+    """How to train a head. l2 None: the best of L2_GRID by AUC on prompts that are set aside for it;
+    threshold None: the careful one."""
 
     policy: str = "span"
     rows: int = 17  # speculate_k + 1
@@ -150,9 +159,10 @@ def train_judge(
 ) -> JudgeHead:
     """Trains a head on `answers`, measured on a held-out share of the prompts.
 
-    models: the target, or target and draft for the feature target+draft. Answers with "guard": true must not pass: all
-    their tokens are wrong. cache: where features are kept. Raises InputError when a part of the split lacks right or
-    wrong tokens. The same answers, settings and models give the same bits on one machine.
+    models: the target, or target and draft for the feature target+draft. Answers with "guard": true must not
+    pass: all their tokens are wrong. cache: where features are kept. Raises InputError when a part of the
+    split lacks right or wrong tokens. The same answers, settings and models give the same bits on one
+    machine.
     """
     s, target = settings, models[0]
     encoded = encode_items(tokenizer, answers, s.chat, min(model.args.vocab_size for model in models))
@@ -182,10 +192,19 @@ def train_judge(
     threshold = (
         careful_threshold(scores[real & test], labels[real & test]) if s.threshold is None else s.threshold
     )
-    info = {"label_policy": s.policy, "rows": s.rows, "seed": s.seed, "answers": len(answers), "chat": s.chat,
-            "dtype": str(target.dtype), "training_tokens": int((used & real).sum()), "l2": l2, "l2_tried": tried,
-            "data": hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16],
-            "held_out": measure_head(scores[real & test], labels[real & test], sorted({*GRID, threshold}))}  # fmt: skip
+    info = {
+        "label_policy": s.policy,
+        "rows": s.rows,
+        "seed": s.seed,
+        "answers": len(answers),
+        "chat": s.chat,
+        "dtype": str(target.dtype),
+        "training_tokens": int((used & real).sum()),
+        "l2": l2,
+        "l2_tried": tried,
+        "data": hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16],
+        "held_out": measure_head(scores[real & test], labels[real & test], sorted({*GRID, threshold})),
+    }
     if len(models) > 1:
         info["draft_fingerprint"] = models[1].fingerprint
     if guard.any():
@@ -199,7 +218,8 @@ def train_judge(
 
 
 def careful_threshold(scores: Tensor, labels: Tensor) -> float:
-    """The lowest of GRID whose upper 95% bound of wrong tokens accepted is at most CAREFUL; else the highest."""
+    """The lowest of GRID whose upper 95% bound of wrong tokens accepted is at most CAREFUL; else the
+    highest."""
     wrong = scores[labels == 0]
     bounds = ((t, upper_bound(int((wrong > t).sum()), len(wrong), 0.95)) for t in GRID)
     return next((t for t, bound in bounds if bound <= CAREFUL), GRID[-1])
@@ -228,7 +248,8 @@ def guard_figures(scores: Tensor, guard: Tensor, test: Tensor, threshold: float)
 
 
 def print_figures(head: JudgeHead) -> None:
-    """The held-out figures of a head, as tables: each share with its count and 95% interval (Clopper-Pearson)."""
+    """The held-out figures of a head, as tables: each share with its count and 95% interval
+    (Clopper-Pearson)."""
     figures = head.info["held_out"]
     right, wrong = figures["right_tokens"], figures["wrong_tokens"]
     print(
@@ -247,12 +268,17 @@ def print_figures(head: JudgeHead) -> None:
     for name, part in head.info.get("guard", {}).items():
         if name != "weight":
             print(
-                f"guarded texts, {name.replace('_', ' ')}: {part['passed']} of {part['tokens']} tokens still pass"
+                f"guarded texts, {name.replace('_', ' ')}: {part['passed']} of {part['tokens']} tokens still "
+                f"pass"
             )
     if upper_bound(0, wrong, 0.95) > CAREFUL:
-        print(f"Only {wrong} wrong tokens are held out: were none of them accepted, a judge could still accept "
-              f"{upper_bound(0, wrong, 0.95):.0%}, and the AUC rests on them alone; give more answers with errors.",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"Only {wrong} wrong tokens are held out: were none of them accepted, a judge could still "
+            f"accept "
+            f"{upper_bound(0, wrong, 0.95):.0%}, and the AUC rests on them alone; give more answers with "
+            f"errors.",
+            file=sys.stderr,
+        )
 
 
 def show_share(k: int, n: int) -> str:

@@ -1,4 +1,5 @@
-"""Answers of one or more turns: the ids of a conversation, an answer up to a stop text, all turns as one record."""
+"""Answers of one or more turns: the ids of a conversation, an answer up to a stop text, all turns as one
+record."""
 
 import json
 import re
@@ -26,9 +27,11 @@ LISTS = (
 
 
 def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
-    """Ids of the prompt, and for each further turn those that come between the answer before it and its own answer.
+    """Ids of the prompt, and for each further turn those that come between the answer before it and its own
+    answer.
 
-    The answer itself stays as it was decoded: with the chat format this gives the ids of `encode_chat` of the whole.
+    The answer itself stays as it was decoded: with the chat format this gives the ids of `encode_chat` of the
+    whole.
     """
     further = tokenizer.encode_next if args.chat else tokenizer.encode
     return [encode_prompt(args, tokenizer, question.prompt), *map(further, question.more_turns)]
@@ -74,7 +77,8 @@ def answer_turn(
 def answer_turns(
     engine, parts: list[list[int]], question: Question, max_new_tokens: int, seed: int, tokenizer, more
 ) -> dict:
-    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and took.
+    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and
+    took.
 
     parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
     """
@@ -91,7 +95,8 @@ def answer_turns(
 
 
 def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
-    """The record of a question without an answer: what the logits were, instead of a text; all counts are zero."""
+    """The record of a question without an answer: what the logits were, instead of a text; all counts are
+    zero."""
     n = len(parts[0])
     record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
     if isinstance(engine, Engine):
@@ -135,8 +140,13 @@ def join(records: list[dict]) -> dict:
 
 
 def summary_of(record: dict, stops: tuple[str, ...]) -> dict:
-    """What one turn said, and what it took: new_tokens, rounds, seconds with prefill, tokens that each round put out."""
+    """What one turn said, and what it took: new_tokens, rounds, seconds with prefill, tokens that each round
+    put out."""
     rounds = re.findall("[ar]*[tb]|[ar]+$", record.get("origin", ""))
-    return {"text": cut(record["text"], stops), "new_tokens": len(record["tokens"]), "rounds": record["rounds"],
-            "seconds": record["seconds_prefill"] + record["seconds_decode"],
-            "accept_lengths": [len(tokens) for tokens in rounds]}  # fmt: skip
+    return {
+        "text": cut(record["text"], stops),
+        "new_tokens": len(record["tokens"]),
+        "rounds": record["rounds"],
+        "seconds": record["seconds_prefill"] + record["seconds_decode"],
+        "accept_lengths": [len(tokens) for tokens in rounds],
+    }
