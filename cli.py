@@ -64,19 +64,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None, **more):
         super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
-    def parse_known_args(self, args=None, namespace=None):
-        for text in sys.argv[1:] if args is None else args:
-            if (
-                not text.isascii() and text != text.encode(errors="replace").decode()
-            ):  # what stands for a byte that is no UTF-8
-                self.error(f"{shortened(text)} is not valid UTF-8")
-        return super().parse_known_args(args, namespace)
-
     def _get_values(self, action: argparse.Action, arg_strings: list[str]):
         if (
             action.option_strings and arg_strings and set(arg_strings) == {"--"}
         ):  # argparse would make an empty list of it
             raise argparse.ArgumentError(action, "expected a value, not --")
+        if action.type in (None, str):  # a file's name may be any bytes, a text may not
+            for text in arg_strings:
+                if not text.isascii() and text != text.encode(errors="replace").decode():
+                    raise argparse.ArgumentError(action, f"{shortened(text)} must be valid UTF-8")
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str):

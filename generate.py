@@ -14,6 +14,7 @@ from cli import InputError, Parser, run_script, whole  # isort: skip  (first: fr
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ from torch import Tensor
 import kernels
 import tp
 from checkpoint import DEMO, read_config
-from files import check_writable, replacing
+from files import check_writable, write_file
 from judge import RULES, JudgeHead, Markers, check_threshold, make_markers, mixture, rule_mask
 from kernels import Graph, capture, check_compiler, compile_step
 from model import (
@@ -930,8 +931,9 @@ def profile(path: Path) -> Iterator[None]:
     with torch.profiler.profile() as trace:
         yield
     if tp.is_first():
-        with replacing(path) as fresh:
-            trace.export_chrome_trace(str(fresh))
+        with tempfile.TemporaryDirectory() as folder:
+            trace.export_chrome_trace(f"{folder}/trace.json")  # it takes no name that is not UTF-8
+            write_file(path, Path(f"{folder}/trace.json").read_bytes())
 
 
 COMPARED = 5  # pairs of runs that a ratio of speeds is the median of, after one that warms up

@@ -13,7 +13,7 @@ from safetensors.torch import save
 import judge
 from cli import InputError
 from scripts import calibrate
-from scripts.lib import answers, guarantee
+from scripts.lib import answers, calibration, guarantee
 from scripts.lib.calibration import figures, fixed_sequence, is_harmed, least_n, most_harms
 from scripts.lib.intervals import upper_bound
 from scripts.lib.scoring import Question
@@ -129,8 +129,8 @@ def scripted(monkeypatch):
             return {"right": right, "tokens": [1, 2, 3, 4], "accepted_by_rule": question.index % 2, "mean_score": None,
                     "accepted": 6, "rounds": 2}  # fmt: skip
 
-    monkeypatch.setattr(calibrate, "Bench", Bench)
-    monkeypatch.setattr(calibrate, "conditions", lambda *args: {"verify": "topk"})
+    monkeypatch.setattr(calibration, "Bench", Bench)
+    monkeypatch.setattr(calibration, "conditions", lambda *args: {"verify": "topk"})
     return Bench
 
 
@@ -236,7 +236,7 @@ def test_answers_that_are_cut_off_count_against_the_bound(tmp_path, scripted, ca
 
 def test_too_few_questions_are_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     """149, 236 and 313 questions show 2% with 95% confidence without, with one, with two harms (Clopper-Pearson)."""
-    monkeypatch.setattr(calibrate, "Bench", lambda *args: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(calibration, "Bench", lambda *args: pytest.fail("loaded all the same"))
     with pytest.raises(SystemExit) as stop:
         calibrate.main(
             command(tmp_path, "--max_harm", "0.02", "--limit", "60", "--out", str(tmp_path / "j.safetensors"))
@@ -261,7 +261,7 @@ def test_too_few_questions_are_refused_before_anything_is_loaded(tmp_path, capsy
 
 
 def test_the_same_question_twice_is_one_observation(tmp_path, capsys):
-    from scripts.tasks import load_questions
+    from scripts.lib.tasks import load_questions
 
     lines = [{"prompt": f"What is {n} and 1?", "reference": str(n + 1)} for n in (1, 2, 1, 1)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -366,9 +366,8 @@ def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
     """The demo's training problems are not those of calibration; but a head may name some of those as its own."""
     from dataclasses import replace
 
-    from scripts.tasks import load_questions
-
     from quantize import load_model
+    from scripts.lib.tasks import load_questions
     from tokenizer import load_tokenizer
 
     tokenizer, target = load_tokenizer(DEMO / "target"), load_model(DEMO / "target", dtype=torch.float32)
@@ -399,7 +398,7 @@ def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
 
 def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch):
     """Answers with a wrong token that scores high are harms, once each; answers without a wrong token do not count."""
-    from scripts.demo_task import problems, write_answer_with_errors
+    from scripts.lib.demo_task import problems, write_answer_with_errors
 
     rng, lines = random.Random(0), []
     for problem, _ in zip(problems(123, held_out=True), range(40)):
@@ -423,7 +422,7 @@ def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch)
 
 
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate, "Bench", lambda *args: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(calibration, "Bench", lambda *args: pytest.fail("loaded all the same"))
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "other.safetensors").write_bytes(save({"w": torch.zeros(3)}))
     for more, word in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import DATA, ROOT
 
-import kernels
+import generate
 from checkpoint import DEMO
 from cli import Parser
 from model import ModelArgs
@@ -56,7 +56,7 @@ def test_commands_run_as_they_are_written(command, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(DATA)
     shutil.copytree(DEMO, tmp_path / "copy")
-    monkeypatch.setattr(kernels, "compile_step", lambda step, *_: step)
+    monkeypatch.setattr(generate, "compile_step", lambda step, *_: step)
     monkeypatch.setattr(torch, "compile", lambda step: step)
     script, *argv = shlex.split(f"{command} {RUNS[command]}")
     module = importlib.import_module(f"scripts.{script.removesuffix('.py')}")

@@ -13,6 +13,7 @@ from cli import InputError
 from generate import Engine, Settings
 from quantize import load_model
 from scripts import score_text
+from scripts.lib import scored_text
 from scripts.lib.scored_text import read_texts, rounds_of
 from tokenizer import decode, load_tokenizer
 
@@ -92,14 +93,14 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, more, words):
 
 
 def test_logits_that_are_not_finite_are_one_sentence(tmp_path, capsys, monkeypatch):
-    real = score_text.load_pair
+    real = scored_text.load_pair
 
     def broken(*args, **more):
         models = real(*args, **more)
         models[0].norm.weight.data[3] = float("nan")
         return models
 
-    monkeypatch.setattr(score_text, "load_pair", broken)
+    monkeypatch.setattr(scored_text, "load_pair", broken)
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": generate.DEMO_PROMPT, "response": " First"}))
     with pytest.raises(SystemExit) as stop:
         score_text.main(["--data", str(tmp_path / "t.jsonl"), "--device", "cpu"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cli import InputError, one_line, shortened, shortened_value
 from files import is_number, read_json
-from judge import RULES
+from judge import RULES, JudgeHead
 from model import Transformer
 from scripts.lib.intervals import upper_bound
 
@@ -59,6 +59,13 @@ def read_calibration(path: Path) -> dict:
     calibration = read_json(path)
     check_calibration(calibration, str(path))
     return calibration
+
+
+def calibration_of(head: JudgeHead, path: Path) -> dict | None:
+    """The calibration in a judge's file, `path`. Raises InputError when it is broken."""
+    if "calibration" in head.info:
+        check_calibration(head.info["calibration"], str(path))
+    return head.info.get("calibration")
 
 
 def check_calibration(calibration: object, where: str) -> None:
@@ -236,9 +243,7 @@ def announce(args: argparse.Namespace, engine) -> Drift:
     if args.calibration:
         calibration = read_calibration(args.calibration)
     elif engine.head is not None:
-        calibration = engine.head.info.get("calibration")
-        if calibration is not None:
-            check_calibration(calibration, str(args.judge_path))
+        calibration = calibration_of(engine.head, args.judge_path)
     if calibration is None and args.verify in ("plain", "standard"):
         return Drift(None)
     run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
