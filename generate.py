@@ -32,13 +32,14 @@ from judge import RULES, JudgeHead, Markers, check_threshold, make_markers, mixt
 from kernels import Graph, capture, check_compiler, compile_step
 from model import (
     DTYPES,
+    PAGE,
     PREFILL_ROWS,
-    WINDOW,
     ModelArgs,
     Transformer,
     first_not_finite,
     pick_device,
     run_dtype,
+    whole_pages,
 )
 from quantize import add_mode_flags, memory_line, scheme_of
 from scripts.lib.flags import MOST_TOKENS, read_k
@@ -419,7 +420,7 @@ class Engine:
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
-        self.generations = [model.generation for model in (self.target, self.draft) if model is not None]
+        self.cache_epochs = [model.cache_epoch for model in (self.target, self.draft) if model is not None]
         keep_logits = self.draft is not None and (s.temperature > 0 or RULES[s.verify].needs_draft_logits)
         shape = (s.speculate_k, self.target.args.vocab_size) if keep_logits else (1, 1)
         keep_hidden = self.draft is not None and self.head is not None and self.head.draft_weight is not None
@@ -458,7 +459,7 @@ class Engine:
         chooses by. Returns the seconds it took."""
         started = time.monotonic()
         # As few rows as a last pass may have: products of few rows are tuned for them, too
-        self.prefill([0] * min(WINDOW + 1, self.capacity))
+        self.prefill([0] * min(PAGE + 1, self.capacity))
         for m in self.sizes:
             for needed in (
                 1,
@@ -475,21 +476,21 @@ class Engine:
                     capture(step, pool) for step in self.steps(self.visible(self.capacity), m)
                 )
         if self.settings.adaptive:
-            for window in self.pace.windows(self.capacity):
-                self.measure(window)
+            for length in self.pace.lengths(self.capacity):
+                self.measure(length)
         return time.monotonic() - started
 
-    def measure(self, window: int, repeats: int = 9) -> None:
+    def measure(self, length: int, repeats: int = 9) -> None:
         """Tells `pace` the median seconds of a round for each size; the sizes take turns, as other work comes
         and goes."""
         seconds = {m: [] for m in self.sizes}
         for m in self.sizes * repeats:
-            self.buffers.pos.fill_(max(0, window - m - 2))
+            self.buffers.pos.fill_(max(0, length - m - 2))
             began = time.monotonic()
-            self.round(window, m)
+            self.round(length, m)
             seconds[m].append(time.monotonic() - began)
         medians = [sorted(found)[repeats // 2] for found in seconds.values()]
-        self.pace.seconds |= {(window, m): found for m, found in zip(seconds, tp.first(lambda: medians))}
+        self.pace.seconds |= {(length, m): found for m, found in zip(seconds, tp.first(lambda: medians))}
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -502,14 +503,16 @@ class Engine:
 
         keep: so many of its first tokens are there already, from the sequence before.
         """
-        if self.generations != [model.generation for model in (self.target, self.draft) if model is not None]:
+        if self.cache_epochs != [
+            model.cache_epoch for model in (self.target, self.draft) if model is not None
+        ]:
             raise RuntimeError("Another engine has since made this model's caches longer; make a new engine.")
         b, count = self.buffers, len(prompt) - 1
         b.tokens.zero_()
         b.tokens[: len(prompt)] = torch.tensor(prompt)
-        start = min(keep, count) // WINDOW * WINDOW
+        start = min(keep, count) // PAGE * PAGE
         while start < count:
-            end = min(start + PREFILL_ROWS[self.device.type], -(-count // WINDOW) * WINDOW)
+            end = min(start + PREFILL_ROWS[self.device.type], whole_pages(count))
             for model in (self.target, self.draft):
                 if model is not None:
                     pos = torch.arange(start, end, device=b.tokens.device)
@@ -526,8 +529,8 @@ class Engine:
         """
         if self.device.type == "cuda":
             return self.ruler
-        visible = self.ruler[: -(-needed // WINDOW) * WINDOW]
-        if self.settings.compile and self.capacity > WINDOW:  # else there is only one length
+        visible = self.ruler[: whole_pages(needed)]
+        if self.settings.compile and self.capacity > PAGE:  # else there is only one length
             torch._dynamo.mark_dynamic(visible, 0)
         return visible
 
@@ -674,7 +677,7 @@ class Engine:
 def capacity_for(length: int, speculate_k: int) -> int:
     """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for
     the drafts of two rounds past the end, since one may be under way when the end is found."""
-    return -(-(length + 2 * (speculate_k + 1)) // WINDOW) * WINDOW
+    return whole_pages(length + 2 * (speculate_k + 1))
 
 
 def threshold_of(settings: Settings, head: JudgeHead | None) -> float | None:

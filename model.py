@@ -24,8 +24,13 @@ if TYPE_CHECKING:
     pass
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WINDOW = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
-PREFILL_ROWS = {"cpu": 256, "cuda": 2048}  # that a pass over the prompt reads, a multiple of WINDOW
+PAGE = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
+PREFILL_ROWS = {"cpu": 256, "cuda": 2048}  # that a pass over the prompt reads, a multiple of PAGE
+
+
+def whole_pages(length: int) -> int:
+    """The least multiple of PAGE that is not below `length`."""
+    return -(-length // PAGE) * PAGE
 
 
 def pick_device(name: str) -> torch.device:
@@ -177,9 +182,9 @@ class Attention(nn.Module):
         self.v_cache: Tensor | None = None
 
     def forward(
-        self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, window: int
+        self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
     ) -> Tensor:
-        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask and window as `see` gives -> (B,
+        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask and visible as `see` gives -> (B,
         T, dim)."""
         a, (batch, rows, _) = self.args, x.shape
         qkv = self.wqkv(x).view(batch, rows, -1, a.head_dim)
@@ -191,17 +196,17 @@ class Attention(nn.Module):
         else:
             self.k_cache[:, :, pos] = k.transpose(1, 2)
             self.v_cache[:, :, pos] = v.transpose(1, 2)
-            y = self.attend(q, pos, mask, window)
+            y = self.attend(q, pos, mask, visible)
         return self.wo(y.reshape(batch, rows, -1))
 
-    def attend(self, q: Tensor, pos: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    def attend(self, q: Tensor, pos: Tensor, mask: Tensor | None, visible: int) -> Tensor:
         """q (1, T, n_head, head_dim) over the caches -> the same shape."""
         a, rows = self.args, q.shape[1]
         if mask is None:
             return kernels.attend(heads_as_rows(q, a.n_kv_head)[0], self.k_cache, self.v_cache, pos).view(
                 q.shape
             )
-        k, v = self.k_cache[:, :, :window], self.v_cache[:, :, :window]
+        k, v = self.k_cache[:, :, :visible], self.v_cache[:, :, :visible]
         if not use_heads_as_rows(q):
             return F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
@@ -210,9 +215,9 @@ class Attention(nn.Module):
         return y.view(1, a.n_kv_head, -1, rows, a.head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def causal_mask(pos: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-    """(T, window): 0 where row t, at position pos[t], may look, -inf elsewhere."""
-    hidden = torch.arange(window, device=pos.device) > pos[:, None]
+def causal_mask(pos: Tensor, visible: int, dtype: torch.dtype) -> Tensor:
+    """(T, visible): 0 where row t, at position pos[t], may look, -inf elsewhere."""
+    hidden = torch.arange(visible, device=pos.device) > pos[:, None]
     return torch.zeros(hidden.shape, dtype=dtype, device=pos.device).masked_fill(hidden, -float("inf"))
 
 
@@ -254,9 +259,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, window: int
+        self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, pos, mask, window)
+        x = x + self.attention(self.attention_norm(x), rope, pos, mask, visible)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -281,7 +286,7 @@ class Transformer(nn.Module):
         self.bytes_read = 0  # from disk, while loading
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = 0
-        self.generation = 0  # counts allocations of the caches: graphs captured over older ones must not run
+        self.cache_epoch = 0  # counts allocations of the caches: graphs captured over older ones must not run
 
     @property
     def device(self) -> torch.device:
@@ -301,7 +306,7 @@ class Transformer(nn.Module):
             and (cache.dtype, cache.device) == (self.dtype, self.device)
         ):
             return
-        self.cache_length, self.generation = length, self.generation + 1
+        self.cache_length, self.cache_epoch = length, self.cache_epoch + 1
         self.rope = rope_table(self.args, length, self.device)
         shape = (1, self.local.n_kv_head, length, self.local.head_dim)
         for layer in self.layers:
@@ -316,39 +321,39 @@ class Transformer(nn.Module):
             layer.attention.v_cache.zero_()
 
     def forward(
-        self, tokens: Tensor, pos: Tensor | None = None, window: int | None = None, n_logits: int | None = None,
+        self, tokens: Tensor, pos: Tensor | None = None, visible: int | None = None, n_logits: int | None = None,
         prefill: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Reads tokens, returns (hidden, logits).
 
         tokens: (B, T) ids. pos: (T,) their ascending positions in the cache (B = 1), or None to read whole
-        sequences without a cache. window: the step sees cache positions below it (at least max(pos) + 1;
-        default: all). prefill: the rows are many, and the last of the window (on a GPU other kernels serve
+        sequences without a cache. visible: the step sees cache positions below it (at least max(pos) + 1;
+        default: all). prefill: the rows are many, and the last of the visible (on a GPU other kernels serve
         them). hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits,
         vocab) in fp32, for the last n_logits rows (default all; 0 skips the LM head); of a part of a model
         only its part of the vocabulary.
         """
-        window = self.cache_length if window is None else window
+        visible = self.cache_length if visible is None else visible
         x = self.tok_embeddings(tokens)
         if pos is None:
             rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
         else:
-            rope, mask = self.rope[pos], self.see(x, pos, window, prefill)
+            rope, mask = self.rope[pos], self.see(x, pos, visible, prefill)
         for layer in self.layers:
-            x = layer(x, rope, pos, mask, window)
+            x = layer(x, rope, pos, mask, visible)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
         return x, self.output(self.norm(rows)).float()
 
-    def see(self, x: Tensor, pos: Tensor, window: int, prefill: bool = False) -> Tensor | None:
-        """What is added to attention scores, 0 or -inf: (T, window), or (group * T, window) for rows by
+    def see(self, x: Tensor, pos: Tensor, visible: int, prefill: bool = False) -> Tensor | None:
+        """What is added to attention scores, 0 or -inf: (T, visible), or (group * T, visible) for rows by
         `heads_as_rows`.
 
         On a GPU nothing of that size is made: the decoding kernel needs none (None), and a prefill has a
         diagonal.
         """
         if x.device.type == "cuda":
-            return causal_lower_right(len(pos), window) if prefill else None
-        mask = causal_mask(pos, window, x.dtype)
+            return causal_lower_right(len(pos), visible) if prefill else None
+        mask = causal_mask(pos, visible, x.dtype)
         return mask.repeat(self.local.n_head // self.local.n_kv_head, 1) if use_heads_as_rows(x) else mask
 
 

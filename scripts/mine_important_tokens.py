@@ -37,7 +37,7 @@ from torch import Tensor
 from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
 from generate import Engine, NotFinite, Settings, check_prompt
-from model import DTYPES, WINDOW, pick_device, run_dtype
+from model import DTYPES, PAGE, pick_device, run_dtype
 from scripts.lib.pair import files_in, load_pair, name_models, own_device
 from scripts.lib.results import (
     check_parts,
@@ -66,13 +66,13 @@ def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> lis
     """
     device, choices = engine.draft.device, []
     begin = min(start - 1, known)
-    tokens = torch.zeros(len(ids) + WINDOW, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(ids) + PAGE, dtype=torch.long, device=device)
     tokens[: len(ids)] = torch.tensor(ids)
-    for at in range(begin // WINDOW * WINDOW, len(ids) - 1, WINDOW):
-        pos = torch.arange(at, at + WINDOW, device=device)
-        choices.append(engine.draft(tokens[None, at : at + WINDOW], pos, at + WINDOW)[1][0].argmax(-1))
+    for at in range(begin // PAGE * PAGE, len(ids) - 1, PAGE):
+        pos = torch.arange(at, at + PAGE, device=device)
+        choices.append(engine.draft(tokens[None, at : at + PAGE], pos, at + PAGE)[1][0].argmax(-1))
     flat: Tensor = torch.cat(choices) if choices else torch.zeros(0)
-    first = start - 1 - begin // WINDOW * WINDOW
+    first = start - 1 - begin // PAGE * PAGE
     return flat[first : first + len(ids) - start].tolist()
 
 

@@ -33,13 +33,13 @@ class Scripted:
 
     def __init__(self, table, score=lambda n, t: 0.0, device="cpu"):
         self.table, self.score, self.args, self.cache_length = table, score, ARGS, 0
-        self.device, self.read, self.generation = torch.device(device), [], 0
+        self.device, self.read, self.cache_epoch = torch.device(device), [], 0
 
     def setup_caches(self, length):
         self.cache_length = length
 
-    def __call__(self, tokens, pos, window=None, n_logits=None, prefill=False):
-        assert pos.max() < (window or self.cache_length) <= self.cache_length
+    def __call__(self, tokens, pos, visible=None, n_logits=None, prefill=False):
+        assert pos.max() < (visible or self.cache_length) <= self.cache_length
         pairs = list(zip(pos.tolist(), tokens[0].tolist()))
         self.read.append(pairs)
         logits = torch.stack([torch.as_tensor(self.table(n, t)).float() for n, t in pairs])[None]
@@ -167,7 +167,7 @@ def test_output_ends_at_the_first_stop_token():
 
 @pytest.mark.parametrize("new", range(1, 12))
 def test_output_ends_at_max_new_tokens_and_nothing_is_written_past_the_buffer(new):
-    prompt = list(range(8)) * 31 + [0, 1]  # 250 tokens: some ends are beyond the first window
+    prompt = list(range(8)) * 31 + [0, 1]  # 250 tokens: some ends are beyond the first page
     for draft in (Scripted(counting()), Scripted(counting(2)), None):
         result = run(
             Scripted(counting()), draft, "standard" if draft else "plain", prompt=prompt, new=new, k=5
@@ -211,7 +211,7 @@ def assert_same_up_to_ties(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_is_eager_without_recompiling(pair, device):
-    """For every rule: the same tokens, for any prompt length, output length and window, and no compilation after warm-up."""
+    """For every rule: the same tokens, for any prompt length, output length and cache, and no compilation after warm-up."""
     target, draft = (model.to(device) for model in pair)
     head = JudgeHead(
         torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {}
@@ -269,7 +269,7 @@ def test_compiled_markers_adaptive_m_and_draft_features(pair, device, monkeypatc
         )
         engine.warm_up()
         seen = []
-        engine.pace.choose = lambda window, most, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
+        engine.pace.choose = lambda needed, most, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
         with torch._dynamo.config.patch(error_on_recompile=True):
             prompts = [
                 torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist()

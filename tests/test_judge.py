@@ -801,9 +801,7 @@ def test_guarded_texts_are_pushed_out_by_their_weight(pair, tmp_path):
     passed = []
     for weight in (0.0, 50.0):
         settings = TrainSettings(rows=5, guard_weight=weight, l2=1e-3)
-        info = fit_judge([target], letters(), answers_to(range(10)) + guard, settings, tmp_path).info[
-            "guard"
-        ]
+        info = fit_judge([target], letters(), answers_to(range(10)) + guard, settings, tmp_path).info["guard"]
         assert (
             info["training"]["tokens"] + info["held_out"]["tokens"] == 40 and info["held_out"]["tokens"] > 0
         )

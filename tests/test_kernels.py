@@ -119,17 +119,17 @@ def test_attend_of_the_first_draft_step_at_position_0():
 @pytest.mark.parametrize("rows", [1, 2, 17, 33])
 @torch.inference_mode()
 def test_attention_over_a_window_against_float64(rows, dtype, noise):
-    """What a CPU does, at odd positions and around the borders of the window that is looked at."""
+    """What a CPU does, at odd positions and around the borders of the visible that is looked at."""
     model = random_model(ARGS, "cpu", dtype)
     model.setup_caches(512)
     layer, generator = model.layers[0].attention, torch.Generator().manual_seed(rows)
-    for last, window in ((63, 64), (64, 128), (101, 128), (101, 512), (127, 128), (511, 512)):
+    for last, visible in ((63, 64), (64, 128), (101, 128), (101, 512), (127, 128), (511, 512)):
         pos = torch.arange(last - rows + 1, last + 1)
         layer.k_cache, layer.v_cache = filled_cache(generator, 2, 512, 16, last + 1, dtype)
         q = torch.randn(1, rows, 6, 16, generator=generator).to(dtype)
-        y = layer.attend(q, pos, model.see(q, pos, window), window)
+        y = layer.attend(q, pos, model.see(q, pos, visible), visible)
         exact = exact_attention(q[0], layer.k_cache[0], layer.v_cache[0], pos)
-        assert (y[0].double() - exact).abs().max() < noise, (last, window)
+        assert (y[0].double() - exact).abs().max() < noise, (last, visible)
 
 
 @torch.inference_mode()
@@ -166,7 +166,7 @@ def test_the_diagonal_of_a_prefill_is_its_mask(monkeypatch):
     model(ids[:, :170], torch.arange(170), 170)
     added, _ = model(ids[:, 170:], torch.arange(170, 300), 300)
     monkeypatch.setattr(
-        Transformer, "see", lambda self, x, pos, window, prefill: causal_lower_right(len(pos), window)
+        Transformer, "see", lambda self, x, pos, visible, prefill: causal_lower_right(len(pos), visible)
     )
     diagonal, _ = model(ids[:, 170:], torch.arange(170, 300), 300)
     assert (added - diagonal).abs().max() < 1e-4

@@ -202,9 +202,9 @@ def test_adaptive_output_is_plain_output(pair):
         target, draft, None, Settings("standard", speculate_k=max(SIZES), adaptive=True), [96], 200
     )
     engine.pace.seconds = {
-        (window, m): 1 + 0.01 * m for window in engine.pace.windows(engine.capacity) for m in SIZES
+        (length, m): 1 + 0.01 * m for length in engine.pace.lengths(engine.capacity) for m in SIZES
     }
-    engine.pace.choose = lambda window, most, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
+    engine.pace.choose = lambda needed, most, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
     seen, learn = [], engine.pace.learn
     engine.pace.learn = lambda drafted, accepted: (seen.append(drafted), learn(drafted, accepted))
     result = engine.generate(prompt, 150)
@@ -219,7 +219,7 @@ def test_adaptive_m_follows_the_draft():
         settings = Settings("standard", speculate_k=max(SIZES), adaptive=True)
         engine = Engine(Scripted(counting()), Scripted(counting(step)), None, settings, [], 900)
         engine.pace.seconds = {
-            (window, m): 1 + 0.1 * m for window in engine.pace.windows(engine.capacity) for m in SIZES
+            (length, m): 1 + 0.1 * m for length in engine.pace.lengths(engine.capacity) for m in SIZES
         }
         engine.generate([0, 1], 700 if step == 1 else 60)
         assert engine.pace.choose(256) == size
@@ -282,8 +282,8 @@ def test_features_are_read_in_the_engines_passes(low_precision, length):
 
     def record(model):
         def hook(module, args, kwargs):
-            tokens, pos, window, prefill = *args, kwargs.get("prefill", False)
-            seen.append((model, tokens.tolist(), pos.tolist(), window, prefill))
+            tokens, pos, visible, prefill = *args, kwargs.get("prefill", False)
+            seen.append((model, tokens.tolist(), pos.tolist(), visible, prefill))
 
         return model.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -42,10 +42,10 @@ def test_every_figure_is_of_its_row(tmp_path, monkeypatch):
     own, both = (JudgeHead(weight, bias, 0.5, "", {}, w) for w in (None, draft_weight))
     monkeypatch.setattr(token_details, "ROWS", 4)  # so that the answer takes two passes of the LM head
     target.setup_caches(64)
-    generation = target.generation
+    generation = target.cache_epoch
     found = token_details.token_details(target, draft, own, PROMPT, TOKENS)
     with_draft = token_details.token_details(target, draft, both, PROMPT, TOKENS)
-    assert target.generation == generation, "an engine's caches were replaced"
+    assert target.cache_epoch == generation, "an engine's caches were replaced"
     for at, token in enumerate(TOKENS):
         before = PROMPT + TOKENS[:at]
         log_p, log_q = (

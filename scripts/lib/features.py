@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoint import read_safetensors
 from cli import InputError, Progress
 from files import write_file
-from model import PREFILL_ROWS, WINDOW, Transformer
+from model import PAGE, PREFILL_ROWS, Transformer, whole_pages
 from scripts.lib.answers import Encoded
 
 
@@ -29,17 +29,17 @@ class RowReader:
 
     def __init__(self, model: Transformer, rows: int, length: int, drafts: bool = False):
         self.model, self.rows, self.drafts, self.ids, self.base = model, rows, drafts, [], 0
-        model.setup_caches(whole_windows(length + rows))
+        model.setup_caches(whole_pages(length + rows))
 
     def passes(self, base: int, end: int) -> Iterator[tuple[bool, range, int]]:
         """(whether of the prompt, its positions, how much of the cache is looked at) of each pass, up to
         position `end`."""
         most, cpu = PREFILL_ROWS[self.model.device.type], self.model.device.type == "cpu"
         for at in range(0, base, most):
-            stop = min(at + most, whole_windows(base))
+            stop = min(at + most, whole_pages(base))
             yield True, range(at, stop), stop
         for at in range(base, end + self.drafts, self.rows):
-            seen = whole_windows(at + self.rows) if cpu else self.model.cache_length
+            seen = whole_pages(at + self.rows) if cpu else self.model.cache_length
             if not self.drafts:
                 yield False, range(at, at + self.rows), seen
                 continue
@@ -59,7 +59,7 @@ class RowReader:
             (i for i, (a, b) in enumerate(zip(ids, self.ids)) if a != b), min(len(ids), len(self.ids))
         )
         known = min(same, begin) if base == self.base else 0
-        tokens = torch.zeros(whole_windows(len(ids) + self.rows), dtype=torch.long)
+        tokens = torch.zeros(whole_pages(len(ids) + self.rows), dtype=torch.long)
         tokens[: len(ids)] = torch.tensor(ids)
         tokens = tokens.to(self.model.device)
         prompt = tokens.clone()
@@ -82,11 +82,6 @@ class RowReader:
             self.model.clear_caches()  # a NaN there outlives every mask
             self.ids = []
         return found
-
-
-def whole_windows(length: int) -> int:
-    """The least multiple of WINDOW that is not below `length`."""
-    return -(-length // WINDOW) * WINDOW
 
 
 def labelled_places(answer: Encoded) -> Tensor:
@@ -187,7 +182,7 @@ def extract_features(
         for a in answers
     ]
     made_by = [[m.fingerprint, f"{m.dtype} {m.quantization}".strip(), m.device.type] for m in models]
-    passes = [rows, *PREFILL_ROWS.items(), WINDOW]
+    passes = [rows, *PREFILL_ROWS.items(), PAGE]
     folder = (
         cache / hashlib.sha256(json.dumps([what, made_by, passes, shard_bytes]).encode()).hexdigest()[:16]
     )

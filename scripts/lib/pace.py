@@ -14,7 +14,7 @@ class Pace:
 
     def __init__(self, sizes: tuple[int, ...]):
         self.sizes = sizes
-        self.seconds: dict[tuple[int, int], float] = {}  # of a round, by window and M
+        self.seconds: dict[tuple[int, int], float] = {}  # of a round, by length and M
         self.reached, self.passed = ([0.0] * max(sizes) for _ in range(2))
 
     def learn(self, drafted: int, accepted: int) -> None:
@@ -25,12 +25,12 @@ class Pace:
             counts[:] = [self.DECAY * count + (place < upto) for place, count in enumerate(counts)]
 
     @staticmethod
-    def windows(capacity: int) -> list[int]:
+    def lengths(capacity: int) -> list[int]:
         """Where to measure: at 256 positions, its doubles, and all."""
-        windows = [min(256, capacity)]
-        while windows[-1] < capacity:
-            windows.append(min(2 * windows[-1], capacity))
-        return windows
+        lengths = [min(256, capacity)]
+        while lengths[-1] < capacity:
+            lengths.append(min(2 * lengths[-1], capacity))
+        return lengths
 
     def choose(self, needed: int, most: int = 1 << 30) -> int:
         """The M of the next round, which looks at up to `needed` positions, of which `most` draft tokens can
@@ -38,12 +38,12 @@ class Pace:
         if len(self.sizes) == 1:
             return self.sizes[0]
         sizes = [m for m in self.sizes if m <= most] or self.sizes[:1]
-        window = min((window for window, _ in self.seconds if window >= needed), default=max(self.seconds)[0])
+        length = min((length for length, _ in self.seconds if length >= needed), default=max(self.seconds)[0])
         overall = (sum(self.passed) + self.STRENGTH * self.PRIOR) / (sum(self.reached) + self.STRENGTH)
         expected, chance, best = 1.0, 1.0, (0.0, 0)
         for place, (reached, passed) in enumerate(zip(self.reached, self.passed), 1):
             chance *= (passed + self.STRENGTH * overall) / (reached + self.STRENGTH)
             expected += chance
             if place in sizes:
-                best = max(best, (expected / self.seconds[window, place], place))
+                best = max(best, (expected / self.seconds[length, place], place))
         return best[1]
