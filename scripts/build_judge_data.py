@@ -38,11 +38,12 @@ import torch
 
 from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Result, Settings, check_prompt, check_settings
+from generate import Engine, NotFinite, Settings
 from model import DTYPES, pick_device, run_dtype
 from quantize import load_model
 from scripts.lib.demo_task import annotated
-from scripts.lib.pair import files_in
+from scripts.lib.pair import check_prompt, check_settings, files_in
+from scripts.lib.result import Result
 from scripts.lib.results import is_count, is_text, is_verdict, resume
 from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
 from scripts.lib.tasks import add_question_flags, questions_of

@@ -30,11 +30,10 @@ from pathlib import Path
 
 import tp
 from files import check_not_input, check_writable
-from generate import check_settings
 from model import pick_device
 from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for, summarise
 from scripts.lib.flags import add_engine_flags
-from scripts.lib.pair import name_models, own_device, schemes_of
+from scripts.lib.pair import check_settings, name_models, own_device, schemes_of
 from scripts.lib.public_tasks import TASKS
 from scripts.lib.results import (
     MOST_PROCESSES,

@@ -36,9 +36,9 @@ from torch import Tensor
 
 from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Settings, check_prompt
+from generate import Engine, NotFinite, Settings
 from model import DTYPES, PAGE, pick_device, run_dtype
-from scripts.lib.pair import files_in, load_pair, name_models, own_device
+from scripts.lib.pair import check_prompt, files_in, load_pair, name_models, own_device
 from scripts.lib.results import (
     check_parts,
     is_counts,

@@ -15,12 +15,13 @@ from conftest import ROOT
 from checkpoint import DEMO
 from cli import InputError
 from files import Lines
-from generate import NotFinite, Result
+from generate import NotFinite
 from scripts import build_judge_data
 from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
 from scripts.lib import sandbox
 from scripts.lib.answers import read_answers
 from scripts.lib.demo_task import check, is_held_out
+from scripts.lib.result import Result
 from scripts.lib.tasks import load_questions
 from tokenizer import load_tokenizer
 

@@ -32,6 +32,7 @@ from cli import InputError
 from judge import JudgeHead
 from model import ModelArgs, preset
 from scripts.lib import pair
+from scripts.lib.terminal import DEMO_PROMPT
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -280,7 +281,7 @@ def folders(tmp_path_factory):
 def flags(folders: Path, name: str, verify: str, *more: str) -> list[str]:
     """A command line of generate.py that prints JSON."""
     folder = pair.DEMO if name == "demo" else folders / name
-    prompt = generate.DEMO_PROMPT if name == "demo" else "40"
+    prompt = DEMO_PROMPT if name == "demo" else "40"
     found = ["--checkpoint_path", folder / "target", "--draft_checkpoint_path", folder / "draft", "--verify", verify, "--json",
              "--judge_path", folder / "judge.safetensors", "--prompt", prompt, "--speculate_k", "5", "--device", "cpu",
              "--max_new_tokens", "24"]  # fmt: skip
@@ -674,7 +675,7 @@ def main(todo: list[dict]) -> None:
             else:
                 if what != "run":
                     disturb(what)
-                cli.run_script("generate.py", lambda given=given: generate.run(generate.parse_args(given)))
+                cli.run_script("generate.py", lambda given=given: generate.run(generate.parse_generate_args(given, "")))
 
 
 if __name__ == "__main__":

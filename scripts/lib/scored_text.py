@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from cli import InputError, Progress
-from generate import NotFinite, check_settings, threshold_of
+from generate import NotFinite
 from judge import RULES, rule_mask
 from model import pick_device, run_dtype
 from scripts.lib.answers import Encoded, encode_items
 from scripts.lib.bench import Variant, label, parse_rules, settings_for
 from scripts.lib.features import RowReader
-from scripts.lib.pair import load_pair, name_models, schemes_of
+from scripts.lib.pair import check_settings, load_pair, name_models, schemes_of
 from scripts.lib.public_tasks import json_lines
 from scripts.lib.terminal import Paint
 from tokenizer import Decoder, Tokenizer, load_tokenizer
@@ -67,7 +67,7 @@ def passes(
         tokens, letters = torch.tensor(text.ids, device=target.device), []
         standard = RULES["standard"].accept(tokens, logits[0], None, None, None)
         for variant in variants:
-            threshold = torch.tensor(threshold_of(settings_for(args, variant), head) or 0.0)
+            threshold = torch.tensor(settings_for(args, variant).resolved(head).threshold or 0.0)
             rule = rule_mask(
                 variant.name, tokens, logits[0], logits[-1], scores, threshold, stops, args.min_prob
             )

@@ -7,7 +7,8 @@ import time
 from functools import reduce
 from operator import add
 
-from generate import Engine, Result
+from generate import Engine
+from scripts.lib.result import Result
 from scripts.lib.scoring import Question
 from scripts.lib.terminal import answer_text, as_json, encode_prompt
 from scripts.lib.token_details import cuts
