@@ -299,53 +299,68 @@ def mixture(p: Tensor, q: Tensor, weight: Tensor, min_prob: float = 0.0) -> Tens
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule with what its threshold is called, its range, the default, and a walk from strict to loose for
-    calibration.
-
-    ahead: so many draft tokens after a token decide with it; with fewer of them drafted it does not pass.
-    """
+    """One entry of RULES: a rule, its knob, and all that the engine asks of it. Nothing else names a rule."""
 
     accept: Callable[..., Tensor]
-    knob: str
-    low: float
-    high: float
-    default: float
-    walk: tuple[float, ...] = ()
-    needs_draft_logits: bool = False
-    ahead: int = 0  # draft tokens after its own that the rule looks at
+    knob: str | None = None  # what the threshold is called; None: there is none
+    low: float = 0.0
+    high: float = 0.0
+    default: float | None = None  # None: the judge's own threshold counts
+    reads: tuple[str, ...] = ()  # beyond the standard test: the "target"'s or "draft"'s logits, the "scores"
+    whole: bool = False  # the threshold is a whole number
+    mixes: bool = False  # it decodes the mixture of target and draft
+    ahead: int = 0  # draft tokens after its own that it looks at; with fewer drafted, a token does not pass
+    walk: tuple[float, ...] = ()  # thresholds from strict to loose, for calibration
+
+    @property
+    def needs_draft_logits(self) -> bool:
+        return "draft" in self.reads
 
 
-INF = float("inf")
+INF, TARGET, BOTH = math.inf, ("target",), ("target", "draft")
 RULES = {
-    "standard": Rule(standard, "none", 0, 0, 0),
-    "judge": Rule(judge, "delta", 0.5, 1, 0.5, (0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
-    "kl": Rule(
-        kl, "tau", 0, INF, 0.5, (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 6, 8), needs_draft_logits=True
+    "standard": Rule(standard),
+    "judge": Rule(
+        judge, "delta", 0.5, 1, None, reads=("scores",), walk=(0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
     ),
-    "topk": Rule(topk, "K", 1, INF, 2, (1, 2, 3, 4, 5, 6, 8, 12, 16)),
+    "kl": Rule(
+        kl, "tau", 0, INF, 0.5, reads=BOTH, walk=(0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 6, 8)
+    ),
+    "topk": Rule(topk, "K", 1, INF, 2, reads=TARGET, whole=True, walk=(1, 2, 3, 4, 5, 6, 8, 12, 16)),
     "typical": Rule(
-        typical, "eps", 0, 1, 0.09, (0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.06, 0.04, 0.02, 0.01, 0.005)
+        typical, "eps", 0, 1, 0.09, reads=TARGET,
+        walk=(0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.06, 0.04, 0.02, 0.01, 0.005),
     ),
     "topn_delta": Rule(
-        topn_delta, "delta", 0, 1, 0.6, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+        topn_delta, "delta", 0, 1, 0.6, reads=TARGET, walk=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     ),
-    "divergence": Rule(
-        divergence, "T", 0, 1, 0.4, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6), needs_draft_logits=True
-    ),
+    "divergence": Rule(divergence, "T", 0, 1, 0.4, reads=BOTH, walk=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
     "window": Rule(
-        window, "h", 0, math.log(3), 0.3, (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0), ahead=AGREED
+        window, "h", 0, math.log(3), 0.3, reads=TARGET, ahead=AGREED,
+        walk=(1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0),
     ),
     "ensemble": Rule(
-        ensemble, "w", 0, 1, 0.5, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2), needs_draft_logits=True
+        ensemble, "w", 0, 1, 0.5, reads=BOTH, mixes=True, walk=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
     ),
-}
+}  # fmt: skip
+RELAXED = [name for name, rule in RULES.items() if rule.knob]  # these accept more than the standard test
+
+
+def needs_judge(verify: str) -> bool:
+    """Whether --verify reads a judge's scores. Plain decoding has no rule."""
+    return verify in RULES and "scores" in RULES[verify].reads
 
 
 def check_threshold(name: str, threshold: float, what: str = "--threshold") -> float:
-    """The threshold, or an InputError when it is outside the rule's range (or no whole number for topk)."""
-    rule, fits = RULES[name], name != "topk" or float(threshold).is_integer()
-    if not rule.low <= threshold <= rule.high or not math.isfinite(threshold) or not fits:
-        kind = "a whole number of at least 1" if name == "topk" else f"between {rule.low:g} and {rule.high:g}"
+    """The threshold, or an InputError when it is outside the rule's range, or not whole where it must be."""
+    rule = RULES[name]
+    fits = math.isfinite(threshold) and rule.low <= threshold <= rule.high
+    if not fits or (rule.whole and threshold != int(threshold)):
+        kind = (
+            f"a whole number of at least {rule.low:g}"
+            if rule.whole
+            else f"between {rule.low:g} and {rule.high:g}"
+        )
         raise InputError(
             f"{what} {threshold} is outside the range of --verify {name}: {rule.knob} must be {kind}."
         )
@@ -365,11 +380,11 @@ def rule_mask(
     """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone, nor does a token
     that the target gives less than min_prob.
 
-    `ensemble` is the exception for stop tokens: it decodes the mixture, whose own correction would be that
-    very token.
+    A rule that mixes is the exception for stop tokens: its own correction would be that very token.
     """
-    accepted = RULES[name].accept(draft_tokens, target_logits, draft_logits, scores, threshold)
-    if name != "ensemble":
+    rule = RULES[name]
+    accepted = rule.accept(draft_tokens, target_logits, draft_logits, scores, threshold)
+    if not rule.mixes:
         accepted = accepted & ~torch.isin(draft_tokens, stop_ids)
     if min_prob > 0:
         accepted = accepted & (
