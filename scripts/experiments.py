@@ -717,9 +717,7 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
     s = TrainSettings()
     encoded = encode_items(tokenizer, answers, False, target.args.vocab_size)
     shards = extract_features([target], encoded, s.rows, cache)
-    labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
-    starts = torch.tensor([0, *map(len, labels)]).cumsum(0)
-    labels = torch.cat(labels)[starts[shards.answer] + shards.place]
+    labels = shards.labels(encoded, s.policy)
     test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][
         shards.answer
     ] & (labels >= 0)
