@@ -25,20 +25,14 @@ import kernels
 import tp
 from checkpoint import read_config
 from files import check_writable
-from judge import RULES, JudgeHead, Markers, Rule, make_markers, mixture, rule_mask
+from judge import RULES, JudgeHead, Rule, mixture, rule_mask
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
+from scripts.lib import pair
 from scripts.lib.flags import parse_generate_args
 from scripts.lib.guarantee import kind_of, take_calibration
+from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
-from scripts.lib.pair import (
-    check_prompt,
-    check_settings,
-    check_tokenizer,
-    load_pair,
-    schemes_of,
-    smallest_context,
-)
 from scripts.lib.result import Report, Result, Round
 from scripts.lib.terminal import chat_loop, introduce, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
@@ -221,12 +215,17 @@ def standard_test(
 
 
 def relaxed_test(
-    logits: Tensor, scores: Tensor | None, pair: tuple, b: Buffers, s: Settings, allowed: Tensor | None
+    logits: Tensor,
+    scores: Tensor | None,
+    distributions: tuple,
+    b: Buffers,
+    s: Settings,
+    allowed: Tensor | None,
 ) -> Tensor:
-    """What the rule accepts, bool (M,), where it is allowed to. pair: p and q of `standard_test`."""
-    m = len(b.drafted)
+    """What the rule accepts, bool (M,), where it is allowed to. distributions: p and q of `standard_test`."""
     if s.rule.mixes and s.temperature > 0:
-        return accept_sampled(b.drafted, pair[0][:-1], pair[1], b.uniforms[m : 2 * m])
+        (p, q), m = distributions, len(b.drafted)
+        return accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
     relaxed = rule_mask(
         s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob
     )
@@ -301,7 +300,7 @@ class Engine:
         self, target: Transformer, draft: Transformer | None, head: JudgeHead | None, settings: Settings,
         stop_ids: list[int], length: int, markers: Markers | None = None,
     ):  # fmt: skip
-        check_settings(settings, draft is not None, head is not None)
+        pair.check_settings(settings, draft is not None, head is not None)
         self.target, self.head, self.settings = target, head, settings.resolved(head)
         self.draft = None if settings.verify == "plain" else draft
         self.models = [model for model in (self.target, self.draft) if model is not None]
@@ -311,7 +310,7 @@ class Engine:
         self.stop_ids, self.length = stop_ids, length
         self.generator = torch.Generator().manual_seed(0)
         self.result = Result(0)  # of the answer under way, or the last one
-        self.context = smallest_context(target.args, self.draft and self.draft.args)
+        self.context = pair.smallest_context(target.args, self.draft and self.draft.args)
         self.allocate()
 
         if settings.compile and self.device.type == "cpu":
@@ -369,7 +368,7 @@ class Engine:
     def set_threshold(self, threshold: float | None) -> None:
         """Another threshold for the same rule; compiles nothing."""
         settings = replace(self.settings, threshold=threshold)
-        check_settings(settings, self.draft is not None, self.head is not None)
+        pair.check_settings(settings, self.draft is not None, self.head is not None)
         self.settings = settings.resolved(self.head)
         self.buffers.threshold.fill_(self.settings.threshold or 0.0)
 
@@ -505,7 +504,7 @@ class Engine:
         Stops exactly after the first stop token or max_new_tokens. keep: as in `prefill`. With `overlap` a
         round is under way before the last one is read; one that lies past the end is thrown away.
         """
-        check_prompt(prompt, max_new_tokens, self.length, *self.context)
+        pair.check_prompt(prompt, max_new_tokens, self.length, *self.context)
         result = self.result = result or Result(len(prompt))
         if self.settings.adaptive and not self.pace.seconds:
             self.warm_up()
@@ -586,7 +585,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for a command line that cannot run, before anything is loaded."""
     take_calibration(args)
     settings = settings_of(args)
-    check_settings(settings, bool(args.draft_checkpoint_path), bool(args.judge_path))
+    pair.check_settings(settings, bool(args.draft_checkpoint_path), bool(args.judge_path))
     if args.judge_path and not args.draft_checkpoint_path:
         raise InputError("--judge_path needs a draft; name one with --draft_checkpoint_path.")
     if args.min_prob and not settings.rule.knob:
@@ -607,18 +606,18 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
     tp.connect(device, args.all_reduce)
     shape = read_config(args.checkpoint_path)
     draft = args.draft_checkpoint_path and read_config(args.draft_checkpoint_path)
-    check_tokenizer(tokenizer, shape, args.checkpoint_path)
+    pair.check_tokenizer(tokenizer, shape, args.checkpoint_path)
 
     if args.interactive:
         length = args.cache_length or min(shape.max_position, 8192)
     else:
         length = args.cache_length or len(prompt) + args.max_new_tokens
-        context, whose = smallest_context(shape, draft)
-        check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
+        context, whose = pair.smallest_context(shape, draft)
+        pair.check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
     capacity = capacity_for(length, settings.speculate_k)
-    models = load_pair(
+    models = pair.load_pair(
         args.checkpoint_path, args.draft_checkpoint_path, args.judge_path, device,
-        run_dtype(args.precision, device), capacity, schemes_of(args), args.draft_tp,
+        run_dtype(args.precision, device), capacity, pair.schemes_of(args), args.draft_tp,
     )  # fmt: skip
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)

@@ -44,7 +44,7 @@ import kernels
 from checkpoint import checkpoint_files, weight_plan
 from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
-from judge import JudgeHead, load_judge
+from judge import JudgeHead, load_judge, needs_judge
 from kernels import capture
 from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_device, random_model, run_dtype
 from quantize import (
@@ -193,7 +193,7 @@ class Workbench:
     def judge(self) -> JudgeHead | None:
         """The judge of the command line, or, for random weights, a head of the right size that is computed
         all the same."""
-        if self.args.verify != "judge":
+        if not needs_judge(self.args.verify):
             return None
         if self.args.judge_path is not None:
             return load_judge(self.args.judge_path, self.target, self.draft)
@@ -626,8 +626,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--judge_path: random weights have no judge; leave it out, and one of zeros is computed."
         )
-    if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
-        raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
+    if needs_judge(args.verify) and args.draft_checkpoint_path and not args.judge_path:
+        raise InputError(
+            f"--verify {args.verify} needs a judge; name one with --judge_path, or another rule."
+        )
     if args.modes and (args.mode or args.attention or args.products):
         raise InputError(
             "--modes names how the target is quantised; leave --mode, --attention and --products out."

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import tp
 from files import check_not_input, check_writable
+from judge import needs_judge
 from model import pick_device
 from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for, summarise
 from scripts.lib.flags import add_engine_flags
@@ -130,7 +131,7 @@ def answer_share(
     """The records of every `size`-th question from `rank` on."""
     args.out, questions = own_out(args, rank, size), questions[rank::size]
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
-    with closing(Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)) as bench:
+    with closing(Bench(args, questions, any(needs_judge(rule.name) for rule in rules), largest)) as bench:
         return bench.answer_all(questions, rules)
 
 

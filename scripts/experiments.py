@@ -38,7 +38,7 @@ import torch
 from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable, write_file
 from generate import Engine, Settings
-from judge import LABEL_POLICIES, RULES, load_judge
+from judge import LABEL_POLICIES, RELAXED, RULES, load_judge, needs_judge
 from model import pick_device
 from quantize import load_model, scheme_named
 from scripts.lib import calibration, figures, scored_text
@@ -84,10 +84,10 @@ def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:
     return summarise(records, [label(variant) for variant in variants])
 
 
-def bench_of(args, asked, name: str, needs_judge: bool = True, largest_k: int = 0, **more) -> Bench:
+def bench_of(args, asked, name: str, with_judge: bool = True, largest_k: int = 0, **more) -> Bench:
     """A Bench whose answers are kept in the work folder under `name`."""
     fixed = {"out": args.work / f"{name}.jsonl", "task": None, "questions": "demo", "checker": None}
-    return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, needs_judge, largest_k)
+    return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, with_judge, largest_k)
 
 
 def times(value: float | None, base: float | None) -> str:
@@ -156,12 +156,7 @@ def m_sweep(args) -> dict:
 
 
 def all_thresholds() -> list[Variant]:
-    return [
-        Variant(name, threshold)
-        for name, rule in RULES.items()
-        if name != "standard"
-        for threshold in rule.walk
-    ]
+    return [Variant(name, threshold) for name in RELAXED for threshold in RULES[name].walk]
 
 
 def pareto(args) -> dict:
@@ -191,9 +186,8 @@ def pareto(args) -> dict:
 
 def equal_risk(args) -> dict:
     """Experiment 3, second half: thresholds from other problems than those that are then answered."""
-    names, n = [name for name in RULES if name != "standard"], args.limit or 250
-    found = {}
-    for name in names:
+    n, found = args.limit or 250, {}
+    for name in RELAXED:
         command = [
             "--verify",
             name,
@@ -204,9 +198,9 @@ def equal_risk(args) -> dict:
             "--seed",
             str(args.seed + 1),
         ]
-        out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
+        out = args.work / ("calibrated.safetensors" if needs_judge(name) else f"calibrated_{name}.json")
         kept = args.work / (
-            "calibration_judge.jsonl" if name == "judge" else "calibration.jsonl"
+            "calibration_judge.jsonl" if needs_judge(name) else "calibration.jsonl"
         )  # its runs name the judge
         command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
         found[name] = calibration.calibrate(calibration.parse_args(command))
@@ -723,9 +717,7 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
     s = TrainSettings()
     encoded = encode_items(tokenizer, answers, False, target.args.vocab_size)
     shards = extract_features([target], encoded, s.rows, cache)
-    labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
-    starts = torch.tensor([0, *map(len, labels)]).cumsum(0)
-    labels = torch.cat(labels)[starts[shards.answer] + shards.place]
+    labels = shards.labels(encoded, s.policy)
     test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][
         shards.answer
     ] & (labels >= 0)

@@ -102,7 +102,7 @@ def check_calibration(calibration: object, where: str) -> None:
 
     good = {
         "kind": c["kind"] in ("harm", "false_accept"),
-        "conditions": rule is not None and rule.knob != "none",
+        "conditions": rule is not None and rule.knob is not None,
         "threshold": threshold(c["threshold"]),
         "passed": isinstance(c["passed"], list)
         and all(map(threshold, c["passed"]))

@@ -10,7 +10,7 @@ import torch
 
 from cli import InputError, Progress
 from generate import NotFinite
-from judge import RULES, rule_mask
+from judge import RULES, needs_judge, rule_mask
 from model import pick_device, run_dtype
 from scripts.lib.answers import Encoded, encode_items
 from scripts.lib.bench import Variant, label, parse_rules, settings_for
@@ -65,7 +65,7 @@ def passes(
         if head is not None:
             scores = head.score(hidden[0][1:], hidden[1][:-1] if head.draft_weight is not None else None)
         tokens, letters = torch.tensor(text.ids, device=target.device), []
-        standard = RULES["standard"].accept(tokens, logits[0], None, None, None)
+        standard = logits[0].argmax(-1) == tokens
         for variant in variants:
             threshold = torch.tensor(settings_for(args, variant).resolved(head).threshold or 0.0)
             rule = rule_mask(
@@ -111,9 +111,9 @@ def score(args: argparse.Namespace) -> list[dict]:
     """Reads the texts through the models, prints what is asked for, and returns the rows."""
     variants = parse_rules(args.verify, args.threshold)
     name_models(args)
-    if any(variant.name == "window" for variant in variants):
+    if ahead := [variant.name for variant in variants if variant.name in RULES and RULES[variant.name].ahead]:
         raise InputError(
-            "--verify window looks ahead within a round, and a text has no rounds; take another rule."
+            f"--verify {ahead[0]} looks ahead within a round, and a text has no rounds; take another rule."
         )
     if any(variant.name not in RULES for variant in variants) or "auto" in (
         args.speculate_k,
@@ -124,7 +124,7 @@ def score(args: argparse.Namespace) -> list[dict]:
         check_settings(settings_for(args, variant), True, args.judge_path is not None)
     args.device = pick_device(args.device)
     tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
-    judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
+    judge = args.judge_path if any(needs_judge(variant.name) for variant in variants) else None
     dtype = run_dtype(args.precision, args.device)
     models = load_pair(
         args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, schemes=schemes_of(args)
