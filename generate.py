@@ -215,16 +215,11 @@ def standard_test(
 
 
 def relaxed_test(
-    logits: Tensor,
-    scores: Tensor | None,
-    distributions: tuple,
-    b: Buffers,
-    s: Settings,
-    allowed: Tensor | None,
+    logits: Tensor, scores, pq: tuple, b: Buffers, s: Settings, allowed: Tensor | None
 ) -> Tensor:
-    """What the rule accepts, bool (M,), where it is allowed to. distributions: p and q of `standard_test`."""
+    """What the rule accepts, bool (M,), where it is allowed to. pq: p and q of `standard_test`."""
     if s.rule.mixes and s.temperature > 0:
-        (p, q), m = distributions, len(b.drafted)
+        (p, q), m = pq, len(b.drafted)
         return accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
     relaxed = rule_mask(
         s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob

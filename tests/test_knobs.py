@@ -13,12 +13,13 @@ import generate
 import judge
 from cli import InputError
 from generate import SIZES, Engine, Settings
-from judge import JudgeHead, make_markers, mixture
+from judge import JudgeHead, mixture
 from quantize import load_model
 from scripts.lib import answers, features, flags
 from scripts.lib.features import RowReader
 from scripts.lib.guarantee import Drift, describe_guarantee
 from scripts.lib.intervals import upper_bound
+from scripts.lib.markers import make_markers
 from scripts.lib.pace import Pace
 from scripts.lib.pair import check_settings
 from scripts.lib.terminal import DEMO_PROMPT

@@ -675,7 +675,9 @@ def main(todo: list[dict]) -> None:
             else:
                 if what != "run":
                     disturb(what)
-                cli.run_script("generate.py", lambda given=given: generate.run(generate.parse_generate_args(given, "")))
+                cli.run_script(
+                    "generate.py", lambda given=given: generate.run(generate.parse_generate_args(given, ""))
+                )
 
 
 if __name__ == "__main__":
