@@ -415,9 +415,8 @@ class Session:
         elif self.state:
             before = self.state
             self.states[self.key] = edit(before, key, self.answer_rows(width))
-            if (
-                self.state.marks != before.marks
-            ):  # also of an answer that was done: it is open again until it is confirmed
+            # also of an answer that was done: it is open again until it is confirmed
+            if self.state.marks != before.marks:
                 self.journal.put(self.key, self.state.errors, False)
             self.follows = True
         return True

@@ -481,9 +481,8 @@ class LibraryInt4:
         low, high = groups.amin(-1), groups.amax(-1)
         step = ((high - low) / 15).clamp(min=1e-30)
         q = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).to(torch.int32).flatten(1)
-        self.scales = (
-            torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)
-        )  # (groups, N, 2)
+        # (groups, N, 2)
+        self.scales = torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)
         if weight.device.type == "cpu":
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
             self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -603,8 +602,7 @@ def noise(rows: list[dict]) -> str:
         return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
     return (
         f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
-        f"their median. "
-        "Measure them again on an idle machine before anything is built on a difference."
+        "their median. Measure them again on an idle machine before anything is built on a difference."
     )
 
 
@@ -634,8 +632,8 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.peers and (args.max_new_tokens == 1 or args.mode or args.draft_mode or args.modes):
         raise InputError(
-            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, "
-            "--max_new_tokens."
+            "--peers runs transformers on unquantised weights for at "
+            "least 2 tokens; mind --mode, --modes, --max_new_tokens."
         )
     if (args.attention or args.products) and (args.profile or args.peers):
         raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
@@ -692,9 +690,8 @@ def check_lengths(args: argparse.Namespace) -> None:
         )
     if (reached := max(args.positions) + rows_ahead(args)) > context:
         raise InputError(
-            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach "
-            f"{reached} tokens, "
-            f"but the context is {context}."
+            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
+            f"there on reach {reached} tokens, but the context is {context}."
         )
     for length in args.cache_length or []:
         if length < needed_length(args):
@@ -703,8 +700,8 @@ def check_lengths(args: argparse.Namespace) -> None:
             )
     if draft is not None and target.vocab_size != draft.vocab_size:
         raise InputError(
-            f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} "
-            f"tokens."
+            "Draft and target have different vocabularies, of "
+            f"{draft.vocab_size} and {target.vocab_size} tokens."
         )
     if args.checkpoint_path and args.draft_checkpoint_path:
         check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
@@ -757,9 +754,8 @@ def make_report(
     }
     if bench is None:
         return report
-    figures = (
-        {} if args.modes else bench.round_figures(report["rows"])
-    )  # with several modes there are several of each
+    # with several modes there are several of each
+    figures = {} if args.modes else bench.round_figures(report["rows"])
     return report | {"startup": bench.startup} | figures
 
 
@@ -795,9 +791,8 @@ def as_text(report: dict) -> str:
     made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
     lines = [f"`{report['command']}`; {made}.", ""]
     lines.append(
-        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} "
-        f"GB/s (reads and "
-        f"writes); the limit is {report['limit']}."
+        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy "
+        f"{report['copy_gb_per_s']:.1f} GB/s (reads and writes); the limit is {report['limit']}."
     )
     lines += ["", as_table(report["rows"]), ""]
     for name, found in report.get("startup", {}).items():

@@ -272,8 +272,8 @@ def write_chosen(out: Path, lines: list[str]) -> None:
     content = ("\n".join(lines) + "\n").encode()
     if out.exists() and read_bytes(out) != content:
         raise InputError(
-            f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another "
-            f"--out."
+            f"{out} holds other lines than were chosen now "
+            "(annotated, perhaps); move it, or name another --out."
         )
     write_file(out, content)
 
@@ -294,9 +294,9 @@ def print_summary(args: argparse.Namespace, questions: int, records: list[dict],
     right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
-        f"{args.out}: {tuples}{len(chosen)} answers ({right} right, {len(chosen) - right} wrong), "
-        f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, "
-        f"{dropped} dropped."
+        f"{args.out}: {tuples}{len(chosen)} answers ({right} right, "
+        f"{len(chosen) - right} wrong), {sum(r['tokens'] for r in chosen)} tokens; "
+        f"from {questions} questions, {len(records)} answers, {dropped} dropped."
     )
     texts = len(different(records))
     others = {
@@ -334,8 +334,8 @@ def build(args: argparse.Namespace) -> None:
     folders = [folder.resolve() for folder in args.checkpoint_path]
     if len(set(folders)) < len(folders):
         raise InputError(
-            f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise "
-            f"--samples."
+            f"--checkpoint_path names {max(folders, key=folders.count)} "
+            "twice; for more answers raise --samples."
         )
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
@@ -345,9 +345,9 @@ def build(args: argparse.Namespace) -> None:
         chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
         if not chosen:
             raise InputError(
-                "There is nothing to choose: no question has both a right and a wrong answer; ask more "
-                "questions, add a "
-                f"weaker checkpoint or a higher --temperature, or see {args.work} for what was dropped."
+                "There is nothing to choose: no question has both a right and a "
+                "wrong answer; ask more questions, add a weaker checkpoint or a "
+                f"higher --temperature, or see {args.work} for what was dropped."
             )
         demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
         write_chosen(args.out, [line_of(record, demo) for record in chosen])

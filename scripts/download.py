@@ -96,9 +96,8 @@ def fetch(file: File, folder: Path, source: str) -> None:
             if digest_of(part) != file.sha256:
                 part.unlink()
                 raise InputError(
-                    f"{file.url(source)} gave another file than the one in download.tsv (its "
-                    f"sha256 differs); "
-                    "nothing is kept."
+                    f"{file.url(source)} gave another file than the one in "
+                    "download.tsv (its sha256 differs); nothing is kept."
                 )
             os.replace(part, path)
     except OSError as error:

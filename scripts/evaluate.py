@@ -97,9 +97,8 @@ def check_failed(records: list[dict]) -> None:
             f"{n} of {rule}" for rule, n in Counter(record["rule"] for record in failed).items()
         )
         raise InputError(
-            f"{len(failed)} of {len(records)} answers failed ({rules}) and count as not right; "
-            f"the first, to "
-            f"question {failed[0]['index']}: {failed[0]['failed']}"
+            f"{len(failed)} of {len(records)} answers failed ({rules}) and count as not "
+            f"right; the first, to question {failed[0]['index']}: {failed[0]['failed']}"
         )
 
 

@@ -102,22 +102,19 @@ def judge_table(args) -> dict:
     records = bench_of(args, questions, "judge_table").answer_all(questions, variants)
     rows = [{"family": "both", **row} for row in summary_rows(records, variants)]
     for family in FAMILIES:
-        if mine := [
-            record for record in records if record["family"] == family
-        ]:  # a few problems may all be of one
+        # a few problems may all be of one
+        if mine := [record for record in records if record["family"] == family]:
             rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
     plain, standard, judge = rows[:3]
     return {
         "title": "Plain, standard and judge",
         "n": len(questions),
         "rows": rows,
-        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} times as "
-        f"many tokens a round "
-        f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes "
-        f"{judge['ratio']:.2f} "
-        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and "
-        f"wins "
-        f"{judge['won']} that plain has wrong.",
+        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} "
+        f"times as many tokens a round as standard ({judge['mean_accepted']:.2f} "
+        f"against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} "
+        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} "
+        f"that plain has right and wins {judge['won']} that plain has wrong.",
     }
 
 
@@ -141,11 +138,9 @@ def m_sweep(args) -> dict:
         best, worst = (pick((k for k in speed if k != "auto"), key=speed.get) for pick in (max, min))
         parts.append(
             f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to "
-            f"{mine[16]['mean_accepted']:.1f} "
-            f"at 16 and {mine[32]['mean_accepted']:.1f} at 32 and is fastest at M = {best}; auto reaches "
-            f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times "
-            f"that of the worst "
-            f"(M = {worst})"
+            f"{mine[16]['mean_accepted']:.1f} at 16 and {mine[32]['mean_accepted']:.1f} at 32 and "
+            f"is fastest at M = {best}; auto reaches {speed['auto'] / speed[best]:.0%} of that "
+            f"speed and {speed['auto'] / speed[worst]:.2f} times that of the worst (M = {worst})"
         )
     return {
         "title": "Tokens a round against M",
@@ -205,9 +200,8 @@ def equal_risk(args) -> dict:
             str(args.seed + 1),
         ]
         out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
-        kept = args.work / (
-            "calibration_judge.jsonl" if name == "judge" else "calibration.jsonl"
-        )  # its runs name the judge
+        # its runs name the judge
+        kept = args.work / ("calibration_judge.jsonl" if name == "judge" else "calibration.jsonl")
         command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
         found[name] = calibration.calibrate(calibration.parse_args(command))
     variants = [Variant("plain"), Variant("standard")]
@@ -231,7 +225,7 @@ def equal_risk(args) -> dict:
         "calibrated_on": n,
         "rows": rows + failed,
         "seed_of_calibration": args.seed + 1,
-        "finding": f"At the same bound the rules accept m* "
+        "finding": "At the same bound the rules accept m* "
         f"{found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
     }
 
@@ -274,10 +268,9 @@ def other_text(args) -> dict:
         "n": n,
         "rows": rows,
         "finding": "Of right answers in wordings picked at random, standard verification accepts "
-        f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, "
-        f"the judge {random_rows['judge']['mean_accepted']:.1f} "
-        f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the "
-        f"tokens).",
+        f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, the judge "
+        f"{random_rows['judge']['mean_accepted']:.1f} ({random_rows['standard']['passed']:.0%} "
+        f"and {random_rows['judge']['passed']:.0%} of the tokens).",
     }
 
 
@@ -330,8 +323,8 @@ def out_of_domain(args) -> dict:
     }
     mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
     said = [
-        f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* "
-        f"{mean(part, 'mean_accepted'):.1f}"
+        f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} "
+        f"at m* {mean(part, 'mean_accepted'):.1f}"
         for key, part in found.items()
     ]
     return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
@@ -380,9 +373,8 @@ def self_correction(args) -> dict:
         progress.step()
     rows = []
     for where in ("right after the wrong characters", "at the end of the sentence", "all"):
-        if mine := [
-            case for case in cases if where in ("all", case["where"])
-        ]:  # of few problems none may be of a kind
+        # of few problems none may be of a kind
+        if mine := [case for case in cases if where in ("all", case["where"])]:
             shares = {
                 field: sum(case[field] for case in mine) / len(mine)
                 for field in ("at_once", "right", "answer_right")
@@ -397,9 +389,8 @@ def self_correction(args) -> dict:
         "n": n,
         "rows": rows,
         "examples": [case for case in examples if case],
-        "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends "
-        f"right at every "
-        f"step in {rows[-1]['right']:.0%} ({', '.join(parts)}).",
+        "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once "
+        f"and ends right at every step in {rows[-1]['right']:.0%} ({', '.join(parts)}).",
     }
 
 
@@ -439,8 +430,8 @@ def label_policies(args) -> dict:
         lost[row["policy"]].append(f"{0 - row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}")
     said = "; ".join(f"{policy}: {', '.join(parts)}" for policy, parts in lost.items())
     return {"title": "Label policies", "n": len(questions), "rows": rows,
-            "finding": f"{best} accepts most over the four thresholds, within 2 points of plain "
-            f"({said}, at delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
+            "finding": f"{best} accepts most over the four thresholds, within 2 "
+                       f"points of plain ({said}, at delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
 
 
 def ablations(args) -> dict:
@@ -456,8 +447,8 @@ def ablations(args) -> dict:
     for side in (test[number], ~test[number]):
         if not 0 < labels[side].sum() < side.sum():
             raise InputError(
-                f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give "
-                f"more."
+                f"{len(answers)} answers are too few: a side of "
+                "the split lacks right or wrong tokens; give more."
             )
     rows = []
     for name, x in features.items():
@@ -604,11 +595,10 @@ def autojudge(args) -> dict:
         "mismatches": total,
         "important": important / total,
         "agreement": agree,
-        "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on "
-        f"mined labels is "
-        f"{auc:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {wrong} wrong tokens "
-        f"{counts[False, 1]} "
-        f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did.",
+        "finding": f"{important / total:.1%} of {total} mismatches are important; the head's "
+        f"AUC on mined labels is {auc:.3f}; mined labels agree with the grammar's "
+        f"on {agree:.1%}: of {wrong} wrong tokens {counts[False, 1]} changed no "
+        f"final answer, of {total - wrong} right ones {counts[True, 0]} did.",
     }
 
 
@@ -698,9 +688,8 @@ def quantised(args) -> dict:
             )
     first, others = rows[0], [row for row in rows[1:] if row["judge_trained_on"] != "this target"]
     said = [
-        f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} "
-        f"points and m* "
-        f"{row['judge_m']:.1f}"
+        f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, "
+        f"{100 * row['change']:+.1f} points and m* {row['judge_m']:.1f}"
         for row in others
     ]
     as_it_is, anew = ([row["auc"] for row in rows[1:] if row["judge_trained_on"] == which] for which in heads)
@@ -708,13 +697,11 @@ def quantised(args) -> dict:
         "title": "Quantised targets",
         "n": n,
         "rows": rows,
-        "finding": f"Perplexity, accuracy and the judge's m* beside the unquantised target's "
-        f"({first['perplexity']:.4f}, "
-        f"{first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. Its head has AUC "
-        f"{first['auc']:.4f} there, "
-        f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where heads of their own "
-        f"reach {min(anew):.4f} "
-        f"to {max(anew):.4f}.",
+        "finding": "Perplexity, accuracy and the judge's m* beside the unquantised target's "
+        f"({first['perplexity']:.4f}, {first['plain']:.1%}, {first['judge_m']:.1f}): "
+        f"{'; '.join(said)}. Its head has AUC {first['auc']:.4f} there, "
+        f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where "
+        f"heads of their own reach {min(anew):.4f} to {max(anew):.4f}.",
     }
 
 
@@ -753,9 +740,8 @@ EXPERIMENTS = {
 
 def as_markdown(result: dict) -> str:
     """Title, finding, table, and how it was made."""
-    hidden = (
-        {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()
-    )  # a rule's label says it all
+    # a rule's label says it all
+    hidden = {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()
     names = [
         name for name in dict.fromkeys(key for row in result["rows"] for key in row) if name not in hidden
     ]

@@ -96,9 +96,8 @@ def mine(
     choices = draft_choices(engine, prompt + kept, before, known)
     while at < len(kept):
         token = choices[at]
-        if (
-            token == kept[at] or token in tokenizer.stop_ids
-        ):  # no rule may let a stop token through: nothing to learn
+        # no rule may let a stop token through: nothing to learn
+        if token == kept[at] or token in tokenizer.stop_ids:
             at += 1
             continue
         trial = kept[:at] + [token]
@@ -299,9 +298,9 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     share = important / max(1, important + others)
     reasons = Counter(record["skipped"] for record in found if "skipped" in record)
     why = f" ({', '.join(f'{n} {reason}' for reason, n in reasons.items())})" if reasons else ""
-    print(f"{args.out}: {len(mined)} questions mined, {len(found) - len(mined)} skipped{why}, in "
-          f"{sum(r['seconds'] for r in found):.0f} s: {important + others} mismatches, {important} important "
-          f"({share:.1%})")  # fmt: skip
+    print(f"{args.out}: {len(mined)} questions mined, {len(found) - len(mined)} "
+          f"skipped{why}, in {sum(r['seconds'] for r in found):.0f} s: "
+          f"{important + others} mismatches, {important} important ({share:.1%})")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

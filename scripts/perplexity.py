@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
         row = rows[-1]
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1
         print(
-            f"{name:10} perplexity {row['perplexity']:.4f} ({row['change']:+.2%}), "
-            f"{row['bits_per_token']:.4f} bits a token"
+            f"{name:10} perplexity {row['perplexity']:.4f} "
+            f"({row['change']:+.2%}), {row['bits_per_token']:.4f} bits a token"
         )
     print(json.dumps({"text": args.text, "tokens": n, "window": window, "stride": args.stride, "rows": rows}))
 

@@ -48,9 +48,8 @@ PART = re.compile(
     r"rows)? at "
     r"(?P<at>[0-9]+)"
 )
-SCHEME = re.compile(
-    r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?"
-)  # as benchmark.py writes it
+# as benchmark.py writes it
+SCHEME = re.compile(r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?")
 MOST = 10**9  # tokens, positions and rows
 LONGEST = 64  # draft tokens a round that are tried
 GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
@@ -191,8 +190,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             sizes = [f"{role.args.n_params / 1e9:.3g}" for role in (draft, target)]
             raise InputError(
                 f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} "
-                f"against {sizes[1]} "
-                "billion weights); name the smaller one as --draft."
+                f"against {sizes[1]} billion weights); name the smaller one as --draft."
             )
         where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
@@ -225,9 +223,9 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     )
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
-        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + {memory['caches'] / 1e9:.2f} GB of "
-        f"caches for "
-        f"{length} tokens + {memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
+        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + "
+        f"{memory['caches'] / 1e9:.2f} GB of caches for {length} tokens + "
+        f"{memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
         f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
     ]
     figures = {"memory": memory, "fits": total <= plan.gpu.memory, "plain_seconds": plain}
@@ -239,8 +237,8 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
         lines += [
             f"  draft {where}: a round of M = {k} takes {seconds * 1e3:.2f} ms",
             f"  at m* {m_star:g}: {speed:.0f} tokens/s, {speed * plain:.1f} times plain",
-            f"  best M where a = {a:.3f} of draft tokens pass: {best}, m* {accepted(a, best):.1f}, "
-            f"{best_speed:.0f} tokens/s",
+            f"  best M where a = {a:.3f} of draft tokens pass: {best}, "
+            f"m* {accepted(a, best):.1f}, {best_speed:.0f} tokens/s",
         ]
         figures |= {
             "round_seconds": seconds,
@@ -324,8 +322,8 @@ def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | 
         modes = field_of(report, "modes", dict | None, where) or {}
     else:
         raise InputError(
-            f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and "
-            f"{speed_report.SCHEMA}."
+            f"{where}: schema {shortened(str(report['schema']))} "
+            f"is not known, only 1 and {speed_report.SCHEMA}."
         )
     found = {
         name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes
@@ -416,9 +414,8 @@ def check(folder: Path) -> tuple[list[str], dict]:
         raise InputError(f"{folder} holds no report by scripts/benchmark.py to hold predictions against.")
     middle = sorted(all_errors)[len(all_errors) // 2]
     lines.append(
-        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} to "
-        f"{max(all_errors):+.0%} "
-        "(all on one device; collectives and GPUs are unmeasured)"
+        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} "
+        f"to {max(all_errors):+.0%} (all on one device; collectives and GPUs are unmeasured)"
     )
     return lines, {
         "n": len(all_errors),

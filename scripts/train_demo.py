@@ -62,11 +62,8 @@ FOLDER = (
     "tokenizer_config.json",
 )
 STAGES = ("tokenizer", "target", "draft", "judge")
-JUDGE_ANSWERS = (
-    ("draft", 0.0, 1000),
-    ("draft", 1.0, 1000),
-    ("target", 1.0, 200),
-)  # model, temperature, answers
+# model, temperature, answers
+JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))
 JUDGE_THRESHOLD = 0.8  # chosen on held-out problems of another seed than the results' (--seed 7)
 
 
@@ -109,9 +106,8 @@ def training_row(
         answer, errors = write_answer(problem, style, rng), []
     pieces = sp.encode(problem.question + answer, out_type=str)
     ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
-    end = (
-        -len(problem.question) - 1
-    )  # characters from the answer's start; SentencePiece puts a space before all
+    # characters from the answer's start; SentencePiece puts a space before all
+    end = -len(problem.question) - 1
     for piece in pieces:
         begin, end = end, end + len(piece)
         wrong = any(begin < b and end > a for a, b in errors)
@@ -388,9 +384,8 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         ) from None
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
         raise InputError(
-            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove "
-            f"it, and run the "
-            "stage tokenizer."
+            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with "
+            "begin and end; remove it, and run the stage tokenizer."
         )
     return pieces
 

@@ -35,10 +35,8 @@ from scripts.lib.sandbox import STOPS, check_allowed
 from scripts.lib.scoring import Question, final_number
 
 LETTERS = "ABCDEFGHIJ"
-MOST_TEXT, MOST_LINE = (
-    1 << 30,
-    1 << 26,
-)  # characters of a file and of a line: a gzipped one can hold a thousand times its size
+# characters of a file and of a line: a gzipped one can hold a thousand times its size
+MOST_TEXT, MOST_LINE = (1 << 30, 1 << 26)
 
 
 class Item(NamedTuple):
@@ -283,8 +281,10 @@ TASKS = {
         read_humaneval,
         lambda item: item.question,
         lambda item: (
-            f"Write a solution to the following problem and make sure that it passes the tests:\n"
-            f"```python\n{item.question}\n```"
+            "Write a solution to the following problem and make sure that it passes the tests:\n"
+            "```python\n"
+            f"{item.question}\n"
+            "```"
         ),
         "code",
         STOPS,
@@ -325,9 +325,8 @@ def read_task(
         raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
     if shots_data and not shots:
         raise InputError(
-            f"--shots_data {shots_data} names examples, but none are put before a question; "
-            f"give --shots, or "
-            "leave it out."
+            f"--shots_data {shots_data} names examples, but none are "
+            "put before a question; give --shots, or leave it out."
         )
     items = task.read(path)
     if not items:
@@ -382,8 +381,8 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
     """For each group its first `shots` examples: its own where the header names it, else the first of all."""
     if not source.exists():
         raise InputError(
-            f"--shots {shots} needs examples: there is no {source}; name a file with --shots_data, or "
-            f"--shots 0."
+            f"--shots {shots} needs examples: there is no {source}; "
+            "name a file with --shots_data, or --shots 0."
         )
     items, found = task.read(source), {}
     for group in groups:

@@ -148,8 +148,8 @@ def score(args: argparse.Namespace) -> list[dict]:
     print("rule            tokens  passed  by the rule alone     m*")
     for row in rows:
         print(
-            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} {row['by_rule']:18.1%} "
-            f"{row['mean_accepted']:6.2f}"
+            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} "
+            f"{row['by_rule']:18.1%} {row['mean_accepted']:6.2f}"
         )
     return rows
 

@@ -92,9 +92,8 @@ NEXT_TO = re.compile(
 CLAUSE_END = re.compile(
     r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n"
 )
-OPERATOR = re.compile(
-    r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]"
-)  # the number before is part of a calculation
+# the number before is part of a calculation
+OPERATOR = re.compile(r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]")
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 MOST_DIGITS = 1000  # beyond, numbers are compared as they are written
 TYPOGRAPHY = {
@@ -257,10 +256,8 @@ def math_is_right(question: Question, text: str) -> bool:
     return found is not None and same_math(found, question.reference)
 
 
-UNDECIDED = (
-    "timeout",
-    "unchecked",
-)  # of the checker `code`: not right, but a program that no test has found wrong
+# of the checker `code`: not right, but a program that no test has found wrong
+UNDECIDED = ("timeout", "unchecked")
 CHECKERS = {
     "number": compared_by(final_number),
     "math": Checker(lambda question, text: final_math(text), math_is_right),

@@ -104,17 +104,15 @@ def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Names
         "--positions",
         type=whole(1, MOST),
         nargs="+",
-        help="where to measure steps and rounds (default: "
-        "500, or where the"
-        " last round ends with the context)",
+        help="where to measure steps and rounds (default: 500, "
+        "or where the last round ends with the context)",
     )
     add(
         "--cache_length",
         type=whole(1, MOST),
         nargs="+",
-        help="positions that the cache holds (default: "
-        "what the run needs);"
-        " with several, the plain step is measured with each",
+        help="positions that the cache holds (default: what the run "
+        "needs); with several, the plain step is measured with each",
     )
     add_mode_flags(parser)
     add(
@@ -128,8 +126,8 @@ def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Names
         nargs="*",
         help="prompt lengths to read (default: 512, or the context)",
     )
-    add("--prompt_tokens", type=whole(1, MOST), help="prompt of the whole generations (default: 64, or an"
-        " eighth of the context)")  # fmt: skip
+    add("--prompt_tokens", type=whole(1, MOST), help="prompt of the whole generations (default: "
+                                                     "64, or an eighth of the context)")  # fmt: skip
     add(
         "--max_new_tokens",
         type=whole(1, MOST),

@@ -88,8 +88,8 @@ def read_question(item: dict, where: str, index: int, checker: str | None) -> Qu
         kind, found = "letter" if checker == "choice" else "number", find(reference)
         if found is None:
             raise InputError(
-                f"{where}: the reference {reference[-60:]!r} gives no {kind}, which --checker {checker} "
-                f"needs."
+                f"{where}: the reference {reference[-60:]!r} gives "
+                f"no {kind}, which --checker {checker} needs."
             )
     group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
     return Question(index, prompt, reference, checker, group, item)
@@ -158,8 +158,8 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
     if args.task in (None, "demo"):
         if args.data or args.shots or args.shots_data:
             raise InputError(
-                "--data, --shots and --shots_data belong to a --task with a file, not to the demo or "
-                "--questions."
+                "--data, --shots and --shots_data belong to a "
+                "--task with a file, not to the demo or --questions."
             )
         if args.task and args.questions not in (None, "demo", *(f"demo:{family}" for family in FAMILIES)):
             raise InputError("Give one of --task and --questions.")
