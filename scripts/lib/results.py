@@ -33,9 +33,9 @@ from files import (
     write_file,
 )
 from judge import RULES
+from scripts.lib.flags import MOST_PROCESSES
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
-MOST_PROCESSES = 1_000_000
 
 
 def is_count(value) -> bool:

@@ -5,8 +5,8 @@
     code_passes(item, "    return x + 1")    # True
 
 Nothing runs before `allow_code_execution()`. Two fresh interpreters work for each program
-(scripts/sandbox_child.py), alike locked in, each with an empty environment and an empty folder: one runs the
-program, the other the tests. What the tests call is asked of the first as plain data, and compared in the
+(scripts/lib/sandbox_child.py), alike locked in, each with an empty environment and an empty folder: one runs
+the program, the other the tests. What the tests call is asked of the first as plain data, and compared in the
 second, which never holds an object of the program's nor any of its code. So an `__eq__` that says yes, a
 subclass of int, a look at frames or at the checker's code, and what is written to any open file win nothing:
 the expected values are not in the program's process. What still can be won without solving the problem: a

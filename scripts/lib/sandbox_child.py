@@ -1,4 +1,5 @@
-"""What runs in the two processes by which scripts/sandbox.py checks a program: the answer's, and its tests'.
+"""What runs in the two processes by which scripts/lib/sandbox.py checks a program: the answer's, and its
+tests'.
 
 Started by `python -c` with this very text, one role a process, both locked in alike before they run anything.
 They speak JSON lines over a socket: the tests' process sends the name of a function and its arguments, the
@@ -478,7 +479,7 @@ def forbid_events(folder: str, tell) -> None:
 
 
 if "__file__" in globals() and __name__ == "__main__":  # not by -c
-    sys.stderr.write("sandbox_child.py: scripts/sandbox.py starts it; it does nothing by hand.\n")
+    sys.stderr.write("sandbox_child.py: scripts/lib/sandbox.py starts it; it does nothing by hand.\n")
     sys.exit(2)
 if __name__ == "__main__":
     main()

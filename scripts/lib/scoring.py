@@ -5,19 +5,22 @@ problems.
 
 The checkers, and what each takes for a text's final answer:
 
-`number`  the number next to the last "####" (with nothing but a unit behind it), "answer is", "answer:", heading "Answer" or
-          "\\boxed{"; of 2+3=5 that after the last "=", of 6=2*3 that before it; where words come first, the last number of
-          that sentence, or of the paragraph under "Answer:". A mark without a number, and "answer is not", leave it to the
-          mark before, and last to the last number of the text. 1,234, 1 234, 1,00,000, 1'234 and 1.234.567 are one number;
-          currency, %, units and ordinals are ignored; 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac12 and 0.5,
-          2 1/2 and 2.5, 1.5e3, 1.5 x 10^3 and 1500. (-5), negative 5 and "is minus 5" are -5, (5) is 5. Exponents are no
-          numbers of their own (25 m^2). Words are not read.
-`math`    what scripts/math_answers.py says: the last \\boxed{...}, else what follows "answer is"; right when it means the same.
-`choice`  the letter A to J after the last "answer is", "answer:", "option is" or "choice is", or in "\\boxed{"; without
-          one the last bold letter (**B**, **B. Paris**); without one the last letter that stands alone ("A train" and
-          "I think" begin with words).
-`code`    "pass", "fail", "timeout" or, where the tests cannot be held here, "unchecked": runs HumanEval's tests on the program
-          that the text gives for the prompt, see scripts/sandbox.py. Only "pass" is right.
+`number`  the number next to the last "####" (with nothing but a unit behind it), "answer is", "answer:",
+          heading "Answer" or "\\boxed{"; of 2+3=5 that after the last "=", of 6=2*3 that before it; where
+          words come first, the last number of that sentence, or of the paragraph under "Answer:". A mark
+          without a number, and "answer is not", leave it to the mark before, and last to the last number of
+          the text. 1,234, 1 234, 1,00,000, 1'234 and 1.234.567 are one number; currency, %, units and
+          ordinals are ignored; 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac12 and 0.5, 2 1/2 and
+          2.5, 1.5e3, 1.5 x 10^3 and 1500. (-5), negative 5 and "is minus 5" are -5, (5) is 5. Exponents are
+          no numbers of their own (25 m^2). Words are not read.
+`math`    what scripts/lib/math_answers.py says: the last \\boxed{...}, else what follows "answer is"; right
+          when it means the same.
+`choice`  the letter A to J after the last "answer is", "answer:", "option is" or "choice is", or in
+          "\\boxed{"; without one the last bold letter (**B**, **B. Paris**); without one the last letter that
+          stands alone ("A train" and "I think" begin with words).
+`code`    "pass", "fail", "timeout" or, where the tests cannot be held here, "unchecked": runs HumanEval's
+          tests on the program that the text gives for the prompt, see scripts/lib/sandbox.py. Only "pass" is
+          right.
 `demo`    the number that the answer sentence gives; right is an answer with every step right.
 `none`    nothing: the answer is for a judge elsewhere (MT-Bench), or only its speed counts (Spec-Bench).
 """
