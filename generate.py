@@ -29,12 +29,11 @@ from judge import RULES, JudgeHead, Rule, mixture, rule_mask
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
 from scripts.lib import pair
-from scripts.lib.flags import parse_generate_args
 from scripts.lib.guarantee import kind_of, take_calibration
 from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
 from scripts.lib.result import Report, Result, Round
-from scripts.lib.terminal import chat_loop, introduce, print_answers, read_prompt
+from scripts.lib.terminal import chat_loop, introduce, parse_args, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
@@ -639,7 +638,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with tp.ranks("generate.py"):
-        run_script("generate.py", lambda: run(parse_generate_args(argv, __doc__)))
+        run_script("generate.py", lambda: run(parse_args(argv, __doc__)))
 
 
 if __name__ == "__main__":

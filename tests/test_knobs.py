@@ -231,7 +231,7 @@ def test_adaptive_m_follows_the_draft():
 def test_auto_on_the_command_line(pair, tmp_path, capsys):
     assert flags.read_k("auto") == "auto" and flags.read_k("7") == 7
     with pytest.raises(SystemExit):
-        generate.parse_generate_args(["--speculate_k", "many"], "")
+        generate.parse_args(["--speculate_k", "many"], "")
     assert "from 1 to 1024, or auto" in capsys.readouterr().err
 
 

@@ -12,9 +12,10 @@ from cli import InputError
 from generate import Engine, Settings
 from quantize import load_model
 from scripts import score_text
-from scripts.lib import scored_text
-from scripts.lib.scored_text import read_texts, rounds_of
+from scripts.lib import acceptance
+from scripts.lib.acceptance import rounds_of
 from scripts.lib.terminal import DEMO_PROMPT
+from scripts.score_text import read_texts
 from tokenizer import decode, load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -93,14 +94,14 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, more, words):
 
 
 def test_logits_that_are_not_finite_are_one_sentence(tmp_path, capsys, monkeypatch):
-    real = scored_text.load_pair
+    real = acceptance.load_pair
 
     def broken(*args, **more):
         models = real(*args, **more)
         models[0].norm.weight.data[3] = float("nan")
         return models
 
-    monkeypatch.setattr(scored_text, "load_pair", broken)
+    monkeypatch.setattr(acceptance, "load_pair", broken)
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": DEMO_PROMPT, "response": " First"}))
     with pytest.raises(SystemExit) as stop:
         score_text.main(["--data", str(tmp_path / "t.jsonl"), "--device", "cpu"])

@@ -676,7 +676,7 @@ def main(todo: list[dict]) -> None:
                 if what != "run":
                     disturb(what)
                 cli.run_script(
-                    "generate.py", lambda given=given: generate.run(generate.parse_generate_args(given, ""))
+                    "generate.py", lambda given=given: generate.run(generate.parse_args(given, ""))
                 )
 
 

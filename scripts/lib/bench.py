@@ -101,9 +101,8 @@ class Bench:
         needs = (sum(map(len, parts)) + len(parts) * args.max_new_tokens for parts in self.parts.values())
         self.length = max(needs, default=args.max_new_tokens + 1)
         check_context(args, self.parts, self.length)
-        self.lines = (
-            Lines(args.out) if args.out and tp.is_first() else None
-        )  # locked before there is any work
+        # locked before there is any work
+        self.lines = Lines(args.out) if args.out and tp.is_first() else None
         try:
             self.load(args, with_judge, largest_k)
             records = tp.first(lambda: resume(self.lines, self.header)) if args.out else []
@@ -144,9 +143,8 @@ class Bench:
         ]
         if stale := [threshold for threshold in mine if threshold != head.threshold]:
             raise InputError(
-                f"{self.args.out} holds answers at the judge's threshold {stale[0]}, which is "
-                f"now "
-                f"{head.threshold}; remove it."
+                f"{self.args.out} holds answers at the judge's threshold "
+                f"{stale[0]}, which is now {head.threshold}; remove it."
             )
 
     def close(self) -> None:
@@ -212,8 +210,8 @@ def check_context(args: argparse.Namespace, parts: dict[int | str, list[list[int
         room = min((context - sum(map(len, each))) // len(each) for each in parts.values()) if parts else 0
         most = f"; with {room} the longest fits" if room > 0 else ""
         raise InputError(
-            f"A prompt and --max_new_tokens {args.max_new_tokens} need {needed} tokens, but the context is "
-            f"{context}{most}."
+            f"A prompt and --max_new_tokens {args.max_new_tokens} need "
+            f"{needed} tokens, but the context is {context}{most}."
         )
 
 
@@ -249,10 +247,8 @@ def peer(args: argparse.Namespace, rule: Variant, tokenizer):
     @torch.inference_mode()
     def run(prompt: list[int], max_new_tokens: int) -> tuple[list[int], float, float]:
         ids, seconds = torch.tensor([prompt], device=args.device), []
-        for length in (
-            1,
-            max_new_tokens,
-        ):  # the first token alone stands for the prefill, which our figures leave out
+        # the first token alone stands for the prefill, which our figures leave out
+        for length in (1, max_new_tokens):
             started = time.monotonic()
             out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **more)
             seconds.append(time.monotonic() - started)

@@ -396,6 +396,6 @@ def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Names
         help="what to write: a judge (default: --judge_path itself) or, for another rule, JSON",
     )
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
-    add_question_flags(add)
+    add_question_flags(parser)
     add_engine_flags(parser)
     return parser.parse_args(argv)

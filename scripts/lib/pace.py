@@ -41,8 +41,9 @@ class Pace:
         work comes and goes."""
         for length in self.lengths(capacity):
             found = [[time_round(length, m) for m in self.sizes] for _ in range(repeats)]
-            medians = [sorted(times)[repeats // 2] for times in zip(*found)]
-            self.seconds |= {(length, m): s for m, s in zip(self.sizes, tp.first(lambda: medians))}
+            medians = [sorted(seconds)[repeats // 2] for seconds in zip(*found)]
+            agreed = tp.first(medians.copy)  # all ranks must choose alike
+            self.seconds |= {(length, m): seconds for m, seconds in zip(self.sizes, agreed)}
 
     def choose(self, needed: int, most: int = 1 << 30) -> int:
         """The M of the next round, which looks at up to `needed` positions, of which `most` draft tokens can

@@ -14,18 +14,21 @@ import torch
 
 import tp
 from checkpoint import DEMO
-from cli import InputError, shortened
+from cli import InputError, Parser, shortened, whole
 from files import write_file
-from quantize import memory_line
+from judge import RULES
+from quantize import add_mode_flags, memory_line
+from scripts.lib.flags import MOST_TOKENS, add_decoding_flags, add_device_flags, add_flags, add_model_flags
 from scripts.lib.guarantee import Drift, announce, kind_of, warn_of_drift
+from scripts.lib.pair import name_demo
 from scripts.lib.result import Result
 from tokenizer import Decoder, Tokenizer, decode
 
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
-DEMO_FORMS = """the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it \
-by 3. She sells 79. How many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list is \
-[5,17,23,8]. Sort it. Drop the first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); it \
-answers everything else, and wrong."""
+DEMO_FORMS = """the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies \
+it by 3. She sells 79. How many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list \
+is [5,17,23,8]. Sort it. Drop the first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); \
+it answers everything else, and wrong."""
 
 
 class Paint:
@@ -282,3 +285,51 @@ def introduce(args: argparse.Namespace, engine) -> Drift:
     if args.checkpoint_path == DEMO / "target":
         print(f"question: {args.prompt}" if args.compare else f"Note: {DEMO_FORMS}", file=sys.stderr)
     return announce(args, engine)
+
+
+def parse_args(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """The command line of generate.py. Without a target it names the demo pair and a demo problem."""
+    parser, tokens = Parser(doc), whole(1, MOST_TOKENS)
+    group = parser.add_argument_group("models")
+    add_model_flags(group)
+    add_device_flags(group)
+    add_flags(group, "compile")
+    add_mode_flags(parser.add_argument_group("quantised weights"))
+
+    group = parser.add_argument_group("what to say")
+    add = group.add_argument
+    add("--prompt", help="text, a number N for a synthetic prompt of N tokens, or - for standard input")
+    add_flags(group, "chat")
+    add("--interactive", action="store_true", help="ask for prompts, stream answers; Ctrl-C stops an answer")
+    add("--num_samples", type=tokens, default=1, help="answers to the prompt")
+    add_decoding_flags(group)
+    seed = {"type": whole(-(2**63), 2**63 - 1), "default": 0, "help": "of sampling"}
+    add_flags(group, "cache_length", seed=seed)
+
+    group = parser.add_argument_group("verification")
+    add = group.add_argument
+    add("--verify", choices=["plain", *RULES], help="default: judge if there is one, else standard")
+    add("--threshold", type=float, help="the rule's knob (default: the judge's own, or the rule's)")
+    add(
+        "--relax_between", nargs=2, metavar=("BEGIN", "END"), help="the rule applies only between these texts"
+    )
+    add("--calibration", type=Path, help="a file by calibrate.py: its rule, its threshold, its guarantee")
+
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add_flags(group, json={"help": "print one JSON object a sample, and nothing else"},
+              profile={"help": "write a Chrome trace of the last sample to this file"})  # fmt: skip
+    add("--marks", action="store_true", help="show who accepted each token by brackets, also in a pipe")
+    add("--debug_numerics", action="store_true", help="where logits are not finite, say where that begins")
+    tp.add_flags(parser.add_argument_group("several GPUs"))
+
+    args = parser.parse_args(argv)
+    args.compare = args.checkpoint_path is None and args.prompt is None and not args.interactive  # the demo
+    if args.compare:
+        args.prompt = DEMO_PROMPT
+    name_demo(args)
+    if args.verify is None and not args.calibration:
+        args.verify = "judge" if args.judge_path else "standard"
+        if not args.draft_checkpoint_path:
+            args.verify = "plain"
+    return args

@@ -15,16 +15,8 @@ from scripts.lib.token_details import cuts
 from tokenizer import Decoder, Tokenizer
 
 SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", "seconds_decode")
-LISTS = (
-    "tokens",
-    "origin",
-    "text",
-    "cuts",
-    "p",
-    "kl",
-    "score",
-    "top",
-)  # of which each turn has one entry a token, or text
+# of which each turn has one entry a token, or text
+LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")
 
 
 def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
