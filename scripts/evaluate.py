@@ -443,7 +443,7 @@ def own_device(name: str) -> str:
 
     Raises InputError where torchrun's LOCAL_RANK is no such number.
     """
-    if tp.LINK is not None or rank_and_size()[1] == 1 or not name.startswith("cuda"):
+    if tp.shard() or rank_and_size()[1] == 1 or not name.startswith("cuda"):
         return tp.own_device(name)
     given, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
     try:
@@ -487,7 +487,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
         raise InputError("Several processes need --out: each keeps its share beside it, and --merge joins them there.")
     if args.model_answers and (args.task not in TASKS or TASKS[args.task].checker != "none"):
         raise InputError("--model_answers is FastChat's form, for --task mt_bench and spec_bench.")
-    if args.tp and tp.LINK is None:
+    if args.tp and not tp.shard():
         raise InputError("--tp is for several processes that run one model together; start them with torchrun.")
     tp.check_flags(args)
     for rule in rules:
