@@ -43,9 +43,8 @@ from judge import (
     rule_mask,
 )
 from model import DTYPES, PREFILL_ROWS, WINDOW, ModelArgs, Transformer, pick_device, run_dtype
-from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, temporary_bytes, weight_bytes
+from quantize import Scheme, add_mode_flags, load_model, memory_line, read_scheme, scheme_of, temporary_bytes, weight_bytes
 from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
-from tp import load_model
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
@@ -712,8 +711,6 @@ def compile_step(step, device: str):
     rest would cost more than a small draft's step. The copied code object keeps engines apart, since dynamo caches by
     code object.
     """
-    if tp.GROUP:
-        tp.own_compile_cache()
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
 
     def keep(guards: list) -> list[bool]:
@@ -898,6 +895,7 @@ def load_pair(
     local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
     check_memory(local, capacity, dtype, device, written)
     models = [load_model(*each) for each in zip(folders, [device] * 2, [dtype] * 2, schemes, shards)]
+    models = [tp.join(model, shard) if shard else model for model, shard in zip(models, shards)]
     tp.agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head

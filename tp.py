@@ -3,19 +3,19 @@
     torchrun --standalone --nproc_per_node 8 generate.py --checkpoint_path DIR ...
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id 1 --rdzv_endpoint HOST:29500 ...
 
-Every rank runs the whole program on its slice of the weights. Fused QKV is cut by KV head (where there are fewer
-than ranks, several hold the same one and share its query heads), gate and up by rows, `wo` and `w2` by columns, so
-that a layer needs two all-reduces; embedding and LM head are cut by vocabulary, norms not at all. What does not
-divide among the query heads of a KV head, or in the vocabulary, is filled up with zeros. The hidden state is the
-same on every rank after each all-reduce, and with it scores, decisions and tokens; all sample alike.
+Every rank runs the whole program on its slice of the weights. Fused QKV is cut by KV head (where there are
+fewer than ranks, several hold the same one and share its query heads), gate and up by rows, `wo` and `w2` by
+columns, so that a layer needs two all-reduces; embedding and LM head are cut by vocabulary, norms not at all.
+What does not divide among the query heads of a KV head, or in the vocabulary, is filled up with zeros. The
+hidden state is the same on every rank after each all-reduce, and with it scores, decisions and tokens.
 """
 
 import argparse
-import hashlib
 import io
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -32,14 +32,15 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import cli
-import quantize
 from cli import InputError
+from files import digest
 from model import ModelArgs, Transformer
 
 START = 50  # seconds within which all ranks must have met
 PATIENCE = timedelta(seconds=300)  # for a rank that stands still; one that dies is noticed at once
 SMALL, MEDIUM = 256 * 1024, 8 * 1024 * 1024  # bytes that a symmetric all-reduce takes in one shot, and in two
 MISSED = {"cpu": 2**20, "cuda": 32 * 2**20}  # bytes read in the time of an all-reduce, for `place_draft`
+COLLECTIVE = ("gloo", "NCCL", "onitoredBarrier")  # words of an error that says that another rank is gone
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Shard:
         if wide % n:
             raise InputError(f"{n} ranks cannot share an intermediate size of {wide}: it must be a multiple.")
         heads = heads // n if n <= kv else -(-heads // kv // (n // kv))
-        vocab = -(-args.vocab_size // n)
-        return replace(args, n_head=heads, n_kv_head=max(1, kv // n), intermediate_size=wide // n, vocab_size=vocab)
+        return replace(args, n_head=heads, n_kv_head=max(1, kv // n), intermediate_size=wide // n,
+                       vocab_size=-(-args.vocab_size // n))  # fmt: skip
 
     def heads(self, args: ModelArgs) -> tuple[int, int]:
         """First and one past the last query head. Ranks that share a KV head share its query heads."""
@@ -99,30 +100,31 @@ class Shard:
 
     def check_columns(self, args: ModelArgs, unit: int) -> None:
         """Raises InputError where the ranks would cut a group of `unit` columns of `wo` or `w2`."""
-        for rank in range(self.world):
-            for name, size in (("o_proj", args.n_head * args.head_dim), ("down_proj", args.intermediate_size)):
-                span = Shard(rank, self.world).part(args, f"{name}.weight")[1]
-                if span.start % unit or (span.stop % unit and span.stop != size):
-                    raise InputError(
-                        f"{self.world} ranks would cut quantised {name} from column {span.start} to {span.stop} of {size}, "
-                        f"but its packing and scales need multiples of {unit}; start fewer, or quantise otherwise."
-                    )
+        for name, size in (("o_proj", args.n_head * args.head_dim), ("down_proj", args.intermediate_size)):
+            for rank in range(self.world):
+                stop = Shard(rank, self.world).part(args, f"{name}.weight")[1].stop
+                if stop % unit and stop != size:
+                    raise InputError(f"{self.world} ranks would cut quantised {name} at column {stop} of {size}, but its "
+                                     f"packing and scales need multiples of {unit}; start fewer.")  # fmt: skip
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, one by one: scales of a row whose columns the ranks share."""
         return ops.wait_tensor(ops.all_reduce(rows, "max", GROUP))
 
 
-def traffic(args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool) -> dict[str, int]:
+def traffic(
+    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool
+) -> dict[str, int]:
     """Collectives of one forward of T rows through L layers: counts, and bytes that each rank puts in.
 
-    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for logits an
-    all-gather of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
+    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for logits
+    an all-gather, of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
     ceil(vocabulary / world) fp32 logits where a rule or sampling needs probabilities (gather).
     """
-    each, reduces = 4 * Shard(0, world).local(args).vocab_size if gather else 16, 2 * args.n_layer + 1
+    each, reduces = 4 * -(-args.vocab_size // world) if gather else 16, 2 * args.n_layer + 1
+    sent = logit_rows * each if world > 1 else 0
     return {"all_reduces": reduces, "reduced_bytes": reduces * rows * args.dim * itemsize,
-            "gathers": int(logit_rows > 0 and world > 1), "gathered_bytes": logit_rows * each * (world > 1)}  # fmt: skip
+            "gathers": int(sent > 0), "gathered_bytes": sent}  # fmt: skip
 
 
 def place_draft(args: ModelArgs, step_bytes: int, world: int, device: str) -> str:
@@ -130,21 +132,22 @@ def place_draft(args: ModelArgs, step_bytes: int, world: int, device: str) -> st
 
     Replicated, a draft step reads step_bytes a rank; sharded, it reads step_bytes / world and waits for 2 L + 2
     collectives. So sharding pays when step_bytes (1 - 1 / world) exceeds 2 L + 2 times what a device reads in the
-    time of one: MISSED, 10 us at 3.35 TB/s on a GPU, 100 us at 10 GB/s on a CPU; assumed, not measured. A draft that
-    does not divide is replicated.
+    time of one: MISSED, 10 us at 3.35 TB/s on a GPU, 100 us at 10 GB/s on a CPU; assumed, not measured. A draft
+    that does not divide is replicated.
     """
     try:
         Shard(0, world).local(args)
     except InputError:
         return "replicate"
-    return "shard" if step_bytes * (1 - 1 / world) > (2 * args.n_layer + 2) * MISSED[device] else "replicate"
+    pays = step_bytes * (1 - 1 / world) > (2 * args.n_layer + 2) * MISSED[device]
+    return "shard" if pays else "replicate"
 
 
 # The collectives. Functional ones, so that they stay inside the compiled steps and the captured graphs.
 
 GROUP = ""  # the name of their process group, set by `connect`
 RANK = 0
-SYMMETRIC: dict[torch.dtype, Tensor] = {}  # buffers that all ranks of a machine see, with --all_reduce symmetric
+SYMMETRIC: dict[torch.dtype, Tensor] = {}  # buffers that all ranks see, with --all_reduce symmetric
 ops = torch.ops._c10d_functional
 
 
@@ -194,14 +197,6 @@ def join(model: Transformer, shard: Shard) -> Transformer:
     return model
 
 
-def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, scheme: "quantize.Scheme | None", shard: Shard | None
-) -> Transformer:
-    """`quantize.load_model`, of a shard: only this rank's slices are read, and the layers joined to the others'."""
-    model = quantize.load_model(folder, device, dtype, scheme, shard)
-    return model if shard is None else join(model, shard)
-
-
 def whole(logits: Tensor, vocab_size: int) -> Tensor:
     """Logits (T, vocab_size), from all ranks' parts of them; as they are where they are no parts."""
     if logits.shape[-1] == vocab_size:
@@ -223,7 +218,7 @@ def most_likely(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     return index.long(), peak
 
 
-# What ranks tell one another beside that, over gloo and torchrun's store: that they run alike, and why they end.
+# What ranks tell one another beside that, by gloo and torchrun's store: that they run alike, and why they end.
 
 HOST: dist.ProcessGroup | None = None  # waits for rank 0 as long as rank 0 waits for a person
 STORE: dist.Store | None = None
@@ -231,10 +226,10 @@ STORE: dist.Store | None = None
 
 @contextmanager
 def ranks(name: str):
-    """Around a script's body: under torchrun the ranks meet, only rank 0 prints, and all end together; else nothing.
+    """Around a script's body: under torchrun the ranks meet, only rank 0 prints, and all end together.
 
-    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices that a rank has
-    died; where ranks were started by hand, the next collective does.
+    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices that a rank
+    has died; where ranks were started by hand, the next collective does. Without torchrun it does nothing.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         yield
@@ -253,25 +248,26 @@ def ranks(name: str):
         said = sys.stderr.getvalue().splitlines() if RANK and stop.code == 2 else []
         end(name, said[-1] if said else "", stop.code)
     except Exception as error:
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "onitoredBarrier")):
-            end(name)  # a collective failed: another rank is gone
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE):
+            end(name)
         traceback.print_exc()
         get_error_handler().record_exception(error)  # torchrun prints it
         end(name, f"{name}: On rank {RANK} {type(error).__name__}: {first_line(error)}.")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     dist.destroy_process_group()
 
 
 def check_environment() -> tuple[int, int]:
     """Rank and world size as torchrun sets them. Raises InputError naming a variable that is no such number."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # ranks that were started by hand may lack it
     if not os.environ.get("MASTER_ADDR"):
-        raise InputError("MASTER_ADDR is not in the environment of a rank; start ranks by torchrun, or unset RANK.")
-    found, limits = {}, {"MASTER_PORT": (0, 65535), "LOCAL_RANK": (0, 2**16), "WORLD_SIZE": (1, 2**16), "RANK": (0, 2**16)}
-    for name, (low, high) in limits.items():
+        raise InputError("MASTER_ADDR is not in a rank's environment; start ranks by torchrun.")
+    found = {}
+    os.environ.setdefault("LOCAL_RANK", "0")  # ranks that were started by hand may lack it
+    for name, low, high in (("MASTER_PORT", 0, 65535), ("LOCAL_RANK", 0, 2**16), ("WORLD_SIZE", 1, 2**16), ("RANK", 0, 0)):
         try:
-            found[name] = cli.whole(low, found["WORLD_SIZE"] - 1 if name == "RANK" else high)(os.environ.get(name, ""))
+            found[name] = cli.whole(low, high or found["WORLD_SIZE"] - 1)(os.environ.get(name, ""))
         except argparse.ArgumentTypeError as error:
-            raise InputError(f"{name}={error} in the environment of a rank; start ranks by torchrun, or unset it.") from None
+            raise InputError(f"{name}={error} in a rank's environment; start ranks by torchrun.") from None
     return found["RANK"], found["WORLD_SIZE"]
 
 
@@ -281,14 +277,19 @@ def meet(rank: int, world: int) -> None:
     if rank:
         aloud = os.fdopen(os.dup(2), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print from C++
-        sys.stdout, sys.stderr, sys.__stderr__ = open(os.devnull, "w"), io.StringIO(), aloud  # noqa: SIM115 stays open
+        sys.stdout, sys.stderr, sys.__stderr__ = open(os.devnull, "w"), io.StringIO(), aloud  # noqa: SIM115
+    signal.alarm(2 * START)  # ends a rank whose call a stranger takes
     try:
         STORE = next(dist.rendezvous("env://", timeout=timedelta(seconds=START)))[0]
         dist.init_process_group("gloo", store=STORE, rank=rank, world_size=world, timeout=PATIENCE)
         HOST, RANK = dist.new_group(backend="gloo", timeout=timedelta(days=30)), rank
     except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise InputError(f"The ranks cannot meet at {where}: {first_line(error)}; is another MASTER_PORT free?") from None
+        raise InputError(f"The ranks cannot meet: {first_line(error)}.") from None
+    finally:
+        signal.alarm(0)
+    # Two ranks that compile the same at once would read half a file
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/rank{os.environ['LOCAL_RANK']}"
 
 
 def first_line(error: Exception) -> str:
@@ -296,7 +297,7 @@ def first_line(error: Exception) -> str:
 
 
 def end(name: str, mistake: str | None = None, code: int = 2) -> None:
-    """Ends this rank, and lets no other wait for it. One says why: rank 0, or where that is gone or hangs, another.
+    """Ends this rank, and lets no other wait for it. One says why: rank 0, or another if that is gone or hangs.
 
     mistake: this rank's own, which rank 0 has printed by now; None where another rank has ended.
     """
@@ -315,7 +316,7 @@ def end(name: str, mistake: str | None = None, code: int = 2) -> None:
         while not STORE.check(["said"] if RANK else left) and time.monotonic() < deadline:
             time.sleep(0.02)
         said = [STORE.get(key).decode() if STORE.check([key]) else None for key in left]
-        dead = ", ".join(str(rank) for rank, mistake in enumerate(said) if mistake is None)
+        dead = ", ".join(str(rank) for rank, text in enumerate(said) if text is None)
         why = f"Rank {dead} died, or does not answer." if dead else "The ranks were told to end."
         text = next(filter(None, said), f"{name}: {why}")
         speaks = STORE.compare_set("said", "", str(RANK)) == str(RANK).encode()
@@ -352,8 +353,9 @@ def agree(facts: dict) -> None:
     dist.all_gather_object(found, {name: str(value) for name, value in facts.items()})
     for rank, theirs in enumerate(found):
         for name in [*found[0], *theirs]:
-            if (they := theirs.get(name, "none")) != (we := found[0].get(name, "none")):
-                raise InputError(f"Rank {rank} has another {name} ({they}) than rank 0 ({we}); start all ranks alike.")
+            they, we = theirs.get(name, "none"), found[0].get(name, "none")
+            if they != we:
+                raise InputError(f"Rank {rank} has another {name} ({they}) than rank 0 ({we}).")
 
 
 def check_round(pos: int, accepted: int, tokens: list[int]) -> None:
@@ -365,31 +367,21 @@ def check_round(pos: int, accepted: int, tokens: list[int]) -> None:
     agree(at | {"number of accepted tokens": accepted})
 
 
-def digest(path: Path, *kinds: str) -> str:
-    """Tells a file, or the files of these kinds in a folder, from another; of a folder's weights only the size."""
-    found = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix in kinds and file.is_file():
-            large = file.suffix == ".safetensors" and path.is_dir()  # once loaded they have fingerprints
-            found.update(f"{file.name} {file.stat().st_size}".encode() if large else file.read_bytes())
-    return found.hexdigest()[:12]
-
-
 def own_device(name: str) -> str:
     """Of --device cuda this rank's. Raises InputError if there is none."""
     if not shard() or not name.startswith("cuda"):
         return name
     here, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", here + 1))
     if name != "cuda":
         raise InputError(f"--device {name}: each rank takes the GPU of its number; give --device cuda.")
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", here + 1))
     if needed > count:
-        raise InputError(f"{needed} ranks on this machine need {needed} GPUs, but there are {count}; lower --nproc_per_node.")
+        raise InputError(f"{needed} ranks need {needed} GPUs, but there are {count}; lower --nproc_per_node.")
     return f"cuda:{here}"
 
 
 def connect(device: torch.device, way: str | None) -> None:
-    """Makes the collectives' group: gloo's or NCCL's; way: --all_reduce. Raises InputError if it cannot be had."""
+    """Makes the collectives' group, gloo's or NCCL's; way: --all_reduce. Raises InputError if it has none."""
     global GROUP
     if not dist.is_initialized() or GROUP:
         return
@@ -411,32 +403,25 @@ def connect(device: torch.device, way: str | None) -> None:
     print(f"{dist.get_world_size()} ranks by {backend}; all-reduce: {way or backend}", file=sys.stderr)
 
 
-def own_compile_cache() -> None:
-    """Gives torch.compile a cache for each rank of a machine: two at once would read half a file."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    here, folder = f"rank{os.environ['LOCAL_RANK']}", Path(cache_dir())
-    if folder.name != here:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / here)
-
-
 def add_flags(parser) -> None:
     """The flags that concern ranks."""
     add = parser.add_argument
-    add("--draft_tp", choices=("shard", "replicate"), help="ranks share the draft, or run it all alike (default: by its size)")
-    add("--all_reduce", choices=("nccl", "symmetric"), help="what sums small messages over GPUs (default: nccl)")
+    add("--draft_tp", choices=("shard", "replicate"),
+        help="ranks share the draft, or run it all alike (default: by its size)")  # fmt: skip
+    add("--all_reduce", choices=("nccl", "symmetric"), help="what sums small messages (default: nccl)")
     add("--check_ranks", action="store_true", help="compare tokens and positions of all ranks every round")
 
 
 def check_flags(args) -> None:
-    """Raises InputError for flags that concern ranks where there are none, or ranks that were not started alike."""
+    """Raises InputError for flags of ranks where there are none, or for ranks that were not started alike."""
     for flag in ("draft_tp", "all_reduce", "check_ranks"):
         if not shard() and getattr(args, flag, None):
-            raise InputError(f"--{flag} concerns several ranks; start them with torchrun, or leave the flag out.")
-    facts = {"torch": torch.__version__, "code": digest(Path(__file__).resolve().parent, ".py", ".cpp")}
+            raise InputError(f"--{flag} concerns several ranks; start them with torchrun, or leave it out.")
+    code = Path(__file__).resolve().parent.glob("*.[pc]*")
+    facts = {"torch": torch.__version__} | {file.name: digest(file, (".py", ".cpp")) for file in code}
     for name, value in vars(args).items():
-        if not isinstance(value, Path):
+        if isinstance(value, Path) and name != "profile":
+            facts[f"content of --{name}"] = digest(value)
+        elif not isinstance(value, Path):
             facts[f"--{name}"] = value
-        elif value.exists() and name != "profile":
-            facts[f"contents of --{name}"] = digest(value, ".json", ".model", ".safetensors")
     agree(facts)
