@@ -321,11 +321,7 @@ class Engine:
         self.graphs: dict[int, tuple[kernels.Graph, ...]] = {}  # by M; empty, or one for each of `sizes`
 
     def compiled(self, step: Callable) -> Callable:
-        if not self.settings.compile:
-            return step
-        if tp.GROUP:
-            tp.own_compile_cache()
-        return compile_step(step, self.device.type, not tp.GROUP)
+        return compile_step(step, self.device.type, not tp.GROUP) if self.settings.compile else step
 
     def allocate(self) -> None:
         """Caches and buffers for `length` tokens, and for what rounds may write past them."""

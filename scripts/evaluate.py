@@ -172,7 +172,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
         )
     if args.model_answers and (args.task not in TASKS or TASKS[args.task].checker != "none"):
         raise InputError("--model_answers is FastChat's form, for --task mt_bench and spec_bench.")
-    if args.tp and tp.LINK is None:
+    if args.tp and not tp.shard():
         raise InputError(
             "--tp is for several processes that run one model together; start them with torchrun."
         )

@@ -151,7 +151,7 @@ def own_device(name: str) -> str:
 
     Raises InputError where torchrun's LOCAL_RANK is no such number.
     """
-    if tp.LINK is not None or rank_and_size()[1] == 1 or not name.startswith("cuda"):
+    if tp.shard() or rank_and_size()[1] == 1 or not name.startswith("cuda"):
         return tp.own_device(name)
     given, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
     try:

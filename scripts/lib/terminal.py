@@ -157,7 +157,7 @@ def stream_answer(
             if token not in tokenizer.stop_ids:
                 print(paint.token(decoder.push(token), letter), end="", flush=True)
     except KeyboardInterrupt:
-        if tp.LINK is not None:  # torchrun ends all ranks
+        if tp.shard():  # torchrun ends all ranks
             raise
         engine.result.stop_reason = "interrupt"
     print(decoder.flush(), flush=True)
