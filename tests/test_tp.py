@@ -30,9 +30,12 @@ import generate
 import model
 import quantize
 import tp
+from checkpoint import DEMO, weight_plan
 from cli import InputError
 from judge import JudgeHead
 from model import ModelArgs, preset
+from quantize import load_model
+from scripts.lib.terminal import DEMO_PROMPT
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -142,12 +145,12 @@ def test_shards_are_the_whole(tmp_path, shape, monkeypatch):
 def test_reading_is_divided_among_the_ranks(tmp_path):
     """Each reads an N-th, the norms, and the 64 values of each tensor that tell the model."""
     make_folder(tmp_path, **WIDE)
-    whole = model.load_model(tmp_path)
+    whole = load_model(tmp_path)
     size = sum(weight.nbytes for weight in whole.parameters())
     assert whole.bytes_read == size
     for world in (2, 4):
-        parts = [model.load_model(tmp_path, shard=Shard(rank, world)) for rank in range(world)]
-        norms, samples = 5 * 96 * 4, (len(model.weight_plan(whole.args)) - 5) * 64 * 4
+        parts = [load_model(tmp_path, shard=Shard(rank, world)) for rank in range(world)]
+        norms, samples = 5 * 96 * 4, (len(weight_plan(whole.args)) - 5) * 64 * 4
         assert {part.bytes_read for part in parts} == {(size - norms) // world + norms + samples}
         assert parts[0].bytes_read == sum(weight.nbytes for weight in parts[0].parameters()) + samples
 
@@ -182,7 +185,7 @@ def test_seventeen_billion_rows_by_hand():
 def test_what_does_not_divide_is_refused_by_name(tmp_path, world, change, words):
     make_folder(tmp_path, **(WIDE | change))
     with pytest.raises(InputError, match=words):
-        model.load_model(tmp_path, shard=Shard(0, world))
+        load_model(tmp_path, shard=Shard(0, world))
 
 
 def test_columns_are_not_cut_inside_a_group(tmp_path):
@@ -201,7 +204,7 @@ def test_where_a_draft_goes():
         1_000_000_000 * 7 / 8 < 34 * 32 * 2**20
         and tp.place_draft(small, 1_000_000_000, 8, "cuda") == "replicate"
     )
-    assert tp.place_draft(ModelArgs.from_folder(generate.DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
+    assert tp.place_draft(ModelArgs.from_folder(DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
     assert tp.place_draft(big, 8_030_000_000, 3, "cuda") == "replicate"  # what does not divide
 
 
@@ -267,7 +270,7 @@ def folders(tmp_path_factory):
                 **(shape | change),
             )
             (root / name / role / "tokenizer.model").write_bytes(
-                (generate.DEMO / "target" / "tokenizer.model").read_bytes()
+                (DEMO / "target" / "tokenizer.model").read_bytes()
             )
     quantize.convert(root / "gqa" / "target", root / "int8" / "target", quantize.Scheme("int8"))
     quantize.convert(root / "gqa" / "draft", root / "int8" / "draft", quantize.Scheme("int4"))
@@ -282,8 +285,8 @@ def folders(tmp_path_factory):
 
 def flags(folders: Path, name: str, verify: str, *more: str) -> list[str]:
     """A command line of generate.py that prints JSON."""
-    folder = generate.DEMO if name == "demo" else folders / name
-    prompt = generate.DEMO_PROMPT if name == "demo" else "40"
+    folder = DEMO if name == "demo" else folders / name
+    prompt = DEMO_PROMPT if name == "demo" else "40"
     found = ["--checkpoint_path", folder / "target", "--draft_checkpoint_path", folder / "draft", "--verify", verify, "--json",
              "--judge_path", folder / "judge.safetensors", "--prompt", prompt, "--speculate_k", "5", "--device", "cpu",
              "--max_new_tokens", "24"]  # fmt: skip
@@ -519,7 +522,7 @@ def in_trouble(folders: Path, other: Path) -> dict[str, tuple[int, dict, str]]:
     command = flags(folders, "gqa", "standard", "--max_new_tokens", "3000")
     sampled = flags(folders, "gqa", "standard", "--temperature", "1", "--check_ranks")
     swapped = [str(other) if flag.endswith("/gqa/draft") else flag for flag in command]
-    mixed, demo_judge = {"all": {"run": command}}, str(generate.DEMO / "judge.safetensors")
+    mixed, demo_judge = {"all": {"run": command}}, str(DEMO / "judge.safetensors")
     damaged = [str(other.parent / "nan") if flag.endswith("/gqa/target") else flag for flag in command]
     return {
         "not finite": (2, {"all": {"run": [*damaged, "--verify", "plain"]}}, "The target's logits are not finite"),
