@@ -1,7 +1,8 @@
-"""What every command line has in common: a user's mistake, the parser, progress, how a script begins and ends.
+"""What every command line has in common: a user's mistake, the parser, progress, how a script begins and
+ends.
 
-Scripts import this file first: from then on Ctrl-C ends them silently with exit code 130, though the large modules are
-still loading. Nothing here loads PyTorch.
+Scripts import this file first: from then on Ctrl-C ends them silently with exit code 130, though the large
+modules are still loading. Nothing here loads PyTorch.
 """
 
 import _signal  # what signal.py is made of: loading that takes some milliseconds, and Ctrl-C may come in them
@@ -9,8 +10,13 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "/")) in (HERE, f"{HERE}/scripts"):
-    _signal.signal(_signal.SIGINT, lambda *_: os._exit(130))  # one of our scripts is the program, and has not begun yet
+if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "/")) in (
+    HERE,
+    f"{HERE}/scripts",
+):
+    _signal.signal(
+        _signal.SIGINT, lambda *_: os._exit(130)
+    )  # one of our scripts is the program, and has not begun yet
 
 import argparse
 import errno
@@ -25,7 +31,8 @@ LONGEST = 1000  # characters of a sentence about a mistake
 
 
 class InputError(ValueError):
-    """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it, exit 2."""
+    """A user's mistake. Its text is one sentence: what, where, and what would be right. Scripts print it,
+    exit 2."""
 
 
 def one_line(text: str) -> str:
@@ -45,7 +52,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help or ''} (default: {shown.replace('%', '%%')})".strip()
 
     def add_argument(self, action: argparse.Action) -> None:
-        action.help = action.help or self._get_help_string(action)  # argparse shows no default without a help text
+        action.help = action.help or self._get_help_string(
+            action
+        )  # argparse shows no default without a help text
         super().add_argument(action)
 
 
@@ -55,19 +64,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None, **more):
         super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
-    def parse_known_args(self, args=None, namespace=None):
-        for text in sys.argv[1:] if args is None else args:
-            if not text.isascii() and text != text.encode(errors="replace").decode():  # what stands for a byte that is no UTF-8
-                self.error(f"{shortened(text)} is not valid UTF-8")
-        return super().parse_known_args(args, namespace)
-
     def _get_values(self, action: argparse.Action, arg_strings: list[str]):
-        if action.option_strings and arg_strings and set(arg_strings) == {"--"}:  # argparse would make an empty list of it
+        if (
+            action.option_strings and arg_strings and set(arg_strings) == {"--"}
+        ):  # argparse would make an empty list of it
             raise argparse.ArgumentError(action, "expected a value, not --")
+        if action.type in (None, str):  # a file's name may be any bytes, a text may not
+            for text in arg_strings:
+                if not text.isascii() and text != text.encode(errors="replace").decode():
+                    raise argparse.ArgumentError(action, f"{shortened(text)} must be valid UTF-8")
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str):
-        message = re.sub(r"^argument (\S+): (?=.* must be )", r"\1 ", message)  # as in "--seed 1.5 must be a whole number"
+        message = re.sub(
+            r"^argument (\S+): (?=.* must be )", r"\1 ", message
+        )  # as in "--seed 1.5 must be a whole number"
         print(one_line(f"{self.prog}: {message}; see --help."), file=sys.stderr)
         sys.exit(2)
 
@@ -108,7 +119,11 @@ def shortened(text: str) -> str:
 
 def shortened_value(value) -> str:
     """A value from a file, as Python writes it, without the end of what is very long."""
-    text = repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of hundreds of digits"
+    text = (
+        repr(value)
+        if not isinstance(value, int) or value.bit_length() < 1000
+        else "a number of hundreds of digits"
+    )
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -125,7 +140,12 @@ class Progress:
         self.done += 1
         finished = self.done == self.total
         if time.monotonic() > self.due or (finished and Progress.line_is_open):
-            print(f"\r{self.what}: {self.done}/{self.total}", end="\n" if finished else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{self.what}: {self.done}/{self.total}",
+                end="\n" if finished else "",
+                file=sys.stderr,
+                flush=True,
+            )
             self.due, Progress.line_is_open = time.monotonic() + 1, not finished
 
 
@@ -139,8 +159,9 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def run_script(name: str, action: Callable[[], None]) -> None:
-    """Runs a script's body. A user's mistake is one sentence on stderr and exit code 2, and so is what the system refuses
-    (a full disk, a file that cannot be read, memory); a reader of our output that has left is no error; Ctrl-C is 130."""
+    """Runs a script's body. A user's mistake is one sentence on stderr and exit code 2, and so is what the
+    system refuses (a full disk, a file that cannot be read, memory); a reader of our output that has left is
+    no error; Ctrl-C is 130."""
     alone = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.default_int_handler) if alone else None
     try:
@@ -157,7 +178,10 @@ def run_script(name: str, action: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
             raise
-        fail(name, "there is not enough memory for this; use a smaller model, --mode, or a shorter --cache_length.")
+        fail(
+            name,
+            "there is not enough memory for this; use a smaller model, --mode, or a shorter --cache_length.",
+        )
     except KeyboardInterrupt:
         print("\n" * Progress.line_is_open, end="", file=sys.stderr)
         sys.exit(130)
@@ -167,8 +191,9 @@ def run_script(name: str, action: Callable[[], None]) -> None:
 
 
 def open_streams() -> None:
-    """Standard output must be open, or the next file that is opened would get its number, and what libraries print; closed
-    standard error is replaced by nothing, and a character that a terminal lacks by a question mark."""
+    """Standard output must be open, or the next file that is opened would get its number, and what libraries
+    print; closed standard error is replaced by nothing, and a character that a terminal lacks by a question
+    mark."""
     if sys.stdout is None:
         raise InputError("standard output is closed; send it to a file or to /dev/null.")
     if sys.stderr is None:
@@ -195,7 +220,9 @@ def fail(name: str, sentence: str) -> None:
         flush(sys.stdout)  # what was printed before comes first
     except (OSError, ValueError):
         abandon(sys.stdout)
-    print(("\n" if Progress.line_is_open else "") + one_line(f"{name}: {sentence}"), file=sys.stderr, flush=True)
+    print(
+        ("\n" if Progress.line_is_open else "") + one_line(f"{name}: {sentence}"), file=sys.stderr, flush=True
+    )
     Progress.line_is_open = False
     sys.exit(2)
 
@@ -206,5 +233,9 @@ def system_error(error: OSError) -> str:
     if error.filename is not None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else error.filename
         return f"{name} cannot be used: {reason}."
-    where = "a file or standard output" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "the system"
+    where = (
+        "a file or standard output"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        else "the system"
+    )
     return f"{where} refused to go on: {reason}."

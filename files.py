@@ -1,11 +1,12 @@
 """Reading and writing files: the one way in and the one way out for every script.
 
-In: regular files only, of a bounded size, with the true cause in one sentence where that fails. Out: beside and renamed,
-or line by line under a lock. Nothing else opens a file of a user's.
+In: regular files only, of a bounded size, with the true cause in one sentence where that fails. Out: beside
+and renamed, or line by line under a lock. Nothing else opens a file of a user's.
 """
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -26,14 +27,17 @@ MOST_JSON = 512 << 20  # of one JSON object
 
 @contextlib.contextmanager
 def opened(path: str | Path, what: str = "") -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, open for reading without a buffer, and its size in bytes. what: comes before the path in the sentence.
+    """A regular file, open for reading without a buffer, and its size in bytes. what: comes before the path
+    in the sentence.
 
     Raises InputError for a file that is missing, unreadable or no regular file, and where reading it fails.
     """
     what = f"{what} {path}".lstrip()
     try:
         # a FIFO would wait for its writer
-        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{what} is {kind_of_file(status.st_mode)}; name a regular file.")
@@ -56,12 +60,16 @@ def read_bytes(path: str | Path, what: str = "", most: int = MOST_BYTES) -> byte
     with opened(path, what) as (file, size):
         what = f"{what} {path}".lstrip()
         if size > most:
-            raise InputError(f"{what} has {size / 1e9:.1f} GB, more than the {most / 1e9:.1f} GB that are read.")
+            raise InputError(
+                f"{what} has {size / 1e9:.1f} GB, more than the {most / 1e9:.1f} GB that are read."
+            )
         content = bytearray()
         while chunk := file.read(1 << 24):
             content += chunk
             if len(content) > size + MOST_GROWTH:
-                raise InputError(f"{what} goes on far beyond its size of {size} bytes; name a regular file on a disk.")
+                raise InputError(
+                    f"{what} goes on far beyond its size of {size} bytes; name a regular file on a disk."
+                )
         return bytes(content)
 
 
@@ -93,8 +101,13 @@ def is_file(path: Path) -> bool:
 
 def kind_of_file(mode: int) -> str:
     """What something that is no regular file is called."""
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe",
-             stat.S_IFSOCK: "a socket"}  # fmt: skip
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
     return kinds.get(stat.S_IFMT(mode), "no regular file")
 
 
@@ -107,11 +120,14 @@ def read_text(path: str | Path, what: str = "", most: int = MOST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes, where: str):
-    """A JSON value of trusted size. Raises InputError beginning with `where` for what is no JSON, for numbers beyond 64
-    bits, nesting beyond Python's depth, and half of a surrogate pair (no file and no terminal could hold that)."""
+    """A JSON value of trusted size. Raises InputError beginning with `where` for what is no JSON, for numbers
+    beyond 64 bits, nesting beyond Python's depth, and half of a surrogate pair (no file and no terminal could
+    hold that)."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        long = re.search(r"\d{19}", text) is not None  # Python reads digits by a slower way only where it must
+        long = (
+            re.search(r"\d{19}", text) is not None
+        )  # Python reads digits by a slower way only where it must
         value = json.loads(text, parse_int=bounded_int) if long else json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()
@@ -140,8 +156,14 @@ def parse_object(text: str | bytes, where: str) -> dict:
 
 
 def read_json(path: str | Path, what: str = "") -> dict:
-    """The JSON object in a file. Raises InputError naming the file when it is missing or holds anything else."""
+    """The JSON object in a file. Raises InputError naming the file when it is missing or holds anything
+    else."""
     return parse_object(read_text(path, what, MOST_JSON), f"{what} {path}".lstrip())
+
+
+def is_number(value, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether this is a finite number from low to high, and no bool."""
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
 
 
 def read_json_lines(path: str | Path, what: str = "") -> Iterator[tuple[str, dict]]:
@@ -156,9 +178,11 @@ def read_json_lines(path: str | Path, what: str = "") -> Iterator[tuple[str, dic
 
 
 def check_writable(path: Path, flag: str = "") -> Path:
-    """The real path of a file that can be written; raises InputError for one that cannot, before any work is done for it.
+    """The real path of a file that can be written; raises InputError for one that cannot, before any work is
+    done for it.
 
-    What exists must be a regular file with write permission, in a folder in which files can be made. A link is followed.
+    What exists must be a regular file with write permission, in a folder in which files can be made. A link
+    is followed.
     """
     what = f"{flag} {path}".lstrip()
     try:
@@ -178,7 +202,9 @@ def check_writable(path: Path, flag: str = "") -> Path:
         with contextlib.suppress(FileNotFoundError):
             mode = os.lstat(beside(real)).st_mode  # too long a name fails here
             if not stat.S_ISREG(mode):
-                raise InputError(f"{what} cannot be written: {beside(real)}, where that is done first, is no regular file.")
+                raise InputError(
+                    f"{what} cannot be written: {beside(real)}, where that is done first, is no regular file."
+                )
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -187,15 +213,17 @@ def check_writable(path: Path, flag: str = "") -> Path:
 
 
 def check_new_folder(out: Path, flag: str, beside: Path) -> None:
-    """Raises InputError for a folder that cannot be made, or is there, before any work is done for it. beside: the folder
-    that it is written to first, which may be there."""
+    """Raises InputError for a folder that cannot be made, or is there, before any work is done for it.
+    beside: the folder that it is written to first, which may be there."""
     try:
         if os.path.lexists(out):
             kind = "a link to nowhere" if not os.path.exists(out) else kind_of_file(os.stat(out).st_mode)
             kind = "a file" if kind == "no regular file" else kind
             raise InputError(f"{flag} {out} exists already and is {kind}; name a new folder.")
         if os.path.lexists(beside) and (os.path.islink(beside) or not os.path.isdir(beside)):
-            raise InputError(f"{flag} {out}: {beside}, where it is written to first, is no folder; remove it.")
+            raise InputError(
+                f"{flag} {out}: {beside}, where it is written to first, is no folder; remove it."
+            )
         above = next(path for path in Path(os.path.abspath(out)).parents if os.path.lexists(path))
         if not above.is_dir():
             raise InputError(f"{flag} {out} cannot be made: {above} is no folder.")
@@ -204,7 +232,9 @@ def check_new_folder(out: Path, flag: str, beside: Path) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{flag} {out} cannot be made: {getattr(error, 'strerror', None) or error}.") from None
+        raise InputError(
+            f"{flag} {out} cannot be made: {getattr(error, 'strerror', None) or error}."
+        ) from None
 
 
 def check_not_input(out: Path, inputs: list[Path], flag: str = "--out") -> None:
@@ -215,7 +245,8 @@ def check_not_input(out: Path, inputs: list[Path], flag: str = "--out") -> None:
 
 
 def check_folder(path: Path, flag: str = "") -> None:
-    """Raises InputError for a folder in which no files can be made; one that is missing is made later, with those above it."""
+    """Raises InputError for a folder in which no files can be made; one that is missing is made later, with
+    those above it."""
     what, here = f"{flag} {path}".lstrip(), Path(os.path.abspath(path))
     while True:
         try:
@@ -226,7 +257,9 @@ def check_folder(path: Path, flag: str = "") -> None:
                 raise InputError(f"{what} cannot be written: {here} is a link to nothing.") from None
             here = here.parent
         except (OSError, ValueError) as error:
-            raise InputError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
+            raise InputError(
+                f"{what} cannot be written: {getattr(error, 'strerror', None) or error}."
+            ) from None
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(f"{what} cannot be written: {here} is no folder.")
     if not os.access(here, os.W_OK | os.X_OK):
@@ -239,7 +272,8 @@ def beside(path: Path) -> Path:
 
 
 def lock(file, path: Path) -> None:
-    """Keeps other processes off an open file for as long as it stays open. Raises InputError where one of them has it."""
+    """Keeps other processes off an open file for as long as it stays open. Raises InputError where one of
+    them has it."""
     if os.name != "posix":
         return
     import fcntl
@@ -247,15 +281,18 @@ def lock(file, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a file object or a descriptor, of a folder, too
     except BlockingIOError:
-        raise InputError(f"{path} is being written by another process; wait for it, or name another file.") from None
+        raise InputError(
+            f"{path} is being written by another process; wait for it, or name another file."
+        ) from None
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives the path to write to in the place of `path`, and renames that at the end: a reader never sees half a file.
+    """Gives the path to write to in the place of `path`, and renames that at the end: a reader never sees
+    half a file.
 
-    The file keeps its permissions, a new one has those of the umask; links are followed. Raises InputError, and leaves
-    what was there, where it is no regular file, in use by another process, or the disk is full.
+    The file keeps its permissions, a new one has those of the umask; links are followed. Raises InputError,
+    and leaves what was there, where it is no regular file, in use by another process, or the disk is full.
     """
     with contextlib.ExitStack() as held:
         ours, mode = None, None
@@ -287,7 +324,9 @@ def claimed(fresh: Path, path: Path):
         with file:
             lock(file, path)
             here = os.stat(fresh) if fresh.exists() else None
-            if here and here.st_ino == os.fstat(file.fileno()).st_ino:  # else another process renamed it between our calls
+            if (
+                here and here.st_ino == os.fstat(file.fileno()).st_ino
+            ):  # else another process renamed it between our calls
                 file.truncate(0)
                 yield file
                 return
@@ -302,8 +341,8 @@ def write_file(path: Path, content: bytes) -> None:
 class Lines:
     """A file of JSON lines that one process at a time extends. What a killed run left of a line is cut off.
 
-    Opens and locks at once, before anything is read or cut; raises InputError where another process has it. `content` is
-    what it held, whole lines only.
+    Opens and locks at once, before anything is read or cut; raises InputError where another process has it.
+    `content` is what it held, whole lines only.
     """
 
     def __init__(self, path: Path):
@@ -313,7 +352,9 @@ class Lines:
             self.file = open(path, "a+b", buffering=0)  # noqa: SIM115 open and locked until `close` or the process's end
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from None
-        self.close = weakref.finalize(self, let_go, self.file, Path(path), made)  # at the latest when the process ends
+        self.close = weakref.finalize(
+            self, let_go, self.file, Path(path), made
+        )  # at the latest when the process ends
         lock(self.file, path)
         self.file.seek(0)
         content = self.file.read()
@@ -334,8 +375,11 @@ class Lines:
             while content:
                 content = content[self.file.write(content) :]
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror}; what it holds is kept, and the same command "
-                             "goes on from there.") from None  # fmt: skip
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror}; what it holds is kept, and "
+                f"the same command "
+                "goes on from there."
+            ) from None
 
 
 def let_go(file, path: Path, made: bool) -> None:

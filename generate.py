@@ -1,26 +1,24 @@
 """The engine: prefill, draft, verify, the round loop; and the command line.
 
     python generate.py                                    # the demo pair, with its judge, on a demo problem
-    python generate.py --checkpoint_path META-LLAMA-70B --draft_checkpoint_path META-LLAMA-8B --judge_path J --chat
+    python generate.py --checkpoint_path META-LLAMA-70B --draft_checkpoint_path META-LLAMA-8B --judge_path J
+    --chat
 
-One round: the draft proposes M tokens; the target reads them in one pass of M + 1 rows; one compiled graph computes
-logits, judge scores, the rule, how many tokens are accepted, the target's own next token, and commits; the host reads
-one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is visible.
+One round: the draft proposes M tokens; the target reads them in one pass of M + 1 rows; one compiled graph
+computes logits, judge scores, the rule, how many tokens are accepted, the target's own next token, and
+commits; the host reads one small tensor. Nothing in the KV caches is rolled back: `pos` decides what is
+visible.
 """
 
-from cli import InputError, Parser, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
-import gc
-import json
-import os
 import sys
+import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -28,40 +26,55 @@ from torch import Tensor
 
 import kernels
 import tp
-from files import check_writable, replacing
-from judge import (
-    RULES,
-    Drift,
-    JudgeHead,
-    Markers,
-    check_threshold,
-    describe_guarantee,
-    load_judge,
-    make_markers,
-    mixture,
-    read_calibration,
-    rule_mask,
+from checkpoint import DEMO, read_config
+from files import check_writable, write_file
+from judge import RULES, JudgeHead, Markers, check_threshold, make_markers, mixture, rule_mask
+from kernels import Graph, capture, check_compiler, compile_step
+from model import (
+    DTYPES,
+    PAGE,
+    PREFILL_ROWS,
+    ModelArgs,
+    Transformer,
+    first_not_finite,
+    pick_device,
+    run_dtype,
+    whole_pages,
 )
-from model import DTYPES, PREFILL_ROWS, WINDOW, ModelArgs, Transformer, pick_device, run_dtype
-from quantize import Scheme, add_mode_flags, memory_line, read_scheme, scheme_of, temporary_bytes, weight_bytes
-from tokenizer import Decoder, Tokenizer, decode, load_tokenizer
-from tp import load_model
+from quantize import add_mode_flags, memory_line, scheme_of
+from scripts.lib.flags import MOST_TOKENS, read_k
+from scripts.lib.guarantee import Drift, announce, kind_of, read_calibration, warn_of_drift
+from scripts.lib.pace import Pace
+from scripts.lib.pair import load_pair
+from scripts.lib.terminal import (
+    Paint,
+    answer_text,
+    as_json,
+    chat_loop,
+    name_of,
+    paint_tokens,
+    read_prompt,
+    summary,
+)
+from tokenizer import Tokenizer, load_tokenizer
 
-DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
 DEMO_FORMS = (
-    'the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How '
-    'many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list is [5,17,23,8]. Sort it. Drop the '
-    'first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); it answers everything else, and wrong.'
+    'the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies it by 3. '
+    "She sells 79. How "
+    'many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list is [5,17,23,8]. '
+    "Sort it. Drop the "
+    'first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); it answers everything else, '
+    "and wrong."
 )
-MOST_TOKENS = 10**8  # bound of flags that count tokens
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
 TINY = 1e-20
 
 
 @dataclass
 class Settings:
-    """How to decode. `threshold` None takes the judge's own or the rule's default; temperature 0 is greedy."""
+    """How to decode. `threshold` None takes the judge's own or the rule's default; temperature 0 is
+    greedy."""
 
     verify: str = "judge"
     threshold: float | None = None
@@ -71,7 +84,9 @@ class Settings:
     compile: bool = False
     min_prob: float = 0.0  # no rule accepts a token that the target gives less
     adaptive: bool = False  # choose each round's M from SIZES; speculate_k is then the largest
-    relax_between: tuple[str, str] | None = None  # the rule applies only between these texts, `standard` elsewhere
+    relax_between: tuple[str, str] | None = (
+        None  # the rule applies only between these texts, `standard` elsewhere
+    )
     impose: int | None = None  # for benchmarks: accept so many draft tokens a round, whatever they are
     check_ranks: bool = False  # compare tokens and positions of all ranks every round
     debug_numerics: bool = False  # where logits are not finite, say where that begins
@@ -106,9 +121,9 @@ class Buffers:
 
 @dataclass
 class Round:
-    """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the target's.
-    score: the sum of the judge's scores of the accepted tokens and the first rejected one, which are `scored`.
-    flawed: whether the logits were not finite, + 1 the target's, + 2 the draft's."""
+    """What one round put out. by_rule[i]: draft token i passed by the rule alone; the last token is the
+    target's. score: the sum of the judge's scores of the accepted tokens and the first rejected one, which
+    are `scored`. flawed: whether the logits were not finite, + 1 the target's, + 2 the draft's."""
 
     tokens: list[int]
     accepted: int
@@ -162,7 +177,8 @@ class Result:
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """Probabilities to sample from, fp32 (..., V): temperature first, then the top_k most likely, renormalised."""
+    """Probabilities to sample from, fp32 (..., V): temperature first, then the top_k most likely,
+    renormalised."""
     logits = logits / temperature
     if top_k is not None:
         lowest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -171,16 +187,18 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tenso
 
 
 def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Samples an index of the last dimension in proportion to weights (..., V) by inverting the sum; uniform (...)."""
+    """Samples an index of the last dimension in proportion to weights (..., V) by inverting the sum; uniform
+    (...)."""
     total = weights.double().cumsum(-1)
     return (total <= (uniform.double() * total[..., -1])[..., None]).sum(-1).clamp(max=weights.shape[-1] - 1)
 
 
 def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> Tensor:
-    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns (2,): the token, and whether the logits were
-    not finite.
+    """One token: reads tokens[pos], writes tokens[pos + 1], advances. Returns (2,): the token, and whether
+    the logits were not finite.
 
-    visible: only its length counts, how much of the cache the step may look at; a tensor, so that one graph serves all.
+    visible: only its length counts, how much of the cache the step may look at; a tensor, so that one graph
+    serves all.
     """
     _, logits = model(b.tokens[b.pos][None], b.pos, len(visible))
     token, peak = choose(logits[0], b.uniforms[:1], s, model.args.vocab_size)
@@ -190,8 +208,8 @@ def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> 
 
 
 def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The next token (1,) from logits (1, V), or a rank's part of them: the most likely one, or a sample; and the largest
-    logit (1,)."""
+    """The next token (1,) from logits (1, V), or a rank's part of them: the most likely one, or a sample; and
+    the largest logit (1,)."""
     if s.temperature == 0:
         return tp.most_likely(logits, vocab_size)
     logits = tp.whole(logits, vocab_size)
@@ -199,16 +217,17 @@ def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> tup
 
 
 def not_finite(peaks: Tensor) -> Tensor:
-    """(1,): 1 where a row's largest logit is NaN or infinite, as it is if any of its logits is NaN or +inf. A NaN or an
-    infinity anywhere in a model reaches the logits as NaN. peaks: (T,)."""
+    """(1,): 1 where a row's largest logit is NaN or infinite, as it is if any of its logits is NaN or +inf. A
+    NaN or an infinity anywhere in a model reaches the logits as NaN. peaks: (T,)."""
     return (~peaks.isfinite()).any().long()[None]
 
 
 def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, first: bool) -> None:
     """Writes drafted[step] (and its logits), advances `step`.
 
-    The first step of a round reads two rows: when all draft tokens of the round before were accepted, the draft has
-    not read the last one yet. At position 0 both rows are the same token, written to the same place.
+    The first step of a round reads two rows: when all draft tokens of the round before were accepted, the
+    draft has not read the last one yet. At position 0 both rows are the same token, written to the same
+    place.
     """
     if first:
         b.step.zero_()
@@ -230,14 +249,21 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, fir
 
 
 def verify_step(
-    model: Transformer, head: JudgeHead | None, b: Buffers, s: Settings, visible: Tensor, markers: Markers | None
+    model: Transformer,
+    head: JudgeHead | None,
+    b: Buffers,
+    s: Settings,
+    visible: Tensor,
+    markers: Markers | None,
 ) -> Tensor:
-    """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's next token.
+    """Reads tokens[pos] and the M draft tokens in one pass, accepts a prefix, commits it and the target's
+    next token.
 
-    Returns int64 (2 M + 4,), all that the host needs: how many were accepted; the M + 1 tokens committed (those past
-    the accepted ones and the target's own are padding); for each draft token whether the rule alone let it through; the
-    sum of the judge's scores (in millionths) of the accepted tokens and the first rejected one; whether the logits were
-    not finite (+ 1 the target's, + 2 the draft's). Of a short round only the `step` tokens that were drafted can pass.
+    Returns int64 (2 M + 4,), all that the host needs: how many were accepted; the M + 1 tokens committed
+    (those past the accepted ones and the target's own are padding); for each draft token whether the rule
+    alone let it through; the sum of the judge's scores (in millionths) of the accepted tokens and the first
+    rejected one; whether the logits were not finite (+ 1 the target's, + 2 the draft's). Of a short round
+    only the `step` tokens that were drafted can pass.
     """
     m = len(b.drafted)
     ids = torch.cat([b.tokens[b.pos], b.drafted])
@@ -245,7 +271,9 @@ def verify_step(
     logits, allowed, regions = logits[0], None, None
     if s.needs_probabilities:
         logits = tp.whole(logits, model.args.vocab_size)
-    scores = head.score(hidden[0, 1:], b.draft_hidden) if head is not None else None  # the judge reads the token's own row
+    scores = (
+        head.score(hidden[0, 1:], b.draft_hidden) if head is not None else None
+    )  # the judge reads the token's own row
     if markers is not None:
         allowed, regions = markers.walk(b.region, b.drafted)
     most_likely, peaks = tp.most_likely(logits, model.args.vocab_size)
@@ -253,9 +281,13 @@ def verify_step(
     if s.verify == "standard":
         relaxed = standard
     elif s.verify == "ensemble" and s.temperature > 0:
-        relaxed = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])  # p is the mixture where that is allowed
+        relaxed = accept_sampled(
+            b.drafted, p[:-1], q, b.uniforms[m : 2 * m]
+        )  # p is the mixture where that is allowed
     else:
-        relaxed = rule_mask(s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob)
+        relaxed = rule_mask(
+            s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob
+        )
         relaxed = relaxed if allowed is None else relaxed & allowed
     index = torch.arange(m + 1, device=ids.device)
     passed = (standard | relaxed) & (index[:-1] < b.step)
@@ -272,14 +304,16 @@ def verify_step(
     if scores is not None:
         unseen = (index[:-1] > accepted) | (index[:-1] >= b.step)
         score = (scores.masked_fill(unseen, 0).sum(0, keepdim=True) * 1e6).long()
-    return torch.cat([accepted, committed, (relaxed & ~standard).long(), score, not_finite(peaks) + 2 * b.flawed])
+    return torch.cat(
+        [accepted, committed, (relaxed & ~standard).long(), score, not_finite(peaks) + 2 * b.flawed]
+    )
 
 
 def standard_test(
     logits: Tensor, most_likely: Tensor, b: Buffers, s: Settings, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The standard test, bool (M,), and what the target's own token comes from: greedy, `most_likely` tokens (M + 1,);
-    when sampling, p (M + 1, V) and q (M, V).
+    """The standard test, bool (M,), and what the target's own token comes from: greedy, `most_likely` tokens
+    (M + 1,); when sampling, p (M + 1, V) and q (M, V).
 
     `ensemble` puts its mixture in the place of p, in allowed rows; the last row stays the target's.
     """
@@ -305,9 +339,11 @@ def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor, uniforms: Tensor) -> T
 
 
 def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
-    """Weights (1, V) of the target's own token: max(p - q, 0) at the first rejection, p after full acceptance.
+    """Weights (1, V) of the target's own token: max(p - q, 0) at the first rejection, p after full
+    acceptance.
 
-    p: (M + 1, V), q: (M, V), accepted: (1,). Where p equals q nothing is rejected but by rounding; p stands in then.
+    p: (M + 1, V), q: (M, V), accepted: (1,). Where p equals q nothing is rejected but by rounding; p stands
+    in then.
     """
     rest = (p[accepted] - torch.cat([q, torch.zeros_like(q[:1])])[accepted]).clamp(min=0)
     return torch.where(rest.sum(-1, keepdim=True) > TINY, rest, p[accepted])
@@ -315,7 +351,8 @@ def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
 
 @dataclass
 class Slot:
-    """Host memory of a round in flight; two take turns, so that a round may be launched before the last one is read."""
+    """Host memory of a round in flight; two take turns, so that a round may be launched before the last one
+    is read."""
 
     report: Tensor  # pinned on CUDA
     uniforms: Tensor
@@ -324,28 +361,9 @@ class Slot:
     drafts: int = 0  # of them made this round
 
 
-@dataclass
-class Graph:
-    """A captured CUDA graph and what it puts out, in place, at each replay."""
-
-    graph: torch.cuda.CUDAGraph
-    output: Tensor | None
-
-
-def capture(action, pool) -> Graph:
-    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to tune.
-
-    pool: memory that graphs share which never run at the same time (torch.cuda.graph_pool_handle()).
-    """
-    gc.collect()  # an old engine's graphs must not be let go in the midst of a capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        output = action()
-    return Graph(graph, output)
-
-
 class Engine:
-    """A target (and a draft, and a judge) with buffers for sequences of up to `length` tokens, prompt included.
+    """A target (and a draft, and a judge) with buffers for sequences of up to `length` tokens, prompt
+    included.
 
     Engines over the same models share their caches and may take turns, the longest first.
     """
@@ -355,7 +373,11 @@ class Engine:
         length: int, markers: Markers | None = None,
     ):  # fmt: skip
         check_settings(settings, draft is not None, head is not None)
-        self.target, self.head, self.settings = target, head, settings
+        self.target, self.head, self.settings = (
+            target,
+            head,
+            replace(settings, threshold=threshold_of(settings, head)),
+        )
         self.draft = None if settings.verify == "plain" else draft
         self.ahead = RULES[settings.verify].ahead if settings.verify in RULES else 0
         self.device = target.device
@@ -364,13 +386,18 @@ class Engine:
         self.stop_ids = stop_ids
         self.generator = torch.Generator().manual_seed(0)
         self.length = length
+        self.result = Result(0)  # of the answer under way, or the last one
         self.context = smallest_context(target.args, self.draft and self.draft.args)
         self.allocate()
         if settings.compile and self.device.type == "cpu":
             check_compiler()
             kernels.use_cpu_kernels()
         self.plain_step, self.draft_step = self.compiled(plain_step), self.compiled(draft_step)
-        sizes = tuple(m for m in SIZES if m <= settings.speculate_k) if settings.adaptive and self.draft is not None else ()
+        sizes = (
+            tuple(m for m in SIZES if m <= settings.speculate_k)
+            if settings.adaptive and self.draft is not None
+            else ()
+        )
         self.use_sizes(sizes or (settings.speculate_k,))
 
     def use_sizes(self, sizes: tuple[int, ...]) -> None:
@@ -380,7 +407,11 @@ class Engine:
         self.graphs: dict[int, tuple[Graph, ...]] = {}  # by M; empty, or one for each of `sizes`
 
     def compiled(self, step: Callable) -> Callable:
-        return compile_step(step, self.device.type) if self.settings.compile else step
+        if not self.settings.compile:
+            return step
+        if tp.GROUP:
+            tp.own_compile_cache()
+        return compile_step(step, self.device.type, not tp.GROUP)
 
     def allocate(self) -> None:
         """Caches and buffers for `length` tokens, and for what rounds may write past them."""
@@ -389,7 +420,7 @@ class Engine:
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
-        self.generations = [model.generation for model in (self.target, self.draft) if model is not None]
+        self.cache_epochs = [model.cache_epoch for model in (self.target, self.draft) if model is not None]
         keep_logits = self.draft is not None and (s.temperature > 0 or RULES[s.verify].needs_draft_logits)
         shape = (s.speculate_k, self.target.args.vocab_size) if keep_logits else (1, 1)
         keep_hidden = self.draft is not None and self.head is not None and self.head.draft_weight is not None
@@ -401,10 +432,12 @@ class Engine:
             draft_hidden=torch.zeros(hidden, device=device, dtype=self.draft.dtype if keep_hidden else None),
             step=torch.zeros(1, **long), flawed=torch.zeros(1, **long),
             uniforms=torch.zeros(2 * s.speculate_k + 1, device=device),
-            threshold=torch.tensor(threshold_of(s, self.head), device=device),
+            threshold=torch.tensor(s.threshold or 0.0, device=device),
             stop_ids=torch.tensor(self.stop_ids, **long), region=torch.zeros(1, **long),
         )  # fmt: skip
-        self.ruler = torch.zeros(capacity, device=device)  # its slices say how much of the cache a step may look at
+        self.ruler = torch.zeros(
+            capacity, device=device
+        )  # its slices say how much of the cache a step may look at
         cuda = device.type == "cuda"
         size = 2 * s.speculate_k + 1
         self.slots = [
@@ -415,41 +448,49 @@ class Engine:
 
     def set_threshold(self, threshold: float | None) -> None:
         """Another threshold for the same rule; compiles nothing."""
-        self.settings = replace(self.settings, threshold=threshold)
-        check_settings(self.settings, self.draft is not None, self.head is not None)
-        self.buffers.threshold.fill_(threshold_of(self.settings, self.head))
+        settings = replace(self.settings, threshold=threshold)
+        check_settings(settings, self.draft is not None, self.head is not None)
+        self.settings = replace(settings, threshold=threshold_of(settings, self.head))
+        self.buffers.threshold.fill_(self.settings.threshold or 0.0)
 
     @torch.inference_mode()
     def warm_up(self) -> float:
-        """Runs every step, which compiles it, captures the CUDA graphs, and measures what --speculate_k auto chooses by.
-        Returns the seconds it took."""
+        """Runs every step, which compiles it, captures the CUDA graphs, and measures what --speculate_k auto
+        chooses by. Returns the seconds it took."""
         started = time.monotonic()
         # As few rows as a last pass may have: products of few rows are tuned for them, too
-        self.prefill([0] * min(WINDOW + 1, self.capacity))
+        self.prefill([0] * min(PAGE + 1, self.capacity))
         for m in self.sizes:
-            for needed in (1, 1, self.capacity):  # again, and elsewhere: no step may depend on where it stands
+            for needed in (
+                1,
+                1,
+                self.capacity,
+            ):  # again, and elsewhere: no step may depend on where it stands
                 self.buffers.pos.fill_(needed // 2)
                 self.round(needed, m)
         if self.settings.compile and self.device.type == "cuda":
             pool = torch.cuda.graph_pool_handle()
             for m in self.sizes:
                 self.buffers.pos.fill_(1)
-                self.graphs[m] = tuple(capture(step, pool) for step in self.steps(self.visible(self.capacity), m))
+                self.graphs[m] = tuple(
+                    capture(step, pool) for step in self.steps(self.visible(self.capacity), m)
+                )
         if self.settings.adaptive:
-            for window in self.pace.windows(self.capacity):
-                self.measure(window)
+            for length in self.pace.lengths(self.capacity):
+                self.measure(length)
         return time.monotonic() - started
 
-    def measure(self, window: int, repeats: int = 9) -> None:
-        """Tells `pace` the median seconds of a round for each size; the sizes take turns, as other work comes and goes."""
+    def measure(self, length: int, repeats: int = 9) -> None:
+        """Tells `pace` the median seconds of a round for each size; the sizes take turns, as other work comes
+        and goes."""
         seconds = {m: [] for m in self.sizes}
         for m in self.sizes * repeats:
-            self.buffers.pos.fill_(max(0, window - m - 2))
+            self.buffers.pos.fill_(max(0, length - m - 2))
             began = time.monotonic()
-            self.round(window, m)
+            self.round(length, m)
             seconds[m].append(time.monotonic() - began)
         medians = [sorted(found)[repeats // 2] for found in seconds.values()]
-        self.pace.seconds |= {(window, m): found for m, found in zip(seconds, tp.first(lambda: medians))}
+        self.pace.seconds |= {(length, m): found for m, found in zip(seconds, tp.first(lambda: medians))}
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -457,18 +498,21 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int], keep: int = 0) -> None:
-        """Reads all of the prompt but its last token into the caches, in passes of PREFILL_ROWS, the last one padded.
+        """Reads all of the prompt but its last token into the caches, in passes of PREFILL_ROWS, the last one
+        padded.
 
         keep: so many of its first tokens are there already, from the sequence before.
         """
-        if self.generations != [model.generation for model in (self.target, self.draft) if model is not None]:
+        if self.cache_epochs != [
+            model.cache_epoch for model in (self.target, self.draft) if model is not None
+        ]:
             raise RuntimeError("Another engine has since made this model's caches longer; make a new engine.")
         b, count = self.buffers, len(prompt) - 1
         b.tokens.zero_()
         b.tokens[: len(prompt)] = torch.tensor(prompt)
-        start = min(keep, count) // WINDOW * WINDOW
+        start = min(keep, count) // PAGE * PAGE
         while start < count:
-            end = min(start + PREFILL_ROWS[self.device.type], -(-count // WINDOW) * WINDOW)
+            end = min(start + PREFILL_ROWS[self.device.type], whole_pages(count))
             for model in (self.target, self.draft):
                 if model is not None:
                     pos = torch.arange(start, end, device=b.tokens.device)
@@ -485,14 +529,14 @@ class Engine:
         """
         if self.device.type == "cuda":
             return self.ruler
-        visible = self.ruler[: -(-needed // WINDOW) * WINDOW]
-        if self.settings.compile and self.capacity > WINDOW:  # else there is only one length
+        visible = self.ruler[: whole_pages(needed)]
+        if self.settings.compile and self.capacity > PAGE:  # else there is only one length
             torch._dynamo.mark_dynamic(visible, 0)
         return visible
 
     def steps(self, visible: Tensor, m: int, drafts: int = 0) -> list:
-        """What a round launches, in order: the draft loop (of `drafts` tokens, default m) and the verification of m, or the
-        plain step. The last one reports."""
+        """What a round launches, in order: the draft loop (of `drafts` tokens, default m) and the
+        verification of m, or the plain step. The last one reports."""
         b, s = self.buffers, self.settings
         if self.draft is None:
             return [lambda: self.plain_step(self.target, b, s, visible)]
@@ -506,8 +550,9 @@ class Engine:
 
     @torch.inference_mode()
     def launch(self, needed: int, m: int = 0, most: int = 0) -> Slot:
-        """Starts a round of m draft tokens (default speculate_k), or only of the `most` that can still be used, which may look
-        at positions below `needed`; waits for nothing. A captured draft loop always makes m."""
+        """Starts a round of m draft tokens (default speculate_k), or only of the `most` that can still be
+        used, which may look at positions below `needed`; waits for nothing. A captured draft loop always
+        makes m."""
         b, m = self.buffers, m or self.settings.speculate_k
         drafts = m if self.graphs or not most else min(m, most)
         slot = self.slots[0]
@@ -544,13 +589,17 @@ class Engine:
         """One round, launched and read."""
         return self.collect(self.launch(needed, m))
 
-    def stream(self, prompt: list[int], max_new_tokens: int, result: Result, keep: int = 0) -> Iterator[tuple[int, str]]:
+    def stream(
+        self, prompt: list[int], max_new_tokens: int, result: Result | None = None, keep: int = 0
+    ) -> Iterator[tuple[int, str]]:
         """Decodes after `prompt`, yields (token, origin) as rounds commit them, and fills `result`.
 
-        Stops exactly at the first stop token (which is put out) or after max_new_tokens. keep: as in `prefill`.
-        With `overlap` a round is under way before the last one is read; one that lies past the end is thrown away.
+        Stops exactly at the first stop token (which is put out) or after max_new_tokens. keep: as in
+        `prefill`. With `overlap` a round is under way before the last one is read; one that lies past the end
+        is thrown away.
         """
         check_prompt(prompt, max_new_tokens, self.length, *self.context)
+        result = self.result = result or Result(len(prompt))
         if self.settings.adaptive and not self.pace.seconds:
             self.warm_up()
         started = time.monotonic()
@@ -562,7 +611,11 @@ class Engine:
             left = max_new_tokens - len(result.tokens)
             current = ahead or self.launch(pos + rows, *self.size_of_round(pos + rows, left))
             another = self.overlap and left > 1  # this round gives at least one token
-            ahead = self.launch(pos + 2 * rows, *self.size_of_round(pos + 2 * rows, left - 1)) if another else None
+            ahead = (
+                self.launch(pos + 2 * rows, *self.size_of_round(pos + 2 * rows, left - 1))
+                if another
+                else None
+            )
             got = self.collect(current)
             if got.flawed:
                 self.stop_at_not_finite(got.flawed, prompt + result.tokens)
@@ -574,7 +627,8 @@ class Engine:
             yield from fresh
 
     def size_of_round(self, needed: int, left: int) -> tuple[int, int]:
-        """M of a round that looks at positions below `needed`, and how many draft tokens can be used, of `left` to come."""
+        """M of a round that looks at positions below `needed`, and how many draft tokens can be used, of
+        `left` to come."""
         most = left + self.ahead
         return self.pace.choose(needed, most), most
 
@@ -620,120 +674,17 @@ class Engine:
         return result
 
 
-class Pace:
-    """Chooses each round's M for --speculate_k auto: the size with the most expected tokens a second.
-
-    A draft token at place i passes with probability a_i, if those before it did. a_i is the share that passed of those
-    reached at place i, in counts that halve every 35 rounds, drawn to the share over all places while they are few.
-    A round of M then gives 1 + sum over i of a_1 ... a_i tokens, in the seconds measured for M during warm-up.
-    """
-
-    DECAY, PRIOR, STRENGTH = 0.98, 0.8, 4.0
-
-    def __init__(self, sizes: tuple[int, ...]):
-        self.sizes = sizes
-        self.seconds: dict[tuple[int, int], float] = {}  # of a round, by window and M
-        self.reached, self.passed = ([0.0] * max(sizes) for _ in range(2))
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Counts a finished round."""
-        if len(self.sizes) == 1:
-            return
-        for counts, upto in ((self.reached, min(accepted + 1, drafted)), (self.passed, accepted)):
-            counts[:] = [self.DECAY * count + (place < upto) for place, count in enumerate(counts)]
-
-    @staticmethod
-    def windows(capacity: int) -> list[int]:
-        """Where to measure: at 256 positions, its doubles, and all."""
-        windows = [min(256, capacity)]
-        while windows[-1] < capacity:
-            windows.append(min(2 * windows[-1], capacity))
-        return windows
-
-    def choose(self, needed: int, most: int = 1 << 30) -> int:
-        """The M of the next round, which looks at up to `needed` positions, of which `most` draft tokens can be used."""
-        if len(self.sizes) == 1:
-            return self.sizes[0]
-        sizes = [m for m in self.sizes if m <= most] or self.sizes[:1]
-        window = min((window for window, _ in self.seconds if window >= needed), default=max(self.seconds)[0])
-        overall = (sum(self.passed) + self.STRENGTH * self.PRIOR) / (sum(self.reached) + self.STRENGTH)
-        expected, chance, best = 1.0, 1.0, (0.0, 0)
-        for place, (reached, passed) in enumerate(zip(self.reached, self.passed), 1):
-            chance *= (passed + self.STRENGTH * overall) / (reached + self.STRENGTH)
-            expected += chance
-            if place in sizes:
-                best = max(best, (expected / self.seconds[window, place], place))
-        return best[1]
-
-
-def first_not_finite(model: Transformer, ids: list[int]) -> str:
-    """Where numbers first stop being finite when `ids` are read in one pass, by module, or in which weights: a clause."""
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.float().isfinite().all():
-            return f"the weight {name} holds NaN or infinity"
-    found = []
-
-    def look(name: str) -> Callable:
-        def hook(module, inputs, output) -> None:
-            numbers = output[0] if isinstance(output, tuple) else output
-            if not found and not numbers.isfinite().all():
-                row = int((~numbers.isfinite()).flatten(2).any(-1)[0].nonzero()[0])
-                largest = inputs[0].abs().amax().item() if inputs[0].is_floating_point() else 0
-                found.append(f"first the output of {name} at position {row} (its input reaches {largest:.3g})")
-
-        return hook
-
-    modules = [(name, module) for name, module in model.named_modules() if name and not isinstance(module, torch.nn.ModuleList)]
-    handles = [module.register_forward_hook(look(name)) for name, module in modules]
-    try:
-        with torch.inference_mode():
-            model(torch.tensor([ids], device=model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else "a pass over the whole text in eager code does not show it"
-
-
-def check_compiler() -> None:
-    """Raises InputError when torch.compile would find no C++ compiler for its CPU code."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, OSError):
-        raise InputError("--compile on a CPU needs a C++ compiler such as g++; install one, or name it in CXX.") from None
-
-
-def compile_step(step, device: str):
-    """Compiles a step function for one engine, as one graph that serves every length of `visible`.
-
-    A model, its settings and its buffers never change within an engine, so that only `first` is guarded: checking the
-    rest would cost more than a small draft's step. The copied code object keeps engines apart, since dynamo caches by
-    code object.
-    """
-    if tp.GROUP:
-        tp.own_compile_cache()
-    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
-
-    def keep(guards: list) -> list[bool]:
-        return [guard.name in ("first", "L['first']") for guard in guards]
-
-    # On a CPU the wrapper around the kernels counts (in C++ it cannot call collectives), on a GPU it is captured and gone
-    options = {"cpp_wrapper": not tp.GROUP} if device == "cpu" else {"coordinate_descent_tuning": True}
-    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})
-
-
 def capacity_for(length: int, speculate_k: int) -> int:
-    """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for the drafts
-    of two rounds past the end, since one may be under way when the end is found."""
-    return -(-(length + 2 * (speculate_k + 1)) // WINDOW) * WINDOW
+    """Positions that caches and buffers hold for sequences of `length` tokens: whole WINDOWs, with room for
+    the drafts of two rounds past the end, since one may be under way when the end is found."""
+    return whole_pages(length + 2 * (speculate_k + 1))
 
 
-def threshold_of(settings: Settings, head: JudgeHead | None) -> float:
-    """The threshold in force: as asked for, else the judge's own, else the rule's default."""
+def threshold_of(settings: Settings, head: JudgeHead | None) -> float | None:
+    """The threshold in force: as asked for, else the judge's own, else the rule's default; None without a
+    knob."""
     if settings.verify in ("plain", "standard"):
-        return 0.0
+        return None
     if settings.threshold is not None:
         return float(settings.threshold)
     return float(head.threshold if settings.verify == "judge" else RULES[settings.verify].default)
@@ -746,7 +697,9 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
     if not 1 <= settings.speculate_k <= 1024:
         raise InputError(f"--speculate_k {settings.speculate_k} must be between 1 and 1024.")
     if not (settings.temperature == 0 or 1e-3 <= settings.temperature <= 1e3):
-        raise InputError(f"--temperature {settings.temperature} must be 0 (greedy) or between 0.001 and 1000.")
+        raise InputError(
+            f"--temperature {settings.temperature} must be 0 (greedy) or between 0.001 and 1000."
+        )
     if settings.top_k is not None and settings.top_k < 1:
         raise InputError(f"--top_k {settings.top_k} is too small: it keeps at least 1 token.")
     if not 0 <= settings.min_prob < 1:
@@ -754,7 +707,10 @@ def check_settings(settings: Settings, has_draft: bool, has_judge: bool) -> None
     if settings.verify != "plain" and not has_draft:
         raise InputError(f"--verify {settings.verify} needs a draft; name one with --draft_checkpoint_path.")
     if settings.relax_between is not None and settings.verify in ("plain", "standard"):
-        raise InputError(f"--relax_between says where a rule applies, but --verify {settings.verify} has none; leave it out.")
+        raise InputError(
+            f"--relax_between says where a rule applies, but --verify {settings.verify} has none; leave it "
+            f"out."
+        )
     if settings.verify == "judge" and not has_judge:
         raise InputError("--verify judge needs a judge; name one with --judge_path.")
     if settings.threshold is not None and settings.verify in ("plain", "standard"):
@@ -773,7 +729,8 @@ def smallest_context(target: ModelArgs, draft: ModelArgs | None) -> tuple[int, s
 def check_prompt(
     prompt: list[int], max_new_tokens: int, length: int, context: int, whose: str = "the model's context"
 ) -> None:
-    """Raises InputError when the prompt is empty, or prompt and output do not fit the context, `whose` it is, or the cache."""
+    """Raises InputError when the prompt is empty, or prompt and output do not fit the context, `whose` it is,
+    or the cache."""
     if not prompt:
         raise InputError("The prompt is empty; give at least one token.")
     if max_new_tokens < 1:
@@ -786,88 +743,104 @@ def check_prompt(
             )
 
 
-def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) -> None:
-    """Raises InputError when draft and target do not share a vocabulary, by size or by tokenizer."""
-    if target.vocab_size != draft.vocab_size:
-        raise InputError(
-            f"Draft and target must share a vocabulary: {folders[1]} has {draft.vocab_size} tokens, "
-            f"{folders[0]} has {target.vocab_size}."
-        )
-    sample = "The quick brown fox: 12345 + 67890 = 80235, naïve Übermut 你好 🙂\n\n    def f(x):"
-    ours, theirs = (load_tokenizer(folder).encode(sample) for folder in folders)
-    if ours != theirs:
-        raise InputError(f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} differ.")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on `device`, or None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-def check_memory(
-    models: list[ModelArgs], capacity: int, dtype: torch.dtype, device: torch.device, schemes: list[Scheme | None]
-) -> None:
-    """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on `device`."""
-    weights = sum(weight_bytes(args, dtype, scheme) for args, scheme in zip(models, schemes))
-    rows = PREFILL_ROWS[device.type]
-    extra = max(temporary_bytes(args, dtype, scheme, device, rows) for args, scheme in zip(models, schemes))
-    caches = sum(args.cache_bytes(capacity, dtype) for args in models)
-    free = free_memory(device)
-    if free is not None and weights + caches + extra > free:
-        packing = f", and {extra / 1e9:.1f} GB for a time while weights are quantised and prompts read" if extra else ""
-        raise InputError(
-            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of caches{packing}, "
-            f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter --cache_length."
-        )
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Without a target it names the demo pair, its judge and a demo problem."""
     parser = Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
-    add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")
-    add("--draft_checkpoint_path", type=Path, help="the draft, with the same vocabulary (default: the demo's)")
+    add(
+        "--checkpoint_path",
+        type=Path,
+        help="the target, a Hugging Face snapshot folder (default: the demo target)",
+    )
+    add(
+        "--draft_checkpoint_path", type=Path, help="the draft, with the same vocabulary (default: the demo's)"
+    )
     add("--judge_path", type=Path, help="judge.safetensors, made by judge.py for this target")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add_mode_flags(parser.add_argument_group("quantised weights"))
     add = parser.add_argument_group("what to say").add_argument
-    add("--prompt",
-        help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo problem)")
+    add(
+        "--prompt",
+        help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo "
+        "problem)",
+    )
     add("--chat", action="store_true", help="put the prompt into the folder's chat format")
-    add("--interactive", action="store_true", help="ask for prompts and stream the answers; Ctrl-C stops an answer")
+    add(
+        "--interactive",
+        action="store_true",
+        help="ask for prompts and stream the answers; Ctrl-C stops an answer",
+    )
     add("--max_new_tokens", type=whole(1, MOST_TOKENS), default=200, help="tokens of an answer, at most")
-    add("--cache_length", type=whole(1, MOST_TOKENS), help="tokens that the cache holds (default: what this run needs)")
+    add(
+        "--cache_length",
+        type=whole(1, MOST_TOKENS),
+        help="tokens that the cache holds (default: what this run needs)",
+    )
     add("--num_samples", type=whole(1, MOST_TOKENS), default=1, help="answers to the prompt")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top_k", type=whole(0, MOST_TOKENS), help="sample from the K most likely tokens; 0: from all (default: all)")
+    add(
+        "--top_k",
+        type=whole(0, MOST_TOKENS),
+        help="sample from the K most likely tokens; 0: from all (default: all)",
+    )
     add("--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="of sampling")
     add = parser.add_argument_group("verification").add_argument
-    add("--verify", choices=["plain", *RULES], help="default: judge if there is one, standard if there is a draft")
-    add("--threshold", type=float, help="the rule's knob: delta, tau, K, ... (default: the judge's own, or the rule's)")
-    add("--min_prob", type=float, default=0.0, help="no rule accepts a token that the target gives less than this")
-    add("--relax_between", nargs=2, metavar=("BEGIN", "END"), help="the rule applies only between these two texts")
-    add("--calibration", type=Path, help="a file by judge.py calibrate: its rule, its threshold, its guarantee")
+    add(
+        "--verify",
+        choices=["plain", *RULES],
+        help="default: judge if there is one, standard if there is a draft",
+    )
+    add(
+        "--threshold",
+        type=float,
+        help="the rule's knob: delta, tau, K, ... (default: the judge's own, or the rule's)",
+    )
+    add(
+        "--min_prob",
+        type=float,
+        default=0.0,
+        help="no rule accepts a token that the target gives less than this",
+    )
+    add(
+        "--relax_between",
+        nargs=2,
+        metavar=("BEGIN", "END"),
+        help="the rule applies only between these two texts",
+    )
+    add(
+        "--calibration",
+        type=Path,
+        help="a file by judge.py calibrate: its rule, its threshold, its guarantee",
+    )
     add("--speculate_k", type=read_k, default=16, help="M, draft tokens a round, or auto: chosen as it goes")
     add = parser.add_argument_group("speed and output").add_argument
     add("--compile", action="store_true", help="compile the step functions with torch.compile")
     add("--profile", type=Path, help="write a Chrome trace of the last sample to this file")
-    add("--json", action="store_true", help="print one JSON object a sample, and nothing else, on standard output")
-    add("--marks", action="store_true", help="show by brackets who accepted each token, where output is no terminal, too")
-    add("--debug_numerics", action="store_true", help="where logits are not finite, say where in the model that begins")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object a sample, and nothing else, on standard output",
+    )
+    add(
+        "--marks",
+        action="store_true",
+        help="show by brackets who accepted each token, where output is no terminal, too",
+    )
+    add(
+        "--debug_numerics",
+        action="store_true",
+        help="where logits are not finite, say where in the model that begins",
+    )
     tp.add_flags(parser.add_argument_group("several GPUs"))
     parser.set_defaults(compare=False)  # the demo decodes its prompt once more plainly
     args = parser.parse_args(argv)
     if args.checkpoint_path is None:
         name_demo(args)
     if args.verify is None and not args.calibration:
-        args.verify = "plain" if not args.draft_checkpoint_path else "judge" if args.judge_path else "standard"
+        args.verify = (
+            "plain" if not args.draft_checkpoint_path else "judge" if args.judge_path else "standard"
+        )
     return args
 
 
@@ -880,58 +853,25 @@ def name_demo(args: argparse.Namespace) -> None:
         args.prompt, args.compare = DEMO_PROMPT, True
 
 
-def load_pair(
-    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0,
-    schemes: tuple[Scheme | None, Scheme | None] = (None, None), draft_tp: str | None = None,
-) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
-    """Loads what is named, after checking that draft and target fit together and into memory.
-
-    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where ranks share the
-    target, whether they share the draft as well (default: tp.place_draft).
-    """
-    folders = [folder for folder in (target, draft) if folder is not None]
-    shapes = [ModelArgs.from_folder(folder) for folder in folders]
-    if draft is not None:
-        check_pair(*shapes, tuple(folders))
-    written = [(read_scheme(folder) or (scheme,))[0] for folder, scheme in zip(folders, schemes)]
-    shards = place(shapes, dtype, written, device, draft_tp)
-    local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
-    check_memory(local, capacity, dtype, device, written)
-    models = [load_model(*each) for each in zip(folders, [device] * 2, [dtype] * 2, schemes, shards)]
-    tp.agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
-    head = load_judge(judge, *models) if judge is not None else None
-    return models[0], models[1] if draft is not None else None, head
-
-
-def place(
-    shapes: list[ModelArgs], dtype: torch.dtype, schemes: list[Scheme | None], device: torch.device, draft_tp: str | None
-) -> list[tp.Shard | None]:
-    """For target and draft: this rank's shard, or None for all of it. Says on standard error where the draft goes."""
-    shard = tp.shard()
-    if shard is None or len(shapes) < 2:
-        return [shard] * len(shapes)
-    draft, scheme = shapes[1], schemes[1]
-    size = weight_bytes(draft, dtype, scheme)
-    draft_tp = draft_tp or tp.place_draft(draft, size, shard.world, device.type)
-    print(f"draft: {'sharded' if draft_tp == 'shard' else 'the same on every rank'}", file=sys.stderr)
-    return [shard, shard if draft_tp == "shard" else None]
-
-
 def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokenizer) -> Engine:
     """Loads what the command line names and builds the engine."""
     settings, device = settings_of(args), pick_device(tp.own_device(args.device))
     tp.connect(device, args.all_reduce)
-    dtype, shape = run_dtype(args.precision, device), ModelArgs.from_folder(args.checkpoint_path)
+    dtype, shape = run_dtype(args.precision, device), read_config(args.checkpoint_path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise InputError(
-            f"{args.checkpoint_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {shape.vocab_size}."
+            f"{args.checkpoint_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
+            f"{shape.vocab_size}."
         )
     length = args.cache_length or prompt_tokens + args.max_new_tokens
     if args.interactive and not args.cache_length:
         length = min(shape.max_position, 8192)
     draft = None if args.verify == "plain" else args.draft_checkpoint_path
     judge = args.judge_path if args.verify == "judge" else None
-    capacity, schemes = capacity_for(length, settings.speculate_k), (scheme_of(args), scheme_of(args, "draft_"))
+    capacity, schemes = (
+        capacity_for(length, settings.speculate_k),
+        (scheme_of(args), scheme_of(args, "draft_")),
+    )
     models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity, schemes, args.draft_tp)
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     engine = Engine(*models, settings, tokenizer.stop_ids, length, markers)
@@ -948,136 +888,29 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """
     auto = args.speculate_k == "auto"
     between = tuple(args.relax_between) if getattr(args, "relax_between", None) else None
-    budget = (getattr(args, "max_new_tokens", None) or 1 << 30) + (RULES[args.verify].ahead if args.verify in RULES else 0)
-    return Settings(args.verify, args.threshold, min(max(SIZES) if auto else args.speculate_k, budget), args.temperature,
-                    args.top_k or None, args.compile, args.min_prob, auto, between,
-                    check_ranks=getattr(args, "check_ranks", False),
-                    debug_numerics=getattr(args, "debug_numerics", False))  # fmt: skip
+    budget = (getattr(args, "max_new_tokens", None) or 1 << 30) + (
+        RULES[args.verify].ahead if args.verify in RULES else 0
+    )
+    return Settings(
+        args.verify,
+        args.threshold,
+        min(max(SIZES) if auto else args.speculate_k, budget),
+        args.temperature,
+        args.top_k or None,
+        args.compile,
+        args.min_prob,
+        auto,
+        between,
+        check_ranks=getattr(args, "check_ranks", False),
+        debug_numerics=getattr(args, "debug_numerics", False),
+    )
 
 
-def read_k(text: str) -> int | str:
-    """--speculate_k: a whole number, or "auto"."""
-    try:
-        return text if text == "auto" else whole(1, 1024)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a whole number from 1 to 1024, or auto") from None
-
-
-def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's ids: a synthetic prompt of N tokens, or text (given, or read from standard input)."""
-    text = args.prompt
-    if not text:
-        raise InputError("There is no prompt; give --prompt, or --interactive.")
-    if text == "-":
-        text = tp.first(read_stdin)
-    elif text.isascii() and text.isdigit():
-        if len(text) > 7:
-            raise InputError(f"--prompt {shortened(text)} asks for too long a synthetic prompt; at most 9999999 tokens.")
-        generator = torch.Generator().manual_seed(args.seed % 2**63)
-        ids = torch.randint(0, min(256, tokenizer.vocab_size), (int(text),), generator=generator).tolist()
-        return [tokenizer.bos_id, *ids][: int(text)]
-    return encode_prompt(args, tokenizer, text)
-
-
-MOST_INPUT = 64 << 20  # bytes of a prompt on standard input; no context holds more
-
-
-def read_stdin() -> str:
-    """Standard input as UTF-8, without a byte-order mark and the line's end that `echo` adds. Raises InputError where it is
-    closed, endless, empty or no text."""
-    if sys.stdin is None:
-        raise InputError("--prompt - finds standard input closed.")
-    try:
-        content = getattr(sys.stdin, "buffer", None)
-        content = content.read(MOST_INPUT + 1) if content else sys.stdin.read(MOST_INPUT + 1).encode()
-        text = content.decode("utf-8-sig")
-    except UnicodeError as error:
-        raise InputError(f"--prompt - found no UTF-8 text on standard input: {error}.") from None
-    if len(content) > MOST_INPUT:
-        raise InputError(f"--prompt - found more than {MOST_INPUT >> 20} MiB on standard input.")
-    if not (text := text.removesuffix("\n").removesuffix("\r")):
-        raise InputError("--prompt - found nothing on standard input.")
-    return text
-
-
-def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt's text: in the chat format, or after begin-of-text."""
-    if args.chat:
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
-
-
-def as_json(engine: Engine, result: Result, text: str) -> str:
-    """One sample as one line of JSON."""
-    s, n = engine.settings, RULES.get(engine.settings.verify)
-    return json.dumps({
-        "prompt_tokens": result.prompt_tokens, "tokens": result.tokens, "origin": "".join(result.origin), "text": text,
-        "stop_reason": result.stop_reason,
-        "rounds": result.rounds, "drafted": result.drafted, "accepted": result.accepted,
-        "accepted_by_rule": result.accepted_by_rule, "mean_accepted": result.mean_accepted,
-        "seconds_prefill": result.seconds_prefill, "seconds_decode": result.seconds_decode,
-        "tokens_per_second": result.tokens_per_second, "verify": s.verify,
-        "threshold": threshold_of(s, engine.head) if n and n.knob != "none" else None,
-        "min_prob": s.min_prob, "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
-        "mean_score": result.mean_score,
-        "device": str(engine.target.device), "dtype": kind_of(engine.target),
-    })  # fmt: skip
-
-
-class Paint:
-    """Text with each token marked by who accepted it: by colours on a terminal, by brackets with `marks` or NO_COLOR, not at
-    all elsewhere, where the answer itself is wanted.
-
-    The target's own token is marked alike after a rejection (t) and after full acceptance (b).
-    """
-
-    COLOURS = {"a": ("\033[32m", "\033[0m"), "r": ("\033[33m", "\033[0m"), "t": ("\033[31m", "\033[0m")}
-    MARKS = {"a": ("", ""), "r": ("{", "}"), "t": ("<", ">")}
-
-    def __init__(self, stream, drafted: bool = True, marks: bool = False):
-        terminal = stream.isatty()
-        self.on = drafted and (terminal or marks)
-        self.marks = self.COLOURS if terminal and not marks and not os.environ.get("NO_COLOR") else self.MARKS
-        a, r, t = (self.marks[letter] for letter in "art")
-        self.legend = (
-            f"{a[0]}accepted draft tokens{a[1]}, {r[0]}let through by the rule alone{r[1]}, {t[0]}the target's own{t[1]}"
-        )
-
-    def token(self, text: str, letter: str) -> str:
-        opening, closing = self.marks["t" if letter == "b" else letter] if self.on else ("", "")
-        return f"{opening}{text}{closing}" if text else ""
-
-
-def paint_tokens(tokenizer: Tokenizer, result: Result, paint: Paint) -> str:
-    """The answer with marks; stop tokens are left out."""
-    decoder, parts = Decoder(tokenizer), []
-    tokens = [pair for pair in zip(result.tokens, result.origin) if pair[0] not in tokenizer.stop_ids]
-    for letter, group in groupby(tokens, key=lambda pair: pair[1]):
-        parts.append(paint.token("".join(decoder.push(token) for token, _ in group), letter))
-    return "".join(parts) + decoder.flush()
-
-
-def answer_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """The answer as text, without a stop token at its end."""
-    return decode(tokenizer, tokens[:-1] if tokens and tokens[-1] in tokenizer.stop_ids else tokens)
-
-
-def name_of(engine: Engine) -> str:
-    """The rule with the threshold in force, as in "kl 0.5"."""
-    s = engine.settings
-    return s.verify if s.verify in ("plain", "standard") else f"{s.verify} {threshold_of(s, engine.head):g}"
-
-
-def summary(name: str, result: Result) -> str:
-    """Speed of one sample in one line."""
-    line = f"{name:15} {result.tokens_per_second:7.1f} tokens/s, {len(result.tokens)} tokens in {result.seconds_decode:.3f} s"
-    if result.drafted:
-        line += f", {result.rounds} rounds, m* {result.mean_accepted:.2f} ({result.accepted_by_rule} by the rule alone)"
-    return f"{line}, prefill {result.seconds_prefill:.3f} s"
-
-
-def run_samples(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], drift: Drift) -> None:
-    """Generates --num_samples answers and prints them: the answer on standard output, figures on standard error."""
+def run_samples(
+    args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], drift: Drift
+) -> None:
+    """Generates --num_samples answers and prints them: the answer on standard output, figures on standard
+    error."""
     paint = Paint(sys.stdout, engine.draft is not None, args.marks)
     for sample in range(args.num_samples):
         last = sample + 1 == args.num_samples
@@ -1101,107 +934,48 @@ def profile(path: Path) -> Iterator[None]:
     with torch.profiler.profile() as trace:
         yield
     if tp.is_first():
-        with replacing(path) as fresh:
-            trace.export_chrome_trace(str(fresh))
-
-
-def warn_of_drift(drift: Drift, result: Result) -> None:
-    """Prints one line, once, when the answers so far do not look like those of the calibration; stopped ones do not count."""
-    if result.stop_reason == "interrupt":
-        return
-    if warning := drift.add(live_statistics(result)):
-        print(warning, file=sys.stderr)
-
-
-def live_statistics(result: Result) -> dict[str, float]:
-    """What is watched of each answer: the share of its tokens that the rule alone let through, and the mean score."""
-    watched = {"by_rule": result.accepted_by_rule / max(1, len(result.tokens))}
-    return watched if result.mean_score is None else watched | {"mean_score": result.mean_score}
+        with tempfile.TemporaryDirectory() as folder:
+            trace.export_chrome_trace(f"{folder}/trace.json")  # it takes no name that is not UTF-8
+            write_file(path, Path(f"{folder}/trace.json").read_bytes())
 
 
 COMPARED = 5  # pairs of runs that a ratio of speeds is the median of, after one that warms up
 
 
 def compare_plainly(args: argparse.Namespace, engine: Engine, prompt: list[int]) -> None:
-    """Decodes the same prompt without a draft and with it, by turns, and prints passes of the target and speeds of both."""
-    settings = replace(engine.settings, verify="plain", threshold=None, adaptive=False, relax_between=None, min_prob=0.0)
+    """Decodes the same prompt without a draft and with it, by turns, and prints passes of the target and
+    speeds of both."""
+    settings = replace(
+        engine.settings, verify="plain", threshold=None, adaptive=False, relax_between=None, min_prob=0.0
+    )
     plain_engine = Engine(engine.target, None, None, settings, engine.stop_ids, engine.length)
     if args.compile:
         plain_engine.warm_up()
     ratios = []
     for turn in range(COMPARED + 1):
-        fast, plain = (each.generate(prompt, args.max_new_tokens, args.seed) for each in (engine, plain_engine))
+        fast, plain = (
+            each.generate(prompt, args.max_new_tokens, args.seed) for each in (engine, plain_engine)
+        )
         if turn:
             ratios.append(fast.tokens_per_second / plain.tokens_per_second)
     ratios.sort()
-    same = "" if args.temperature else f", {'the same text' if plain.tokens == fast.tokens else 'another text'}"
+    same = (
+        "" if args.temperature else f", {'the same text' if plain.tokens == fast.tokens else 'another text'}"
+    )
     print(summary("plain", plain), file=sys.stderr)
-    print(f"{args.verify}: {fast.rounds} passes of the target for {len(fast.tokens)} tokens, plain: {plain.rounds} for "
-          f"{len(plain.tokens)}{same}; {ratios[COMPARED // 2]:.2f} times as fast (median of {COMPARED} runs by turns, "
-          f"{ratios[0]:.2f} to {ratios[-1]:.2f}).", file=sys.stderr)  # fmt: skip
-
-
-def ask() -> str | None:
-    """A line from a person, None at end of input. Raises InputError for input that is closed or no text."""
-    if sys.stdin is None:
-        raise InputError("--interactive finds standard input closed.")
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return None
-    except UnicodeError as error:
-        raise InputError(f"--interactive found no UTF-8 text on standard input: {error}.") from None
-
-
-def chat_loop(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, drift: Drift) -> None:
-    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it is full.
-
-    Ctrl-C stops the answer, of which what was shown is kept; while a prompt is asked for it ends the program.
-    """
-    paint, messages = Paint(sys.stdout, engine.draft is not None, args.marks), []
-    if paint.on:
-        print(paint.legend, file=sys.stderr)
-    engine.generator.manual_seed(args.seed % 2**63)
-    while True:
-        text = tp.first(ask)
-        if text is None:
-            print()
-            return
-        if not text:
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            prompt = tokenizer.encode_chat(messages) if args.chat else encode_prompt(args, tokenizer, text)
-            answer, result = stream_answer(args, engine, tokenizer, prompt, paint)
-            warn_of_drift(drift, result)
-            messages.append({"role": "assistant", "content": answer})
-        except InputError as error:
-            print(f"generate.py: {error}" + (" The conversation begins anew." if args.chat else ""), file=sys.stderr)
-            messages = []
-
-
-def stream_answer(
-    args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint
-) -> tuple[str, Result]:
-    """Prints one answer as it comes, as long as there is room for it or until Ctrl-C, and returns what was shown."""
-    room = min(engine.length, engine.context[0]) - len(prompt)
-    result, decoder, shown = Result(len(prompt)), Decoder(tokenizer), []
-    try:
-        for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room)), result):
-            shown.append(token)
-            if token not in tokenizer.stop_ids:
-                print(paint.token(decoder.push(token), letter), end="", flush=True)
-    except KeyboardInterrupt:
-        if tp.LINK is not None:  # torchrun ends all ranks
-            raise
-        result.stop_reason = "interrupt"
-    print(decoder.flush(), flush=True)
-    print(summary(name_of(engine), result), file=sys.stderr)
-    return answer_text(tokenizer, shown), result
+    print(
+        f"{args.verify}: {fast.rounds} passes of the target for {len(fast.tokens)} tokens, plain: "
+        f"{plain.rounds} for "
+        f"{len(plain.tokens)}{same}; {ratios[COMPARED // 2]:.2f} times as fast (median of {COMPARED} runs "
+        f"by turns, "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}).",
+        file=sys.stderr,
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for a command line that cannot run, before anything is loaded. A calibration gives the rule."""
+    """Raises InputError for a command line that cannot run, before anything is loaded. A calibration gives
+    the rule."""
     if args.calibration:
         calibration = read_calibration(args.calibration)
         rule = calibration["conditions"]["verify"]
@@ -1214,7 +988,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.judge_path and not args.draft_checkpoint_path:
         raise InputError("--judge_path needs a draft; name one with --draft_checkpoint_path.")
     if args.min_prob and args.verify in ("plain", "standard"):
-        raise InputError(f"--min_prob is a floor under a rule, but --verify {args.verify} has none; leave it out.")
+        raise InputError(
+            f"--min_prob is a floor under a rule, but --verify {args.verify} has none; leave it out."
+        )
     if args.interactive and (args.json or args.profile or args.prompt is not None or args.num_samples != 1):
         raise InputError("--interactive goes without --json, --profile, --prompt and --num_samples.")
     if args.profile:
@@ -1231,7 +1007,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = [] if args.interactive else read_prompt(args, tokenizer)
     if not args.interactive:
         draft = args.draft_checkpoint_path if args.verify != "plain" else None
-        shapes = [ModelArgs.from_folder(folder) if folder else None for folder in (args.checkpoint_path, draft)]
+        shapes = [read_config(folder) if folder else None for folder in (args.checkpoint_path, draft)]
         context, whose = smallest_context(*shapes)
         check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
     engine = load_engine(args, len(prompt), tokenizer)
@@ -1248,42 +1024,6 @@ def run(args: argparse.Namespace) -> None:
         chat_loop(args, engine, tokenizer, drift)
     else:
         run_samples(args, engine, tokenizer, prompt, drift)
-
-
-def conditions(engine: Engine, chat: bool, max_new_tokens: int, speculate_k: int | str | None = None) -> dict:
-    """What a calibrated bound holds under: another run must agree in all of it.
-
-    speculate_k: as asked for, where the engine's is lower since no answer can use more.
-    """
-    s, draft = engine.settings, engine.draft
-    named = " ".join(filter(None, (draft.fingerprint, draft.quantization))) if draft else None  # quantised it is another
-    between = list(s.relax_between) if s.relax_between else None
-    return {"verify": s.verify, "target": engine.target.fingerprint, "draft": named,
-            "speculate_k": speculate_k or ("auto" if s.adaptive else s.speculate_k), "temperature": s.temperature,
-            "top_k": s.top_k if s.temperature else None, "min_prob": s.min_prob, "relax_between": between, "chat": chat,
-            "max_new_tokens": max_new_tokens, "dtype": kind_of(engine.target)}  # fmt: skip
-
-
-def kind_of(model: Transformer) -> str:
-    """The type that a model runs in, and how its weights are quantised."""
-    return " ".join(filter(None, (str(model.dtype).removeprefix("torch."), model.quantization)))
-
-
-def announce(args: argparse.Namespace, engine: Engine) -> Drift:
-    """Prints the guarantee that this run has, if it was calibrated, and returns what watches over it."""
-    calibration = None
-    if args.calibration:
-        calibration = read_calibration(args.calibration)
-    elif engine.head is not None:
-        calibration = engine.head.info.get("calibration")
-    if calibration is None and args.verify in ("plain", "standard"):
-        return Drift(None)
-    run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
-    threshold = threshold_of(engine.settings, engine.head)
-    covered, text = describe_guarantee(calibration, run, threshold)
-    print(text, file=sys.stderr)
-    same = covered and threshold == calibration["threshold"]  # a stricter one accepts less
-    return Drift(calibration if same else None)
 
 
 def main(argv: list[str] | None = None) -> None:

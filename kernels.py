@@ -1,11 +1,16 @@
-"""The products and the attention of a few rows: where decoding spends its time, and what libraries are slowest at.
+"""The products and the attention of a few rows: where decoding spends its time, and what libraries are
+slowest at.
 
-`linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use, elsewhere
-and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a Triton kernel that reads
-from the device how far the text goes, so that one captured graph serves every position. `few_rows` multiplies up to 64
-rows with quantised weights there; on a CPU kernels.cpp does.
+`linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use,
+elsewhere and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a
+Triton kernel that reads from dataclasses import dataclass from torch import Tensor from
+torch._inductor.cpp_builder import get_cpp_compiler from torch._inductor.exc import InvalidCxxCompiler import
+gc import torch import types from cli import InputError from the device how far the text goes, so that one
+captured graph serves every position. `few_rows` multiplies up to 64 rows with quantised weights there; on a
+CPU kernels.cpp does.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -13,13 +18,17 @@ import platform
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cli import InputError
 
 try:
     import triton
@@ -29,7 +38,8 @@ except ImportError:  # CPU builds of PyTorch come without it
 
 SOURCE = Path(__file__).resolve().with_name("kernels.cpp")
 FLAGS = (
-    "-O3 -std=c++20 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp "
+    "-O3 -std=c++20 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fassociative-math "
+    "-fno-signed-zeros -fopenmp "
     "-shared -fPIC"
 )
 MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
@@ -69,8 +79,12 @@ def use_cpu_kernels() -> None:
         why_not = reason.splitlines()[0]
         print(f"kernels.cpp could not be built or loaded, products are PyTorch's: {why_not}", file=sys.stderr)
         return
-    torch.library.register_fake("judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
-    torch.library.register_fake("judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n))
+    torch.library.register_fake(
+        "judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0])
+    )
+    torch.library.register_fake(
+        "judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n)
+    )
     cpu_kernels = torch.ops.judge_fast
 
 
@@ -81,13 +95,17 @@ def build(source: Path) -> Path:
     root = Path(torch.__file__).parent
     command = [get_cpp_compiler(), *FLAGS.split(), native_flag(), f"-I{root / 'include'}"]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    key = hashlib.sha256(f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{command}{torch.__version__}{processor()}".encode() + source.read_bytes()
+    ).hexdigest()[:16]
     folder = usable_cache()
     library = folder / f"{source.stem}-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             fresh = Path(beside) / library.name
-            subprocess.run([*command, str(source), *links, "-o", str(fresh)], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [*command, str(source), *links, "-o", str(fresh)], check=True, capture_output=True, text=True
+            )
             if not fresh.exists():
                 raise OSError(f"{command[0]} wrote no library")
             os.replace(fresh, library)
@@ -99,7 +117,8 @@ def cache_folder() -> Path:
 
 
 def usable_cache() -> Path:
-    """`cache_folder`, made where it is missing; where it cannot be written, one of this user's own among temporary files."""
+    """`cache_folder`, made where it is missing; where it cannot be written, one of this user's own among
+    temporary files."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -192,7 +211,9 @@ if triton is not None:
         parts = tl.load(part + place[:, None] * D + dims[None, :], mask=mask, other=0.0)
         y = tl.sum(parts * weight[:, None], 0) / tl.sum(sums * weight, 0)
         group = ROWS // T
-        where = ((row % T) * (tl.num_programs(0) * group) + head * group + row // T) * D  # out is (T, heads, D)
+        where = (
+            (row % T) * (tl.num_programs(0) * group) + head * group + row // T
+        ) * D  # out is (T, heads, D)
         tl.store(out + where + dims, y.to(out.dtype.element_ty), mask=dims < D)
 
     @triton.jit
@@ -201,7 +222,8 @@ if triton is not None:
         INT4: tl.constexpr, GROUP: tl.constexpr, X_K: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """x (T, X_K) times BLOCK_N quantised weight rows, over one part of the columns, each `each` wide: fp32 (T, N)."""
+        """x (T, X_K) times BLOCK_N quantised weight rows, over one part of the columns, each `each` wide:
+        fp32 (T, N)."""
         rows, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         number = tl.program_id(1)
         begin, end = number * each, tl.minimum(number * each + each, K)
@@ -211,7 +233,9 @@ if triton is not None:
             if INT4:  # a byte holds columns 32 b + i and 32 b + 16 + i
                 byte = tl.arange(0, BLOCK_K // 2)
                 low = start + byte // 16 * 32 + byte % 16
-                packed = tl.load(w + line * (K // 2) + start // 2 + byte[None, :], mask=low[None, :] < end, other=0)
+                packed = tl.load(
+                    w + line * (K // 2) + start // 2 + byte[None, :], mask=low[None, :] < end, other=0
+                )
                 pair = scales + (line * (K // GROUP) + low[None, :] // GROUP) * 2
                 scale = tl.load(pair, mask=low[None, :] < end, other=0.0).to(tl.float32)
                 offset = tl.load(pair + 1, mask=low[None, :] < end, other=0.0).to(tl.float32)
@@ -233,7 +257,8 @@ if triton is not None:
 
 
 class Tiling(NamedTuple):
-    """How `few_rows` cuts a product: sizes of a block, warps and loads in flight of a program, programs a multiprocessor."""
+    """How `few_rows` cuts a product: sizes of a block, warps and loads in flight of a program, programs a
+    multiprocessor."""
 
     block_n: int
     block_k: int
@@ -251,11 +276,13 @@ tilings: dict[str, Tiling] = {}  # the choices of this process, by shape
 
 @torch.library.custom_op("judge_fast::few_rows", mutates_args=())
 def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) of up to MOST_ROWS rows times a quantised weight, packed as quantize.py says -> (..., n), on a GPU.
+    """x (..., k) of up to MOST_ROWS rows times a quantised weight, packed as quantize.py says -> (..., n), on
+    a GPU.
 
-    Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into parts that run
-    side by side where the weight has too few rows to fill the GPU; the parts are summed in fp32. The first product of a
-    shape measures TILINGS, unless an earlier process has, on the same kind of GPU.
+    Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into
+    parts that run side by side where the weight has too few rows to fill the GPU; the parts are summed in
+    fp32. The first product of a shape measures TILINGS, unless an earlier process has, on the same kind of
+    GPU.
     """
     block_m = power_of_2(x.numel() // x.shape[-1])
     fitting = [tiling for tiling in TILINGS if weight.shape[0] % tiling.block_n == 0]
@@ -280,10 +307,23 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, n: int, tiling: Tiling) -
     n_parts = -(-k // each)
     part = torch.empty(n_parts, rows, n_padded, dtype=torch.float32, device=x.device)
     product_part[(blocks, n_parts)](
-        x.contiguous(), weight, scales, part, n_padded, k, rows, each, INT4=int4, GROUP=k // scales.shape[1] if int4 else 1,
-        X_K=x.shape[-1], BLOCK_M=power_of_2(rows), BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-    )  # fmt: skip
+        x.contiguous(),
+        weight,
+        scales,
+        part,
+        n_padded,
+        k,
+        rows,
+        each,
+        INT4=int4,
+        GROUP=k // scales.shape[1] if int4 else 1,
+        X_K=x.shape[-1],
+        BLOCK_M=power_of_2(rows),
+        BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
     return part.sum(0)[:, :n].to(x.dtype).view(*x.shape[:-1], n)
 
 
@@ -305,11 +345,15 @@ def milliseconds(action: Callable[[], Tensor]) -> float:
 def tilings_file(device: torch.device) -> Path:
     """Where the choices for this GPU, Triton and source are kept."""
     kind = f"{torch.cuda.get_device_name(device)} {triton.__version__}".encode()
-    return cache_folder() / f"few_rows-{hashlib.sha256(kind + Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+    return (
+        cache_folder()
+        / f"few_rows-{hashlib.sha256(kind + Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+    )
 
 
 def read_tilings(device: torch.device) -> dict[str, Tiling]:
-    """What earlier processes chose; nothing where the file is missing or damaged: then it is measured again."""
+    """What earlier processes chose; nothing where the file is missing or damaged: then it is measured
+    again."""
     try:
         return {key: Tiling(*found) for key, found in json.loads(tilings_file(device).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -317,19 +361,26 @@ def read_tilings(device: torch.device) -> dict[str, Tiling]:
 
 
 def write_tilings(device: torch.device) -> None:
-    """Keeps the choices, beside those of other processes. Where that fails, the next process measures again."""
+    """Keeps the choices, beside those of other processes. Where that fails, the next process measures
+    again."""
     path = tilings_file(device)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # no other folder will do: the next process looks here
+        path.parent.mkdir(
+            parents=True, exist_ok=True, mode=0o700
+        )  # no other folder will do: the next process looks here
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
             json.dump(read_tilings(device) | tilings, beside)
         os.replace(beside.name, path)
     except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}): products are tuned anew next time.", file=sys.stderr)
+        print(
+            f"{path} cannot be written ({error.strerror}): products are tuned anew next time.",
+            file=sys.stderr,
+        )
 
 
 def scaled_product(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) in bf16 or fp32, quantised to e4m3 with one scale a row, times fp8 weights (N, K), scales (N,) -> (..., n).
+    """x (..., k) in bf16 or fp32, quantised to e4m3 with one scale a row, times fp8 weights (N, K), scales
+    (N,) -> (..., n).
 
     Any number of rows, by PyTorch's product of fp8 with fp8, whose output is bf16.
     """
@@ -348,11 +399,13 @@ def few_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
 
 @torch.library.custom_op("judge_fast::attend", mutates_args=())
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
-    """Attention of T rows over the part of a KV cache that they may see; traffic follows pos, not the cache's length.
+    """Attention of T rows over the part of a KV cache that they may see; traffic follows pos, not the cache's
+    length.
 
-    q: (n_kv_head, group * T, D), row r being query head r // T of its group and token r % T. k_cache, v_cache:
-    (1, n_kv_head, length, D). pos: (T,) ascending positions; row t sees positions up to pos[t]. -> (1, T, heads * D).
-    The positions are cut into parts that run side by side (flash decoding); softmax and sums are fp32.
+    q: (n_kv_head, group * T, D), row r being query head r // T of its group and token r % T. k_cache,
+    v_cache: (1, n_kv_head, length, D). pos: (T,) ascending positions; row t sees positions up to pos[t]. ->
+    (1, T, heads * D). The positions are cut into parts that run side by side (flash decoding); softmax and
+    sums are fp32.
     """
     n_kv, rows, d = q.shape
     blocks = -(-rows // 128)
@@ -397,3 +450,55 @@ def parts_for(device: torch.device, programs: int, wanted: int = 2) -> int:
     """Parts to cut the work of so many programs into: enough for `wanted` programs a multiprocessor."""
     n = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     return max(1, min(64, wanted * n // programs))
+
+
+@dataclass
+class Graph:
+    """A captured CUDA graph and what it puts out, in place, at each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor | None
+
+
+def capture(action, pool) -> Graph:
+    """Captures what `action` launches; it must have run before, so that nothing is left to compile or to
+    tune.
+
+    pool: memory that graphs share which never run at the same time (torch.cuda.graph_pool_handle()).
+    """
+    gc.collect()  # an old engine's graphs must not be let go in the midst of a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = action()
+    return Graph(graph, output)
+
+
+def check_compiler() -> None:
+    """Raises InputError when torch.compile would find no C++ compiler for its CPU code."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        raise InputError(
+            "--compile on a CPU needs a C++ compiler such as g++; install one, or name it in CXX."
+        ) from None
+
+
+def compile_step(step, device: str, cpp_wrapper: bool = True):
+    """Compiles a step function for one engine, as one graph that serves every length of `visible`.
+
+    A model, its settings and its buffers never change within an engine, so that only `first` is guarded:
+    checking the rest would cost more than a small draft's step. The copied code object keeps engines apart,
+    since dynamo caches by code object. cpp_wrapper: off where a step holds collectives, which the C++ wrapper
+    around CPU kernels cannot call.
+    """
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+
+    def keep(guards: list) -> list[bool]:
+        return [guard.name in ("first", "L['first']") for guard in guards]
+
+    # On a CPU the wrapper around the kernels counts, on a GPU it is captured and gone
+    options = {"cpp_wrapper": cpp_wrapper} if device == "cpu" else {"coordinate_descent_tuning": True}
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})

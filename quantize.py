@@ -1,12 +1,13 @@
 """Weight-only quantisation: int8, int4 and fp8 weights that are read in a quarter to a half of the time.
 
-    python quantize.py --checkpoint_path DIR --mode int8 --out DIR2       # DIR2 is a folder that generate.py loads
-    python generate.py --checkpoint_path DIR --mode int4                  # or quantised while it is loaded
+    python quantize.py --checkpoint_path DIR --mode int8 --out DIR2       # DIR2 is a folder that generate.py
+    loads python generate.py --checkpoint_path DIR --mode int4                  # or quantised while it is
+    loaded
 
-Every row of a weight matrix (an output channel) is quantised by itself, so that fusing and sharding by rows change
-nothing. int8 and fp8 (e4m3) have one scale a row; int4 a scale, and unless --symmetric an offset, a group of 32, 64 or 128
-columns. Activations stay as they are; kernels.py says how the products are done. Embedding, norms and, unless
---quantize_lm_head, the LM head are not quantised; nor is the judge.
+Every row of a weight matrix (an output channel) is quantised by itself, so that fusing and sharding by rows
+change nothing. int8 and fp8 (e4m3) have one scale a row; int4 a scale, and unless --symmetric an offset, a
+group of 32, 64 or 128 columns. Activations stay as they are; kernels.py says how the products are done.
+Embedding, norms and, unless --quantize_lm_head, the LM head are not quantised; nor is the judge.
 """
 
 from cli import InputError, Parser, Progress, run_script, shortened, shortened_value, whole  # isort: skip  (first: from here on Ctrl-C is silent)
@@ -23,7 +24,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -31,25 +31,28 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+import checkpoint
 import kernels
 import model as plain
+from checkpoint import read_config
 from files import check_new_folder, lock, read_json, replacing, write_file
 from model import ModelArgs, Transformer
-
-if TYPE_CHECKING:
-    from tp import Shard
+from tp import Shard
 
 MODES = ("int8", "int4", "fp8")
 PACKING = 1  # how the numbers lie in the files; a reader refuses any other
 ROWS, COLUMNS = 16, 32  # packed weights are padded to multiples of these
-SLICE = 1 << 22  # numbers that are dequantised or quantised at a time: a copy of a whole matrix in fp32 would be GB
+SLICE = (
+    1 << 22
+)  # numbers that are dequantised or quantised at a time: a copy of a whole matrix in fp32 would be GB
 CLIPS = torch.linspace(1.0, 0.6, 9)  # what the search tries: shares of a group's range
 TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How to quantise. group_size and symmetric concern int4 alone; dynamic, activations too, token by token, fp8."""
+    """How to quantise. group_size and symmetric concern int4 alone; dynamic, activations too, token by token,
+    fp8."""
 
     mode: str
     group_size: int = 32
@@ -59,7 +62,12 @@ class Scheme:
 
     def __str__(self) -> str:
         int4 = f"/{self.group_size}{' symmetric' if self.symmetric else ''}" if self.mode == "int4" else ""
-        return self.mode + int4 + (" dynamic" if self.dynamic else "") + (" with LM head" if self.lm_head else "")
+        return (
+            self.mode
+            + int4
+            + (" dynamic" if self.dynamic else "")
+            + (" with LM head" if self.lm_head else "")
+        )
 
 
 def check_scheme(scheme: Scheme) -> None:
@@ -88,26 +96,34 @@ def scheme_named(name: str) -> Scheme | None:
     return scheme
 
 
-def quantize(weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing needs.
+def quantize(
+    weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing
+    needs.
 
-    int8, fp8: weight (N, K'), scales (N,) fp32, and a weight is q * scale. int4: weight (N, K' / 2) uint8, scales
-    (N, K' / group, 2) bf16, and a weight is q * scales[..., 0] + scales[..., 1]; when symmetric the latter is -8 times
-    the former. whole_row: where these are some columns of a weight, gives the largest of all columns from the largest of
-    these (N,), so that their scales are those of the whole rows.
+    int8, fp8: weight (N, K'), scales (N,) fp32, and a weight is q * scale. int4: weight (N, K' / 2) uint8,
+    scales (N, K' / group, 2) bf16, and a weight is q * scales[..., 0] + scales[..., 1]; when symmetric the
+    latter is -8 times the former. whole_row: where these are some columns of a weight, gives the largest of
+    all columns from the largest of these (N,), so that their scales are those of the whole rows.
     """
     unit, columns = unit_of(scheme), weight.shape[1] + -weight.shape[1] % unit_of(scheme)
     parts = list(weight.split(slice_rows(columns)))
     peaks = torch.cat([part.float().abs().amax(1) for part in parts])
     if not peaks.isfinite().all():
-        raise InputError("A weight that is to be quantised holds a NaN or an infinite number; mend the checkpoint.")
+        raise InputError(
+            "A weight that is to be quantised holds a NaN or an infinite number; mend the checkpoint."
+        )
 
     def wide(part: Tensor) -> Tensor:
         return torch.nn.functional.pad(part.float(), (0, columns - weight.shape[1]))
 
     if scheme.mode == "int4":
         some = max(1, (1 << 18) // columns)  # rows whose search stays in the cache
-        found = [quantize_groups(wide(rows).unflatten(1, (-1, unit)), scheme.symmetric) for rows in weight.split(some)]
+        found = [
+            quantize_groups(wide(rows).unflatten(1, (-1, unit)), scheme.symmetric)
+            for rows in weight.split(some)
+        ]
         packed, scales = zip(*((pack_int4(q.flatten(1)), scales) for q, scales in found))
         return torch.cat(packed), torch.cat(scales)
     largest = 127.0 if scheme.mode == "int8" else 448.0
@@ -132,13 +148,17 @@ def unit_of(scheme: Scheme) -> int:
 def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Groups (N, groups, size) -> q in 0..15, and scales (N, groups, 2) in bf16: scale and offset.
 
-    For each of CLIPS the range is shrunk, and scale and offset fitted to the q that it gives by least squares; the best
-    by the error weighted with the weight's own square (large weights matter more) is kept.
+    For each of CLIPS the range is shrunk, and scale and offset fitted to the q that it gives by least
+    squares; the best by the error weighted with the weight's own square (large weights matter more) is kept.
     """
     importance = w.square() + 1e-12
     low, high = w.amin(-1), w.amax(-1)
     best = torch.full_like(low, float("inf"))
-    q_best, scale_best, offset_best = torch.zeros_like(w, dtype=torch.uint8), torch.zeros_like(low), torch.zeros_like(low)
+    q_best, scale_best, offset_best = (
+        torch.zeros_like(w, dtype=torch.uint8),
+        torch.zeros_like(low),
+        torch.zeros_like(low),
+    )
     for clip in CLIPS.tolist():
         if symmetric:
             scale = clip * torch.maximum(-low / 8, high / 7)
@@ -156,7 +176,10 @@ def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
         better = error < best
         best = torch.where(better, error, best)
         q_best = torch.where(better[..., None], q.to(torch.uint8), q_best)
-        scale_best, offset_best = torch.where(better, scale, scale_best), torch.where(better, offset, offset_best)
+        scale_best, offset_best = (
+            torch.where(better, scale, scale_best),
+            torch.where(better, offset, offset_best),
+        )
     return q_best, torch.stack([scale_best, offset_best], -1).bfloat16()
 
 
@@ -165,8 +188,11 @@ def to_levels(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return ((w - offset[..., None]) / scale[..., None].clamp(min=1e-30)).round().clamp(0, 15)
 
 
-def fit(w: Tensor, q: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and offset (N, groups) that minimise the weighted error of given levels; kept where that is undetermined."""
+def fit(
+    w: Tensor, q: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset (N, groups) that minimise the weighted error of given levels; kept where that is
+    undetermined."""
     if symmetric:
         levels = q - 8
         below = (importance * levels.square()).sum(-1)
@@ -182,7 +208,8 @@ def fit(w: Tensor, q: Tensor, importance: Tensor, scale: Tensor, offset: Tensor,
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """q (N, K) of 0..15 -> (N, K / 2): of each 32 columns the first 16 in the lower halves of 16 bytes, the rest above."""
+    """q (N, K) of 0..15 -> (N, K / 2): of each 32 columns the first 16 in the lower halves of 16 bytes, the
+    rest above."""
     low, high = q.to(torch.uint8).unflatten(1, (-1, 2, 16)).unbind(2)
     return (low | high << 4).flatten(1)
 
@@ -202,7 +229,8 @@ def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def product_in_slices(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) of any type times packed weights (N, K'), in x's type -> (..., n). Dequantises SLICE numbers at a time."""
+    """x (..., k) of any type times packed weights (N, K'), in x's type -> (..., n). Dequantises SLICE numbers
+    at a time."""
     y, k = x.new_empty(*x.shape[:-1], n), x.shape[-1]
     some = slice_rows(weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1))
     for begin in range(0, n, some):
@@ -224,15 +252,21 @@ def many_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor
 
 
 def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed weights, rows padded, as kernels.cpp reads them: of 16 rows at a time all columns, in lines of 64 bytes.
+    """Packed weights, rows padded, as kernels.cpp reads them: of 16 rows at a time all columns, in lines of
+    64 bytes.
 
-    int8, fp8: a line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a byte is a sign
-    and 7 bits of magnitude. int4: a line holds 8 columns, of each row 32 bits, columns 2p and 2p + 1 in bits 4p and 4p + 16;
-    scales and offsets lie by blocks of 16 rows, too.
+    int8, fp8: a line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a
+    byte is a sign and 7 bits of magnitude. int4: a line holds 8 columns, of each row 32 bits, columns 2p and
+    2p + 1 in bits 4p and 4p + 16; scales and offsets lie by blocks of 16 rows, too.
     """
     if weight.dtype == torch.uint8:
-        q = unpack_int4(weight).view(len(weight) // 16, 16, -1, 4, 2).transpose(1, 2)  # block, line, row, p, half
-        low, high = q[..., 0:4:2, :] | q[..., 1:4:2, :] << 4, scales.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+        q = (
+            unpack_int4(weight).view(len(weight) // 16, 16, -1, 4, 2).transpose(1, 2)
+        )  # block, line, row, p, half
+        low, high = (
+            q[..., 0:4:2, :] | q[..., 1:4:2, :] << 4,
+            scales.unflatten(0, (-1, 16)).transpose(1, 2).contiguous(),
+        )
         return low.transpose(-1, -2).reshape(weight.shape), high.view(scales.shape)
     byte = weight.view(torch.uint8)
     if weight.dtype == torch.int8:
@@ -242,7 +276,8 @@ def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer of packed weights, on a CPU in tiles; n_out and n_in are the sizes that the packing has padded."""
+    """A linear layer of packed weights, on a CPU in tiles; n_out and n_in are the sizes that the packing has
+    padded."""
 
     def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, dynamic: bool = False):
         super().__init__()
@@ -269,7 +304,11 @@ class QuantLinear(nn.Module):
 def pad_rows(x: Tensor) -> Tensor:
     """x with rows of zeros up to a multiple of ROWS, contiguous."""
     missing = -x.shape[0] % ROWS
-    return torch.cat([x, torch.zeros(missing, *x.shape[1:], dtype=x.dtype, device=x.device)]) if missing else x.contiguous()
+    return (
+        torch.cat([x, torch.zeros(missing, *x.shape[1:], dtype=x.dtype, device=x.device)])
+        if missing
+        else x.contiguous()
+    )
 
 
 def is_quantized(parameter: str, scheme: Scheme) -> bool:
@@ -278,7 +317,7 @@ def is_quantized(parameter: str, scheme: Scheme) -> bool:
     return name in ("wqkv", "wo", "w13", "w2") or (name == "output" and scheme.lm_head)
 
 
-def quantize_module(model: Transformer, parameter: str, scheme: Scheme, shard: "Shard | None" = None) -> None:
+def quantize_module(model: Transformer, parameter: str, scheme: Scheme, shard: Shard | None = None) -> None:
     """Replaces one linear layer by its quantised form and lets its weight go."""
     owner, _, name = parameter.removesuffix(".weight").rpartition(".")
     parent = model.get_submodule(owner)
@@ -305,52 +344,62 @@ def prepare(device: torch.device, scheme: Scheme) -> None:
     if device.type == "cpu":
         kernels.use_cpu_kernels()
         if kernels.cpu_kernels is None:
-            raise InputError(f"Quantised weights on a CPU need kernels.cpp, which could not be built: {kernels.why_not}.")
+            raise InputError(
+                f"Quantised weights on a CPU need kernels.cpp, which could not be built: {kernels.why_not}."
+            )
     elif kernels.triton is None:
         raise InputError("Quantised weights on a GPU need the package triton; pip install triton.")
 
 
 def check_device(device: torch.device, scheme: Scheme | None) -> None:
-    """Raises InputError for a scheme whose numbers a GPU does not have: fp8 begins with compute capability 8.9."""
+    """Raises InputError for a scheme whose numbers a GPU does not have: fp8 begins with compute capability
+    8.9."""
     if scheme is None or scheme.mode != "fp8" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         found = ".".join(map(str, capability))
-        raise InputError(f"--mode fp8 needs a GPU of compute capability 8.9 or more; {device} has {found}: use int8 or int4.")
+        raise InputError(
+            f"--mode fp8 needs a GPU of compute capability 8.9 or more; {device} has {found}: use int8 or "
+            f"int4."
+        )
 
 
 def load_model(
-    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None, scheme: Scheme | None = None,
-    shard: "Shard | None" = None,
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, scheme: Scheme | None = None,
+    shard: Shard | None = None,
 ) -> Transformer:  # fmt: skip
     """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
 
-    dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights and scales
-    are the slices of the whole's. Raises InputError as `model.load_model` does, and when folder, scheme and shard do not fit.
+    dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights
+    and scales are the slices of the whole's. Raises InputError as `checkpoint.load_published` does, and when
+    folder, scheme and shard do not fit.
     """
     folder, device = Path(folder), torch.device(device)
     written = read_scheme(folder)
     if (written or scheme) and device.type == "cpu" and dtype == torch.float16:
-        raise InputError("Quantised weights on a CPU run in fp32 or bf16, not in fp16; choose another --precision.")
+        raise InputError(
+            "Quantised weights on a CPU run in fp32 or bf16, not in fp16; choose another --precision."
+        )
     if shard is not None and (written or scheme):
-        shard.check_columns(ModelArgs.from_folder(folder), unit_of(written[0] if written else scheme))
+        shard.check_columns(read_config(folder), unit_of(written[0] if written else scheme))
     if written is not None:
         if scheme not in (None, written[0]):
             raise InputError(f"{folder} holds {written[0]} weights already; leave --mode out.")
         prepare(device, written[0])
         return load_quantized(folder, device, dtype, *written, shard)
     if scheme is None:
-        return plain.load_model(folder, device, dtype, shard=shard)
+        return checkpoint.load_published(folder, device, dtype, shard=shard)
     check_scheme(scheme)
-    check_lm_head(ModelArgs.from_folder(folder), scheme)
+    check_lm_head(read_config(folder), scheme)
     prepare(device, scheme)
 
-    return plain.load_model(folder, device, dtype, completer(scheme, shard), shard)
+    return checkpoint.load_published(folder, device, dtype, completer(scheme, shard), shard)
 
 
-def completer(scheme: Scheme, shard: "Shard | None" = None) -> Callable[[Transformer, str], None]:
-    """What quantises a model's layers one by one, as soon as each is filled (`complete` of model.load_model)."""
+def completer(scheme: Scheme, shard: Shard | None = None) -> Callable[[Transformer, str], None]:
+    """What quantises a model's layers one by one, as soon as each is filled (`complete` of
+    checkpoint.load_published)."""
 
     def complete(model: Transformer, parameter: str) -> None:
         model.quantization = str(scheme)
@@ -362,7 +411,9 @@ def completer(scheme: Scheme, shard: "Shard | None" = None) -> Callable[[Transfo
 
 def check_lm_head(args: ModelArgs, scheme: Scheme) -> None:
     if scheme.lm_head and args.tie_embeddings:
-        raise InputError("--quantize_lm_head: this LM head is the embedding, which stays as it is; leave the flag out.")
+        raise InputError(
+            "--quantize_lm_head: this LM head is the embedding, which stays as it is; leave the flag out."
+        )
 
 
 def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
@@ -373,7 +424,9 @@ def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
         return None
     if not isinstance(found, dict) or found.get("packing") != PACKING:
         packing = shortened_value(found.get("packing") if isinstance(found, dict) else found)
-        raise InputError(f"{path}: weights packed as {packing} cannot be read, only as {PACKING}; quantise them again.")
+        raise InputError(
+            f"{path}: weights packed as {packing} cannot be read, only as {PACKING}; quantise them again."
+        )
     try:
         scheme, fingerprint = Scheme(**found["scheme"]), found["fingerprint"]
         check_scheme(scheme)
@@ -382,13 +435,16 @@ def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
         return scheme, fingerprint
     except (KeyError, TypeError, InputError) as error:
         reason = shortened_value(str(error))
-        raise InputError(f"{path}: the entry judge_fast is not one that quantize.py writes ({reason}).") from None
+        raise InputError(
+            f"{path}: the entry judge_fast is not one that quantize.py writes ({reason})."
+        ) from None
 
 
 def grouped_plan(args: ModelArgs) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Our parameters -> the published tensors that they are made of, from top to bottom, with their shapes."""
+    """Our parameters -> the published tensors that they are made of, from top to bottom, with their
+    shapes."""
     groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, (ours, _, shape) in plain.weight_plan(args).items():
+    for name, (ours, _, shape) in checkpoint.weight_plan(args).items():
         groups.setdefault(ours, []).append((name, shape))
     return groups
 
@@ -403,8 +459,11 @@ def packed_shapes(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[tor
     return {"": (torch.uint8, (n, padded // 2)), "_scale": (torch.bfloat16, (n, padded // unit, 2))}
 
 
-def packed_part(part: tuple[slice, ...], shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[slice, ...]]:
-    """What a part of a weight (N, K) is of its packed weight and of its scales: columns of int8 and fp8 need all scales."""
+def packed_part(
+    part: tuple[slice, ...], shape: tuple[int, ...], scheme: Scheme
+) -> dict[str, tuple[slice, ...]]:
+    """What a part of a weight (N, K) is of its packed weight and of its scales: columns of int8 and fp8 need
+    all scales."""
     if len(part) < 2:
         return {"": part, "_scale": part}
     unit, (rows, columns) = unit_of(scheme), part
@@ -416,24 +475,25 @@ def packed_part(part: tuple[slice, ...], shape: tuple[int, ...], scheme: Scheme)
 
 def load_quantized(
     folder: Path, device: torch.device, dtype: torch.dtype | None, scheme: Scheme, fingerprint: str,
-    shard: "Shard | None" = None,
+    shard: Shard | None = None,
 ) -> Transformer:  # fmt: skip
     """Loads a folder that `convert` wrote."""
-    args, files = ModelArgs.from_folder(folder), plain.checkpoint_files(folder)
+    args, files = read_config(folder), checkpoint.checkpoint_files(folder)
     check_lm_head(args, scheme)
-    plain.check_layers(files, args, folder)
+    checkpoint.check_layers(files, args, folder)
     local = shard.local(args) if shard else args
     model, groups, handles = plain.empty_model(args, local), grouped_plan(args), {}
-    progress, places = Progress(f"loading {folder}", len(groups)), plain.weight_plan(local)
+    progress, places = Progress(f"loading {folder}", len(groups)), checkpoint.weight_plan(local)
 
     def read(name: str, kind: torch.dtype | None, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-        """The part of one tensor, whose type (None: any of DTYPES) and whole shape are checked; counts its bytes."""
+        """The part of one tensor, whose type (None: any of DTYPES) and whole shape are checked; counts its
+        bytes."""
         file = files.get(name)
         if file is None:
             raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")
         if file not in handles:
-            handles[file] = plain.open_safetensors(file)
-        tensor = plain.read_tensor(handles[file], name, shape, file, kind, part)
+            handles[file] = checkpoint.open_safetensors(file)
+        tensor = checkpoint.read_tensor(handles[file], name, shape, file, kind, part)
         model.bytes_read += tensor.nbytes
         return tensor
 
@@ -444,14 +504,14 @@ def load_quantized(
             if not is_quantized(ours, scheme):
                 tensor = read(name, None, shape, part)
                 dtype = dtype or tensor.dtype
-                plain.fill(plain.materialise(model, ours, dtype, device)[row : row + here[0]], tensor)
+                checkpoint.fill(plain.materialise(model, ours, dtype, device)[row : row + here[0]], tensor)
                 continue
             slices, sizes = packed_part(part, shape, scheme), packed_shapes(here, scheme)
             for suffix, (kind, size) in packed_shapes(shape, scheme).items():
                 tensor = read(name + suffix, kind, size, slices[suffix])
                 if tensor.shape != sizes[suffix][1]:
                     whole = torch.empty(sizes[suffix][1], dtype=kind)
-                    plain.fill(whole, tensor)
+                    checkpoint.fill(whole, tensor)
                     tensor = whole
                 found.setdefault(suffix, []).append(tensor)
         if found:
@@ -469,12 +529,12 @@ def load_quantized(
 def convert(source: Path, out: Path, scheme: Scheme) -> None:
     """Writes a quantised copy of a folder, one layer a file; a killed run goes on where it stopped.
 
-    All is written to `out`.partial, which is renamed at the end; meanwhile no other process writes there. Memory: the
-    largest layer. Raises InputError, before any work, for an `out` that is there, save where a run was killed when it had
-    only to tidy up.
+    All is written to `out`.partial, which is renamed at the end; meanwhile no other process writes there.
+    Memory: the largest layer. Raises InputError, before any work, for an `out` that is there, save where a
+    run was killed when it had only to tidy up.
     """
     check_scheme(scheme)
-    args = ModelArgs.from_folder(source)
+    args = read_config(source)
     check_lm_head(args, scheme)
     if read_scheme(source) is not None:
         raise InputError(f"{source} is quantised already; name the published folder.")
@@ -483,8 +543,8 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
         print(f"{out} is complete: {scheme}; an earlier run had written all of it.", file=sys.stderr)
         return
     check_new_folder(out, "--out", beside=work)
-    files = plain.find_weights(source, args)
-    entry = {"scheme": asdict(scheme), "packing": PACKING, "fingerprint": plain.fingerprint_of(source)}
+    files = checkpoint.find_weights(source, args)
+    entry = {"scheme": asdict(scheme), "packing": PACKING, "fingerprint": checkpoint.fingerprint_of(source)}
     with start_or_resume(work, entry, out):
         index = write_shards(source, work, args, files, scheme)
         finish(source, work, index, entry)
@@ -493,7 +553,7 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
             (out / SETTINGS).unlink()
         except OSError as error:
             raise InputError(f"{out} cannot be written: {error.strerror}.") from None
-    read = {file for file, _ in files.values()}, set(plain.checkpoint_files(out).values())
+    read = {file for file, _ in files.values()}, set(checkpoint.checkpoint_files(out).values())
     sizes = [sum(file.stat().st_size for file in found) for found in read]
     print(f"{out}: {scheme}, {sizes[1] / 1e9:.3f} GB of weights, of {sizes[0] / 1e9:.3f} GB", file=sys.stderr)
 
@@ -502,21 +562,23 @@ SETTINGS = "settings.json"  # what an unfinished run is doing
 
 
 def is_complete(out: Path, work: Path, source: Path, scheme: Scheme) -> bool:
-    """Whether a run was killed between the folder's new name and the end: removes what it would have. Raises InputError
-    where the folder is complete and nothing is left to do."""
+    """Whether a run was killed between the folder's new name and the end: removes what it would have. Raises
+    InputError where the folder is complete and nothing is left to do."""
     if not os.path.isfile(out / "config.json"):
         return False
     entry = {"scheme": asdict(scheme), "packing": PACKING}
     try:
         found = read_json(out / "config.json").get("judge_fast")
         same = isinstance(found, dict) and {name: found.get(name) for name in entry} == entry
-        if not same or found.get("fingerprint") != plain.fingerprint_of(source):
+        if not same or found.get("fingerprint") != checkpoint.fingerprint_of(source):
             return False
-        plain.checkpoint_files(out)
+        checkpoint.checkpoint_files(out)
     except InputError:
         return False
     if not (out / SETTINGS).is_file():
-        raise InputError(f"--out {out} exists already, and is complete: the {scheme} weights of this very model.")
+        raise InputError(
+            f"--out {out} exists already, and is complete: the {scheme} weights of this very model."
+        )
     (out / SETTINGS).unlink()
     return True
 
@@ -531,7 +593,9 @@ def start_or_resume(work: Path, entry: dict, out: Path) -> Iterator[None]:
         raise InputError(f"{work} cannot be written: {error.strerror}.") from None
     try:
         lock(held, work)
-        if out.exists() or not work.exists():  # another process has finished it between our first look and the lock
+        if (
+            out.exists() or not work.exists()
+        ):  # another process has finished it between our first look and the lock
             raise InputError(f"--out {out} exists already; name a new folder.")
         ours = [path.name for path in work.iterdir() if path.name != SETTINGS and not is_scrap(path.name)]
         if ours and (not (work / SETTINGS).is_file() or read_json(work / SETTINGS) != entry):
@@ -553,9 +617,10 @@ def is_scrap(name: str) -> bool:
 
 
 def write_shards(source: Path, work: Path, args: ModelArgs, files: dict, scheme: Scheme) -> dict[str, str]:
-    """One file a layer and one for the rest, those that are there already left as they are -> tensor name to file."""
+    """One file a layer and one for the rest, those that are there already left as they are -> tensor name to
+    file."""
     shards: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
-    for name, (ours, _, shape) in plain.weight_plan(args).items():
+    for name, (ours, _, shape) in checkpoint.weight_plan(args).items():
         layer = ours.split(".")[1] if ours.startswith("layers.") else "other"
         shards.setdefault(layer, []).append((ours, name, shape))
     progress, index = Progress(f"quantising {source}", len(shards)), {}
@@ -563,17 +628,19 @@ def write_shards(source: Path, work: Path, args: ModelArgs, files: dict, scheme:
         file = work / f"model-{number:05}-of-{len(shards):05}.safetensors"
         if not file.exists():
             write_shard(file, tensors, files, scheme)
-        index |= dict.fromkeys(plain.safetensors_header(file)[1], file.name)
+        index |= dict.fromkeys(checkpoint.safetensors_header(file)[1], file.name)
         progress.step()
     return index
 
 
-def write_shard(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], files: dict, scheme: Scheme) -> None:
+def write_shard(
+    file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], files: dict, scheme: Scheme
+) -> None:
     """One file of quantised and unquantised tensors, written beside and renamed."""
     content = {}
     for ours, name, shape in tensors:
         path, stored = files[name]
-        tensor = plain.read_tensor(plain.open_safetensors(path), stored, shape, path)
+        tensor = checkpoint.read_tensor(checkpoint.open_safetensors(path), stored, shape, path)
         if is_quantized(ours, scheme):
             content |= dict(zip((name, name + "_scale"), quantize(tensor, scheme)))
         else:
@@ -582,7 +649,8 @@ def write_shard(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], fil
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file with the permissions of the umask, written beside and renamed. Raises InputError on a full disk."""
+    """A safetensors file with the permissions of the umask, written beside and renamed. Raises InputError on
+    a full disk."""
     with replacing(file) as fresh:
         try:
             save_file(tensors, fresh, metadata={"format": "pt"})
@@ -609,10 +677,14 @@ def finish(source: Path, work: Path, index: dict[str, str], entry: dict) -> None
 def memory_line(name: str, model: Transformer) -> str:
     """Bytes of a model's weights by kind and of its caches, in words."""
     kinds: dict[str, int] = {}
-    for _, tensor in {tensor.data_ptr(): (key, tensor) for key, tensor in model.state_dict().items()}.values():
+    for _, tensor in {
+        tensor.data_ptr(): (key, tensor) for key, tensor in model.state_dict().items()
+    }.values():
         kind = str(tensor.dtype).removeprefix("torch.")
         kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
-    weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in sorted(kinds.items(), key=lambda item: -item[1]))
+    weights = ", ".join(
+        f"{size / 1e6:,.1f} MB {kind}" for kind, size in sorted(kinds.items(), key=lambda item: -item[1])
+    )
     return f"{name}: weights {weights}; caches {model.local.cache_bytes(model.cache_length, model.dtype) / 1e6:,.1f} MB"
 
 
@@ -622,15 +694,19 @@ def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> 
     for ours, tensors in grouped_plan(args).items():
         for _, shape in tensors:
             if scheme is not None and is_quantized(ours, scheme):
-                total += sum(kind.itemsize * math.prod(size) for kind, size in packed_shapes(shape, scheme).values())
+                total += sum(
+                    kind.itemsize * math.prod(size) for kind, size in packed_shapes(shape, scheme).values()
+                )
             else:
                 total += math.prod(shape) * dtype.itemsize
     return total
 
 
-def temporary_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, device: torch.device, rows: int = 2048) -> int:
-    """The most bytes that loading and reading a prompt, `rows` at a time, take beside the weights as `weight_bytes` counts
-    them: a layer before it is quantised, and what is dequantised at a time."""
+def temporary_bytes(
+    args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, device: torch.device, rows: int = 2048
+) -> int:
+    """The most bytes that loading and reading a prompt, `rows` at a time, take beside the weights as
+    `weight_bytes` counts them: a layer before it is quantised, and what is dequantised at a time."""
     if scheme is None:
         return 0
     largest = most_of_slice = 0
@@ -639,7 +715,9 @@ def temporary_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, 
             n, k = sum(shape[0] for _, shape in tensors), tensors[0][1][1]
             k += -k % unit_of(scheme)
             largest = max(largest, n * k)
-            most_of_slice = max(most_of_slice, min(n + -n % ROWS, slice_rows(k)) * (k * 10 + rows * dtype.itemsize))
+            most_of_slice = max(
+                most_of_slice, min(n + -n % ROWS, slice_rows(k)) * (k * 10 + rows * dtype.itemsize)
+            )
     packing = 8 if device.type == "cpu" else 2  # copies while a matrix is put into tiles, or padded
     return largest * (dtype.itemsize + packing) + most_of_slice
 
@@ -650,24 +728,40 @@ def add_mode_flags(parser: argparse.ArgumentParser, required: bool = False) -> N
     add("--mode", choices=MODES, required=required, help="quantise the weights so")
     if not required:
         add("--draft_mode", choices=MODES, help="quantise the draft's weights so")
-    add("--group_size", type=whole(1, 1024), default=32, help="int4: columns that share a scale: 32, 64 or 128")
+    add(
+        "--group_size",
+        type=whole(1, 1024),
+        default=32,
+        help="int4: columns that share a scale: 32, 64 or 128",
+    )
     add("--symmetric", action="store_true", help="int4: scales without offsets")
     add("--quantize_lm_head", action="store_true", help="the LM head, too")
     add("--dynamic_activations", action="store_true", help="fp8: quantise activations, too, token by token")
 
 
 def scheme_of(args: argparse.Namespace, whose: str = "") -> Scheme | None:
-    """The scheme of a command line with `add_mode_flags`, None without --mode (whose: "draft_", without --draft_mode)."""
+    """The scheme of a command line with `add_mode_flags`, None without --mode (whose: "draft_", without
+    --draft_mode)."""
     mode = getattr(args, whose + "mode", None)
     if not mode:
-        given = [flag for flag in ("symmetric", "quantize_lm_head", "dynamic_activations") if getattr(args, flag)]
+        given = [
+            flag for flag in ("symmetric", "quantize_lm_head", "dynamic_activations") if getattr(args, flag)
+        ]
         given += ["group_size"] * (args.group_size != 32)
         if given and not any(getattr(args, name, None) for name in ("mode", "draft_mode", "modes")):
-            raise InputError(f"--{given[0]} says how to quantise; give --mode or --draft_mode, or leave it out.")
+            raise InputError(
+                f"--{given[0]} says how to quantise; give --mode or --draft_mode, or leave it out."
+            )
         return None
-    flags = {"int4": {"group_size": args.group_size, "symmetric": args.symmetric}, "fp8": {"dynamic": args.dynamic_activations}}
+    flags = {
+        "int4": {"group_size": args.group_size, "symmetric": args.symmetric},
+        "fp8": {"dynamic": args.dynamic_activations},
+    }
     for name in flags:
-        if mode != name and name in (args.mode, getattr(args, "draft_mode", None)):  # the flags are the other model's
+        if mode != name and name in (
+            args.mode,
+            getattr(args, "draft_mode", None),
+        ):  # the flags are the other model's
             flags[name] = {}
     scheme = Scheme(mode, **flags["int4"], **flags["fp8"], lm_head=args.quantize_lm_head)
     check_scheme(scheme)

@@ -1,18 +1,20 @@
 """Marks the wrong spans of model answers by hand, in a terminal: training data for a judge.
 
-    python scripts/annotate.py --data answers.jsonl --out annotated.jsonl --checkpoint_path Llama-3.1-8B-Instruct
+    python scripts/annotate.py --data answers.jsonl --out annotated.jsonl --checkpoint_path
+    Llama-3.1-8B-Instruct
 
---data holds one JSON object a line: `prompt`, `response`, and, where there are any, `errors` (null or missing: nobody has
-looked yet), `reference` (shown with the question), `right` and `source`. All further fields are kept. Answers with
-`"right": true` and no errors are known to be right: they are passed on and not asked about, unless with --all.
+--data holds one JSON object a line: `prompt`, `response`, and, where there are any, `errors` (null or
+missing: nobody has looked yet), `reference` (shown with the question), `right` and `source`. All further
+fields are kept. Answers with `"right": true` and no errors are known to be right: they are passed on and not
+asked about, unless with --all.
 
---out holds the answers that are done, in the order of --data, with `errors` as [start, end) in characters of the response.
-Marks are whole tokens, as the checkpoint's tokenizer splits the answer: a judge knows nothing smaller. A character whose
-bytes are spread over several tokens is marked as one, with all of them.
+--out holds the answers that are done, in the order of --data, with `errors` as [start, end) in characters of
+the response. Marks are whole tokens, as the checkpoint's tokenizer splits the answer: a judge knows nothing
+smaller. A character whose bytes are spread over several tokens is marked as one, with all of them.
 
-Every change goes into the journal beside it (--out with .marks appended) before it is shown. The journal alone counts, --out
-is written from it: whatever ends the program, the next start goes on at the first answer that is not done. Answers are
-known there by their text, so --data may grow or change its order meanwhile.
+Every change goes into the journal beside it (--out with .marks appended) before it is shown. The journal
+alone counts, --out is written from it: whatever ends the program, the next start goes on at the first answer
+that is not done. Answers are known there by their text, so --data may grow or change its order meanwhile.
 """
 
 import os
@@ -36,7 +38,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from files import Lines, check_not_input, check_writable, read_json_lines, write_file
-from judge import encode_answer, files_in, is_span
+from scripts.lib.answers import encode_answer, is_span
+from scripts.lib.pair import files_in
 from tokenizer import Tokenizer, load_tokenizer
 
 HELP = """
@@ -83,7 +86,9 @@ def read_item(item: dict, where: str) -> dict:
     if not (length := len(item["response"])):
         raise InputError(f"{where}: field 'response' is empty.")
     if item.get("errors") is not None and not are_spans(item["errors"], length):
-        raise InputError(f"{where}: field 'errors' must be null or a list of [start, end] within 0 and {length}.")
+        raise InputError(
+            f"{where}: field 'errors' must be null or a list of [start, end] within 0 and {length}."
+        )
     return item
 
 
@@ -98,7 +103,8 @@ def answer_key(item: dict) -> str:
 
 
 class Journal:
-    """Marks as they were made, one JSON line a change: {"answer", "errors", "done"}; the last line of an answer counts.
+    """Marks as they were made, one JSON line a change: {"answer", "errors", "done"}; the last line of an
+    answer counts.
 
     One process at a time. Raises InputError when another one has it, or when the file is no journal.
     """
@@ -113,11 +119,16 @@ class Journal:
                 raise InputError("it has no whole line.")
         except InputError as error:
             self.lines.close()
-            raise InputError(f"{path} is no journal of this script ({str(error)[:-1]}); name another --out.") from None
+            raise InputError(
+                f"{path} is no journal of this script ({str(error)[:-1]}); name another --out."
+            ) from None
 
     def take(self, record: dict) -> None:
         """Takes one line in. Raises InputError for one that is no record."""
-        key, record = record.get("answer"), {name: value for name, value in record.items() if name != "answer"}
+        key, record = (
+            record.get("answer"),
+            {name: value for name, value in record.items() if name != "answer"},
+        )
         good = isinstance(key, str) and record.keys() == {"errors", "done"}
         if not good or not are_spans(record["errors"]) or type(record["done"]) is not bool:
             raise InputError("a line is no record.")
@@ -130,7 +141,11 @@ class Journal:
             self.lines.add({"answer": key, **record})
             os.fsync(self.lines.file.fileno())
         except (InputError, OSError) as error:
-            reason = error if isinstance(error, InputError) else f"{self.path} cannot be written: {error.strerror}."
+            reason = (
+                error
+                if isinstance(error, InputError)
+                else f"{self.path} cannot be written: {error.strerror}."
+            )
             raise InputError(f"The last change is not kept: {reason}") from None
         self.records[key] = record
 
@@ -169,7 +184,8 @@ class Marking:
 
 
 def make_units(spans: list[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
-    """The response cut where one token ends and the next begins, and nowhere within a character or a token."""
+    """The response cut where one token ends and the next begins, and nowhere within a character or a
+    token."""
     cuts, reach = [0], 0
     for start, end in spans:
         if start >= reach and cuts[-1] < start < length:
@@ -179,11 +195,16 @@ def make_units(spans: list[tuple[int, int]], length: int) -> tuple[tuple[int, in
 
 
 def open_answer(tokenizer: Tokenizer, item: dict, errors: list[list[int]]) -> Marking:
-    """An answer in the tokenizer's units, those marked that an error touches (as `label_tokens` reads them)."""
+    """An answer in the tokenizer's units, those marked that an error touches (as `label_tokens` reads
+    them)."""
     response = item["response"]
     units = make_units(encode_answer(tokenizer, item["prompt"], response)[2], len(response))
-    starts = tuple(a == 0 or response[a] != "\n" and (response[a].isspace() or response[a - 1] == "\n") for a, _ in units)
-    marks = frozenset(i for i, (start, end) in enumerate(units) if any(start < b and end > a for a, b in errors))
+    starts = tuple(
+        a == 0 or response[a] != "\n" and (response[a].isspace() or response[a - 1] == "\n") for a, _ in units
+    )
+    marks = frozenset(
+        i for i, (start, end) in enumerate(units) if any(start < b and end > a for a, b in errors)
+    )
     return Marking(response, units, starts, marks)
 
 
@@ -251,7 +272,8 @@ def width_of(char: str) -> int:
 
 @cache
 def visible(char: str) -> str:
-    """A character as it is safe to show: text from a model may hold what would drive the terminal or turn its writing round."""
+    """A character as it is safe to show: text from a model may hold what would drive the terminal or turn its
+    writing round."""
     if char < " " and char not in "\t\n":
         return chr(0x2400 + ord(char))  # its picture
     hidden = unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")
@@ -315,10 +337,20 @@ def paint(row: Row, state: Marking | None, colour: bool) -> str:
 class Session:
     """What is asked, where we are, and what each key does; knows no terminal, only its width and height."""
 
-    def __init__(self, items: list[dict], journal: Journal, tokenizer: Tokenizer, out: Path, ask_all: bool, colour: bool):
+    def __init__(
+        self,
+        items: list[dict],
+        journal: Journal,
+        tokenizer: Tokenizer,
+        out: Path,
+        ask_all: bool,
+        colour: bool,
+    ):
         self.journal, self.tokenizer, self.out, self.colour = journal, tokenizer, out, colour
         self.items = [(answer_key(item), item) for item in items]
-        known = {key for key, item in self.items if item.get("right") and item.get("errors") == [] and not ask_all}
+        known = {
+            key for key, item in self.items if item.get("right") and item.get("errors") == [] and not ask_all
+        }
         self.known_right = known - journal.records.keys()  # an earlier --all may have asked about some
         self.queue: dict[str, dict] = {}  # what is asked, in order; the same text twice is asked once
         for key, item in self.items:
@@ -365,7 +397,12 @@ class Session:
             self.top, self.follows = self.top + max(height - 4, 1) * (1 if key == "page down" else -1), False
         elif key == "p":
             self.go_to(max(self.position - 1, 0))
-        elif self.state and key == "n" and self.queue[self.key].get("right") is False and not (self.state.marks or doubted):
+        elif (
+            self.state
+            and key == "n"
+            and self.queue[self.key].get("right") is False
+            and not (self.state.marks or doubted)
+        ):
             self.doubts = True  # the checker and this person differ: asked once
         elif self.state and key == "n":
             self.journal.put(self.key, self.state.errors, True)
@@ -378,7 +415,9 @@ class Session:
         elif self.state:
             before = self.state
             self.states[self.key] = edit(before, key, self.answer_rows(width))
-            if self.state.marks != before.marks:  # also of an answer that was done: it is open again until it is confirmed
+            if (
+                self.state.marks != before.marks
+            ):  # also of an answer that was done: it is open again until it is confirmed
                 self.journal.put(self.key, self.state.errors, False)
             self.follows = True
         return True
@@ -387,7 +426,9 @@ class Session:
         """Writes --out: the answers that are done and those known to be right."""
         errors = {key: record["errors"] for key, record in self.journal.records.items() if record["done"]}
         errors |= {key: [] for key in self.known_right}
-        lines = [json.dumps(item | {"errors": errors[key]}) + "\n" for key, item in self.items if key in errors]
+        lines = [
+            json.dumps(item | {"errors": errors[key]}) + "\n" for key, item in self.items if key in errors
+        ]
         try:
             write_file(self.out, "".join(lines).encode())
         except InputError as error:
@@ -442,7 +483,8 @@ def split_keys(data: bytes) -> tuple[list[str], bytes]:
 
 
 def show(text: str) -> None:
-    """Writes straight to the terminal: in UTF-8 whatever the locale, and nothing is left over when it is gone."""
+    """Writes straight to the terminal: in UTF-8 whatever the locale, and nothing is left over when it is
+    gone."""
     data = text.encode(errors="replace")
     while data:
         data = data[os.write(1, data) :]
@@ -450,7 +492,8 @@ def show(text: str) -> None:
 
 @contextmanager
 def full_screen():
-    """The terminal in raw mode on its other screen, without cursor and wrapping; as it was afterwards, come what may."""
+    """The terminal in raw mode on its other screen, without cursor and wrapping; as it was afterwards, come
+    what may."""
     before = termios.tcgetattr(0)
     try:
         tty.setraw(0, termios.TCSADRAIN)  # Ctrl-C is a key like any other: nothing interrupts a write
@@ -498,11 +541,17 @@ def annotate(args: argparse.Namespace) -> None:
         check_writable(path, "--out")
         check_not_input(path, [args.data, *files_in([args.checkpoint_path])])
     if args.out.exists() and not journal_path.exists():
-        raise InputError(f"--out {args.out} exists, but not its journal {journal_path}; name another --out or remove it.")
+        raise InputError(
+            f"--out {args.out} exists, but not its journal {journal_path}; name another --out or remove it."
+        )
     tokenizer = load_tokenizer(args.checkpoint_path)
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
-        raise InputError("Marking needs a terminal for input and output, one that can move its cursor (TERM is not dumb).")
-    session = Session(items, Journal(journal_path), tokenizer, args.out, args.all, not os.environ.get("NO_COLOR"))
+        raise InputError(
+            "Marking needs a terminal for input and output, one that can move its cursor (TERM is not dumb)."
+        )
+    session = Session(
+        items, Journal(journal_path), tokenizer, args.out, args.all, not os.environ.get("NO_COLOR")
+    )
     session.write_out()  # a kill may have come between the journal and this
     with full_screen(), suppress(OSError):  # of a terminal that is gone
         run(session)

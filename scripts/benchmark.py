@@ -1,23 +1,27 @@
-"""Speed, and how far it is from the physical limit: the bytes that a step must read over the measured bandwidth.
+"""Speed, and how far it is from the physical limit: the bytes that a step must read over the measured
+bandwidth.
 
-    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside transformers
-    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --speculate_k 20 --compile
-    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out benchmarks/mine.json
+    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside
+    transformers python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17
+    --speculate_k 20 --compile python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2
+    --compile --out benchmarks/mine.json
 
-Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see the machine in
-the same state; a step is timed right after one that is not, as in decoding, where the step before has left in the caches
-what they hold. `--accept N` imposes how many draft tokens every round accepts, so that the speed at a known m* can be
-measured without the weights that reach it; such figures are marked "imposed". A table for people; the last line is JSON.
+Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see
+the machine in the same state; a step is timed right after one that is not, as in decoding, where the step
+before has left in the caches what they hold. `--accept N` imposes how many draft tokens every round accepts,
+so that the speed at a known m* can be measured without the weights that reach it; such figures are marked
+"imposed". A table for people; the last line is JSON.
 
-The table gives median, least and most of the repeats, from 20 repeats on the quartiles in place of the extremes. A part is
-marked noisy where these lie further apart than a quarter of the median. The JSON holds every single time.
+The table gives median, least and most of the repeats, from 20 repeats on the quartiles in place of the
+extremes. A part is marked noisy where these lie further apart than a quarter of the median. The JSON holds
+every single time.
 """
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import copy
@@ -37,27 +41,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from checkpoint import checkpoint_files, weight_plan
 from files import check_not_input, check_writable, write_file
-from generate import DEMO, Engine, Pace, Settings, capacity_for, capture, check_memory, check_pair, threshold_of
-from judge import RULES, JudgeHead, load_judge
-from model import (
-    DTYPES,
-    PRESETS,
-    ModelArgs,
-    Transformer,
-    causal_mask,
-    checkpoint_files,
-    heads_as_rows,
-    pick_device,
-    preset,
-    random_model,
-    run_dtype,
-    weight_plan,
-)
+from generate import Engine, Settings, capacity_for
+from judge import JudgeHead, load_judge
+from kernels import capture
+from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_device, random_model, run_dtype
 from quantize import (
     QuantLinear,
     Scheme,
-    add_mode_flags,
     completer,
     load_model,
     prepare,
@@ -66,23 +58,32 @@ from quantize import (
     scheme_of,
     weight_bytes,
 )
-from scripts.peers import Peers, timed
-from scripts.plot import range_of
-from scripts.results import commit, machine
+from scripts.lib.pace import Pace
+from scripts.lib.pair import check_memory, check_pair
+from scripts.lib.peers import Peers, timed
+from scripts.lib.results import commit, machine
+from scripts.lib.runs import range_of
+from scripts.lib.speed_report import (
+    SCHEMA,
+    has_draft,
+    model_name,
+    modes_of,
+    parse_args,
+    printable,
+    shape_of,
+    shapes_of,
+)
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
-ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 2  # of the JSON; 1 (without the field) had no settings as fields, and ms_p10 and ms_p90 for the extremes
 QUARTILES_FROM = 20  # repeats; quartiles of fewer would be single samples, or lie between two
 NOISY = 0.25  # of the median: a part whose times spread further is marked
-DIMENSIONS = re.compile("([0-9]+)x([0-9]+)")
-MOST = 2**40  # of any count on the command line; what fits is checked against models and memory
 
 
 @dataclass
 class Part:
-    """Something that is timed: the bytes that it must read, for a prefill its floating-point operations instead."""
+    """Something that is timed: the bytes that it must read, for a prefill its floating-point operations
+    instead."""
 
     name: str
     action: Callable[[], float]  # runs it once and returns the seconds
@@ -94,27 +95,11 @@ class Part:
     note: str = ""
 
 
-def shape_of(name: str) -> ModelArgs:
-    """A preset's arguments; DIMxLAYERS: heads of 64, a quarter as many KV heads, 4 DIM in between, 32,000 tokens."""
-    if not (found := DIMENSIONS.fullmatch(name)):
-        return preset(name if len(name) <= 60 else shortened(name))
-    dim, layers = (int(digits) if len(digits) < 7 else MOST for digits in found.groups())
-    if not 64 <= dim <= 2**16 or dim % 64 or not 1 <= layers <= 1024:
-        raise InputError(f"--preset {shortened(name)}: DIM must be a multiple of 64, up to 65536, and LAYERS 1 to 1024.")
-    heads = dim // 64
-    kv = heads // 4 if heads % 4 == 0 else heads
-    return ModelArgs(dim, layers, heads, kv, 4 * dim, 32000, 64)
-
-
-def is_preset(name: str) -> bool:
-    """Whether a name is one that `shape_of` reads, and not a folder's."""
-    return name in PRESETS or DIMENSIONS.fullmatch(name) is not None
-
-
 def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]:
     """Bytes a second of (reading, copying) 1 GiB (4 GiB on a GPU), best of 5; a copy counts reads and writes.
 
-    On a CPU a read is a sum or, where that is faster, a product with one row: what PyTorch's sum reaches is not the limit.
+    On a CPU a read is a sum or, where that is faster, a product with one row: what PyTorch's sum reaches is
+    not the limit.
     """
     size = (2**32 if device.type == "cuda" else 2**30) // dtype_bytes
     source = torch.ones(size, device=device)
@@ -133,7 +118,8 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
 
 
 def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
-    """An action that runs several times back to back, after once that does not count, and returns the seconds of one."""
+    """An action that runs several times back to back, after once that does not count, and returns the seconds
+    of one."""
 
     def run() -> float:
         action()
@@ -154,12 +140,18 @@ class Workbench:
         shapes = [shape for shape in shapes_of(args) if shape is not None]
         check_memory(shapes, capacity, self.dtype, self.device, list(self.schemes))
         self.target = self.model(args.checkpoint_path, args.preset, self.schemes[0])
-        self.draft = self.model(args.draft_checkpoint_path, args.draft_preset, self.schemes[1]) if has_draft(args) else None
+        self.draft = (
+            self.model(args.draft_checkpoint_path, args.draft_preset, self.schemes[1])
+            if has_draft(args)
+            else None
+        )
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
         self.head = self.judge()
-        self.plain = self.engine(Settings("plain", speculate_k=args.speculate_k, compile=args.compile), "plain")
+        self.plain = self.engine(
+            Settings("plain", speculate_k=args.speculate_k, compile=args.compile), "plain"
+        )
         settings = Settings(args.verify, None, args.speculate_k, compile=args.compile, impose=args.accept)
         self.fast = self.engine(settings, args.verify) if self.draft is not None else None
         self.others = {length: self.plain_with(length) for length in (args.cache_length or [])[1:]}
@@ -176,22 +168,31 @@ class Workbench:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": False}
         cat = timed(lambda: subprocess.run(["cat", *files], **quiet), self.device)
         loaded: list[Transformer] = []
-        seconds = timed(lambda: loaded.append(load_model(folder, self.device, self.dtype, scheme)), self.device)
+        seconds = timed(
+            lambda: loaded.append(load_model(folder, self.device, self.dtype, scheme)), self.device
+        )
         self.startup[folder.name] = {"bytes": size, "load_seconds": seconds, "cat_seconds": cat}
         return loaded[0]
 
     def plain_with(self, length: int) -> Engine:
         """A plain engine on the target's very weights with a cache of another length."""
         shared = [*self.target.parameters(), *self.target.buffers()]
-        caches = [cache for layer in self.target.layers for cache in (layer.attention.k_cache, layer.attention.v_cache)]
-        target = copy.deepcopy(self.target, {id(x): x for x in shared} | {id(cache): None for cache in caches})
+        caches = [
+            cache
+            for layer in self.target.layers
+            for cache in (layer.attention.k_cache, layer.attention.v_cache)
+        ]
+        target = copy.deepcopy(
+            self.target, {id(x): x for x in shared} | {id(cache): None for cache in caches}
+        )
         settings = Settings("plain", speculate_k=self.args.speculate_k, compile=self.args.compile)
         engine = Engine(target, None, None, settings, [], length)
         engine.warm_up()
         return engine
 
     def judge(self) -> JudgeHead | None:
-        """The judge of the command line, or, for random weights, a head of the right size that is computed all the same."""
+        """The judge of the command line, or, for random weights, a head of the right size that is computed
+        all the same."""
         if self.args.verify != "judge":
             return None
         if self.args.judge_path is not None:
@@ -204,17 +205,23 @@ class Workbench:
         sizes = {settings.speculate_k}
         if settings.verify != "plain":
             sizes |= {rows - 1 for rows in self.args.rows}
-        engine = Engine(self.target, self.draft, self.head, replace(settings, speculate_k=max(sizes)), [], self.length)
+        engine = Engine(
+            self.target, self.draft, self.head, replace(settings, speculate_k=max(sizes)), [], self.length
+        )
         if len(sizes) > 1:
             engine.use_sizes(tuple(sorted(sizes)))
         seconds = engine.warm_up()
         engine.pace = Pace((settings.speculate_k,))  # rounds of that M alone
         self.startup[f"warm-up {what}"] = {"seconds": seconds}
-        print(f"{what}: {'compiled and ' if settings.compile else ''}warmed up in {seconds:.1f} s", file=sys.stderr)
+        print(
+            f"{what}: {'compiled and ' if settings.compile else ''}warmed up in {seconds:.1f} s",
+            file=sys.stderr,
+        )
         return engine
 
     def step(self, engine: Engine, m: int, which: int, position: int) -> Callable[[], None]:
-        """One launch of an engine's round: its plain step, draft loop (0) or verification (1), at `position`."""
+        """One launch of an engine's round: its plain step, draft loop (0) or verification (1), at
+        `position`."""
         visible = engine.visible(min(position + m + 1, engine.capacity))
 
         @torch.inference_mode()
@@ -228,19 +235,27 @@ class Workbench:
         return run
 
     def parts(self) -> list[Part]:
-        """What is measured, for every position: plain step, one draft step, draft loop, verification for every M, round."""
+        """What is measured, for every position: plain step, one draft step, draft loop, verification for
+        every M, round."""
         a, parts, k = self.args, [], self.args.speculate_k
         target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
         for position in a.positions:
             at, read = f" at {position}", self.read_bytes(target, 0, position)
 
-            def add(name: str, action: Callable, size: float, rows: int = 1, position=position, at=at, **more) -> None:
+            def add(
+                name: str, action: Callable, size: float, rows: int = 1, position=position, at=at, **more
+            ) -> None:
                 run = repeated(action, inner, self.device)
                 parts.append(Part(name.format(at=at), run, (position, position + rows - 1), size, **more))
 
             add("plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)
             for length, engine in self.others.items():
-                add(f"plain step{{at}}, with a cache of {length}", self.step(engine, k, 0, position), read, tokens=1)
+                add(
+                    f"plain step{{at}}, with a cache of {length}",
+                    self.step(engine, k, 0, position),
+                    read,
+                    tokens=1,
+                )
             if self.fast is None:
                 continue
             small = self.read_bytes(self.draft.args, 1, position)
@@ -254,7 +269,8 @@ class Workbench:
         return parts + self.generations()
 
     def read_bytes(self, shape: ModelArgs, which: int, position: int, rows: int = 1) -> int:
-        """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are quantised."""
+        """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are
+        quantised."""
         saved = weight_bytes(shape, self.dtype, None) - weight_bytes(shape, self.dtype, self.schemes[which])
         return shape.step_bytes(position, self.dtype, rows) - saved
 
@@ -264,19 +280,27 @@ class Workbench:
         self.fast.round(position + self.args.speculate_k + 1, self.args.speculate_k)
 
     def prefill_part(self, length: int) -> Part:
-        """The target reads a prompt of `length` tokens; its operations: two a weight and token, and attention's."""
+        """The target reads a prompt of `length` tokens; its operations: two a weight and token, and
+        attention's."""
         a = self.target.args
         prompt = synthetic(length + 1, a.vocab_size)
         matrices = a.n_params - a.vocab_size * a.dim * (1 if a.tie_embeddings else 2)
         flops = 2 * matrices * length + 2 * a.n_layer * a.n_head * a.head_dim * length**2
-        return Part(f"prefill of {length} tokens", lambda: timed(lambda: self.plain.prefill(prompt), self.device),
-                    (0, length - 1), flops=flops, tokens=length)  # fmt: skip
+        return Part(
+            f"prefill of {length} tokens",
+            lambda: timed(lambda: self.plain.prefill(prompt), self.device),
+            (0, length - 1),
+            flops=flops,
+            tokens=length,
+        )
 
     def generations(self) -> list[Part]:
         """Whole generations from a short prompt, ours and, with --peers, transformers'."""
         a = self.args
         prompt = synthetic(a.prompt_tokens, self.target.args.vocab_size)
-        parts = [Part("generate, plain", lambda: self.plain.generate(prompt, a.max_new_tokens).seconds_decode)]
+        parts = [
+            Part("generate, plain", lambda: self.plain.generate(prompt, a.max_new_tokens).seconds_decode)
+        ]
         if self.fast is not None:
             self.overheads: list[float] = []
             parts.append(Part(f"generate, {a.verify}", lambda: self.generate_fast(prompt), note=imposed(a)))
@@ -316,8 +340,8 @@ class Workbench:
         return result.seconds_decode
 
     def round_figures(self, rows: list[dict]) -> dict:
-        """Of the speculative generations: the share of a round's time that no step accounts for, and tokens a round, in how
-        many rounds. The last round counts unless the generation's end cuts it."""
+        """Of the speculative generations: the share of a round's time that no step accounts for, and tokens a
+        round, in how many rounds. The last round counts unless the generation's end cuts it."""
         if self.fast is None:
             return {}
         a, result = self.args, self.result
@@ -346,7 +370,8 @@ class Workbench:
 
 
 def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
-    """The first workbench and all parts: of the command line's own modes, or for each of --modes the target so."""
+    """The first workbench and all parts: of the command line's own modes, or for each of --modes the target
+    so."""
     draft = scheme_of(args, "draft_")
     if not args.modes:
         bench = Workbench(args, (scheme_of(args), draft))
@@ -354,7 +379,9 @@ def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
     benches = []
     for name in args.modes:
         scheme = scheme_named(name)
-        benches.append(Workbench(args, (replace(scheme, lm_head=args.quantize_lm_head) if scheme else None, draft)))
+        benches.append(
+            Workbench(args, (replace(scheme, lm_head=args.quantize_lm_head) if scheme else None, draft))
+        )
     parts = [bench.parts() for bench in benches]
     for name, some in zip(args.modes, parts):
         for part in some:
@@ -372,7 +399,8 @@ def synthetic(n: int, vocab_size: int) -> list[int]:
 
 
 def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """Ways to attend over one layer's cache, for rows of decoding and verification, at 512, 4k and 32k positions."""
+    """Ways to attend over one layer's cache, for rows of decoding and verification, at 512, 4k and 32k
+    positions."""
     parts, device = [], args.device
     shape = (1, model.n_kv_head, 32768, model.head_dim)
     caches = [[torch.randn(shape, device=device).to(dtype) for _ in range(2)] for _ in range(COPIES)]
@@ -389,7 +417,9 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
     return parts
 
 
-def attention_ways(q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int) -> dict[str, Callable]:
+def attention_ways(
+    q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int
+) -> dict[str, Callable]:
     """The candidates by name, each a call without arguments."""
     n_kv = caches[0].shape[1]
     k, v = (cache[:, :, :length] for cache in caches)
@@ -405,10 +435,17 @@ def attention_ways(q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, l
 
 
 def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the weights alone)."""
+    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
+    weights alone)."""
     parts, device = [], args.device
     kernels.use_cpu_kernels()
-    schemes = [Scheme("int8"), Scheme("fp8"), Scheme("fp8", dynamic=True), Scheme("int4"), Scheme("int4", 128)]
+    schemes = [
+        Scheme("int8"),
+        Scheme("fp8"),
+        Scheme("fp8", dynamic=True),
+        Scheme("int4"),
+        Scheme("int4", 128),
+    ]
     for name in ("wqkv", "wo", "w13", "w2"):
         shape = linear_shape(model, name)
         weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
@@ -427,12 +464,15 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
                 parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
             for mode, layers in packed.items():
                 action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
-                parts.append(Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes))
+                parts.append(
+                    Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
+                )
     return parts
 
 
 class LibraryInt4:
-    """PyTorch's own product with int4 weights in groups of 128, for comparison; weight (N, K) in bf16 or fp32."""
+    """PyTorch's own product with int4 weights in groups of 128, for comparison; weight (N, K) in bf16 or
+    fp32."""
 
     GROUP = 128
 
@@ -441,12 +481,16 @@ class LibraryInt4:
         low, high = groups.amin(-1), groups.amax(-1)
         step = ((high - low) / 15).clamp(min=1e-30)
         q = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).to(torch.int32).flatten(1)
-        self.scales = torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)  # (groups, N, 2)
+        self.scales = (
+            torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)
+        )  # (groups, N, 2)
         if weight.device.type == "cpu":
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
             self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:
-            self.weight = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8)
+            self.weight = torch.ops.aten._convert_weight_to_int4pack(
+                (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8
+            )
             self.product = torch.ops.aten._weight_int4pack_mm
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -457,12 +501,17 @@ class LibraryInt4:
 def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     """(N, K) of a layer's product by our name."""
     ends = f".{name}.weight"
-    found = [shape for ours, _, shape in weight_plan(model).values() if ours.startswith("layers.0.") and ours.endswith(ends)]
+    found = [
+        shape
+        for ours, _, shape in weight_plan(model).values()
+        if ours.startswith("layers.0.") and ours.endswith(ends)
+    ]
     return sum(shape[0] for shape in found), found[0][1]
 
 
 def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
-    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU as a graph."""
+    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
+    as a graph."""
 
     @torch.inference_mode()
     def all_of_them() -> None:
@@ -479,7 +528,8 @@ def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float
 
 
 def measure(parts: list[Part], repeats: int) -> Iterator[None]:
-    """Times all parts in turn, `repeats` times after one round that does not count; yields after each that does."""
+    """Times all parts in turn, `repeats` times after one round that does not count; yields after each that
+    does."""
     progress = Progress("measuring", len(parts) * (repeats + 1))
     for turn in range(repeats + 1):
         for part in parts:
@@ -492,7 +542,8 @@ def measure(parts: list[Part], repeats: int) -> Iterator[None]:
 
 
 def summarise(part: Part, limit: float) -> dict:
-    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM repeats."""
+    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
+    repeats."""
     n, median = len(part.seconds), statistics.median(part.seconds)
     row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
            "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
@@ -500,9 +551,16 @@ def summarise(part: Part, limit: float) -> dict:
         low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
         row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
     row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
-    row |= {"noisy": None if n < 3 else row["spread"] > NOISY, "samples_ms": [1e3 * second for second in part.seconds]}
+    row |= {
+        "noisy": None if n < 3 else row["spread"] > NOISY,
+        "samples_ms": [1e3 * second for second in part.seconds],
+    }
     if part.bytes:
-        row |= {"bytes": part.bytes, "gb_per_s": part.bytes / median / 1e9, "share_of_limit": part.bytes / median / limit}
+        row |= {
+            "bytes": part.bytes,
+            "gb_per_s": part.bytes / median / 1e9,
+            "share_of_limit": part.bytes / median / limit,
+        }
     if part.flops:
         row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
     if part.tokens:
@@ -514,8 +572,10 @@ def as_table(rows: list[dict]) -> str:
     """A Markdown table."""
     n = rows[0]["n"]
     between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
-    lines = [f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
-             "|" + "---|" * 9]  # fmt: skip
+    lines = [
+        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
+        "|" + "---|" * 9,
+    ]
     for row in rows:
         low, high = range_of(row)
         first, last = row["positions"] or ("", "")
@@ -541,52 +601,11 @@ def noise(rows: list[dict]) -> str:
     between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
     if not noisy:
         return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
-    return (f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of their median. "
-            "Measure them again on an idle machine before anything is built on a difference.")  # fmt: skip
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Without a target it names the demo pair and its judge."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, help="the target, a Hugging Face snapshot folder (default: the demo target)")
-    add("--draft_checkpoint_path", type=Path, help="the draft, likewise")
-    add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
-    add("--draft_preset", help="a draft, likewise")
-    add("--judge_path", type=Path, help="a judge (random weights get one of zeros)")
-    add("--verify", choices=list(RULES), help="the rule of the rounds (default: judge; standard for folders without one)")
-    add("--speculate_k", type=whole(1, 1024), default=16, help="M, draft tokens a round")
-    add("--rows", type=whole(2, 1025), nargs="*", default=[], help="verify so many rows, one of them the last known token's,"
-        " too, beside M + 1")  # fmt: skip
-    add("--accept", type=whole(0, 1024), help="impose how many draft tokens each round accepts")
-    add("--positions", type=whole(1, MOST), nargs="+", help="where to measure steps and rounds (default: 500, or where the"
-        " last round ends with the context)")  # fmt: skip
-    add("--cache_length", type=whole(1, MOST), nargs="+", help="positions that the cache holds (default: what the run needs);"
-        " with several, the plain step is measured with each")  # fmt: skip
-    add_mode_flags(parser)
-    add("--modes", nargs="+", help="measure the target in each of these, taking turns: none, int8, fp8, int4, int4/128")
-    add("--prefill", type=whole(1, MOST), nargs="*", help="prompt lengths to read (default: 512, or the context)")
-    add("--prompt_tokens", type=whole(1, MOST), help="prompt of the whole generations (default: 64, or an"
-        " eighth of the context)")  # fmt: skip
-    add("--max_new_tokens", type=whole(1, MOST), help="tokens of the whole generations (default: 200, or to the context's end)")
-    add("--repeats", type=whole(1, 10**6), default=9, help="times to measure each part")
-    add("--attention", action="store_true", help="measure ways to attend, at 512, 4k and 32k positions, and nothing else")
-    add("--products", action="store_true", help="measure a layer's products, unquantised and quantised, and nothing else")
-    add("--peers", action="store_true", help="run transformers on the same weights, taking turns")
-    add("--compile", action="store_true", help="torch.compile the step functions")
-    add("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--out", type=Path, help="write the figures to this .json file, and the table beside it as .md")
-    add("--profile", type=Path, help="write a Chrome trace of one round")
-    args = parser.parse_args(argv)
-    if args.checkpoint_path is None and args.preset is None:
-        args.checkpoint_path = DEMO / "target"
-        if not args.draft_checkpoint_path and not args.draft_preset:
-            args.draft_checkpoint_path = DEMO / "draft"
-        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
-    if args.verify is None:
-        args.verify = "judge" if args.judge_path or args.preset else "standard"
-    return args
+    return (
+        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
+        f"their median. "
+        "Measure them again on an idle machine before anything is built on a difference."
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -598,18 +617,25 @@ def check_args(args: argparse.Namespace) -> None:
     if len(set(args.modes or [])) < len(args.modes or []):
         raise InputError("--modes names a mode twice.")
     if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
-        raise InputError("--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset.")
+        raise InputError(
+            "--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset."
+        )
     if args.accept is not None and args.accept > args.speculate_k:
         raise InputError(f"--accept {args.accept} must be between 0 and --speculate_k {args.speculate_k}.")
     if args.judge_path and args.preset:
-        raise InputError("--judge_path: random weights have no judge; leave it out, and one of zeros is computed.")
+        raise InputError(
+            "--judge_path: random weights have no judge; leave it out, and one of zeros is computed."
+        )
     if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
         raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
     if args.modes and (args.mode or args.attention or args.products):
-        raise InputError("--modes names how the target is quantised; leave --mode, --attention and --products out.")
+        raise InputError(
+            "--modes names how the target is quantised; leave --mode, --attention and --products out."
+        )
     if args.peers and (args.max_new_tokens == 1 or args.mode or args.draft_mode or args.modes):
         raise InputError(
-            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, --max_new_tokens."
+            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, "
+            "--max_new_tokens."
         )
     if (args.attention or args.products) and (args.profile or args.peers):
         raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
@@ -621,9 +647,15 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raises InputError where a file that is to be written cannot be, is an input, or is named twice."""
     if args.out is not None and args.out.suffix != ".json":
         raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
-    outputs = [(args.out, "--out"), (args.out and args.out.with_suffix(".md"), "--out, its table"), (args.profile, "--profile")]
+    outputs = [
+        (args.out, "--out"),
+        (args.out and args.out.with_suffix(".md"), "--out, its table"),
+        (args.profile, "--profile"),
+    ]
     folders = [folder for folder in (args.checkpoint_path, args.draft_checkpoint_path) if folder is not None]
-    inputs = [file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]]
+    inputs = [
+        file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]
+    ]
     real: list[Path] = []
     for path, flag in outputs:
         if path is not None:
@@ -634,7 +666,8 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def fit_lengths(args: argparse.Namespace) -> int:
-    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context; returns it."""
+    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context;
+    returns it."""
     context = min(shape.max_position for shape in shapes_of(args) if shape is not None)
     args.positions = list(dict.fromkeys(args.positions or [max(1, min(500, context - rows_ahead(args)))]))
     args.prefill = list(dict.fromkeys([min(512, context)] if args.prefill is None else args.prefill))
@@ -649,38 +682,37 @@ def rows_ahead(args: argparse.Namespace) -> int:
 
 
 def check_lengths(args: argparse.Namespace) -> None:
-    """Raises InputError where positions, prompts or caches do not fit the models, or the models one another."""
+    """Raises InputError where positions, prompts or caches do not fit the models, or the models one
+    another."""
     context, (target, draft) = fit_lengths(args), shapes_of(args)
     longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
     if longest > context:
-        raise InputError(f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}.")
+        raise InputError(
+            f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}."
+        )
     if (reached := max(args.positions) + rows_ahead(args)) > context:
-        raise InputError(f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach {reached} tokens, "
-                         f"but the context is {context}.")  # fmt: skip
+        raise InputError(
+            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach "
+            f"{reached} tokens, "
+            f"but the context is {context}."
+        )
     for length in args.cache_length or []:
         if length < needed_length(args):
-            raise InputError(f"--cache_length {length} is too short for this run, which needs {needed_length(args)}.")
+            raise InputError(
+                f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
+            )
     if draft is not None and target.vocab_size != draft.vocab_size:
-        raise InputError(f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} tokens.")
+        raise InputError(
+            f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} "
+            f"tokens."
+        )
     if args.checkpoint_path and args.draft_checkpoint_path:
         check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
 
 
-def has_draft(args: argparse.Namespace) -> bool:
-    return bool(args.draft_checkpoint_path or args.draft_preset)
-
-
-def shapes_of(args: argparse.Namespace) -> tuple[ModelArgs, ModelArgs | None]:
-    """Target and draft, from folders or presets."""
-    target = ModelArgs.from_folder(args.checkpoint_path) if args.checkpoint_path else shape_of(args.preset)
-    if not has_draft(args):
-        return target, None
-    folder = args.draft_checkpoint_path
-    return target, ModelArgs.from_folder(folder) if folder else shape_of(args.draft_preset)
-
-
 def needed_length(args: argparse.Namespace) -> int:
-    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their position."""
+    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
+    position."""
     ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
     return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
 
@@ -706,56 +738,56 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     print(json.dumps(report))
 
 
-def make_report(args, argv: list[str], parts: list[Part], bench: Workbench | None, read: float, copy: float) -> dict:
+def make_report(
+    args, argv: list[str], parts: list[Part], bench: Workbench | None, read: float, copy: float
+) -> dict:
     """All that was measured so far. read, copy: bytes a second."""
     limit = copy if args.device.type == "cuda" else read
     report = {
-        "schema": SCHEMA, "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": machine(), "commit": commit(), **settings_of(args, bench),
-        "read_gb_per_s": read / 1e9, "copy_gb_per_s": copy / 1e9, "limit": "copy" if args.device.type == "cuda" else "read",
+        "schema": SCHEMA,
+        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine(),
+        "commit": commit(),
+        **settings_of(args, bench),
+        "read_gb_per_s": read / 1e9,
+        "copy_gb_per_s": copy / 1e9,
+        "limit": "copy" if args.device.type == "cuda" else "read",
         "rows": [summarise(part, limit) for part in parts],
-    }  # fmt: skip
+    }
     if bench is None:
         return report
-    figures = {} if args.modes else bench.round_figures(report["rows"])  # with several modes there are several of each
+    figures = (
+        {} if args.modes else bench.round_figures(report["rows"])
+    )  # with several modes there are several of each
     return report | {"startup": bench.startup} | figures
 
 
-def printable(text: str) -> str:
-    """An argument that is no UTF-8 with question marks for what is not."""
-    return text.encode(errors="replace").decode()
-
-
 def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
-    """What was measured, as fields. Rule, threshold, M and imposed acceptance are those of the rounds, None without any."""
+    """What was measured, as fields. Rule, threshold, M and imposed acceptance are those of the rounds, None
+    without any."""
     drafts = bench is not None and bench.fast is not None
-    head = bench.head if drafts else None
     schemes = (scheme_of(args), scheme_of(args, "draft_"))
     dtype = str(run_dtype(args.precision, args.device)).removeprefix("torch.")
     return {
         "model": model_name(args.checkpoint_path, args.preset),
-        "draft_model": model_name(args.draft_checkpoint_path, args.draft_preset), "rule": args.verify if drafts else None,
-        "threshold": threshold_of(bench.fast.settings, head) if drafts else None,
-        "speculate_k": args.speculate_k if drafts else None, "imposed_acceptance": args.accept,
-        "mode": schemes[0] and str(schemes[0]), "draft_mode": schemes[1] and str(schemes[1]), "modes": modes_of(args),
-        "compile": args.compile, "precision": dtype, "dtype": dtype, "device": str(args.device), "torch": torch.__version__,
-        "prompt_tokens": args.prompt_tokens, "max_new_tokens": args.max_new_tokens, "repeats": args.repeats,
-    }  # fmt: skip
-
-
-def model_name(folder: Path | None, name: str | None) -> str | None:
-    """A preset's name or a folder, one of this repository from its root on, so that it is found on other machines."""
-    if folder is not None and folder.resolve().is_relative_to(ROOT):
-        folder = folder.resolve().relative_to(ROOT)
-    return printable(str(folder)) if folder is not None else name
-
-
-def modes_of(args: argparse.Namespace) -> dict[str, str | None] | None:
-    """Each of --modes -> how it quantises the target. Raises InputError for an unknown one."""
-    if not args.modes:
-        return None
-    schemes = {name: scheme_named(name if len(name) < 20 else shortened(name)) for name in args.modes}
-    return {name: scheme and str(replace(scheme, lm_head=args.quantize_lm_head)) for name, scheme in schemes.items()}
+        "draft_model": model_name(args.draft_checkpoint_path, args.draft_preset),
+        "rule": args.verify if drafts else None,
+        "threshold": bench.fast.settings.threshold if drafts else None,
+        "speculate_k": args.speculate_k if drafts else None,
+        "imposed_acceptance": args.accept,
+        "mode": schemes[0] and str(schemes[0]),
+        "draft_mode": schemes[1] and str(schemes[1]),
+        "modes": modes_of(args),
+        "compile": args.compile,
+        "precision": dtype,
+        "dtype": dtype,
+        "device": str(args.device),
+        "torch": torch.__version__,
+        "prompt_tokens": args.prompt_tokens,
+        "max_new_tokens": args.max_new_tokens,
+        "repeats": args.repeats,
+    }
 
 
 def as_text(report: dict) -> str:
@@ -763,7 +795,8 @@ def as_text(report: dict) -> str:
     made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
     lines = [f"`{report['command']}`; {made}.", ""]
     lines.append(
-        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} GB/s (reads and "
+        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} "
+        f"GB/s (reads and "
         f"writes); the limit is {report['limit']}."
     )
     lines += ["", as_table(report["rows"]), ""]
@@ -772,17 +805,21 @@ def as_text(report: dict) -> str:
             lines.append(f"- {name}: {found['seconds']:.1f} s")
         else:
             speed, cat = (found["bytes"] / found[key] / 1e9 for key in ("load_seconds", "cat_seconds"))
-            lines.append(f"- loading {name}: {found['bytes'] / 1e9:.3f} GB at {speed:.2f} GB/s (`cat` {cat:.2f} GB/s)")
+            lines.append(
+                f"- loading {name}: {found['bytes'] / 1e9:.3f} GB at {speed:.2f} GB/s (`cat` {cat:.2f} GB/s)"
+            )
     if report.get("host_overhead") is not None:
         lines.append(f"- host overhead: {report['host_overhead']:.2%}")
     if report.get("tokens_a_round") is not None:
-        cut = ", without the last, which the generation's end cuts (its time is in the tokens/s)" * bool(report["rounds_cut"])
+        cut = ", without the last, which the generation's end cuts (its time is in the tokens/s)" * bool(
+            report["rounds_cut"]
+        )
         lines.append(f"- tokens a round: {report['tokens_a_round']:.2f} in {report['rounds']} rounds{cut}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     run_script("benchmark.py", lambda: run(args, sys.argv[1:] if argv is None else argv))
 
 

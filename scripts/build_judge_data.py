@@ -1,18 +1,21 @@
-"""Answers to train a judge on: several models answer the same questions, and a checker says which answers are right.
+"""Answers to train a judge on: several models answer the same questions, and a checker says which answers are
+right.
 
     python scripts/build_judge_data.py --questions gsm8k/train.jsonl --checker number --limit 500 --chat \\
         --checkpoint_path LLAMA-8B LLAMA-70B --temperature 0,0.8 --samples 2 --out answers.jsonl
 
-The recipe of Judge Decoding (arXiv 2501.19309): per question one right and one wrong answer, from different models where
-there is a choice; a person then marks the wrong spans (scripts/annotate.py). A line of --out is what judge.py train reads:
-`{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A right answer has no errors, []; a wrong
-one has null, which judge.py refuses until somebody has put [start, end] there.
+The recipe of Judge Decoding (arXiv 2501.19309): per question one right and one wrong answer, from different
+models where there is a choice; a person then marks the wrong spans (scripts/annotate.py). A line of --out is
+what judge.py train reads: `{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A
+right answer has no errors, []; a wrong one has null, which judge.py refuses until somebody has put [start,
+end] there.
 
-An answer that --max_new_tokens cut off, that gives no final answer, or whose logits are not finite, is dropped. Every
-answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes from there and ends with the
-same files. --out is written once, at the end, and never over anything else: annotations put into it are safe. Demo
-questions are training problems, never the held-out ones; --annotate_demo marks their wrong words and digits by the grammar,
-also the steps that a right answer takes back.
+An answer that --max_new_tokens cut off, that gives no final answer, or whose logits are not finite, is
+dropped. Every answer, dropped or not, goes to OUT.all as it is made, in a fixed order; a killed run resumes
+from there and ends with the same files. --out is written once, at the end, and never over anything else:
+annotations put into it are safe. Demo questions are training problems, never the held-out ones;
+--annotate_demo marks their wrong words and digits by the grammar, also the steps that a right answer takes
+back.
 """
 
 import os
@@ -33,15 +36,17 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Result, Settings, answer_text, check_prompt, check_settings, encode_prompt
-from judge import files_in
-from model import DTYPES, ModelArgs, pick_device, run_dtype
+from generate import Engine, NotFinite, Result, Settings, check_prompt, check_settings
+from model import DTYPES, pick_device, run_dtype
 from quantize import load_model
-from scripts.results import is_count, is_text, is_verdict, resume
-from scripts.scoring import CHECKERS, UNDECIDED, Question
-from scripts.tasks import add_question_flags, questions_of
-from scripts.train_demo import annotated
+from scripts.lib.demo_task import annotated
+from scripts.lib.pair import files_in
+from scripts.lib.results import is_count, is_text, is_verdict, resume
+from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
+from scripts.lib.tasks import add_question_flags, questions_of
+from scripts.lib.terminal import answer_text, encode_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -68,18 +73,24 @@ def read_temperatures(text: str) -> list[float]:
 
 
 def list_jobs(args: argparse.Namespace, questions: list[Question]) -> list[Job]:
-    """All answers to make, in the order of OUT.all. Greedy ones are made once: another sample would be the same."""
+    """All answers to make, in the order of OUT.all. Greedy ones are made once: another sample would be the
+    same."""
     return [
         Job(model, temperature, sample, question)
-        for model, temperature, sample in product(range(len(args.checkpoint_path)), args.temperature, range(args.samples))
+        for model, temperature, sample in product(
+            range(len(args.checkpoint_path)), args.temperature, range(args.samples)
+        )
         if sample == 0 or temperature > 0
         for question in questions
     ]
 
 
-def encode_prompts(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, questions: list[Question]) -> dict:
-    """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's context."""
-    context, prompts = ModelArgs.from_folder(folder).max_position, {}
+def encode_prompts(
+    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, questions: list[Question]
+) -> dict:
+    """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's
+    context."""
+    context, prompts = read_config(folder).max_position, {}
     for question in questions:
         prompt = encode_prompt(args, tokenizer, question.prompt)
         try:
@@ -117,9 +128,11 @@ def seed_of(args: argparse.Namespace, job: Job) -> int:
     return int(hashlib.sha256(f"{args.seed} {job.question.id} {job.sample}".encode()).hexdigest()[:15], 16)
 
 
-def answers(args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list) -> Iterator[tuple[Job, Result]]:
-    """(job, the engine's Result) for all of `todo`, with one model loaded at a time; it stopped with "not finite" where the
-    logits were."""
+def answers(
+    args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list
+) -> Iterator[tuple[Job, Result]]:
+    """(job, the engine's Result) for all of `todo`, with one model loaded at a time; it stopped with "not
+    finite" where the logits were."""
     for at, its_jobs in groupby(todo, key=lambda job: job.model):
         model = load_model(args.checkpoint_path[at], args.device, args.dtype)
         length = max(map(len, prompts[at].values())) + args.max_new_tokens
@@ -157,12 +170,25 @@ def record(args: argparse.Namespace, job: Job, tokens: int, text: str, stop_reas
 
 
 def check_record(record: dict, where: str) -> dict:
-    """A line of OUT.all. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
-    kinds = {"question": is_text, "model": is_count, "prompt": is_text, "response": is_text, "reference": is_text,
-             "right": is_verdict, "dropped": lambda value: value in (None, *DROPPED), "tokens": is_count,
-             "source": is_text}  # fmt: skip
-    if wrong := next((name for name, kind in kinds.items() if name not in record or not kind(record[name])), None):
-        raise InputError(f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out.")
+    """A line of OUT.all. Raises InputError beginning with `where`, and naming the field, for what no run has
+    written."""
+    kinds = {
+        "question": is_text,
+        "model": is_count,
+        "prompt": is_text,
+        "response": is_text,
+        "reference": is_text,
+        "right": is_verdict,
+        "dropped": lambda value: value in (None, *DROPPED),
+        "tokens": is_count,
+        "source": is_text,
+    }
+    if wrong := next(
+        (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
+    ):
+        raise InputError(
+            f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out."
+        )
     return record
 
 
@@ -171,9 +197,15 @@ def source_of(args: argparse.Namespace, job: Job) -> str:
 
 
 def answer_all(
-    args: argparse.Namespace, todo: list[Job], prompts: list, tokenizers: list, lines: Lines, begin: list[dict]
+    args: argparse.Namespace,
+    todo: list[Job],
+    prompts: list,
+    tokenizers: list,
+    lines: Lines,
+    begin: list[dict],
 ) -> list[dict]:
-    """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after `begin`."""
+    """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after
+    `begin`."""
     records, progress = [], Progress("answers", len(todo))
     for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
         text = answer_text(tokenizers[job.model], result.tokens)
@@ -185,7 +217,8 @@ def answer_all(
 
 
 def pick(records: list[dict], count: int, used: Counter, turn: int, models: int) -> list[dict]:
-    """Up to `count` different answers, each from the model `used` least so far; ties go to the models by turns."""
+    """Up to `count` different answers, each from the model `used` least so far; ties go to the models by
+    turns."""
     picked, rest = [], list(records)
     while rest and len(picked) < count:
         best = min(rest, key=lambda record: (used[record["model"]], (record["model"] - turn) % models))
@@ -196,8 +229,8 @@ def pick(records: list[dict], count: int, used: Counter, turn: int, models: int)
 
 
 def choose(records: list[dict], models: int, right: int, wrong: int) -> list[dict]:
-    """The paper's tuples: of each question that has both, so many right and wrong answers, from different models if
-    possible. The kind that fewer models gave has the first choice."""
+    """The paper's tuples: of each question that has both, so many right and wrong answers, from different
+    models if possible. The kind that fewer models gave has the first choice."""
     chosen, groups = [], {}
     for record in records:
         if not record["dropped"]:
@@ -221,13 +254,16 @@ def different(records: list[dict]) -> list[dict]:
 
 
 def line_of(record: dict, problems: dict) -> str:
-    """An answer as judge.py reads it. problems: {question id: demo problem} where its grammar is to mark the errors."""
+    """An answer as judge.py reads it. problems: {question id: demo problem} where its grammar is to mark the
+    errors."""
     errors = [] if record["right"] else None
     if problems:
         errors = annotated(problems[record["question"]], record["response"], record["source"])["errors"]
     fields = ("prompt", "response", "reference", "right")
     return json.dumps(
-        {key: record[key] for key in fields} | {"errors": errors} | {k: record[k] for k in ("source", "question")}
+        {key: record[key] for key in fields}
+        | {"errors": errors}
+        | {k: record[k] for k in ("source", "question")}
     )
 
 
@@ -235,28 +271,38 @@ def write_chosen(out: Path, lines: list[str]) -> None:
     """Writes --out, but never over other content: that may be hours of annotation."""
     content = ("\n".join(lines) + "\n").encode()
     if out.exists() and read_bytes(out) != content:
-        raise InputError(f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another --out.")
+        raise InputError(
+            f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another "
+            f"--out."
+        )
     write_file(out, content)
 
 
 def print_summary(args: argparse.Namespace, questions: int, records: list[dict], chosen: list[dict]) -> None:
     """What each source gave, what was chosen, and why the rest was not."""
     kinds = ("right", "wrong", "cut off", "no answer")
-    kinds += tuple(kind for kind in DROPPED if kind not in kinds and any(record["dropped"] == kind for record in records))
+    kinds += tuple(
+        kind for kind in DROPPED if kind not in kinds and any(record["dropped"] == kind for record in records)
+    )
     print(f"{'source':35} answers" + "".join(f"{kind:>{max(8, len(kind) + 2)}}" for kind in kinds))
     for source in dict.fromkeys(record["source"] for record in records):
         mine = [record for record in records if record["source"] == source]
         count = Counter(r["dropped"] or ("right" if r["right"] else "wrong") for r in mine)
-        print(f"{source:35} {len(mine):7}" + "".join(f"{count[kind]:{max(8, len(kind) + 2)}}" for kind in kinds))
+        print(
+            f"{source:35} {len(mine):7}" + "".join(f"{count[kind]:{max(8, len(kind) + 2)}}" for kind in kinds)
+        )
     right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
         f"{args.out}: {tuples}{len(chosen)} answers ({right} right, {len(chosen) - right} wrong), "
-        f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, {dropped} dropped."
+        f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, "
+        f"{dropped} dropped."
     )
     texts = len(different(records))
-    others = {f"{len(records) - dropped - texts} with the text of another": len(records) - dropped - texts,
-              f"{texts - len(chosen)} beside a pair or without one (--no-tuples keeps them)": texts - len(chosen)}  # fmt: skip
+    others = {
+        f"{len(records) - dropped - texts} with the text of another": len(records) - dropped - texts,
+        f"{texts - len(chosen)} beside a pair or without one (--no-tuples keeps them)": texts - len(chosen),
+    }
     if said := [what for what, count in ({f"{dropped} dropped": dropped} | others).items() if count]:
         print(f"Not written there, but in {args.work}: {', '.join(said)}.")
 
@@ -266,7 +312,10 @@ def check_args(args: argparse.Namespace) -> None:
     args.temperature = read_temperatures(args.temperature)
     args.device = pick_device(args.device)
     args.dtype = run_dtype(args.precision, args.device)
-    inputs = [*filter(None, (args.data, args.shots_data, Path(args.questions or ""))), *files_in(args.checkpoint_path)]
+    inputs = [
+        *filter(None, (args.data, args.shots_data, Path(args.questions or ""))),
+        *files_in(args.checkpoint_path),
+    ]
     check_writable(args.out, "--out")
     args.work = args.out.with_name(args.out.name + ".all")
     for path in (args.out, args.work):
@@ -284,7 +333,10 @@ def build(args: argparse.Namespace) -> None:
     tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
     folders = [folder.resolve() for folder in args.checkpoint_path]
     if len(set(folders)) < len(folders):
-        raise InputError(f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise --samples.")
+        raise InputError(
+            f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise "
+            f"--samples."
+        )
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
     with closing(Lines(args.work)) as lines:
@@ -293,7 +345,8 @@ def build(args: argparse.Namespace) -> None:
         chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
         if not chosen:
             raise InputError(
-                "There is nothing to choose: no question has both a right and a wrong answer; ask more questions, add a "
+                "There is nothing to choose: no question has both a right and a wrong answer; ask more "
+                "questions, add a "
                 f"weaker checkpoint or a higher --temperature, or see {args.work} for what was dropped."
             )
         demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
@@ -301,13 +354,18 @@ def build(args: argparse.Namespace) -> None:
     print_summary(args, len(questions), records, chosen)
 
 
-def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict) -> list:
-    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of another run."""
+def all_records(
+    args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict
+) -> list:
+    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of
+    another run."""
     records = resume(lines, header, check_record)
     if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
         raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
     if len(records) < len(jobs) and args.out.exists():
-        raise InputError(f"{args.out} exists, but is not the output of this run; move it, or name another --out.")
+        raise InputError(
+            f"{args.out} exists, but is not the output of this run; move it, or name another --out."
+        )
     begin = [] if lines.content else [header]
     return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines, begin)
 
@@ -315,20 +373,49 @@ def all_records(args: argparse.Namespace, jobs: list[Job], prompts: list, tokeni
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, nargs="+", required=True, help="the models' folders; they are loaded in turn")
+    add(
+        "--checkpoint_path",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="the models' folders; they are loaded in turn",
+    )
     add_question_flags(add)
     add("--temperature", default="0,0.8", help="each model answers at each of these")
     add("--samples", type=whole(1, 10_000), default=1, help="answers a question at each temperature above 0")
-    add("--max_new_tokens", type=whole(1, 10_000_000), default=400, help="after which an answer is cut off, and dropped")
-    add("--chat", action="store_true", help="put questions into the folder's chat format, as judge.py train --chat will")
-    add("--tuples", action=argparse.BooleanOptionalAction, default=True, help="keep right and wrong pairs, not all answers")
+    add(
+        "--max_new_tokens",
+        type=whole(1, 10_000_000),
+        default=400,
+        help="after which an answer is cut off, and dropped",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="put questions into the folder's chat format, as judge.py train --chat will",
+    )
+    add(
+        "--tuples",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep right and wrong pairs, not all answers",
+    )
     add("--right", type=whole(1, 10_000), default=1, help="right answers in a tuple, at most")
     add("--wrong", type=whole(1, 10_000), default=1, help="wrong answers in a tuple, at most")
-    add("--annotate_demo", action="store_true", help="mark errors by the demo's grammar instead of leaving that open")
+    add(
+        "--annotate_demo",
+        action="store_true",
+        help="mark errors by the demo's grammar instead of leaving that open",
+    )
     add("--compile", action="store_true", help="compile the step functions with torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add("--out", type=Path, required=True, help="the chosen answers, JSON lines; OUT.all beside it holds all of them")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="the chosen answers, JSON lines; OUT.all beside it holds all of them",
+    )
     args = parser.parse_args(argv)
     run_script("build_judge_data.py", lambda: build(args))
 

@@ -1,11 +1,12 @@
-"""Turns Meta's own checkpoint (consolidated.*.pth and params.json, 1 to 16 shards) into a Hugging Face folder.
+"""Turns Meta's own checkpoint (consolidated.*.pth and params.json, 1 to 16 shards) into a Hugging Face
+folder.
 
     python scripts/convert_meta_checkpoint.py --checkpoint_dir Meta-Llama-3.1-8B --out Llama-3.1-8B
 
-Meta splits each matrix over the shards and pairs the even and odd halves of a head for RoPE; the published folders hold
-whole matrices and pair its first and second half. Shards are memory-mapped, and one file is written a layer, so that
-memory holds one layer at a time. The folder is written beside and renamed at the end. Meta's folders have no chat template:
-for --chat put the published chat_template.jinja into the new one.
+Meta splits each matrix over the shards and pairs the even and odd halves of a head for RoPE; the published
+folders hold whole matrices and pair its first and second half. Shards are memory-mapped, and one file is
+written a layer, so that memory holds one layer at a time. The folder is written beside and renamed at the
+end. Meta's folders have no chat template: for --chat put the published chat_template.jinja into the new one.
 """
 
 import os
@@ -22,28 +23,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint import args_of, read_field, weight_plan
 from files import check_new_folder, checkpoint_folder, is_file, lock, opened, read_json, write_file
-from model import LLAMA31_ROPE, LLAMA32_ROPE, ModelArgs, read_field, weight_plan
+from model import LLAMA31_ROPE, LLAMA32_ROPE
 from quantize import is_scrap, write_tensors
 
 NAMES = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 
 
 def open_shards(folder: Path) -> list[dict[str, Tensor]]:
     """Meta's shards in order, memory-mapped, without running any pickled code."""
-    paths = sorted(checkpoint_folder(folder, "Meta's folder with consolidated.00.pth").glob("consolidated.*.pth"))
+    paths = sorted(
+        checkpoint_folder(folder, "Meta's folder with consolidated.00.pth").glob("consolidated.*.pth")
+    )
     if not paths:
         raise InputError(f"{folder} has no consolidated.*.pth; name a folder as Meta publishes it.")
     if len(paths) > 16:
         raise InputError(f"{folder} has {len(paths)} shards; Meta publishes at most 16.")
     for number, path in enumerate(paths):
         if path.name != f"consolidated.{number:02}.pth":
-            raise InputError(f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing.")
+            raise InputError(
+                f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing."
+            )
     return [open_shard(path) for path in paths]
 
 
@@ -55,7 +67,9 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}.") from None
+        raise InputError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}."
+        ) from None
     if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
         raise InputError(f"{path} holds no tensors by name.")
     for name, tensor in shard.items():
@@ -67,7 +81,8 @@ def open_shard(path: Path) -> dict[str, Tensor]:
 def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
     """The whole tensor `name` of `shape`, put together along the dimension that makes it so.
 
-    Norms are repeated in every shard; so are KV heads, by turns, when there are fewer heads than shards (405B on 16).
+    Norms are repeated in every shard; so are KV heads, by turns, when there are fewer heads than shards (405B
+    on 16).
     """
     missing = [i for i, shard in enumerate(shards) if not isinstance(shard.get(name), Tensor)]
     if missing:
@@ -78,9 +93,15 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
     if all(part.dim() == len(shape) and part.dtype == parts[0].dtype for part in parts):
         kv = name.endswith((".wk.weight", ".wv.weight"))
         repeats = max(1, sum(part.shape[0] for part in parts) // shape[0]) if kv else 1
-        alike = all(torch.equal(part, parts[i // repeats * repeats]) for i, part in enumerate(parts)) if repeats > 1 else True
+        alike = (
+            all(torch.equal(part, parts[i // repeats * repeats]) for i, part in enumerate(parts))
+            if repeats > 1
+            else True
+        )
         for dim in range(len(shape) if alike else 0):
-            others_fit = all(part.shape[d] == shape[d] for part in parts for d in range(len(shape)) if d != dim)
+            others_fit = all(
+                part.shape[d] == shape[d] for part in parts for d in range(len(shape)) if d != dim
+            )
             if others_fit and sum(part.shape[dim] for part in parts[::repeats]) == shape[dim]:
                 return torch.cat(parts[::repeats], dim)
     found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
@@ -88,7 +109,8 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorders the rows of a query or key matrix from (even, odd) pairs to first and second half of each head."""
+    """Reorders the rows of a query or key matrix from (even, odd) pairs to first and second half of each
+    head."""
     heads = weight.shape[0] // head_dim
     return weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
 
@@ -99,7 +121,9 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
     dim, n_layers, n_heads = (read_field(params, name, int, where) for name in ("dim", "n_layers", "n_heads"))
     scaled = params.get("use_scaled_rope", False)
     if dim % n_heads or not isinstance(scaled, bool):
-        raise InputError(f"{where}: dim={dim} must be a multiple of n_heads={n_heads}, and use_scaled_rope true or false.")
+        raise InputError(
+            f"{where}: dim={dim} must be a multiple of n_heads={n_heads}, and use_scaled_rope true or false."
+        )
     first = shards[0]
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         if not isinstance(first.get(name), Tensor) or first[name].dim() != 2:
@@ -110,26 +134,44 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
         vocab = read_field(params, "vocab_size", int, where)
     llama3 = vocab > 100000
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": dim,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": dim,
         "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
-        "num_hidden_layers": n_layers, "num_attention_heads": n_heads,
-        "num_key_value_heads": read_field(params, "n_kv_heads", int, where, n_heads), "head_dim": dim // n_heads,
-        "vocab_size": vocab, "rms_norm_eps": read_field(params, "norm_eps", float, where),
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": read_field(params, "n_kv_heads", int, where, n_heads),
+        "head_dim": dim // n_heads,
+        "vocab_size": vocab,
+        "rms_norm_eps": read_field(params, "norm_eps", float, where),
         "rope_theta": read_field(params, "rope_theta", float, where, 10000.0),
-        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": "bfloat16",
         "max_position_embeddings": 131072 if scaled else 8192 if llama3 else 4096,
-        "bos_token_id": 128000 if llama3 else 1, "eos_token_id": [128001, 128008, 128009] if llama3 else 2,
-    }  # fmt: skip
+        "bos_token_id": 128000 if llama3 else 1,
+        "eos_token_id": [128001, 128008, 128009] if llama3 else 2,
+    }
     if scaled:
         # Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3
-        factor, low, high, original = LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
-                                  "high_freq_factor": high, "original_max_position_embeddings": original}  # fmt: skip
+        factor, low, high, original = (
+            LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
+        )
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }
     return config
 
 
 def convert(source: Path, out: Path) -> None:
-    """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or broken."""
+    """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or
+    broken."""
     beside = out.with_name(out.name + ".tmp")
     check_new_folder(out, "--out", beside)
     shards, params = open_shards(source), read_json(source / "params.json")
@@ -152,14 +194,18 @@ def convert(source: Path, out: Path) -> None:
         os.close(held)
 
 
-OURS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)")
+OURS = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)"
+)
 
 
 def clear(beside: Path) -> None:
     """Removes what a killed run left; raises InputError where there is anything else."""
     for path in beside.iterdir():
         if not OURS.fullmatch(path.name) and not is_scrap(path.name):
-            raise InputError(f"{beside}, where the folder is written to first, holds {path.name}, which is not ours.")
+            raise InputError(
+                f"{beside}, where the folder is written to first, holds {path.name}, which is not ours."
+            )
     for path in beside.iterdir():
         path.unlink()
 
@@ -174,13 +220,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def names_of(config: dict) -> list[dict[str, str]]:
     """For each layer, and for the rest: Meta's name -> the published one."""
-    layers = [{f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in NAMES.items()}
-              for i in range(config["num_hidden_layers"])]  # fmt: skip
+    layers = [
+        {f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in NAMES.items()}
+        for i in range(config["num_hidden_layers"])
+    ]
     return [*layers, {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in TOP.items()}]
 
 
 def check_names(shards: list[dict[str, Tensor]], config: dict, source: Path) -> None:
-    """Raises InputError, before anything is written, for tensors that are missing, or that params.json does not call for."""
+    """Raises InputError, before anything is written, for tensors that are missing, or that params.json does
+    not call for."""
     called = {ours for names in names_of(config) for ours in names}
     for number, shard in enumerate(shards):
         where = f"{source}/consolidated.{number:02}.pth"
@@ -188,14 +237,16 @@ def check_names(shards: list[dict[str, Tensor]], config: dict, source: Path) -> 
             raise InputError(f"{where} has no tensor {name}.")
         for name in shard:
             if name not in called and name != "rope.freqs":
-                raise InputError(f"{where} has an unexpected tensor {name}, which params.json does not call for.")
+                raise InputError(
+                    f"{where} has an unexpected tensor {name}, which params.json does not call for."
+                )
 
 
 def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, folder: Path) -> None:
     """One safetensors file a layer and one for the rest, and their index."""
     groups, weight_map, total = names_of(config), {}, 0
     progress = Progress(f"converting {source}", len(groups))
-    shapes = {name: shape for name, (_, _, shape) in weight_plan(ModelArgs.from_hf_config(config)).items()}
+    shapes = {name: shape for name, (_, _, shape) in weight_plan(args_of(config)).items()}
     for number, names in enumerate(groups, 1):
         tensors = {}
         for ours, theirs in names.items():

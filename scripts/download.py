@@ -3,12 +3,13 @@
     python scripts/download.py gsm8k mmlu          # or a file, gsm8k/test.jsonl; or all
     python scripts/download.py --list
 
-scripts/download.tsv holds for each file its repository, commit, licence, size and sha256. A file goes to NAME.part first,
-which a later run goes on with, and gets its name once its hash is right; one that is there already is only verified. Most
-come from the benchmarks' own repositories. Three do not, and differ in form from what the authors first published: arc (of
-LLM-Adapters: question and choices in one text, answers as answer1), mmlu (a header row, answers 0 to 3; the authors' own
-files, without header and with letters, are read as well) and math500 (each problem begins with "Return your final response
-within \\boxed{}.", which is taken away when it is read).
+scripts/download.tsv holds for each file its repository, commit, licence, size and sha256. A file goes to
+NAME.part first, which a later run goes on with, and gets its name once its hash is right; one that is there
+already is only verified. Most come from the benchmarks' own repositories. Three do not, and differ in form
+from what the authors first published: arc (of LLM-Adapters: question and choices in one text, answers as
+answer1), mmlu (a header row, answers 0 to 3; the authors' own files, without header and with letters, are
+read as well) and math500 (each problem begins with "Return your final response within \\boxed{}.", which is
+taken away when it is read).
 """
 
 import os
@@ -73,11 +74,14 @@ def digest_of(path: Path) -> str:
 
 
 def fetch(file: File, folder: Path, source: str) -> None:
-    """Downloads one file, or verifies the one that is there. Raises InputError; what has come stays in NAME.part."""
+    """Downloads one file, or verifies the one that is there. Raises InputError; what has come stays in
+    NAME.part."""
     path = folder / file.file
     if os.path.lexists(path):
         if digest_of(path) != file.sha256:
-            raise InputError(f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away.")
+            raise InputError(
+                f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away."
+            )
         return
     part = path.with_name(path.name + ".part")
     try:
@@ -91,8 +95,11 @@ def fetch(file: File, folder: Path, source: str) -> None:
                     part.unlink()  # nothing came
             if digest_of(part) != file.sha256:
                 part.unlink()
-                raise InputError(f"{file.url(source)} gave another file than the one in download.tsv (its sha256 differs); "
-                                 "nothing is kept.")  # fmt: skip
+                raise InputError(
+                    f"{file.url(source)} gave another file than the one in download.tsv (its "
+                    f"sha256 differs); "
+                    "nothing is kept."
+                )
             os.replace(part, path)
     except OSError as error:
         raise InputError(f"{part} cannot be written: {error.strerror or error}.") from None
@@ -113,7 +120,13 @@ def receive(file: File, out, url: str) -> None:
             out.flush()
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} cannot be had: the server answers {error.code} {error.reason}.") from None
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ValueError,
+    ) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}; run it again to go on."
@@ -129,7 +142,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"{file.file}  {int(file.bytes):,} bytes  {file.licence}  {file.url(args.source)}")
         return
     if not args.names:
-        raise InputError("Name what to fetch, as in: python scripts/download.py gsm8k mmlu; --list shows all.")
+        raise InputError(
+            "Name what to fetch, as in: python scripts/download.py gsm8k mmlu; --list shows all."
+        )
     files = chosen(files, args.names)
     for file in files:
         check_folder((args.out / file.file).parent, "--out")
@@ -146,7 +161,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", help="folders or files of --list, or all")
-    add("--out", type=Path, default=Path(os.environ.get("JUDGE_FAST_DATA", "data")), help="where they go (default: data)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("JUDGE_FAST_DATA", "data")),
+        help="where they go (default: data)",
+    )
     add("--list", action="store_true", help="print every file, its size, licence and address")
     add("--source", default=SOURCE, help="a mirror of raw.githubusercontent.com")
     args = parser.parse_args(argv)

@@ -3,21 +3,21 @@
     python scripts/experiments.py judge_table          # or another of the names below, or all
     python scripts/experiments.py pareto --limit 50 --results trial
 
-    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its main table)
-    m_sweep         tokens a round and tokens/s against M, for standard and judge, and --speculate_k auto
-    pareto          accuracy against m* over thresholds, for every rule
-    equal_risk      every rule calibrated to the same bound on harm, then compared
-    other_text      how much of somebody else's text passes, standard and judge
-    out_of_domain   judge and AutoJudge head trained on one family, tested on the other, beside training-free kl
-    self_correction the target made to go on after a wrong span: how often it puts it right
-    label_policies  the three ways to label what follows an error, trained and decoded
-    ablations       feature, row, layer, size of the training set, target+draft
-    autojudge       mining: share of important tokens, AUC, agreement with the true labels
-    rule_cost       what each rule adds to the verification's time (needs --compile)
-    quantised       the target in int8, fp8 and int4: perplexity, accuracy, m*, and the judge as it is and trained anew
+    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its
+    main table) m_sweep         tokens a round and tokens/s against M, for standard and judge, and
+    --speculate_k auto pareto          accuracy against m* over thresholds, for every rule equal_risk
+    every rule calibrated to the same bound on harm, then compared other_text      how much of somebody else's
+    text passes, standard and judge out_of_domain   judge and AutoJudge head trained on one family, tested on
+    the other, beside training-free kl self_correction the target made to go on after a wrong span: how often
+    it puts it right label_policies  the three ways to label what follows an error, trained and decoded
+    ablations       feature, row, layer, size of the training set, target+draft autojudge       mining: share
+    of important tokens, AUC, agreement with the true labels rule_cost       what each rule adds to the
+    verification's time (needs --compile) quantised       the target in int8, fp8 and int4: perplexity,
+    accuracy, m*, and the judge as it is and trained anew
 
-Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems), command,
-machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed run resumes.
+Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems),
+command, machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed
+run resumes.
 """
 
 import os
@@ -35,29 +35,16 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable, write_file
-from generate import DEMO, Engine, Settings, answer_text
-from judge import (
-    LABEL_POLICIES,
-    RULES,
-    RowReader,
-    TrainSettings,
-    area_under_curve,
-    balanced,
-    encode_answer,
-    encode_items,
-    extract_features,
-    fit_head,
-    load_judge,
-    read_answers,
-    split_prompts,
-    train_judge,
-)
-from model import load_model, pick_device
-from quantize import load_model as load_quantised
-from quantize import scheme_named
-from scripts import calibrate, plot, score_text
-from scripts.demo_task import (
+from generate import Engine, Settings
+from judge import LABEL_POLICIES, RULES, load_judge
+from model import pick_device
+from quantize import load_model, scheme_named
+from scripts.lib import calibration, figures, scored_text
+from scripts.lib.answers import encode_answer, encode_items, read_answers
+from scripts.lib.bench import Bench, Variant, difference, label, shares_of, summarise
+from scripts.lib.demo_task import (
     FAMILIES,
     WAIT,
     check,
@@ -70,11 +57,22 @@ from scripts.demo_task import (
     write,
     write_answer,
 )
-from scripts.evaluate import Bench, Variant, add_engine_flags, difference, label, name_models, shares_of, summarise
-from scripts.intervals import interval
-from scripts.perplexity import perplexity, read_texts
-from scripts.results import commit, machine
-from scripts.tasks import MOST, load_questions
+from scripts.lib.features import RowReader, extract_features
+from scripts.lib.flags import add_engine_flags
+from scripts.lib.intervals import interval
+from scripts.lib.likelihood import perplexity, read_texts
+from scripts.lib.pair import name_models
+from scripts.lib.results import commit, machine
+from scripts.lib.tasks import MOST, load_questions
+from scripts.lib.terminal import answer_text
+from scripts.lib.training import (
+    TrainSettings,
+    area_under_curve,
+    balanced,
+    fit_head,
+    split_prompts,
+    train_judge,
+)
 from tokenizer import decode, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,16 +102,23 @@ def judge_table(args) -> dict:
     records = bench_of(args, questions, "judge_table").answer_all(questions, variants)
     rows = [{"family": "both", **row} for row in summary_rows(records, variants)]
     for family in FAMILIES:
-        if mine := [record for record in records if record["family"] == family]:  # a few problems may all be of one
+        if mine := [
+            record for record in records if record["family"] == family
+        ]:  # a few problems may all be of one
             rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
     plain, standard, judge = rows[:3]
     return {
-        "title": "Plain, standard and judge", "n": len(questions), "rows": rows,
-        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} times as many tokens a round "
-        f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} "
-        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and wins "
+        "title": "Plain, standard and judge",
+        "n": len(questions),
+        "rows": rows,
+        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} times as "
+        f"many tokens a round "
+        f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes "
+        f"{judge['ratio']:.2f} "
+        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and "
+        f"wins "
         f"{judge['won']} that plain has wrong.",
-    }  # fmt: skip
+    }
 
 
 SWEEP = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -124,7 +129,9 @@ def m_sweep(args) -> dict:
     variants = [Variant("plain")] + [Variant(name, DELTA if name == "judge" else None, k)
                                      for name in ("standard", "judge") for k in (*SWEEP, "auto")]  # fmt: skip
     questions = load_questions("demo", None, args.limit or 100, args.seed)
-    rows = summary_rows(bench_of(args, questions, "m_sweep", largest_k=max(SWEEP)).answer_all(questions, variants), variants)
+    rows = summary_rows(
+        bench_of(args, questions, "m_sweep", largest_k=max(SWEEP)).answer_all(questions, variants), variants
+    )
     for row, variant in zip(rows, variants):
         row |= {"name": variant.name, "k": variant.k, "tokens_a_round": 1 + (row["mean_accepted"] or 0)}
     parts = []
@@ -133,16 +140,28 @@ def m_sweep(args) -> dict:
         speed = {k: row["tokens_per_second"] for k, row in mine.items()}
         best, worst = (pick((k for k in speed if k != "auto"), key=speed.get) for pick in (max, min))
         parts.append(
-            f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to {mine[16]['mean_accepted']:.1f} "
+            f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to "
+            f"{mine[16]['mean_accepted']:.1f} "
             f"at 16 and {mine[32]['mean_accepted']:.1f} at 32 and is fastest at M = {best}; auto reaches "
-            f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times that of the worst "
+            f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times "
+            f"that of the worst "
             f"(M = {worst})"
         )
-    return {"title": "Tokens a round against M", "n": len(questions), "rows": rows, "finding": "; ".join(parts) + "."}
+    return {
+        "title": "Tokens a round against M",
+        "n": len(questions),
+        "rows": rows,
+        "finding": "; ".join(parts) + ".",
+    }
 
 
 def all_thresholds() -> list[Variant]:
-    return [Variant(name, threshold) for name, rule in RULES.items() if name != "standard" for threshold in rule.walk]
+    return [
+        Variant(name, threshold)
+        for name, rule in RULES.items()
+        if name != "standard"
+        for threshold in rule.walk
+    ]
 
 
 def pareto(args) -> dict:
@@ -155,12 +174,19 @@ def pareto(args) -> dict:
     floor = next(row["accuracy"] for row in rows if row["rule"] == "plain") - 0.02
     best = {}
     for row in rows[2:]:
-        if row["accuracy"] >= floor and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]:
+        if (
+            row["accuracy"] >= floor
+            and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]
+        ):
             best[row["name"]] = row
     order = sorted(best.values(), key=lambda row: -row["mean_accepted"])
     said = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
-    return {"title": "Accuracy against m*", "n": len(questions), "rows": rows,
-            "finding": f"Within 2 points of plain's accuracy the rules reach m* {said or 'nowhere'}."}
+    return {
+        "title": "Accuracy against m*",
+        "n": len(questions),
+        "rows": rows,
+        "finding": f"Within 2 points of plain's accuracy the rules reach m* {said or 'nowhere'}.",
+    }
 
 
 def equal_risk(args) -> dict:
@@ -168,11 +194,22 @@ def equal_risk(args) -> dict:
     names, n = [name for name in RULES if name != "standard"], args.limit or 250
     found = {}
     for name in names:
-        command = ["--verify", name, "--max_harm", str(args.max_harm), "--limit", str(n), "--seed", str(args.seed + 1)]
+        command = [
+            "--verify",
+            name,
+            "--max_harm",
+            str(args.max_harm),
+            "--limit",
+            str(n),
+            "--seed",
+            str(args.seed + 1),
+        ]
         out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
-        kept = args.work / ("calibration_judge.jsonl" if name == "judge" else "calibration.jsonl")  # its runs name the judge
+        kept = args.work / (
+            "calibration_judge.jsonl" if name == "judge" else "calibration.jsonl"
+        )  # its runs name the judge
         command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
-        found[name] = calibrate.calibrate(calibrate.parse_args(command))
+        found[name] = calibration.calibrate(calibration.parse_args(command))
     variants = [Variant("plain"), Variant("standard")]
     variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
     questions = load_questions("demo", None, args.limit or 200, args.seed)
@@ -184,41 +221,69 @@ def equal_risk(args) -> dict:
     none = [name for name, c in found.items() if c["threshold"] is None]
     failed = [{"rule": name, "name": name, "threshold": None, "n": found[name]["n"]} for name in none]
     order = sorted((row for row in rows if "bound" in row), key=lambda row: -row["mean_accepted"])
-    found_by = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order) or "nowhere"
+    found_by = (
+        ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
+        or "nowhere"
+    )
     return {
         "title": f"Every rule at the same risk: at most {args.max_harm:.0%} harmed, 95% confidence",
         "n": len(questions),
         "calibrated_on": n,
         "rows": rows + failed,
         "seed_of_calibration": args.seed + 1,
-        "finding": f"At the same bound the rules accept m* {found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
+        "finding": f"At the same bound the rules accept m* "
+        f"{found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
     }
 
 
 def other_text(args) -> dict:
-    """Experiment 4: text by other writers of the same task, right and wrong, as JSON lines through score_text.py."""
+    """Experiment 4: text by other writers of the same task, right and wrong, as JSON lines through
+    score_text.py."""
     rng, n, rows = random.Random(args.seed), args.limit or 300, []
     chosen = [problem for problem, _ in zip(problems(args.seed, held_out=True), range(n))]
     mixed = lambda p: "".join(write(s, [rng.randrange(len(x.wordings)) for x in s])  # noqa: E731
                               for s in (sentence(p, i) for i in range(len(p.steps) + 1)))  # fmt: skip
-    writers = {"the target's own style": lambda p: write_answer(p, "target", rng), "any wording at random": mixed,
-               "the draft's style": lambda p: write_answer(p, "draft", rng)}  # fmt: skip
+    writers = {
+        "the target's own style": lambda p: write_answer(p, "target", rng),
+        "any wording at random": mixed,
+        "the draft's style": lambda p: write_answer(p, "draft", rng),
+    }
     for writer, write_text in writers.items():
         data = args.work / "other_text.jsonl"
-        write_file(data, "".join(json.dumps({"prompt": p.question, "response": write_text(p)}) + "\n" for p in chosen).encode())
-        command = argparse.Namespace(**vars(args) | {"data": data, "limit": None, "json": True, "verify": "standard,judge,kl",
-                                                     "threshold": f"judge={DELTA},kl=2", "show": 0})  # fmt: skip
-        rows += [{"writer": writer, **row} for row in score_text.score(command)]
+        write_file(
+            data,
+            "".join(
+                json.dumps({"prompt": p.question, "response": write_text(p)}) + "\n" for p in chosen
+            ).encode(),
+        )
+        command = argparse.Namespace(
+            **vars(args)
+            | {
+                "data": data,
+                "limit": None,
+                "json": True,
+                "verify": "standard,judge,kl",
+                "threshold": f"judge={DELTA},kl=2",
+                "show": 0,
+            }
+        )
+        rows += [{"writer": writer, **row} for row in scored_text.score(command)]
     random_rows = {row["rule"].split("=")[0]: row for row in rows if row["writer"] == "any wording at random"}
-    return {"title": "Somebody else's right answers as the draft", "n": n, "rows": rows,
-            "finding": "Of right answers in wordings picked at random, standard verification accepts "
-            f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, "
-            f"the judge {random_rows['judge']['mean_accepted']:.1f} "
-            f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the tokens)."}  # fmt: skip
+    return {
+        "title": "Somebody else's right answers as the draft",
+        "n": n,
+        "rows": rows,
+        "finding": "Of right answers in wordings picked at random, standard verification accepts "
+        f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, "
+        f"the judge {random_rows['judge']['mean_accepted']:.1f} "
+        f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the "
+        f"tokens).",
+    }
 
 
 def read_made(paths: list[Path], script: str) -> list[dict]:
-    """Training answers that another script makes. Raises InputError naming that script when they are missing."""
+    """Training answers that another script makes. Raises InputError naming that script when they are
+    missing."""
     for path in paths:
         if not path.is_file():
             raise InputError(f"There is no {path}; {script} makes it.")
@@ -227,20 +292,28 @@ def read_made(paths: list[Path], script: str) -> list[dict]:
 
 def family_of(item: dict, tokenizer) -> str:
     """The family of a training answer, of either form."""
-    prompt = item["prompt"] if "prompt" in item else decode(tokenizer, item["prompt_tokens"][1:], at_start=True)
+    prompt = (
+        item["prompt"] if "prompt" in item else decode(tokenizer, item["prompt_tokens"][1:], at_start=True)
+    )
     return "list" if prompt.lstrip().startswith("The list is") else "story"
 
 
 def out_of_domain(args) -> dict:
     """Experiment 5."""
-    target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
+    target, tokenizer, rows = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+        [],
+    )
     data = {"judge": read_made(args.judge_data, "scripts/train_demo.py --stages judge"),
             "autojudge": read_made([args.mined], "scripts/mine_important_tokens.py")}  # fmt: skip
     for train_family in FAMILIES:
         for kind, answers in data.items():
             mine = [item for item in answers if family_of(item, tokenizer) == train_family]
             path = args.work / f"{kind}_{train_family}.safetensors"
-            train_judge([target], tokenizer, mine, TrainSettings(threshold=DELTA), args.work / "features").save(path)
+            train_judge(
+                [target], tokenizer, mine, TrainSettings(threshold=DELTA), args.work / "features"
+            ).save(path)
             for test_family in FAMILIES:
                 variants = [Variant("plain"), Variant("judge", DELTA)]
                 row = family_row(args, f"{kind}_{train_family}", test_family, variants, path)
@@ -251,10 +324,16 @@ def out_of_domain(args) -> dict:
     found = {(row["kind"], row["trained_on"] == row["tested_on"]): [] for row in rows}
     for row in rows:
         found[row["kind"], row["trained_on"] == row["tested_on"]].append(row)
-    where = {(kind, same): "" if kind == "kl" else " in its family" if same else " on the other family" for kind, same in found}
+    where = {
+        (kind, same): "" if kind == "kl" else " in its family" if same else " on the other family"
+        for kind, same in found
+    }
     mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
-    said = [f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* {mean(part, 'mean_accepted'):.1f}"
-            for key, part in found.items()]  # fmt: skip
+    said = [
+        f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* "
+        f"{mean(part, 'mean_accepted'):.1f}"
+        for key, part in found.items()
+    ]
     return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
             "finding": "; ".join(said) + "."}  # fmt: skip
 
@@ -263,19 +342,27 @@ def family_row(args, name: str, family: str, variants: list[Variant], judge: Pat
     """A rule (the second variant, beside plain) tested on one family."""
     questions = load_questions(f"demo:{family}", None, args.limit or 150, args.seed)
     more = {"judge_path": judge} if judge else {}
-    bench = bench_of(args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more)
+    bench = bench_of(
+        args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more
+    )
     return summary_rows(bench.answer_all(questions, variants), variants)[1]
 
 
 def self_correction(args) -> dict:
-    """Experiment 6: the right answer up to a step, then that step wrong, in the target's wording; greedy from there."""
-    target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
+    """Experiment 6: the right answer up to a step, then that step wrong, in the target's wording; greedy from
+    there."""
+    target, tokenizer = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+    )
     engine = Engine(target, None, None, Settings("plain"), tokenizer.stop_ids, 400)
     rng, n, cases = random.Random(args.seed), args.limit or 300, []
     progress = Progress("continuations", n)
     for problem, _ in zip(problems(args.seed, held_out=True), range(n)):
         index = rng.randrange(len(problem.steps) + 1)
-        before = "".join(write(s, choose(s, "target", rng)) for s in (sentence(problem, i) for i in range(index)))
+        before = "".join(
+            write(s, choose(s, "target", rng)) for s in (sentence(problem, i) for i in range(index))
+        )
         picks = choose(sentence(problem, index), "target", rng)
         at = None
         while at is None:  # not every corruption is wrong after all
@@ -293,33 +380,58 @@ def self_correction(args) -> dict:
         progress.step()
     rows = []
     for where in ("right after the wrong characters", "at the end of the sentence", "all"):
-        if mine := [case for case in cases if where in ("all", case["where"])]:  # of few problems none may be of a kind
-            shares = {field: sum(case[field] for case in mine) / len(mine) for field in ("at_once", "right", "answer_right")}
+        if mine := [
+            case for case in cases if where in ("all", case["where"])
+        ]:  # of few problems none may be of a kind
+            shares = {
+                field: sum(case[field] for case in mine) / len(mine)
+                for field in ("at_once", "right", "answer_right")
+            }
             right = interval(sum(case["right"] for case in mine), len(mine))
             rows.append({"stopped": where, "n": len(mine), **shares, "interval": right})
     parts = [f"{row['right']:.0%} {row['stopped']}" for row in rows[:-1]]
     examples = [next((c for c in cases if c["right"] is right and c["at_once"] is once), None)
                 for right in (True, False) for once in (True, False)]  # fmt: skip
-    return {"title": "The target after a wrong span", "n": n, "rows": rows, "examples": [case for case in examples if case],
-            "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends right at every "
-            f"step in {rows[-1]['right']:.0%} ({', '.join(parts)})."}  # fmt: skip
+    return {
+        "title": "The target after a wrong span",
+        "n": n,
+        "rows": rows,
+        "examples": [case for case in examples if case],
+        "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends "
+        f"right at every "
+        f"step in {rows[-1]['right']:.0%} ({', '.join(parts)}).",
+    }
 
 
 def label_policies(args) -> dict:
     """Experiment 7, label policies: heads trained on the same answers with each, compared by decoding."""
-    target, tokenizer, rows = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target"), []
+    target, tokenizer, rows = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+        [],
+    )
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
     questions = load_questions("demo", None, args.limit or 300, args.seed + 2)
     for policy in LABEL_POLICIES:
-        head = train_judge([target], tokenizer, answers, TrainSettings(policy, threshold=DELTA), args.work / "features")
+        head = train_judge(
+            [target], tokenizer, answers, TrainSettings(policy, threshold=DELTA), args.work / "features"
+        )
         path = args.work / f"policy_{policy}.safetensors"
         head.save(path)
         variants = [Variant("plain"), *(Variant("judge", delta) for delta in (0.5, 0.8, 0.9, 0.95))]
         bench = bench_of(args, questions, f"policy_{policy}", judge_path=path)
         summary = summary_rows(bench.answer_all(questions, variants), variants)[1:]
-        rows += [{"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row} for row in summary]
-    mean = {policy: [sum(row[key] for row in rows if row["policy"] == policy) / 4 for key in ("mean_accepted", "difference")]
-            for policy in LABEL_POLICIES}  # fmt: skip
+        rows += [
+            {"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row}
+            for row in summary
+        ]
+    mean = {
+        policy: [
+            sum(row[key] for row in rows if row["policy"] == policy) / 4
+            for key in ("mean_accepted", "difference")
+        ]
+        for policy in LABEL_POLICIES
+    }
     within = [policy for policy in LABEL_POLICIES if -mean[policy][1] <= 0.02]
     best = max(within, key=lambda policy: mean[policy][0], default="none")
     lost = {policy: [] for policy in LABEL_POLICIES}
@@ -332,7 +444,8 @@ def label_policies(args) -> dict:
 
 
 def ablations(args) -> dict:
-    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right ones are."""
+    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right
+    ones are."""
     target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
     answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
@@ -342,10 +455,15 @@ def ablations(args) -> dict:
     test = split_prompts(keys, args.seed, 0.15)[0]
     for side in (test[number], ~test[number]):
         if not 0 < labels[side].sum() < side.sum():
-            raise InputError(f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give more.")
+            raise InputError(
+                f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give "
+                f"more."
+            )
     rows = []
     for name, x in features.items():
-        rows.append({"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])})
+        rows.append(
+            {"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])}
+        )
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
     wrong = torch.zeros(len(answers), dtype=torch.bool)
     wrong[number[labels == 0].unique()] = True
@@ -358,18 +476,30 @@ def ablations(args) -> dict:
             rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
     auc = {row["name"]: row["auc"] for row in rows}
     sizes = [row for row in rows if row["what"] != "feature"]
-    return {"title": "Ablations of feature and data", "n": len(answers), "rows": rows,
-            "finding": "AUC by feature: " + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
-            + "; by pairs of answers: " + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few") + "."}
+    return {
+        "title": "Ablations of feature and data",
+        "n": len(answers),
+        "rows": rows,
+        "finding": "AUC by feature: "
+        + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
+        + "; by pairs of answers: "
+        + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few")
+        + ".",
+    }
 
 
 @torch.inference_mode()
 def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """{variant: features (N, d)}, labels (N,) and answer number (N,): one reading of all answers with hooks on the layers."""
+    """{variant: features (N, d)}, labels (N,) and answer number (N,): one reading of all answers with hooks
+    on the layers."""
     layers = [i for i in range(len(target.layers)) if (i + 1) % 3 == 0]
     caught, parts, labels, number = {}, {}, [], []
-    hooks = [target.layers[i].register_forward_hook(lambda module, inputs, out, i=i: caught.setdefault(i, []).append(out[0]))
-             for i in layers]  # fmt: skip
+    hooks = [
+        target.layers[i].register_forward_hook(
+            lambda module, inputs, out, i=i: caught.setdefault(i, []).append(out[0])
+        )
+        for i in layers
+    ]
     length = max(len(answer.prompt) + len(answer.ids) for answer in answers)
     readers = [RowReader(model, 17, length) for model in (target, draft)]
     progress = Progress("reading answers", len(answers))
@@ -380,10 +510,15 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
         readers[0].ids = []  # read it all: the hooks need every row
         own = readers[0].read(both, base, base, len(both))
         rows = -(-(len(both) - base) // 17) * 17
-        found = {"own row, before the final norm": own[1:], "own row, after the final norm": target.norm(own[1:]),
-                 "row before": own[:-1]}  # fmt: skip
+        found = {
+            "own row, before the final norm": own[1:],
+            "own row, after the final norm": target.norm(own[1:]),
+            "row before": own[:-1],
+        }
         found |= {
-            f"own row, layer {i + 1} of {len(target.layers)}": torch.cat(caught[i])[-rows:][1 : len(both) - base]
+            f"own row, layer {i + 1} of {len(target.layers)}": torch.cat(caught[i])[-rows:][
+                1 : len(both) - base
+            ]
             for i in layers[:-1]
         }
         found["target+draft"] = torch.cat([own[1:], readers[1].read(both, base, base, len(both) - 1)], dim=1)
@@ -398,32 +533,44 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
 
 
 def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, test: torch.Tensor) -> dict:
-    """AUC of the head at the best of three L2, with its standard error, and wrong tokens accepted at 95% recall."""
+    """AUC of the head at the best of three L2, with its standard error, and wrong tokens accepted at 95%
+    recall."""
     best = {}
     for weight, bias in fit_head([x], labels, balanced(labels, train), [0.1, 0.01, 0.001]):
         scores, truth = (x @ weight + bias)[test], labels[test]
         auc, right, wrong = area_under_curve(scores, truth), scores[truth == 1], scores[truth == 0]
         if auc > best.get("auc", -1):
             cut = right.quantile(0.05) if len(right) < 1 << 24 else right.sort().values[len(right) // 20]
-            best = {"auc": auc, "auc_error": math.sqrt(auc * (1 - auc) / max(1, len(wrong))), "wrong_tokens": len(wrong),
-                    "training_wrong_tokens": int((labels[train] == 0).sum()),
-                    "wrong_accepted_at_95": (wrong > cut).float().mean().item()}  # fmt: skip
+            best = {
+                "auc": auc,
+                "auc_error": math.sqrt(auc * (1 - auc) / max(1, len(wrong))),
+                "wrong_tokens": len(wrong),
+                "training_wrong_tokens": int((labels[train] == 0).sum()),
+                "wrong_accepted_at_95": (wrong > cut).float().mean().item(),
+            }
     return best
 
 
 def autojudge(args) -> dict:
     """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
-    target, tokenizer = load_model(DEMO / "target", args.device, torch.float32), load_tokenizer(DEMO / "target")
+    target, tokenizer = (
+        load_model(DEMO / "target", args.device, torch.float32),
+        load_tokenizer(DEMO / "target"),
+    )
     mined, problem_of = read_made([args.mined], "scripts/mine_important_tokens.py"), {}
     if not all("tokens" in item for item in mined):
-        raise InputError(f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote.")
+        raise InputError(
+            f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote."
+        )
     for seed in args.mined_seed:
         problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
     counts = {(truth, found): 0 for truth in (True, False) for found in (0, 1)}
     for item in mined:
         problem = problem_of.get(decode(tokenizer, item["prompt_tokens"][1:], at_start=True).strip())
         if problem is None:
-            raise InputError(f"{args.mined} is of other problems than those of --mined_seed {args.mined_seed}.")
+            raise InputError(
+                f"{args.mined} is of other problems than those of --mined_seed {args.mined_seed}."
+            )
         for place, mark in enumerate(item["labels"]):
             if mark >= 0:
                 text = decode(tokenizer, item["tokens"][: place + 1])
@@ -434,23 +581,40 @@ def autojudge(args) -> dict:
     questions = load_questions("demo", None, args.limit or 200, args.seed)
     rows = []
     for kind, path in (("judge", args.judge_path), ("autojudge", args.work / "autojudge.safetensors")):
-        variants = [Variant("plain"), Variant("standard"), *(Variant("judge", d) for d in (0.5, 0.8, 0.9, 0.95))]
+        variants = [
+            Variant("plain"),
+            Variant("standard"),
+            *(Variant("judge", d) for d in (0.5, 0.8, 0.9, 0.95)),
+        ]
         bench = bench_of(args, questions, f"autojudge_{kind}", judge_path=path)
-        rows += [{"head": kind, **row} for row in summary_rows(bench.answer_all(questions, variants), variants)[2:]]
+        rows += [
+            {"head": kind, **row} for row in summary_rows(bench.answer_all(questions, variants), variants)[2:]
+        ]
     total, important = sum(counts.values()), counts[True, 0] + counts[False, 0]
     agree = (counts[True, 1] + counts[False, 0]) / total
     labelled = {"right, unimportant": counts[True, 1], "wrong, important": counts[False, 0],
                 "right, important": counts[True, 0], "wrong, unimportant": counts[False, 1]}  # fmt: skip
     wrong, auc = counts[False, 0] + counts[False, 1], head.info["held_out"]["auc"]
-    return {"title": "AutoJudge's mining", "n": len(questions), "rows": rows, "labels": labelled, "auc": auc,
-            "mismatches": total, "important": important / total, "agreement": agree,
-            "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on mined labels is "
-            f"{auc:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {wrong} wrong tokens {counts[False, 1]} "
-            f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did."}  # fmt: skip
+    return {
+        "title": "AutoJudge's mining",
+        "n": len(questions),
+        "rows": rows,
+        "labels": labelled,
+        "auc": auc,
+        "mismatches": total,
+        "important": important / total,
+        "agreement": agree,
+        "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on "
+        f"mined labels is "
+        f"{auc:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {wrong} wrong tokens "
+        f"{counts[False, 1]} "
+        f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did.",
+    }
 
 
 def rule_cost(args) -> dict:
-    """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position; medians."""
+    """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position;
+    medians."""
     questions, times = load_questions("demo", None, 1, args.seed), {name: [] for name in RULES}
     bench, n = bench_of(args, questions, "rule_cost"), args.limit or 3000
     engines = {name: bench.engine(Variant(name)) for name in RULES}
@@ -460,11 +624,19 @@ def rule_cost(args) -> dict:
             buffers.pos.fill_(100)
             began = time.perf_counter()
             with torch.inference_mode():
-                verify(engine.target, engine.head, buffers, engine.settings, engine.visible(256), engine.markers).tolist()
+                verify(
+                    engine.target, engine.head, buffers, engine.settings, engine.visible(256), engine.markers
+                ).tolist()
             times[name].append(time.perf_counter() - began)
     base = torch.tensor(times["standard"]).median()
-    rows = [{"rule": name, "milliseconds": 1e3 * torch.tensor(found).median().item(),
-             "added": (torch.tensor(found).median() / base - 1).item()} for name, found in times.items()]  # fmt: skip
+    rows = [
+        {
+            "rule": name,
+            "milliseconds": 1e3 * torch.tensor(found).median().item(),
+            "added": (torch.tensor(found).median() / base - 1).item(),
+        }
+        for name, found in times.items()
+    ]
     return {"title": f"Time of a verification of {args.speculate_k + 1} rows by rule", "n": n, "rows": rows,
             "finding": f"Beside {1e3 * base:.2f} ms of standard verification the rules add "
             + ", ".join(f"{row['rule']} {row['added']:+.1%}" for row in rows[1:]) + "."}  # fmt: skip
@@ -481,10 +653,12 @@ def quantised(args) -> dict:
     questions, base = load_questions("demo", None, n, args.seed), None
     for name in TRIED:
         scheme = scheme_named(name)
-        target = load_quantised(DEMO / "target", args.device, torch.float32, scheme)
+        target = load_model(DEMO / "target", args.device, torch.float32, scheme)
         row = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, texts)}
         own = args.work / f"quantised_{name.replace('/', '_')}.safetensors"
-        train_judge([target], tokenizer, answers, TrainSettings(threshold=DELTA), args.work / "features").save(own)
+        train_judge(
+            [target], tokenizer, answers, TrainSettings(threshold=DELTA), args.work / "features"
+        ).save(own)
         heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
         if name == "none":
             del heads["the unquantised target"]
@@ -492,30 +666,56 @@ def quantised(args) -> dict:
         for trained_on, path in heads.items():
             flags = {"mode": scheme.mode, "group_size": scheme.group_size} if scheme else {}
             kept = f"quantised_{name.replace('/', '_')}_{'own' if path == own else 'first'}"
-            variants = [Variant("judge", DELTA)] if plain else [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
-            records = bench_of(args, questions, kept, judge_path=path, **flags).answer_all(questions, variants)
+            variants = (
+                [Variant("judge", DELTA)]
+                if plain
+                else [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
+            )
+            records = bench_of(args, questions, kept, judge_path=path, **flags).answer_all(
+                questions, variants
+            )
             found = {row["rule"].partition("=")[0]: row for row in summary_rows(records, variants)}
             plain = plain or {**found, "shares": shares_of(records, "plain")}  # another head changes neither
             base = base or plain["shares"]
             change = difference(plain["shares"], base)
             lost = difference(shares_of(records, label(variants[-1])), plain["shares"])
-            rows.append({
-                **row, "plain": plain["plain"]["accuracy"],
-                "change": change["difference"], "change_interval": change["difference_interval"],
-                "standard_m": plain["standard"]["mean_accepted"], "judge_trained_on": trained_on,
-                "auc": held_out_auc(load_judge(path, target), target, tokenizer, answers, args.work / "features"),
-                "judge_m": found["judge"]["mean_accepted"], "judge": found["judge"]["accuracy"],
-                "lost": lost["lost"], "won": lost["won"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    **row,
+                    "plain": plain["plain"]["accuracy"],
+                    "change": change["difference"],
+                    "change_interval": change["difference_interval"],
+                    "standard_m": plain["standard"]["mean_accepted"],
+                    "judge_trained_on": trained_on,
+                    "auc": held_out_auc(
+                        load_judge(path, target), target, tokenizer, answers, args.work / "features"
+                    ),
+                    "judge_m": found["judge"]["mean_accepted"],
+                    "judge": found["judge"]["accuracy"],
+                    "lost": lost["lost"],
+                    "won": lost["won"],
+                }
+            )
     first, others = rows[0], [row for row in rows[1:] if row["judge_trained_on"] != "this target"]
-    said = [f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} points and m* "
-            f"{row['judge_m']:.1f}" for row in others]  # fmt: skip
+    said = [
+        f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} "
+        f"points and m* "
+        f"{row['judge_m']:.1f}"
+        for row in others
+    ]
     as_it_is, anew = ([row["auc"] for row in rows[1:] if row["judge_trained_on"] == which] for which in heads)
-    return {"title": "Quantised targets", "n": n, "rows": rows,
-            "finding": f"Perplexity, accuracy and the judge's m* beside the unquantised target's ({first['perplexity']:.4f}, "
-            f"{first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. Its head has AUC {first['auc']:.4f} there, "
-            f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where heads of their own reach {min(anew):.4f} "
-            f"to {max(anew):.4f}."}  # fmt: skip
+    return {
+        "title": "Quantised targets",
+        "n": n,
+        "rows": rows,
+        "finding": f"Perplexity, accuracy and the judge's m* beside the unquantised target's "
+        f"({first['perplexity']:.4f}, "
+        f"{first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. Its head has AUC "
+        f"{first['auc']:.4f} there, "
+        f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where heads of their own "
+        f"reach {min(anew):.4f} "
+        f"to {max(anew):.4f}.",
+    }
 
 
 def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> float:
@@ -526,18 +726,39 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
     labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
     starts = torch.tensor([0, *map(len, labels)]).cumsum(0)
     labels = torch.cat(labels)[starts[shards.answer] + shards.place]
-    test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][shards.answer] & (labels >= 0)
+    test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][
+        shards.answer
+    ] & (labels >= 0)
     return area_under_curve(torch.cat([head.score(x) for x in shards])[test], labels[test])
 
 
-EXPERIMENTS = {f.__name__: f for f in (judge_table, m_sweep, pareto, equal_risk, other_text, out_of_domain, self_correction,
-                                       label_policies, ablations, autojudge, rule_cost, quantised)}  # fmt: skip
+EXPERIMENTS = {
+    f.__name__: f
+    for f in (
+        judge_table,
+        m_sweep,
+        pareto,
+        equal_risk,
+        other_text,
+        out_of_domain,
+        self_correction,
+        label_policies,
+        ablations,
+        autojudge,
+        rule_cost,
+        quantised,
+    )
+}
 
 
 def as_markdown(result: dict) -> str:
     """Title, finding, table, and how it was made."""
-    hidden = {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()  # a rule's label says it all
-    names = [name for name in dict.fromkeys(key for row in result["rows"] for key in row) if name not in hidden]
+    hidden = (
+        {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()
+    )  # a rule's label says it all
+    names = [
+        name for name in dict.fromkeys(key for row in result["rows"] for key in row) if name not in hidden
+    ]
 
     def cell(value) -> str:
         if isinstance(value, (list, tuple)):
@@ -554,7 +775,9 @@ def as_markdown(result: dict) -> str:
     made = f"`{result['command']}`; {result['machine']}; commit {result['commit']}."
     lines += ["", f"n {result['n']}, seed {result['seed']}; {made}"]
     if "interval" in names:
-        lines[-1] += " Intervals are 95%: `interval` is Wilson's; `difference` is to plain on the same problems."
+        lines[-1] += (
+            " Intervals are 95%: `interval` is Wilson's; `difference` is to plain on the same problems."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -589,7 +812,7 @@ def run(args: argparse.Namespace) -> None:
         }
         write_file(args.results / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
         write_file(args.results / f"{name}.md", as_markdown(result).encode())
-        plot.draw(result, args.results / f"{name}.png")
+        figures.draw(result, args.results / f"{name}.png")
         print(f"{name}: {result['finding']}")
 
 
@@ -597,16 +820,38 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=[*EXPERIMENTS, "all"], help="which, see above")
-    add("--limit", type=whole(1, MOST), help="fewer problems, for a trial (default: as many as each experiment names)")
+    add(
+        "--limit",
+        type=whole(1, MOST),
+        help="fewer problems, for a trial (default: as many as each experiment names)",
+    )
     add("--seed", type=whole(0, 2**62), default=2026, help="another seed, other problems")
     add("--max_harm", type=number(0, 1), default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
-    add("--judge_data", type=Path, nargs="+", default=made[-1:] or [training / "judge_data.jsonl"],
-        help="what train_demo.py --stages judge writes and trains on; more from build_judge_data.py")  # fmt: skip
-    add("--mined", type=Path, default=training / "mined.jsonl", help="what mine_important_tokens.py wrote of demo problems")
-    add("--mined_seed", type=whole(0, 2**62), nargs="+", default=[2026], help="the --seed that they were mined with")
-    add("--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from")
+    add(
+        "--judge_data",
+        type=Path,
+        nargs="+",
+        default=made[-1:] or [training / "judge_data.jsonl"],
+        help="what train_demo.py --stages judge writes and trains on; more from build_judge_data.py",
+    )
+    add(
+        "--mined",
+        type=Path,
+        default=training / "mined.jsonl",
+        help="what mine_important_tokens.py wrote of demo problems",
+    )
+    add(
+        "--mined_seed",
+        type=whole(0, 2**62),
+        nargs="+",
+        default=[2026],
+        help="the --seed that they were mined with",
+    )
+    add(
+        "--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from"
+    )
     add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
     add_engine_flags(parser)
     argv = sys.argv[1:] if argv is None else argv

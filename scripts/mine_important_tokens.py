@@ -6,14 +6,15 @@
     torchrun --nproc_per_node 8 scripts/mine_important_tokens.py ... --out mined.jsonl     # then once:
     python scripts/mine_important_tokens.py ... --out mined.jsonl --merge 8
 
-Take the target's own greedy answer. Where the draft would first have said another token, put that token, let the target
-finish greedily, and compare the two final answers (not the reference). The same: the token is unimportant, and the new
-continuation is adopted. Another: it is important, and the target's token stays. Go on at the next such place to the right.
+Take the target's own greedy answer. Where the draft would first have said another token, put that token, let
+the target finish greedily, and compare the two final answers (not the reference). The same: the token is
+unimportant, and the new continuation is adopted. Another: it is important, and the target's token stays. Go
+on at the next such place to the right.
 
-The target finishes with the draft's help (`standard` verification, which gives the same tokens), and nothing that the
-caches hold already is read again. Each process keeps its share in OUT.partRANKofSIZE, a line a question, and resumes from
-there. OUT holds what judge.py train reads: for each important token the text up to it with label 0, and for each question
-the adopted text with label 1 at the unimportant ones.
+The target finishes with the draft's help (`standard` verification, which gives the same tokens), and nothing
+that the caches hold already is read again. Each process keeps its share in OUT.partRANKofSIZE, a line a
+question, and resumes from there. OUT holds what judge.py train reads: for each important token the text up to
+it with label 0, and for each question the adopted text with label 1 at the unimportant ones.
 """
 
 import os
@@ -33,14 +34,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Settings, answer_text, check_prompt, encode_prompt, load_pair
-from judge import files_in
-from model import DTYPES, WINDOW, ModelArgs, pick_device, run_dtype
-from scripts.evaluate import name_models, own_device
-from scripts.results import check_parts, is_counts, is_seconds, is_text, parse_lines, part, rank_and_size, resume
-from scripts.scoring import CHECKERS, Question
-from scripts.tasks import add_question_flags, questions_of
+from generate import Engine, NotFinite, Settings, check_prompt
+from model import DTYPES, PAGE, pick_device, run_dtype
+from scripts.lib.pair import files_in, load_pair, name_models, own_device
+from scripts.lib.results import (
+    check_parts,
+    is_counts,
+    is_seconds,
+    is_text,
+    parse_lines,
+    part,
+    rank_and_size,
+    resume,
+)
+from scripts.lib.scoring import CHECKERS, Question
+from scripts.lib.tasks import add_question_flags, questions_of
+from scripts.lib.terminal import answer_text, encode_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 GROWTH = 1.5  # a trial that has not ended at so many times the target's own length counts as another answer
@@ -48,25 +59,29 @@ GROWTH = 1.5  # a trial that has not ended at so many times the target's own len
 
 @torch.inference_mode()
 def draft_choices(engine: Engine, ids: list[int], start: int, known: int) -> list[int]:
-    """The draft's most likely token for each position from `start` to the end of `ids`, given what is before it.
+    """The draft's most likely token for each position from `start` to the end of `ids`, given what is before
+    it.
 
     known: so many leading tokens the draft's cache holds already.
     """
     device, choices = engine.draft.device, []
     begin = min(start - 1, known)
-    tokens = torch.zeros(len(ids) + WINDOW, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(ids) + PAGE, dtype=torch.long, device=device)
     tokens[: len(ids)] = torch.tensor(ids)
-    for at in range(begin // WINDOW * WINDOW, len(ids) - 1, WINDOW):
-        pos = torch.arange(at, at + WINDOW, device=device)
-        choices.append(engine.draft(tokens[None, at : at + WINDOW], pos, at + WINDOW)[1][0].argmax(-1))
+    for at in range(begin // PAGE * PAGE, len(ids) - 1, PAGE):
+        pos = torch.arange(at, at + PAGE, device=device)
+        choices.append(engine.draft(tokens[None, at : at + PAGE], pos, at + PAGE)[1][0].argmax(-1))
     flat: Tensor = torch.cat(choices) if choices else torch.zeros(0)
-    first = start - 1 - begin // WINDOW * WINDOW
+    first = start - 1 - begin // PAGE * PAGE
     return flat[first : first + len(ids) - start].tolist()
 
 
-def mine(engine: Engine, prompt: list[int], question: Question, tokenizer: Tokenizer, max_new_tokens: int) -> dict:
-    """The adopted tokens of a question, where they are the draft's ("unimportant"), and the draft's tokens that changed the
-    answer ("important": [[place, token], ...]). {"skipped": why} when the target's own answer cannot be compared."""
+def mine(
+    engine: Engine, prompt: list[int], question: Question, tokenizer: Tokenizer, max_new_tokens: int
+) -> dict:
+    """The adopted tokens of a question, where they are the draft's ("unimportant"), and the draft's tokens
+    that changed the answer ("important": [[place, token], ...]). {"skipped": why} when the target's own
+    answer cannot be compared."""
 
     def final(ids: list[int]) -> str | None:
         return CHECKERS[question.checker].final_answer(question, answer_text(tokenizer, ids))
@@ -81,7 +96,9 @@ def mine(engine: Engine, prompt: list[int], question: Question, tokenizer: Token
     choices = draft_choices(engine, prompt + kept, before, known)
     while at < len(kept):
         token = choices[at]
-        if token == kept[at] or token in tokenizer.stop_ids:  # no rule may let a stop token through: nothing to learn
+        if (
+            token == kept[at] or token in tokenizer.stop_ids
+        ):  # no rule may let a stop token through: nothing to learn
             at += 1
             continue
         trial = kept[:at] + [token]
@@ -106,17 +123,22 @@ def training_lines(record: dict) -> list[dict]:
     lines = []
     for at, token in record["important"]:
         ids = record["tokens"][:at] + [token]  # what was adopted later lies to the right
-        lines.append({"prompt_tokens": record["prompt_tokens"], "tokens": ids, "labels": [-100] * at + [0], **source})
+        lines.append(
+            {"prompt_tokens": record["prompt_tokens"], "tokens": ids, "labels": [-100] * at + [0], **source}
+        )
     if record["unimportant"]:
         labels = [-100] * len(record["tokens"])
         for at in record["unimportant"]:
             labels[at] = 1
-        lines.append({"prompt_tokens": record["prompt_tokens"], "tokens": record["tokens"], "labels": labels, **source})
+        lines.append(
+            {"prompt_tokens": record["prompt_tokens"], "tokens": record["tokens"], "labels": labels, **source}
+        )
     return lines
 
 
 def check_record(record: dict, where: str) -> dict:
-    """A line of a part. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
+    """A line of a part. Raises InputError beginning with `where`, and naming the field, for what no run has
+    written."""
     kinds = {"question": is_text, "source": is_text, "prompt_tokens": is_counts, "seconds": is_seconds}
     if "skipped" in record:
         kinds["skipped"] = is_text
@@ -125,16 +147,23 @@ def check_record(record: dict, where: str) -> dict:
         kinds |= {
             "tokens": lambda value: n > 0,
             "unimportant": lambda value: is_counts(value) and all(at < n for at in value),
-            "important": lambda value: isinstance(value, list)
-            and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value),
+            "important": lambda value: (
+                isinstance(value, list)
+                and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value)
+            ),
         }
-    if wrong := next((name for name, kind in kinds.items() if name not in record or not kind(record[name])), None):
-        raise InputError(f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out.")
+    if wrong := next(
+        (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
+    ):
+        raise InputError(
+            f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out."
+        )
     return record
 
 
 def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
-    """Raises InputError for a command line that cannot run, before anything is loaded or written; completes it."""
+    """Raises InputError for a command line that cannot run, before anything is loaded or written; completes
+    it."""
     name_models(args)
     if args.merge and size > 1:
         raise InputError(f"--merge {args.merge} goes without torchrun.")
@@ -151,10 +180,12 @@ def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
         args.device = pick_device(own_device(args.device))
 
 
-def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[Question]) -> dict[str, list[int]]:
+def encode_prompts(
+    args: argparse.Namespace, tokenizer: Tokenizer, questions: list[Question]
+) -> dict[str, list[int]]:
     """{question id: prompt ids}; InputError for one that leaves no room for an answer."""
     folders = (args.checkpoint_path, args.draft_checkpoint_path)
-    context, prompts = min(ModelArgs.from_folder(folder).max_position for folder in folders), {}
+    context, prompts = min(read_config(folder).max_position for folder in folders), {}
     for question in questions:
         prompts[question.id] = encode_prompt(args, tokenizer, question.prompt)
         try:
@@ -179,13 +210,20 @@ def run(args: argparse.Namespace) -> None:
     if size == 1:
         merge(args, questions, 1)
     elif rank == 0:
-        print(f"When all {size} processes are done: the same command, without torchrun, with --merge {size}", file=sys.stderr)
+        print(
+            f"When all {size} processes are done: the same command, without torchrun, with --merge {size}",
+            file=sys.stderr,
+        )
 
 
 def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
     """Loads the pair and mines the questions that `lines` lacks."""
     pair = load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, None, args.device, run_dtype(args.precision, args.device)
+        args.checkpoint_path,
+        args.draft_checkpoint_path,
+        None,
+        args.device,
+        run_dtype(args.precision, args.device),
     )
     header = {"target": pair[0].fingerprint, "draft": pair[1].fingerprint, "chat": args.chat,
               "max_new_tokens": args.max_new_tokens}  # fmt: skip
@@ -200,7 +238,9 @@ def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: d
         mine_all(args, engine, tokenizer, mineable, prompts, lines)
 
 
-def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines) -> None:
+def mine_all(
+    args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines
+) -> None:
     """Mines questions one by one; each is one line, written whole."""
     progress = Progress("questions", len(questions))
     for question in questions:
@@ -210,13 +250,22 @@ def mine_all(args, engine: Engine, tokenizer: Tokenizer, questions: list, prompt
         except NotFinite:
             record = {"skipped": "not finite"}
         source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
-        lines.add(record | {"question": question.id, "group": question.group, "source": source, "prompt_tokens": prompt,
-                            "seconds": time.monotonic() - began})  # fmt: skip
+        lines.add(
+            record
+            | {
+                "question": question.id,
+                "group": question.group,
+                "source": source,
+                "prompt_tokens": prompt,
+                "seconds": time.monotonic() - began,
+            }
+        )
         progress.step()
 
 
 def merge(args: argparse.Namespace, questions: list[Question], size: int) -> None:
-    """Writes OUT from the parts of `size` processes, in the order of the questions, and prints what was found.
+    """Writes OUT from the parts of `size` processes, in the order of the questions, and prints what was
+    found.
 
     Raises InputError naming a part or a question that is missing, or parts of different runs.
     """
@@ -224,7 +273,9 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     for rank in range(size):
         path = part(args.out, rank, size)
         if not path.is_file():
-            raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
+            raise InputError(
+                f"There is no {path}; run all {size} processes to their end before --merge {size}."
+            )
         (_, header), *lines = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
         if "target" not in header:
             raise InputError(f"{path} is not a part of mining, or its run had not begun.")
@@ -262,13 +313,27 @@ def main(argv: list[str] | None = None) -> None:
     add("--draft_checkpoint_path", type=Path, help="the draft")
     parser.set_defaults(judge_path=None)
     add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format")
-    add("--speculate_k", type=whole(1, 1024), default=8, help="M; short, since drafts derail after a wrong token")
-    add("--max_new_tokens", type=whole(1, 10_000_000), default=200, help="after which an answer is cut off, and skipped")
+    add(
+        "--speculate_k",
+        type=whole(1, 1024),
+        default=8,
+        help="M; short, since drafts derail after a wrong token",
+    )
+    add(
+        "--max_new_tokens",
+        type=whole(1, 10_000_000),
+        default=200,
+        help="after which an answer is cut off, and skipped",
+    )
     add("--compile", action="store_true", help="compile the step functions with torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
     add("--out", type=Path, required=True, help="training data for judge.py, JSON lines")
-    add("--merge", type=whole(1, 1_000_000), help="merge the parts of so many processes into --out, and do nothing else")
+    add(
+        "--merge",
+        type=whole(1, 1_000_000),
+        help="merge the parts of so many processes into --out, and do nothing else",
+    )
     args = parser.parse_args(argv)
     run_script("mine_important_tokens.py", lambda: run(args))
 

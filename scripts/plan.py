@@ -1,17 +1,20 @@
-"""What a pair of models needs and gives on given GPUs, before they are rented: memory a rank, seconds a round, tokens/s.
+"""What a pair of models needs and gives on given GPUs, before they are rented: memory a rank, seconds a
+round, tokens/s.
 
-    python scripts/plan.py                                     # the papers' two configurations, and a 405B on 16 GPUs
-    python scripts/plan.py --target Llama-3.1-70B --draft Llama-3.1-8B --mode int8 --gpus 4 --gpu h200 --m_star 12
-    python scripts/plan.py --check                             # held against every measured round in benchmarks/
+    python scripts/plan.py                                     # the papers' two configurations, and a 405B on
+    16 GPUs python scripts/plan.py --target Llama-3.1-70B --draft Llama-3.1-8B --mode int8 --gpus 4 --gpu h200
+    --m_star 12 python scripts/plan.py --check                             # held against every measured round
+    in benchmarks/
 
-A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so far) over
-the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an all-reduce of n bytes moves
-2 (1 - 1/N) n a rank, an all-gather (N - 1) n. Nothing else is counted: no arithmetic, no launches, no host. So this is a
-bound from below on a round; --check says how far the measured ones are from it.
+A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so
+far) over the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an
+all-reduce of n bytes moves 2 (1 - 1/N) n a rank, an all-gather (N - 1) n. Nothing else is counted: no
+arithmetic, no launches, no host. So this is a bound from below on a round; --check says how far the measured
+ones are from it.
 
-Acceptance: a draft token passes with probability a, if those before it did, the same at every place. A round of M then
-accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m*, without the target's own token), which
-gives a, and a the m* of every other M. The best M has the most tokens a second.
+Acceptance: a draft token passes with probability a, if those before it did, the same at every place. A round
+of M then accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m*, without the
+target's own token), which gives a, and a the m* of every other M. The best M has the most tokens a second.
 """
 
 import os
@@ -32,18 +35,22 @@ from pathlib import Path
 import torch
 
 import tp
+from checkpoint import read_config
 from files import read_json
 from generate import capacity_for
 from model import DTYPES, ModelArgs
 from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_of, weight_bytes
-from scripts import benchmark
+from scripts.lib import speed_report
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PART = re.compile(
-    r"(?:(?P<mode>\S+): )?(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>[0-9]*)(?: rows)? at "
+    r"(?:(?P<mode>\S+): )?(?P<what>plain step|draft loop, M =|verify|round, M =) ?(?P<number>[0-9]*)(?: "
+    r"rows)? at "
     r"(?P<at>[0-9]+)"
 )
-SCHEME = re.compile(r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?")  # as benchmark.py writes it
+SCHEME = re.compile(
+    r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?"
+)  # as benchmark.py writes it
 MOST = 10**9  # tokens, positions and rows
 LONGEST = 64  # draft tokens a round that are tried
 GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
@@ -51,7 +58,8 @@ GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory in bytes, bandwidth and link (one way, to all others together) in bytes a second, latency of a collective in s."""
+    """memory in bytes, bandwidth and link (one way, to all others together) in bytes a second, latency of a
+    collective in s."""
 
     memory: float
     bandwidth: float
@@ -105,7 +113,8 @@ class Plan:
     gather: bool = False  # the rule needs probabilities
 
     def round(self, m: int, position: int) -> float:
-        """Seconds of a round of m draft tokens: m draft steps, the first of two rows, and a verification of m + 1 rows."""
+        """Seconds of a round of m draft tokens: m draft steps, the first of two rows, and a verification of m
+        + 1 rows."""
         drafting = 0.0
         if self.draft is not None and m > 0:
             first, other = (self.draft.seconds(self.gpu, position, rows, 1, self.gather) for rows in (2, 1))
@@ -116,8 +125,11 @@ class Plan:
         """Bytes a rank, by what they are for."""
         roles = [role for role in (self.target, self.draft) if role is not None]
         capacity = capacity_for(length, m)
-        return {"weights": sum(role.weights() for role in roles),
-                "caches": sum(role.local.cache_bytes(capacity, role.dtype) for role in roles), "graphs": GRAPHS}  # fmt: skip
+        return {
+            "weights": sum(role.weights() for role in roles),
+            "caches": sum(role.local.cache_bytes(capacity, role.dtype) for role in roles),
+            "graphs": GRAPHS,
+        }
 
 
 def accepted(a: float, m: int) -> float:
@@ -143,14 +155,17 @@ def best_m(plan: Plan, a: float, position: int) -> int:
 def shape_of(name: str) -> tuple[ModelArgs, Path | None]:
     """The shape of a preset, of DIMxLAYERS or of a folder, with that folder."""
     if os.path.isdir(name):
-        return ModelArgs.from_folder(name), Path(name)
+        return read_config(name), Path(name)
     if os.path.lexists(name) or "/" in name:
-        raise InputError(f"{shortened(name)} is no folder; name a preset, DIMxLAYERS, or a folder with config.json.")
-    return benchmark.shape_of(name), None
+        raise InputError(
+            f"{shortened(name)} is no folder; name a preset, DIMxLAYERS, or a folder with config.json."
+        )
+    return speed_report.shape_of(name), None
 
 
 def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
-    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.MODES (a quantised folder has its own)."""
+    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.MODES (a quantised
+    folder has its own)."""
     args, folder = shape_of(name)
     scheme = Scheme(mode, group_size if mode == "int4" else 32) if mode in MODES else None
     if folder is not None and (written := read_scheme(folder)):
@@ -164,7 +179,9 @@ def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
 def make_plan(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     scale = {"memory": 1e9, "bandwidth": 1e9, "link": 1e9, "latency": 1e-6}
-    given = {name: getattr(args, name) * unit for name, unit in scale.items() if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name) * unit for name, unit in scale.items() if getattr(args, name) is not None
+    }
     target, draft = make_role(args.target, args.mode, args.gpus), None
     if args.draft:
         draft = make_role(args.draft, args.draft_mode or args.mode, 1)
@@ -172,8 +189,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise InputError(f"{args.draft} and {args.target} do not share a vocabulary.")
         if draft.args.n_params > target.args.n_params:
             sizes = [f"{role.args.n_params / 1e9:.3g}" for role in (draft, target)]
-            raise InputError(f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} against {sizes[1]} "
-                             "billion weights); name the smaller one as --draft.")  # fmt: skip
+            raise InputError(
+                f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} "
+                f"against {sizes[1]} "
+                "billion weights); name the smaller one as --draft."
+            )
         where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
     return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
@@ -187,7 +207,9 @@ def fit_lengths(args: argparse.Namespace, plan: Plan) -> tuple[int, int]:
     if length > context:
         raise InputError(f"--cache_length {length} is longer than the models' context of {context} tokens.")
     if position > length:
-        raise InputError(f"--position {position} lies beyond a cache of {length} tokens; give a longer --cache_length.")
+        raise InputError(
+            f"--position {position} lies beyond a cache of {length} tokens; give a longer --cache_length."
+        )
     return length, position
 
 
@@ -198,13 +220,16 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     memory, plain = plan.memory(length, k), plan.target.seconds(plan.gpu, at, 1, 1)
     total = sum(memory.values())
     fits = f"{'fits' if total <= plan.gpu.memory else 'DOES NOT FIT'} into {plan.gpu.memory / 1e9:.0f}"
-    pair = f"{args.target} ({args.mode})" + (f" with {args.draft} ({args.draft_mode or args.mode})" if args.draft else "")
+    pair = f"{args.target} ({args.mode})" + (
+        f" with {args.draft} ({args.draft_mode or args.mode})" if args.draft else ""
+    )
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
-        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + {memory['caches'] / 1e9:.2f} GB of caches for "
+        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + {memory['caches'] / 1e9:.2f} GB of "
+        f"caches for "
         f"{length} tokens + {memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
         f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
-    ]  # fmt: skip
+    ]
     figures = {"memory": memory, "fits": total <= plan.gpu.memory, "plain_seconds": plain}
     if plan.draft is not None:
         m_star, a = args.m_star, acceptance(args.m_star, k)
@@ -214,10 +239,16 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
         lines += [
             f"  draft {where}: a round of M = {k} takes {seconds * 1e3:.2f} ms",
             f"  at m* {m_star:g}: {speed:.0f} tokens/s, {speed * plain:.1f} times plain",
-            f"  best M where a = {a:.3f} of draft tokens pass: {best}, m* {accepted(a, best):.1f}, {best_speed:.0f} tokens/s",
+            f"  best M where a = {a:.3f} of draft tokens pass: {best}, m* {accepted(a, best):.1f}, "
+            f"{best_speed:.0f} tokens/s",
         ]
-        figures |= {"round_seconds": seconds, "tokens_per_second": speed, "acceptance": a, "best_speculate_k": best,
-                    "best_tokens_per_second": best_speed}  # fmt: skip
+        figures |= {
+            "round_seconds": seconds,
+            "tokens_per_second": speed,
+            "acceptance": a,
+            "best_speculate_k": best,
+            "best_tokens_per_second": best_speed,
+        }
     return lines, figures
 
 
@@ -225,15 +256,28 @@ BETWEEN_MACHINES = ["--link", "50", "--latency", "30"]  # 400 Gb/s a GPU; the la
 DEFAULTS = [  # the papers' two configurations (Judge Decoding, arXiv 2501.19309), and what needs two machines
     ["--target", "Llama-3.1-70B", "--draft", "Llama-3.1-8B", "--mode", "int8", "--gpus", "2"],
     ["--target", "Llama-3.1-405B", "--draft", "Llama-3.1-8B", "--mode", "int8", "--gpus", "8"],
-    ["--target", "Llama-3.1-405B", "--draft", "Llama-3.1-8B", "--mode", "bf16", "--gpus", "16", *BETWEEN_MACHINES],
+    [
+        "--target",
+        "Llama-3.1-405B",
+        "--draft",
+        "Llama-3.1-8B",
+        "--mode",
+        "bf16",
+        "--gpus",
+        "16",
+        *BETWEEN_MACHINES,
+    ],
 ]
 
 
 def field_of(report: dict, name: str, kind: type, where: str):
-    """A field of a report, None where it may be missing (kind: str | None). Raises InputError naming file and field."""
+    """A field of a report, None where it may be missing (kind: str | None). Raises InputError naming file and
+    field."""
     value = report.get(name)
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise InputError(f"{where}: field {name!r} is missing or of another type than scripts/benchmark.py writes.")
+        raise InputError(
+            f"{where}: field {name!r} is missing or of another type than scripts/benchmark.py writes."
+        )
     return value
 
 
@@ -258,43 +302,60 @@ def scheme_written(text: str | None, where: str) -> Scheme | None:
 
 
 def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | None]]:
-    """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report by benchmark.py.
-    One of schema 1 says so in its command and its parts alone."""
+    """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report
+    by benchmark.py. One of schema 1 says so in its command and its parts alone."""
     if report.get("schema", 1) == 1:
         args = parsed_command(field_of(report, "command", str, where), where)
-        shapes, schemes = benchmark.shapes_of(args), (scheme_of(args), scheme_of(args, "draft_"))
-        args.modes = [found["mode"] for found in map(PART.match, parts_of(report, where)) if found and found["mode"]]
-        modes = benchmark.modes_of(args) or {}
-    elif report["schema"] == benchmark.SCHEMA:
+        shapes, schemes = speed_report.shapes_of(args), (scheme_of(args), scheme_of(args, "draft_"))
+        args.modes = [
+            found["mode"] for found in map(PART.match, parts_of(report, where)) if found and found["mode"]
+        ]
+        modes = speed_report.modes_of(args) or {}
+    elif report["schema"] == speed_report.SCHEMA:
         names = field_of(report, "model", str, where), field_of(report, "draft_model", str | None, where)
-        shapes = [name and shape_of(name if benchmark.is_preset(name) else str(benchmark.ROOT / name))[0] for name in names]
-        schemes = [scheme_written(field_of(report, name, str | None, where), where) for name in ("mode", "draft_mode")]
+        shapes = [
+            name and shape_of(name if speed_report.is_preset(name) else str(speed_report.ROOT / name))[0]
+            for name in names
+        ]
+        schemes = [
+            scheme_written(field_of(report, name, str | None, where), where)
+            for name in ("mode", "draft_mode")
+        ]
         modes = field_of(report, "modes", dict | None, where) or {}
     else:
-        raise InputError(f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and {benchmark.SCHEMA}.")
-    found = {name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes}
+        raise InputError(
+            f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and "
+            f"{speed_report.SCHEMA}."
+        )
+    found = {
+        name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes
+    }
     return [shape and (shape, scheme) for shape, scheme in zip(shapes, schemes)], found
 
 
 def parsed_command(command: str, where: str) -> argparse.Namespace:
-    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is none."""
+    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
+    none."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            return benchmark.parse_args(shlex.split(command)[2:])
+            return speed_report.parse_args(shlex.split(command)[2:])
     except (SystemExit, ValueError):
         reason = said.getvalue().strip() or "no command line"
         raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
 
 
 def predictions(report: dict, where: str = "The report") -> list[tuple[str, float, float]]:
-    """(part, predicted ms, measured ms) of each step and round in a report by scripts/benchmark.py, from the models, types
-    and M that it names and the bandwidth that it measured. It ran on one device. Raises InputError naming what is wrong."""
+    """(part, predicted ms, measured ms) of each step and round in a report by scripts/benchmark.py, from the
+    models, types and M that it names and the bandwidth that it measured. It ran on one device. Raises
+    InputError naming what is wrong."""
     try:
         models, modes = measured_models(report, where)
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
-    dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(field_of(report, "dtype", str, where))
+    dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(
+        field_of(report, "dtype", str, where)
+    )
     limit = field_of(report, "limit", str, where)
     if dtype is None or limit not in ("read", "copy"):
         raise InputError(f"{where}: fields 'dtype' and 'limit' must be a type as float32, and read or copy.")
@@ -321,10 +382,14 @@ def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], wher
     """Seconds of a part of a report."""
     what, count, at = match["what"], match["number"], match["at"]
     if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
-        raise InputError(f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be.")
+        raise InputError(
+            f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
+        )
     if match["mode"]:
         if match["mode"] not in modes:
-            raise InputError(f"{where}: mode {shortened(match['mode'])} is not among those that the report names.")
+            raise InputError(
+                f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
+            )
         plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
     if plan.draft is None and what != "plain step":
         raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
@@ -344,15 +409,23 @@ def check(folder: Path) -> tuple[list[str], dict]:
             continue
         for part, expected, measured in predictions(report, str(path)):
             all_errors.append(expected / measured - 1)
-            lines.append(f"{path.stem:22} {part:34} {expected:6.2f} ms {measured:6.2f} ms  {all_errors[-1]:+.0%}")
+            lines.append(
+                f"{path.stem:22} {part:34} {expected:6.2f} ms {measured:6.2f} ms  {all_errors[-1]:+.0%}"
+            )
     if not all_errors:
         raise InputError(f"{folder} holds no report by scripts/benchmark.py to hold predictions against.")
     middle = sorted(all_errors)[len(all_errors) // 2]
     lines.append(
-        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} to {max(all_errors):+.0%} "
+        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} to "
+        f"{max(all_errors):+.0%} "
         "(all on one device; collectives and GPUs are unmeasured)"
     )
-    return lines, {"n": len(all_errors), "median_error": middle, "lowest": min(all_errors), "highest": max(all_errors)}
+    return lines, {
+        "n": len(all_errors),
+        "median_error": middle,
+        "lowest": min(all_errors),
+        "highest": max(all_errors),
+    }
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -367,13 +440,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--gpu", choices=GPUS, default="h100", help="which GPU")
     add("--memory", type=number(1e-3, 1e9), help="GB of a GPU (default: its data sheet's)")
     add("--bandwidth", type=number(1e-3, 1e9), help="GB/s of its memory (default: its data sheet's)")
-    add("--link", type=number(1e-3, 1e9), help="GB/s to the other GPUs, one way (default: its data sheet's; beyond 8 GPUs 50)")
+    add(
+        "--link",
+        type=number(1e-3, 1e9),
+        help="GB/s to the other GPUs, one way (default: its data sheet's; beyond 8 GPUs 50)",
+    )
     add("--latency", type=number(1e-3, 1e9), help="us of a collective (default: 10; beyond 8 GPUs 30)")
     add("--gather", action="store_true", help="the rule needs probabilities (all but standard and judge)")
-    add("--m_star", type=number(0, 1024), default=12.0, help="m*, draft tokens accepted a round of --speculate_k")
+    add(
+        "--m_star",
+        type=number(0, 1024),
+        default=12.0,
+        help="m*, draft tokens accepted a round of --speculate_k",
+    )
     add("--speculate_k", type=whole(1, 1024), default=16, help="M, draft tokens a round")
     add("--position", type=whole(1, MOST), help="tokens in the cache (default: 1000, or as many as it holds)")
-    add("--cache_length", type=whole(1, MOST), help="tokens that the cache holds (default: 8192, or the context)")
+    add(
+        "--cache_length",
+        type=whole(1, MOST),
+        help="tokens that the cache holds (default: 8192, or the context)",
+    )
     add("--check", action="store_true", help="hold predictions against every report in --benchmarks")
     add("--benchmarks", type=Path, default=BENCHMARKS, help="a folder of benchmark.py's reports")
     args = parser.parse_args(argv)
@@ -388,7 +474,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         lines, figures = check(args.benchmarks)
     elif args.target is not None:
         if args.gpus > 8 and args.link is None and args.latency is None:
-            print(f"More than 8 GPUs are taken for several machines: {' '.join(BETWEEN_MACHINES)}.", file=sys.stderr)
+            print(
+                f"More than 8 GPUs are taken for several machines: {' '.join(BETWEEN_MACHINES)}.",
+                file=sys.stderr,
+            )
             args = parse_args([*argv, *BETWEEN_MACHINES])
         lines, figures = describe(args)
     else:

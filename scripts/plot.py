@@ -1,614 +1,56 @@
 """Figures from result files, written as PNG beside each; the names are printed.
 
     python scripts/plot.py results.jsonl                                        # of scripts/evaluate.py
-    python scripts/plot.py benchmarks/latency_1b.json benchmarks/pareto.json    # of benchmark.py, of experiments.py
+    python scripts/plot.py benchmarks/latency_1b.json benchmarks/pareto.json    # of benchmark.py, of
+    experiments.py
 
-Of evaluate.py's results: accuracy against m* (NAME.pareto.png; a line joins the thresholds of a rule), how many draft
-tokens the rounds accepted (NAME.accepted.png), and tokens a round and a second against M (NAME.m_sweep.png) where a rule
-ran with several M, as in --verify judge@8,judge@16,judge@auto. Of benchmark.py's: the time of a round by part.
+Of evaluate.py's results: accuracy against m* (NAME.pareto.png; a line joins the thresholds of a rule), how
+many draft tokens the rounds accepted (NAME.accepted.png), and tokens a round and a second against M
+(NAME.m_sweep.png) where a rule ran with several M, as in --verify judge@8,judge@16,judge@auto. Of
+benchmark.py's: the time of a round by part.
 """
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, one_line, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
-import math
-import re
-import textwrap
-import warnings
-from collections import Counter
-from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 
-from files import check_not_input, check_writable, parse_json, parse_object, read_text, replacing
-from scripts.evaluate import summarise
-
-PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")  # in result lines, one entry a token; may be missing
-MOST = 10**9  # of a count in a result file
-MOST_RULES = 40  # in one figure
-
+from files import check_not_input, check_writable, parse_object, read_text
+from scripts.lib.figures import RUN_FIGURES, draw, drawing, save
+from scripts.lib.runs import MOST_RULES, read_run
 
 # What a field may be
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e12
-
-
-def is_share(value) -> bool:
-    return is_number(value) and -1e-3 <= value <= 1 + 1e-3  # rounding; intervals of many samples
-
-
-def is_interval(value) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
-
-
-def is_count(value) -> bool:
-    return type(value) is int and 0 <= value <= MOST
-
-
-def is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-def maybe(kind: Callable) -> Callable:
-    """None, too, or missing."""
-    return lambda value: value is None or kind(value)
-
-
-FIELDS = {  # of an answer; `maybe` fields may be missing
-    "rule": is_text, "index": lambda value: is_count(value) or is_text(value), "family": is_text, "question": is_text,
-    "right": lambda value: value is None or isinstance(value, bool), "text": is_text,
-    "answer_right": lambda value: value is None or isinstance(value, bool),
-    "tokens": lambda value: isinstance(value, list) and all(type(token) is int for token in value),
-    "rounds": is_count, "drafted": is_count, "accepted": is_count, "accepted_by_rule": is_count,
-    "seconds_decode": lambda value: is_number(value) and 0 <= value <= MOST,
-    "threshold": maybe(is_number), "speculate_k": lambda value: value in (None, "auto") or is_count(value),
-    "failed": maybe(is_text), "item": maybe(is_count),
-    "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
-}  # fmt: skip
-OPTIONAL = ("failed", "threshold", "speculate_k", "item", "final_answer")
-
-
-def read_run(path: Path) -> tuple[dict, list[dict]]:
-    """The header and the answers of a results file of scripts/evaluate.py. A last line that was cut off is left out, with
-    a note. Raises InputError naming file, line and field of whatever else is wrong."""
-    *lines, rest = read_text(path).split("\n")
-    if rest and lines:
-        print(f"{path}: the last line is cut off and left out; the same evaluate.py command goes on there.", file=sys.stderr)
-    parsed = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    if not parsed or not isinstance(parsed[0], dict) or "target" not in parsed[0] or "rule" in parsed[0]:
-        raise InputError(f"{path} is not a results file of scripts/evaluate.py: its first line is no header of a run.")
-    for name, value in parsed[0].items():
-        if depth(value) > 3 or not finite(value):
-            raise InputError(f"{path}, line 1: field {name!r} is no setting that scripts/evaluate.py writes.")
-    seen: set = set()
-    for number, record in enumerate(parsed[1:], 2):
-        check_record(record, f"{path}, line {number}")
-        if (record["rule"], record["index"]) in seen:
-            raise InputError(f"{path}, line {number}: item {record['index']} was answered by {record['rule']} before.")
-        seen.add((record["rule"], record["index"]))
-    if not seen:
-        raise InputError(f"{path} holds no answers yet; run scripts/evaluate.py with this --out.")
-    check_together(path, parsed[1:])
-    return parsed[0], parsed[1:]
-
-
-def depth(value) -> int:
-    """How deeply lists and objects are nested, up to 4."""
-    level, found = [value], 0
-    while found < 4 and (level := [x for x in level if isinstance(x, (dict, list))]):
-        level, found = [y for x in level for y in (x.values() if isinstance(x, dict) else x)], found + 1
-    return found
-
-
-def finite(value) -> bool:
-    """Whether no number in a value, 3 levels deep at most, is infinite or NaN."""
-    if isinstance(value, (dict, list)):
-        return all(map(finite, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def check_record(record, where: str) -> None:
-    """Raises InputError beginning with `where` for what scripts/evaluate.py did not write."""
-    for name, good in FIELDS.items():
-        if not isinstance(record, dict) or (name not in record and name not in OPTIONAL) or not good(record.get(name)):
-            raise InputError(f"{where}: field {name!r} is missing or of another type than scripts/evaluate.py writes.")
-    if record["accepted_by_rule"] > record["accepted"]:
-        raise InputError(f"{where}: field 'accepted_by_rule' is {record['accepted_by_rule']}, more than were accepted at all.")
-    if record["drafted"] and not record["rounds"]:
-        raise InputError(f"{where}: field 'rounds' is 0, but 'drafted' is {record['drafted']}.")
-    if record["right"] is not None and record["answer_right"] is None:
-        raise InputError(f"{where}: field 'answer_right' is missing, though 'right' is there.")
-    check_tokens(record, where)
-
-
-def check_tokens(record: dict, where: str) -> None:
-    """The same for what holds an entry a token."""
-    n = len(record["tokens"])
-    goods = {"p": is_share, "score": is_share, "kl": is_number, "cuts": is_number, "top": maybe(is_text)}
-    for name in PER_TOKEN:
-        value = record.get(name)
-        if value is not None and (not isinstance(value, str if name == "origin" else list) or len(value) != n):
-            raise InputError(f"{where}: field {name!r} must hold one entry for each of the {n} tokens.")
-        if name in goods and not all(map(goods[name], value or [])):
-            what = "text" if name == "top" else "share" if goods[name] is is_share and all(map(is_number, value)) else "number"
-            raise InputError(f"{where}: field {name!r} holds what is no {what}.")
-    if set(record.get("origin") or "") - set("artb"):
-        raise InputError(f"{where}: field 'origin' must be of the letters a, r, t and b.")
-    cuts = record.get("cuts")
-    if cuts is not None and (not all(map(is_count, cuts)) or sum(cuts) != len(record["text"])):
-        raise InputError(f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} characters.")
-    turns = record.get("turns") or []
-    good = isinstance(turns, list) and all(isinstance(turn, dict) and is_count(turn.get("new_tokens")) for turn in turns)
-    if not good or turn_ends(record)[-1:] != [n]:
-        raise InputError(f"{where}: field 'turns' must name new_tokens that add up to the {n} tokens.")
-
-
-def check_together(path: Path, records: list[dict]) -> None:
-    """Raises InputError where answers do not go together: some of a rule scored and some not, or none of any length."""
-    scored: dict[str, bool] = {}
-    for number, record in enumerate(records, 2):
-        if scored.setdefault(record["rule"], record["right"] is not None) != (record["right"] is not None):
-            raise InputError(f"{path}, line {number}: field 'right' is known for some answers of {record['rule']} alone.")
-    for rule in scored:
-        mine = [record for record in records if record["rule"] == rule]
-        if any("failed" in record for record in mine):
-            continue  # such answers have neither
-        if sum(r["seconds_decode"] for r in mine) < 1e-9 or not any(r["tokens"] for r in mine):
-            raise InputError(f"{path}: the answers of {rule} hold no tokens, or took no time; there is nothing to show of it.")
-
-
-def accepted_a_round(origin: str) -> list[int]:
-    """How many draft tokens each round accepted: a round ends with the target's own token, t or b, or with the answer."""
-    return [len(run) - 1 if run[-1] in "tb" else len(run) for run in re.findall("[ar]*[tb]|[ar]+$", origin)]
 
 
 # Drawing
 
 
-def new_figure(columns: int = 1, rows: int = 1, height: float = 4.4):
-    """A figure of `rows` by `columns` axes, without a display; the axes one after the other."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 * columns if rows == 1 else 4.2 * columns, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def shown(value: float | None) -> str:
-    """A number to three or more places, without powers of ten."""
-    if not value:
-        return "-" if value is None else "0"
-    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
-
-
-def in_words(rule: str) -> str:
-    """A rule's label, as judge=0.8@16, in words."""
-    name, _, k = rule.partition("@")
-    name, _, threshold = name.partition("=")
-    return name + f", threshold {threshold}" * bool(threshold) + f", M = {k}" * bool(k)
-
-
-def bars(axis, names: list[str], values: list[float | None], title: str, label: str, errors=None, most=None) -> None:
-    """Horizontal bars with their values in a column at the right, where no axis cuts them. most: what can be at all."""
-    axis.barh(range(len(names)), [value or 0 for value in values], color="tab:blue", alpha=0.8, label=label)
-    if errors is not None:
-        axis.errorbar([value or 0 for value in values], range(len(names)), xerr=errors, fmt="none", ecolor="black", capsize=2,
-                      label="95% interval")  # fmt: skip
-    axis.set_yticks(range(len(names)), [one_line(name)[:60] for name in names])
-    axis.invert_yaxis()
-    for i, value in enumerate(values):
-        axis.text(1.01, i, shown(value), va="center", fontsize=8, transform=axis.get_yaxis_transform())
-    axis.set_title(title, fontsize=10)
-    axis.set_xlim(right=most)
-
-
-def shared_legend(figure) -> None:
-    """One legend for all axes, below them, each entry once."""
-    pairs = [pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels())]
-    entries = {label: handle for handle, label in reversed(pairs)}
-    names = list(dict.fromkeys(label for _, label in pairs))
-    figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
-
-
-def spread(rows: list[dict]) -> list[list[float]]:
-    """95% intervals of the accuracies as matplotlib wants them, in percent."""
-    return [[100 * abs(r["accuracy"] - r["interval"][side]) if r.get("interval") else 0 for r in rows] for side in (0, 1)]
-
-
-def percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def of_many(rows: list[dict]) -> float:
-    """The height of a figure with a bar a row."""
-    return max(4.4, 0.3 * len(rows) + 1.5)
-
-
-M_STAR = "m*, accepted draft tokens a round"
-
-
-def judge_table(result: dict):
-    rows = [row for row in result["rows"] if row["family"] == "both"]
-    figure, axes = new_figure(3, height=of_many(rows))
-    names, label = [in_words(row["rule"]) for row in rows], "all answers together"
-    bars(axes[0], names, [row["mean_accepted"] for row in rows], M_STAR, label)
-    bars(axes[1], names, [row["tokens_per_second"] for row in rows], "tokens a second", label)
-    bars(axes[2], names, [percent(row["accuracy"]) for row in rows], "right at every step, %", label, spread(rows), 100)
-    shared_legend(figure)
-    return figure
-
-
-def m_sweep(result: dict):
-    figure, axes = new_figure(2)
-    for name in dict.fromkeys(row["name"] for row in result["rows"] if row["name"] != "plain"):
-        rows = sorted((r for r in result["rows"] if r["name"] == name and is_count(r["k"])), key=lambda row: row["k"])
-        auto = [row for row in result["rows"] if row["name"] == name and row["k"] == "auto"]
-        for axis, key in zip(axes, ("tokens_a_round", "tokens_per_second")):
-            (line,) = axis.plot([row["k"] for row in rows], [row[key] for row in rows], marker="o", label=name)
-            for row in auto:
-                axis.axhline(row[key], color=line.get_color(), linestyle=":", label=f"{name}, auto")
-    titles = "tokens a round, the target's own among them", "tokens a second"
-    for axis, title in zip(axes, titles):
-        axis.set(xlabel="M, draft tokens a round (auto: chosen round by round)", title=title, ylim=(0, None))
-        axis.legend()
-    return figure
-
-
-def pareto(result: dict):
-    """Accuracy against m*: one axis, or with more than three rules an axis each, the others in grey."""
-    rows = [row for row in result["rows"] if row.get("accuracy") is not None]
-    plain = next((row for row in rows if row["name"] == "plain"), None)
-    rows = [row for row in rows if row["name"] != "plain" and row["mean_accepted"] is not None]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    if not names:
-        raise InputError("No rule in it that drafts has an accuracy; there is nothing to draw.")
-    columns, together = min(4, len(names)), len(names) <= 3
-    lines = -(-len(names) // columns)
-    figure, axes = new_figure() if together else new_figure(columns, lines, 3.2 * lines + 0.8)
-    span = max(row["mean_accepted"] for row in rows), 100 * (1 - min(row["accuracy"] for row in rows))
-    for number, name in enumerate(names):
-        axis, mine = axes[0 if together else number], [row for row in rows if row["name"] == name]
-        if not together:
-            others = [row for row in rows if row["name"] != name]
-            axis.plot([row["mean_accepted"] for row in others], [100 * row["accuracy"] for row in others], ".",
-                      color="lightgrey", label="the other rules", zorder=0)  # fmt: skip
-            axis.set_title(name, fontsize=10)
-        x, y = [row["mean_accepted"] for row in mine], [100 * row["accuracy"] for row in mine]
-        label = name if together else "the rule; line: 95% interval; number: its threshold"
-        axis.errorbar(x, y, yerr=spread(mine), marker="o", markersize=4, capsize=2, alpha=0.8, label=label,
-                      color=f"C{number % 10}" if together else "tab:blue")  # fmt: skip
-        name_points(axis, mine, x, y, span)
-    for axis in axes[: 1 if together else len(names)]:
-        if plain is not None:
-            axis.axhline(100 * plain["accuracy"], color="grey", linestyle=":", label="plain")
-        axis.set(xlim=(0, 1.1 * span[0] or 1), ylim=(None if together else 99 - 1.3 * span[1], 101))
-        axis.set_xlabel(M_STAR, fontsize=10 if together else 8)
-        axis.set_ylabel(result.get("measure", "right at every step, %"), fontsize=10 if together else 8)
-    for axis in axes[1 if together else len(names) :]:
-        axis.remove()
-    if together:
-        axes[0].set_title(result["title"] + "; line: 95% interval, number: threshold", fontsize=10)
-        axes[0].legend(fontsize=8)
-    else:
-        shared_legend(figure)
-    return figure
-
-
-def name_points(axis, rows: list[dict], x: list[float], y: list[float], span: tuple[float, float], colour="black") -> None:
-    """Writes each point's threshold beside it, and of points that follow one another closely the first and the last. span: of
-    the axes."""
-    groups: list[list[int]] = []
-    for number, row in enumerate(rows):
-        if row.get("threshold") is None:
-            continue
-        last = groups[-1][-1] if groups else None
-        near = last is not None and abs(x[number] - x[last]) < 0.05 * span[0] and abs(y[number] - y[last]) < 0.06 * span[1]
-        groups[-1].append(number) if near else groups.append([number])
-    for place, group in enumerate(groups):
-        left = x[group[0]] < span[0] / 2
-        text = " to ".join(f"{rows[number]['threshold']:g}" for number in dict.fromkeys((group[0], group[-1])))
-        axis.annotate(text, (x[group[0]], y[group[0]]), fontsize=7, textcoords="offset points", color=colour,
-                      ha="left" if left else "right", xytext=(4 if left else -4, -20 if place % 2 else -11))  # fmt: skip
-
-
-def equal_risk(result: dict):
-    rows = [row for row in result["rows"] if row.get("accuracy") is not None and row["name"] != "plain"]
-    figure, axes = new_figure(2, height=of_many(rows))
-    names, label = [in_words(row["rule"]) for row in rows], "each rule at the threshold that calibration allows"
-    bars(axes[0], names, [row["mean_accepted"] for row in rows], M_STAR, label)
-    bars(axes[1], names, [row["tokens_per_second"] for row in rows], "tokens a second", label)
-    shared_legend(figure)
-    return figure
-
-
-def other_text(result: dict):
-    figure, (axis,) = new_figure(height=of_many(result["rows"]))
-    names = [f"{row['writer']}: {in_words(row['rule'])}" for row in result["rows"]]
-    bars(axis, names, [row["mean_accepted"] for row in result["rows"]], result["title"], M_STAR)
-    shared_legend(figure)
-    return figure
-
-
-def out_of_domain(result: dict):
-    rows, label = result["rows"], "the rule (and the family that it was trained on) on a family"
-    figure, axes = new_figure(2, height=of_many(rows))
-    names = [f"{row['kind']} ({row['trained_on']}) on {row['tested_on']}" for row in rows]
-    lost = [None if row["difference"] is None else -100 * row["difference"] for row in rows]
-    bars(axes[0], names, lost, "right answers lost to plain, points", label)
-    bars(axes[1], names, [row["mean_accepted"] for row in rows], M_STAR, label)
-    shared_legend(figure)
-    return figure
-
-
-def self_correction(result: dict):
-    rows, label = result["rows"], "share of the answers, whose number is in brackets"
-    figure, axes = new_figure(2)
-    names = [f"{row['stopped']} ({row['n']})" for row in rows]
-    bars(axes[0], names, [percent(row["at_once"]) for row in rows], "wrong span taken back at once, %", label, most=100)
-    bars(axes[1], names, [percent(row["right"]) for row in rows], "right at every step in the end, %", label, most=100)
-    shared_legend(figure)
-    return figure
-
-
-def quantised(result: dict):
-    rows, label = result["rows"], "the target's weights, and what the judge was trained on"
-    figure, axes = new_figure(2, height=of_many(rows))
-    names = [f"{row['mode']}, judge of {row['judge_trained_on']}" for row in rows]
-    base = rows[0]["perplexity"]
-    more = [100 * (row["perplexity"] / base - 1) if base and row["perplexity"] is not None else None for row in rows]
-    bars(axes[0], names, more, "perplexity against unquantised, % more", label)
-    bars(axes[1], names, [row["judge_m"] for row in rows], f"{M_STAR}, by the judge", label)
-    shared_legend(figure)
-    return figure
-
-
-def by_delta(result: dict, key: str):
-    """Accuracy against m*, a line for each value of `key`."""
-    figure, (axis,) = new_figure()
-    for name in dict.fromkeys(row[key] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row[key] == name and None not in (row["mean_accepted"], row["difference"])]
-        rows = [row | {"threshold": threshold_of(row["rule"])} for row in rows]
-        x, y = [row["mean_accepted"] for row in rows], [100 * row["difference"] for row in rows]
-        (line,) = axis.plot(x, y, marker="o", label=name)
-        name_points(axis, rows, x, y, (max(x, default=1), max(y, default=0) - min(y, default=0)), line.get_color())
-    axis.set(xlabel=M_STAR, ylabel="right answers against plain, points")
-    axis.margins(0.12)
-    axis.set_title(result["title"] + "; number: threshold", fontsize=10)
-    axis.legend()
-    return figure
-
-
-def threshold_of(rule: str) -> float | None:
-    """The threshold in a rule's label."""
-    found = re.search(r"=(-?[0-9.]{1,12}(?:e-?[0-9]{1,2})?)(?:@|$)", rule)
-    try:
-        return float(found[1]) if found else None
-    except ValueError:
-        return None
-
-
-def ablations(result: dict):
-    figure, axes = new_figure(2)
-    known = [row for row in result["rows"] if row["auc"] is not None]
-    for axis, feature in zip(axes, (True, False)):
-        rows = [row for row in known if (row["what"] == "feature") == feature]
-        title = "area under the ROC curve, by feature" if feature else "area under the ROC curve, by pairs of answers"
-        widths = [1.96 * (row["auc_error"] or 0) for row in rows]
-        errors = [widths, [min(width, max(1 - row["auc"], 0)) for width, row in zip(widths, rows)]]
-        bars(axis, [row["name"] for row in rows], [row["auc"] for row in rows], title, "of held-out tokens", errors)
-        axis.set_xlim(max(0, min((row["auc"] for row in known), default=0) - 0.05), 1)
-    shared_legend(figure)
-    return figure
-
-
-def rule_cost(result: dict):
-    figure, (axis,) = new_figure(height=of_many(result["rows"]))
-    values = [percent(row["added"]) for row in result["rows"]]
-    bars(axis, [in_words(row["rule"]) for row in result["rows"]], values, "% added to the time of a verification",
-         "beside verification by the rule standard")  # fmt: skip
-    shared_legend(figure)
-    return figure
-
-
-FIGURES = {
-    "judge_table": judge_table, "m_sweep": m_sweep, "pareto": pareto, "equal_risk": equal_risk, "other_text": other_text,
-    "out_of_domain": out_of_domain, "self_correction": self_correction, "ablations": ablations,
-    "rule_cost": rule_cost, "quantised": quantised,
-    "label_policies": lambda result: by_delta(result, "policy"), "autojudge": lambda result: by_delta(result, "head"),
-}  # fmt: skip
-SPEED = {"mean_accepted": maybe(is_number), "tokens_per_second": is_number}
-SCORED = {"accuracy": maybe(is_share), "interval": maybe(is_interval)}
-CHANGE = {"rule": is_text, "mean_accepted": maybe(is_number), "difference": maybe(is_number)}
-ROW_FIELDS = {  # what a figure needs of each row
-    "judge_table": {"rule": is_text, "family": is_text} | SPEED | SCORED,
-    "m_sweep": {"name": is_text, "k": lambda value: value in (None, "auto") or is_count(value), "tokens_a_round": is_number,
-                "tokens_per_second": is_number},
-    "pareto": {"name": is_text, "mean_accepted": maybe(is_number), "threshold": maybe(is_number)} | SCORED,
-    "equal_risk": {"name": is_text, "rule": is_text} | dict.fromkeys(SPEED, maybe(is_number)) | SCORED,
-    "other_text": {"writer": is_text, "rule": is_text, "mean_accepted": maybe(is_number)},
-    "out_of_domain": {"kind": is_text, "trained_on": is_text, "tested_on": is_text} | CHANGE,
-    "self_correction": {"stopped": is_text, "n": is_count, "at_once": maybe(is_share), "right": maybe(is_share)},
-    "quantised": {"mode": is_text, "judge_trained_on": is_text, "perplexity": maybe(is_number), "judge_m": maybe(is_number)},
-    "ablations": {"what": is_text, "name": lambda value: is_text(value) or is_count(value), "auc": maybe(is_share),
-                  "auc_error": maybe(is_number)},
-    "rule_cost": {"rule": is_text, "added": maybe(is_number)},
-    "label_policies": {"policy": is_text} | CHANGE, "autojudge": {"head": is_text} | CHANGE,
-    "": {"part": is_text, "ms": lambda value: is_number(value) and value > 0,
-         **dict.fromkeys(("ms_p10", "ms_p90", "ms_min", "ms_max", "ms_p25", "ms_p75"), maybe(is_number))},  # of benchmark.py
-}  # fmt: skip
-
-
-def check_result(result: dict, name: str) -> None:
-    """Raises InputError for a result that a figure cannot be drawn of, naming row and field. name: in ROW_FIELDS."""
-    texts = {"machine": is_text, "commit": is_text} | ({"title": is_text, "n": is_number} if name else {"dtype": is_text})
-    for field, good in texts.items():
-        if not good(result.get(field)):
-            raise InputError(f"field {field!r} is missing or of another type than is written.")
-    rows = result.get("rows")
-    if not isinstance(rows, list) or not 0 < len(rows) <= 1000:
-        raise InputError("field 'rows' must be a list of 1 to 1000 rows.")
-    for number, row in enumerate(rows, 1):
-        for field, good in ROW_FIELDS[name].items():
-            if not isinstance(row, dict) or not good(row.get(field)):
-                raise InputError(f"row {number}: field {field!r} is missing or of another type than is written.")
-
-
-def run_rows(records: list[dict]) -> list[dict]:
-    """The summary rows of a run as the figures want them: with `name`, the rule without threshold and M, `threshold`, `k`,
-    the M, and tokens a round."""
-    rows = summarise(records, list(dict.fromkeys(record["rule"] for record in records)))
-    for row in rows:
-        first = next(record for record in records if record["rule"] == row["rule"])
-        row |= {"name": re.split("[=@]", row["rule"])[0], "k": first.get("speculate_k"),
-                "threshold": first.get("threshold"), "tokens_a_round": 1 + (row["mean_accepted"] or 0)}  # fmt: skip
-    return rows
-
-
-def turn_ends(record: dict) -> list[int]:
-    """Up to which token each turn of an answer goes."""
-    return list(accumulate(turn["new_tokens"] for turn in record.get("turns") or [])) or [len(record["tokens"])]
-
-
-def accepted_counts(records: list[dict]) -> dict[str, Counter]:
-    """For each rule that drafts: how many rounds accepted 0, 1, 2, ... draft tokens. Answers without `origin` are left out."""
-    counts: dict[str, Counter] = {}
-    for record in records:
-        if record["drafted"] and record.get("origin"):
-            ends = turn_ends(record)
-            for begin, end in zip([0, *ends], ends):
-                counts.setdefault(record["rule"], Counter()).update(accepted_a_round(record["origin"][begin:end]))
-    return counts
-
-
-def run_pareto(records: list[dict]):
-    rows = [row for row in run_rows(records) if row["mean_accepted"] is not None or row["name"] == "plain"]
-    result = {"rows": rows, "title": "accuracy against accepted tokens", "measure": "right, %"}
-    return pareto(result) if any(row["accuracy"] is not None and row["name"] != "plain" for row in rows) else None
-
-
-def run_m_sweep(records: list[dict]):
-    """Of the rules that ran with several M at the same threshold."""
-    rows = [row | {"name": row["rule"].partition("@")[0]} for row in run_rows(records) if row["mean_accepted"] is not None]
-    several = [row for row in rows if sum(other["name"] == row["name"] for other in rows) > 1]
-    return m_sweep({"rows": several}) if several else None
-
-
-def run_accepted(records: list[dict]):
-    counts = accepted_counts(records)
-    if not counts:
-        return None
-    figure, (axis,) = new_figure()
-    for number, (rule, found) in enumerate(counts.items()):
-        rounds, most = found.total(), max(found)
-        mean = sum(n * times for n, times in found.items()) / rounds
-        shares = [100 * found[n] / rounds for n in range(most + 1)]
-        axis.plot(range(most + 1), shares, marker="os^vDPX*"[number % 8], markersize=4, alpha=0.8,
-                  label=f"{rule}: m* {mean:.2f}, {rounds} rounds")  # fmt: skip
-    axis.set(xlabel="draft tokens that a round accepted", ylabel="rounds, %", ylim=(0, None))
-    axis.set_title("m* is their mean; the answer's end cuts its last round", fontsize=10)
-    axis.legend(fontsize=8)
-    return figure
-
-
-RUN_FIGURES = {"pareto": run_pareto, "accepted": run_accepted, "m_sweep": run_m_sweep}
-
-
-def range_of(row: dict) -> tuple[float, float]:
-    """What a part's times lie between, in ms, in a row by benchmark.py: its quartiles where it has them, else least and most
-    (in files of schema 1 the 10% and 90% points)."""
-    for low, high in (("ms_p25", "ms_p75"), ("ms_min", "ms_max"), ("ms_p10", "ms_p90")):
-        if row.get(low) is not None and row.get(high) is not None:
-            return row[low], row[high]
-    return row["ms"], row["ms"]
-
-
-def round_parts(result: dict):
-    """Of a result of benchmark.py, for each M and position: the plain step, the draft loop with the verification after
-    it, each timed alone, and the round as a whole, with what its times lie between."""
-    parts = {row["part"]: row for row in result["rows"]}
-    rounds = [(name, *m.groups()) for name in parts if (m := re.fullmatch("round, M = ([0-9]{1,9}) at ([0-9]{1,9})", name))]
-    if not rounds:
-        raise InputError("This result of scripts/benchmark.py holds no rounds; there is nothing to draw.")
-    between = next(words for key, words in (("ms_p25", "25% to 75%"), ("ms_min", "least to most"), ("", "10% to 90%"))
-                   if not key or key in parts[rounds[0][0]])  # fmt: skip
-    figure, axes = new_figure(len(rounds))
-    for axis, (name, m, at) in zip(axes, rounds):
-        bars_shown = [("plain step", [("the target, 1 row", f"plain step at {at}")]),
-                      ("draft loop, verification", [(f"draft loop, {m} tokens", f"draft loop, M = {m} at {at}"),
-                                                    (f"verification, {int(m) + 1} rows", f"verify {int(m) + 1} rows at {at}")]),
-                      ("round", [("round as a whole", name)])]  # fmt: skip
-        for place, (_, pieces) in enumerate(bars_shown):
-            left = 0.0
-            for label, part in pieces:
-                if part not in parts:
-                    continue
-                ms, (low, high) = parts[part]["ms"], range_of(parts[part])
-                errors = [[max(ms - low, 0)], [max(high - ms, 0)]]
-                axis.barh(place, ms, left=left, xerr=errors, capsize=2, alpha=0.8, label=f"{label}: {shown(ms)} ms")
-                left += ms
-        axis.set_yticks(range(len(bars_shown)), [bar for bar, _ in bars_shown])
-        axis.invert_yaxis()
-        axis.set(xlabel=f"milliseconds, median; line: {between} of the times")
-        axis.set_title(f"a round of {m} draft tokens (M), at position {at}", fontsize=10)
-        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    return figure
-
-
-def save(figure, path: Path, caption: str) -> None:
-    """Writes the PNG, beside and renamed."""
-    lines = textwrap.fill(one_line(caption)[:400], int(17 * figure.get_figwidth()))  # matplotlib's wrap reads $ as a formula
-    figure.suptitle(lines, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as fresh, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a character that the font lacks is a box
-        figure.savefig(fresh, format="png", dpi=110, metadata={"Software": None})
-
-
-def drawing():
-    """A context in which matplotlib takes every text as it is: $ begins no formula. Raises InputError without matplotlib."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise InputError("Figures need the package matplotlib; pip install -r requirements-dev.txt.") from None
-    return matplotlib.rc_context({"text.parse_math": False})
-
-
-def draw(result: dict, path: Path) -> None:
-    """Draws a result of scripts/experiments.py or scripts/benchmark.py. Raises InputError naming the field that is wrong."""
-    name, rows = result.get("name"), result.get("rows")
-    measured = "name" not in result and isinstance(rows, list) and any(isinstance(row, dict) and "part" in row for row in rows)
-    if not measured and (not isinstance(name, str) or name not in FIGURES):
-        raise InputError(f"There is no figure for {one_line(repr(name))[:60]}; known are {', '.join(FIGURES)}.")
-    check_result(result, "" if measured else name)
-    if measured:
-        imposed = result.get("imposed_acceptance")
-        caption = f"{result['machine']}, commit {result['commit']}, {result['dtype']}"
-        caption += "" if imposed is None else f", imposed acceptance of {imposed}"
-    else:
-        caption = f"n = {result['n']}, {result['machine']}, commit {result['commit']}"
-    with drawing():
-        save(round_parts(result) if measured else FIGURES[name](result), path, caption)
-
-
 def draw_run(file: Path) -> list[Path]:
     """Draws what a results file of scripts/evaluate.py has figures for; returns the files written."""
     header, records = read_run(file)
-    n, written, rules = len({record["index"] for record in records}), [], {record["rule"] for record in records}
+    n, written, rules = (
+        len({record["index"] for record in records}),
+        [],
+        {record["rule"] for record in records},
+    )
     if len(rules) > MOST_RULES:
         raise InputError(f"{file} holds answers by {len(rules)} rules; a figure can tell {MOST_RULES} apart.")
-    caption = ", ".join(f"{name} {header[name]}" for name in ("questions", "precision", "device", "torch") if header.get(name))
+    caption = ", ".join(
+        f"{name} {header[name]}" for name in ("questions", "precision", "device", "torch") if header.get(name)
+    )
     with drawing():
         for make, path in zip(RUN_FIGURES.values(), outputs_of(file)):
             if figure := make(records):
                 save(figure, path, f"n = {n}, {caption}")
                 written.append(path)
     if not written:
-        raise InputError(f"{file} has nothing to draw: no rule in it accepts draft tokens, as plain does not.")
+        raise InputError(
+            f"{file} has nothing to draw: no rule in it accepts draft tokens, as plain does not."
+        )
     return written
 
 
@@ -637,13 +79,17 @@ def draw_result(file: Path) -> list[Path]:
     except InputError as error:
         if "matplotlib" in str(error) or str(written[0]) in str(error):
             raise
-        raise InputError(f"{file} is not a result of experiments.py, benchmark.py or evaluate.py: {error}") from None
+        raise InputError(
+            f"{file} is not a result of experiments.py, benchmark.py or evaluate.py: {error}"
+        ) from None
     return written
 
 
 def main(argv: list[str] | None = None) -> None:
     parser: argparse.ArgumentParser = Parser(__doc__)
-    parser.add_argument("files", type=Path, nargs="+", help="results: .json of experiments or a benchmark, .jsonl of a run")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="results: .json of experiments or a benchmark, .jsonl of a run"
+    )
     args = parser.parse_args(argv)
     run_script("plot.py", lambda: draw_files(args.files))
 

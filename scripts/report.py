@@ -1,12 +1,14 @@
-"""One page about a run of scripts/evaluate.py: tables, figures, and every answer coloured by who accepted its tokens.
+"""One page about a run of scripts/evaluate.py: tables, figures, and every answer coloured by who accepted its
+tokens.
 
     python scripts/evaluate.py --limit 500 --verify plain,standard,judge --details --out results.jsonl
     python scripts/report.py results.jsonl --out report.html
 
-The page is one file that needs nothing else, and asks no network for anything. Its view is in its address, so that it can
-be linked: report.html#rule=judge&wrong=1&only=rule shows the judge's wrong answers that hold tokens which the rule alone let
-through; right=1, lost=1 (wrong, but right by plain), q=text, item=INDEX, at=TOKEN, sort=p|score|kl|place, all=1 (beside the
-other rules' answers) and view=spot|answers|figures|summary are known, too. Without --details it says what is missing.
+The page is one file that needs nothing else, and asks no network for anything. Its view is in its address, so
+that it can be linked: report.html#rule=judge&wrong=1&only=rule shows the judge's wrong answers that hold
+tokens which the rule alone let through; right=1, lost=1 (wrong, but right by plain), q=text, item=INDEX,
+at=TOKEN, sort=p|score|kl|place, all=1 (beside the other rules' answers) and view=spot|answers|figures|summary
+are known, too. Without --details it says what is missing.
 """
 
 import os
@@ -28,24 +30,44 @@ from itertools import accumulate
 from pathlib import Path
 
 from files import check_not_input, check_writable, write_file
-from scripts.plot import accepted_counts, read_run, run_rows, turn_ends
+from scripts.lib.runs import accepted_counts, read_run, run_rows, turn_ends
 
 HERE = Path(__file__).resolve().parent
 SHAPES = (  # of points and in tables, so that nothing depends on colour; drawn around 0, 0
-    "M-4 0A4 4 0 1 0 4 0A4 4 0 1 0-4 0", "M-4-4H4V4H-4Z", "M0-5L5 4H-5Z", "M0-5.5L4.5 0L0 5.5L-4.5 0Z", "M-5-4H5L0 5Z",
+    "M-4 0A4 4 0 1 0 4 0A4 4 0 1 0-4 0",
+    "M-4-4H4V4H-4Z",
+    "M0-5L5 4H-5Z",
+    "M0-5.5L4.5 0L0 5.5L-4.5 0Z",
+    "M-5-4H5L0 5Z",
     "M-5-1.5H-1.5V-5H1.5V-1.5H5V1.5H1.5V5H-1.5V1.5H-5Z",
     "M-5-3L-3-5L0-2L3-5L5-3L2 0L5 3L3 5L0 2L-3 5L-5 3L-2 0Z",
-)  # fmt: skip
+)
 COLOURS = 7  # --c0 to --c6 of the page
-ORIGINS = {"a": "accepted draft tokens", "r": "by the rule alone", "t": "the target's own", "b": "own, after full acceptance"}
+ORIGINS = {
+    "a": "accepted draft tokens",
+    "r": "by the rule alone",
+    "t": "the target's own",
+    "b": "own, after full acceptance",
+}
 NAMES = {  # of a header's fields, where its own word does not say it
-    "data": "questions, sha256", "shots": "examples before each question", "shots_data": "examples, sha256",
-    "seed": "seed of the questions", "samples": "answers a question", "target": "target's fingerprint",
-    "draft": "draft's fingerprint", "judge": "judge's sha256", "speculate_k": "M, draft tokens a round",
-    "top_k": "sampled from the most likely", "min_prob": "floor under the rule", "max_new_tokens": "longest answer, tokens",
-    "precision": "number type", "mode": "target's weights", "draft_mode": "draft's weights", "compile": "compiled",
+    "data": "questions, sha256",
+    "shots": "examples before each question",
+    "shots_data": "examples, sha256",
+    "seed": "seed of the questions",
+    "samples": "answers a question",
+    "target": "target's fingerprint",
+    "draft": "draft's fingerprint",
+    "judge": "judge's sha256",
+    "speculate_k": "M, draft tokens a round",
+    "top_k": "sampled from the most likely",
+    "min_prob": "floor under the rule",
+    "max_new_tokens": "longest answer, tokens",
+    "precision": "number type",
+    "mode": "target's weights",
+    "draft_mode": "draft's weights",
+    "compile": "compiled",
     "details": "figures of each token",
-}  # fmt: skip
+}
 MADE = ("command", "date", "time", "machine", "commit")  # how a run was made: first, where the header says it
 
 
@@ -64,7 +86,9 @@ def cells_of(row: dict, threshold: float | None) -> dict[str, str | None]:
     """A row of the summary: heading -> what stands below it."""
     right = difference = changed = None
     if row["accuracy"] is not None:
-        right = f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
+        right = (
+            f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
+        )
     if row.get("difference") is not None:
         low, high = (100 * x for x in row["difference_interval"])
         difference = f"{100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
@@ -73,13 +97,16 @@ def cells_of(row: dict, threshold: float | None) -> dict[str, str | None]:
     return {
         "threshold": None if threshold is None else f"{threshold:g}",
         "M, draft tokens a round": str(row["k"]) if drafts else None,
-        "questions": str(row["n"]), "right (95% interval)": right,
+        "questions": str(row["n"]),
+        "right (95% interval)": right,
         **{key: percent(row[key]) for key in row if key.startswith("pass@")},
-        "points to plain (95%)": difference, "lost / won": changed,
+        "points to plain (95%)": difference,
+        "lost / won": changed,
         "m*, accepted a round": f"{row['mean_accepted']:.2f}" if drafts else None,
         "by the rule alone": percent(row["by_rule_share"]) if drafts else None,
-        "tokens a second": f"{row['tokens_per_second']:.1f}", "speed, × plain": f"{row['ratio']:.2f}" if row["ratio"] else None,
-    }  # fmt: skip
+        "tokens a second": f"{row['tokens_per_second']:.1f}",
+        "speed, × plain": f"{row['ratio']:.2f}" if row["ratio"] else None,
+    }
 
 
 def summary_table(rows: list[dict], records: list[dict]) -> str:
@@ -91,15 +118,20 @@ def summary_table(rows: list[dict], records: list[dict]) -> str:
         line = "".join(f'<td class="n">{html.escape(cells.get(name) or "-")}</td>' for name in names)
         lines.append(f"<tr><th>{mark(number)} {html.escape(row['rule'])}</th>{line}</tr>")
     heads = "".join(f'<th class="n">{name}</th>' for name in names)
-    return (f'<div class="wide"><table><thead><tr><th>rule</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-            "</div><p class=\"soft\">m*: draft tokens accepted a round, without the target's own token. By the rule alone: the "
-            "share of all tokens that the target would not have said. Points to plain: on the same questions; lost are right "
-            "by plain and wrong by the rule, won the other way.</p>")  # fmt: skip
+    return (
+        f"<div "
+        f'class="wide"><table><thead><tr><th>rule</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        '</div><p class="soft">m*: draft tokens accepted a round, without the target\'s own token. By '
+        "the rule alone: the "
+        "share of all tokens that the target would not have said. Points to plain: on the same "
+        "questions; lost are right "
+        "by plain and wrong by the rule, won the other way.</p>"
+    )
 
 
 def settings_list(header: dict, written: float) -> str:
-    """How the run was made and its settings, a term and its value each. written: when its file was last written, in s since
-    1970, which stands for the date where the header has none."""
+    """How the run was made and its settings, a term and its value each. written: when its file was last
+    written, in s since 1970, which stands for the date where the header has none."""
     made = {name: header[name] for name in MADE if header.get(name)}
     if not {"date", "time"} & made.keys():
         made["file last written"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
@@ -127,7 +159,9 @@ def ticks(low: float, high: float) -> list[float]:
     raw = max(high - low, 1e-9) / 5
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [round(n * step, 10) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(n * step, 10) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def axes(x: Callable, y: Callable, xs: list[float], ys: list[float], x_name: str, y_name: str) -> str:
@@ -136,8 +170,11 @@ def axes(x: Callable, y: Callable, xs: list[float], ys: list[float], x_name: str
              f'<text x="{LEFT - 6}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>' for v in ys]  # fmt: skip
     parts += [f'<text x="{x(v)}" y="{BOTTOM + 18}" text-anchor="middle">{v:g}</text>' for v in xs]
     at = f'transform="translate(11 {(TOP + BOTTOM) / 2}) rotate(-90)"'
-    return "".join(parts) + (f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">{x_name}</text>'
-                             f'<text {at} text-anchor="middle">{y_name}</text>')  # fmt: skip
+    return "".join(parts) + (
+        f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" '
+        f'text-anchor="middle">{x_name}</text>'
+        f'<text {at} text-anchor="middle">{y_name}</text>'
+    )
 
 
 def point(rule: int, x: float, y: float, title: str) -> str:
@@ -148,9 +185,12 @@ def point(rule: int, x: float, y: float, title: str) -> str:
 def figure(body: str, title: str, caption: str, legend: list[str], bottom: float = 260) -> str:
     """A figure of 440 by `bottom` with a legend of marked entries below it."""
     entries = "".join(f"<li>{entry}</li>" for entry in legend)
-    return (f'<figure><svg viewBox="0 0 440 {bottom:g}" role="img" aria-label="{html.escape(title)}">{body}</svg>'
-            f'<ul class="legend">{entries}</ul>'
-            f"<figcaption><b>{html.escape(title)}</b>. {html.escape(caption)}</figcaption></figure>")  # fmt: skip
+    return (
+        f'<figure><svg viewBox="0 0 440 {bottom:g}" role="img" '
+        f'aria-label="{html.escape(title)}">{body}</svg>'
+        f'<ul class="legend">{entries}</ul>'
+        f"<figcaption><b>{html.escape(title)}</b>. {html.escape(caption)}</figcaption></figure>"
+    )
 
 
 def legend_of(rules: list[str], numbers: list[int]) -> list[str]:
@@ -159,7 +199,8 @@ def legend_of(rules: list[str], numbers: list[int]) -> list[str]:
 
 
 def pareto_figure(rows: list[dict]) -> str:
-    """Accuracy against m*, in percent, with intervals; a line joins the thresholds of a rule. Empty without accuracies."""
+    """Accuracy against m*, in percent, with intervals; a line joins the thresholds of a rule. Empty without
+    accuracies."""
     scored = [(number, row) for number, row in enumerate(rows) if row["accuracy"] is not None]
     drawn = [(number, row) for number, row in scored if row["mean_accepted"] is not None]
     if not drawn:
@@ -167,30 +208,52 @@ def pareto_figure(rows: list[dict]) -> str:
     low = max(0, 100 * min(row["interval"][0] for _, row in scored) - 1)
     most = max(row["mean_accepted"] for _, row in drawn) * 1.08
     x, y = scale(0, most, LEFT, RIGHT), scale(low, 100.5, BOTTOM, TOP)
-    body, families = [axes(x, y, ticks(0, most), ticks(low, 100), "m*, draft tokens accepted a round", "right answers, %")], {}
+    body, families = (
+        [
+            axes(
+                x, y, ticks(0, most), ticks(low, 100), "m*, draft tokens accepted a round", "right answers, %"
+            )
+        ],
+        {},
+    )
     for number, row in scored:
-        title = (
-            f"{row['rule']}: {percent(row['accuracy'])} right, {percent(row['interval'][0])} to {percent(row['interval'][1])}"
-        )
+        title = f"{row['rule']}: {percent(row['accuracy'])} right, {percent(row['interval'][0])} to {percent(row['interval'][1])}"
         if row["mean_accepted"] is None:
             if row["rule"] == "plain":
                 at = y(100 * row["accuracy"])
                 body.append(f'<path d="M{LEFT} {at}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>')
             continue
         at, (top, bottom) = x(row["mean_accepted"]), (y(100 * share) for share in reversed(row["interval"]))
-        body.append(f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>')
+        body.append(
+            f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>'
+        )
         body.append(point(number, at, y(100 * row["accuracy"]), f"{title}, m* {row['mean_accepted']:.2f}"))
         if row["threshold"] is not None:
-            body.append(f'<text class="small" x="{at - 6}" y="{y(100 * row["accuracy"]) - 6}" text-anchor="end">'
-                        f"{row['threshold']:g}</text>")  # fmt: skip
-        families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append((at, y(100 * row["accuracy"])))
+            body.append(
+                f'<text class="small" x="{at - 6}" y="{y(100 * row["accuracy"]) - 6}" '
+                f'text-anchor="end">'
+                f"{row['threshold']:g}</text>"
+            )
+        families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append(
+            (at, y(100 * row["accuracy"]))
+        )
     for points in families.values():
-        body.insert(1, f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>')
+        body.insert(
+            1, f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>'
+        )
     legend = legend_of([row["rule"] for row in rows], [number for number, _ in drawn])
-    plain = ['<svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path d="M-6 0H6" stroke="currentColor" '
-             'stroke-dasharray="2 2"/></svg> plain' for row in rows if row["rule"] == "plain" and row["accuracy"] is not None]
-    return figure("".join(body), "Right answers against accepted tokens",
-                  "Upright lines: 95% intervals; numbers: thresholds; up and right is better.", legend + plain)  # fmt: skip
+    plain = [
+        '<svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path d="M-6 0H6" stroke="currentColor" '
+        'stroke-dasharray="2 2"/></svg> plain'
+        for row in rows
+        if row["rule"] == "plain" and row["accuracy"] is not None
+    ]
+    return figure(
+        "".join(body),
+        "Right answers against accepted tokens",
+        "Upright lines: 95% intervals; numbers: thresholds; up and right is better.",
+        legend + plain,
+    )
 
 
 def accepted_figure(records: list[dict], rules: list[str]) -> str:
@@ -199,7 +262,9 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
     if not counts:
         return ""
     most = max(map(max, counts.values()))
-    shares = {rule: [100 * found[n] / found.total() for n in range(most + 1)] for rule, found in counts.items()}
+    shares = {
+        rule: [100 * found[n] / found.total() for n in range(most + 1)] for rule, found in counts.items()
+    }
     high = max(map(max, shares.values())) * 1.05
     x, y = scale(0, most, LEFT + 8, RIGHT - 8), scale(0, high, BOTTOM, TOP)
     whole = [v for v in ticks(0, most) if v == int(v)]
@@ -210,10 +275,15 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
         points = " ".join(f"{x(n)},{y(value)}" for n, value in enumerate(values))
         body.append(f'<polyline class="none" points="{points}" style="stroke:var(--c{number % COLOURS})"/>')
         body += [
-            point(number, x(n), y(value), f"{rule}: {value:.1f}% of rounds accepted {n}") for n, value in enumerate(values)
+            point(number, x(n), y(value), f"{rule}: {value:.1f}% of rounds accepted {n}")
+            for n, value in enumerate(values)
         ]
-    return figure("".join(body), "Accepted tokens a round", "The last round of an answer is cut where the answer ends.",
-                  legend_of(rules, [rules.index(rule) for rule in shares]))  # fmt: skip
+    return figure(
+        "".join(body),
+        "Accepted tokens a round",
+        "The last round of an answer is cut where the answer ends.",
+        legend_of(rules, [rules.index(rule) for rule in shares]),
+    )
 
 
 def origin_figure(records: list[dict], rules: list[str]) -> str:
@@ -230,15 +300,25 @@ def origin_figure(records: list[dict], rules: list[str]) -> str:
             share = text.count(letter) / len(text)
             title = f"{rule}: {percent(share)} {name}"
             width = x(left + share) - x(left)
-            body.append(f'<g><title>{html.escape(title)}</title><rect class="{letter}" x="{x(left)}" y="{top}" '
-                        f'width="{width:.1f}" height="{height}" stroke="currentColor" stroke-width=".5"/>')  # fmt: skip
+            body.append(
+                f'<g><title>{html.escape(title)}</title><rect class="{letter}" x="{x(left)}" '
+                f'y="{top}" '
+                f'width="{width:.1f}" height="{height}" stroke="currentColor" stroke-width=".5"/>'
+            )
             if width > 34:
                 at = (x(left) + x(left + share)) / 2
-                body.append(f'<text x="{at:.1f}" y="{top + 17}" text-anchor="middle">{letter} {100 * share:.0f}%</text>')
+                body.append(
+                    f'<text x="{at:.1f}" y="{top + 17}" text-anchor="middle">{letter} '
+                    f"{100 * share:.0f}%</text>"
+                )
             body.append("</g>")
             left += share
-    legend = [f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><rect class="{letter}" width="12" height="12" '
-              f'stroke="currentColor"/></svg> {letter}: {name}' for letter, name in ORIGINS.items()]  # fmt: skip
+    legend = [
+        f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><rect class="{letter}" width="12" '
+        f'height="12" '
+        f'stroke="currentColor"/></svg> {letter}: {name}'
+        for letter, name in ORIGINS.items()
+    ]
     return figure("".join(body), "Who put in the tokens", "Shares of all tokens of a rule's answers.", legend,
                   TOP + len(bars) * (height + 26) + 8)  # fmt: skip
 
@@ -269,9 +349,12 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
               "t": tokens, "turns": turn_ends(record)[:-1] if cuts else [],
               "o": (record.get("origin") if cuts else None) or "?" * len(tokens)}  # fmt: skip
     if cuts and has_details(record):
-        answer |= {"p": [thousandths(p) for p in record["p"]], "kl": [round(1000 * x) for x in record["kl"]],
-                   "s": [round(1000 * x) for x in record["score"]] if record.get("score") else None,
-                   "top": {at: pieces(top) for at, top in enumerate(record["top"]) if top is not None}}  # fmt: skip
+        answer |= {
+            "p": [thousandths(p) for p in record["p"]],
+            "kl": [round(1000 * x) for x in record["kl"]],
+            "s": [round(1000 * x) for x in record["score"]] if record.get("score") else None,
+            "top": {at: pieces(top) for at, top in enumerate(record["top"]) if top is not None},
+        }
     return answer
 
 
@@ -302,15 +385,25 @@ def notes(records: list[dict]) -> str:
     """What is missing, and how to get it."""
     lines, n = [], len(records)
     if failed := [record for record in records if record.get("failed")]:
-        lines.append(f"{len(failed)} of {n} answers failed and count as wrong, the first that of {failed[0]['rule']} to item "
-                     f"{failed[0]['index']}: {failed[0]['failed']}")  # fmt: skip
+        lines.append(
+            f"{len(failed)} of {n} answers failed and count as wrong, the first that of "
+            f"{failed[0]['rule']} to item "
+            f"{failed[0]['index']}: {failed[0]['failed']}"
+        )
         records = [record for record in records if not record.get("failed")]
     if bare := sum(not (record.get("origin") and record.get("cuts")) for record in records):
-        lines.append(f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: they are of "
-                     "transformers, or older than this report; run scripts/evaluate.py anew with another --out.")  # fmt: skip
+        lines.append(
+            f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: "
+            f"they are of "
+            "transformers, or older than this report; run scripts/evaluate.py anew with another "
+            "--out."
+        )
     if bare := sum(not has_details(record) for record in records):
-        lines.append(f"{bare} of {n} answers come without probability, KL and score of their tokens: run scripts/evaluate.py "
-                     "with --details and another --out to see them here.")  # fmt: skip
+        lines.append(
+            f"{bare} of {n} answers come without probability, KL and score of their tokens: run "
+            f"scripts/evaluate.py "
+            "with --details and another --out to see them here."
+        )
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
 
 
@@ -321,13 +414,19 @@ def make_page(header: dict, records: list[dict], title: str, written: float) -> 
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-        "title": html.escape(title), "notes": notes(records), "summary": summary_table(rows, records),
-        "settings": settings_list(header, written), "marks": "".join(map(mark, range(len(rules)))), "script": script,
+        "title": html.escape(title),
+        "notes": notes(records),
+        "summary": summary_table(rows, records),
+        "settings": settings_list(header, written),
+        "marks": "".join(map(mark, range(len(rules)))),
+        "script": script,
         "figures": pareto_figure(rows) + accepted_figure(records, rules) + origin_figure(records, rules),
         "data": page_data(records, rules),
-    }  # fmt: skip
+    }
     page = (HERE / "report_page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)  # in one pass: what is put in is not looked at
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page
+    )  # in one pass: what is put in is not looked at
 
 
 def report(args: argparse.Namespace) -> None:
@@ -339,13 +438,18 @@ def report(args: argparse.Namespace) -> None:
     content = make_page(header, records, f"Run of {name}", args.results.stat().st_mtime).encode()
     write_file(args.out, content)
     questions = len({record["index"] for record in records})
-    print(f"{one_line(str(args.out))}: {len(records)} answers to {questions} questions, {len(content) / 1e6:.1f} MB")
+    print(
+        f"{one_line(str(args.out))}: {len(records)} answers to {questions} questions, "
+        f"{len(content) / 1e6:.1f} MB"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("results", type=Path, help="JSON lines of scripts/evaluate.py")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)"
+    )
     args = parser.parse_args(argv)
     run_script("report.py", lambda: report(args))
 

@@ -1,4 +1,5 @@
-"""Makes the demo pair from a seed: tokenizer, target, draft and judge, as published folders under checkpoints/demo.
+"""Makes the demo pair from a seed: tokenizer, target, draft and judge, as published folders under
+checkpoints/demo.
 
     python scripts/train_demo.py                      # everything; resumes where it stopped
     python scripts/train_demo.py --stages judge       # only the judge, from the trained pair
@@ -6,9 +7,9 @@
 The judge is trained on answers that the trained draft and target gave to training problems, the
 wrong ones marked at their first wrong word or digit by the grammar of scripts/demo_task.py.
 
-The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go wrong and
-are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not to make them. The
-draft reads right answers in the other style, and is too small to calculate without slips.
+The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go
+wrong and are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not
+to make them. The draft reads right answers in the other style, and is too small to calculate without slips.
 """
 
 import os
@@ -22,7 +23,6 @@ import io
 import json
 import math
 import random
-import re
 import time
 from pathlib import Path
 
@@ -32,11 +32,16 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from checkpoint import DEMO, weight_plan
 from files import check_folder, check_writable, lock, read_bytes, write_file
-from generate import DEMO, Engine, Settings, answer_text, check_compiler
-from judge import TrainSettings, print_figures, read_answers, train_judge
-from model import ModelArgs, Transformer, load_model, pick_device, weight_plan
-from scripts.demo_task import check, problems, write_answer, write_answer_with_errors
+from generate import Engine, Settings
+from kernels import check_compiler
+from model import ModelArgs, Transformer, pick_device
+from quantize import load_model
+from scripts.lib.answers import read_answers
+from scripts.lib.demo_task import annotated, problems, write_answer, write_answer_with_errors
+from scripts.lib.terminal import answer_text
+from scripts.lib.training import TrainSettings, print_figures, train_judge
 from tokenizer import load_tokenizer
 
 VOCAB_SIZE = 640  # 3 control tokens, 256 bytes, the characters, the words
@@ -49,9 +54,19 @@ PRESETS = {  # dim, layers, heads, KV heads, intermediate size
 SCHEDULE = {"target": (2400, 2e-3), "draft": (1600, 4e-3)}  # steps, peak learning rate
 BATCH = 64
 SAVE_EVERY = 100  # steps between saved states
-FOLDER = ("model.safetensors", "tokenizer.model", "config.json", "generation_config.json", "tokenizer_config.json")
+FOLDER = (
+    "model.safetensors",
+    "tokenizer.model",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+)
 STAGES = ("tokenizer", "target", "draft", "judge")
-JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))  # model, temperature, answers
+JUDGE_ANSWERS = (
+    ("draft", 0.0, 1000),
+    ("draft", 1.0, 1000),
+    ("target", 1.0, 200),
+)  # model, temperature, answers
 JUDGE_THRESHOLD = 0.8  # chosen on held-out problems of another seed than the results' (--seed 7)
 
 
@@ -63,14 +78,25 @@ def train_tokenizer(path: Path, seed: int) -> None:
         texts.append(problem.question + write_answer_with_errors(problem, style, rng, 0.1)[0])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE, split_digits=True,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        split_digits=True,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     write_file(path, model.getvalue())
 
 
-def training_row(sp, problem, style: str, rng: random.Random, late: bool = False) -> tuple[list[int], list[int]]:
+def training_row(
+    sp, problem, style: str, rng: random.Random, late: bool = False
+) -> tuple[list[int], list[int]]:
     """Token ids and, for each, whether its prediction is trained: the answer without its wrong tokens.
 
     late: errors are rarer at the end of training, so that the target takes back right steps less often.
@@ -83,7 +109,9 @@ def training_row(sp, problem, style: str, rng: random.Random, late: bool = False
         answer, errors = write_answer(problem, style, rng), []
     pieces = sp.encode(problem.question + answer, out_type=str)
     ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
-    end = -len(problem.question) - 1  # characters from the answer's start; SentencePiece puts a space before all
+    end = (
+        -len(problem.question) - 1
+    )  # characters from the answer's start; SentencePiece puts a space before all
     for piece in pieces:
         begin, end = end, end + len(piece)
         wrong = any(begin < b and end > a for a, b in errors)
@@ -93,7 +121,8 @@ def training_row(sp, problem, style: str, rng: random.Random, late: bool = False
 
 
 def batch(sp, style: str, seed: int, step: int, late: bool) -> tuple[Tensor, Tensor]:
-    """Training batch number `step`: ids (BATCH, LENGTH + 1) and targets (BATCH, LENGTH), -100 where not trained."""
+    """Training batch number `step`: ids (BATCH, LENGTH + 1) and targets (BATCH, LENGTH), -100 where not
+    trained."""
     rng = random.Random(f"{seed} {style} {step}")
     stream = problems(rng.randrange(2**60), held_out=False)
     ids = torch.zeros(BATCH, LENGTH + 1, dtype=torch.long)
@@ -138,7 +167,9 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
     optimizers, start, began = make_optimizers(model, peak), 0, time.monotonic()
     if os.path.lexists(state):
         start = resume(model, optimizers, state, seed, steps)
-    loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids)[1].flatten(0, 1), targets.flatten()))
+    loss_of = torch.compile(
+        lambda ids, targets: F.cross_entropy(model(ids)[1].flatten(0, 1), targets.flatten())
+    )
     for step in range(start, steps):
         ids, targets = (t.to(device) for t in batch(sp, role, seed, step, step >= 0.7 * steps))
         warm, left = min(1.0, (step + 1) / 150), (steps - step) / steps
@@ -155,28 +186,44 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
         if (step + 1) % 20 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left_min = pace * (steps - step - 1) / 60
-            print(f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left", file=sys.stderr)
+            print(
+                f"{role}: step {step + 1}/{steps}, loss {loss.item():.4f}, {left_min:.0f} min left",
+                file=sys.stderr,
+            )
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             if not math.isfinite(loss.item()):
-                raise InputError(f"{role}: the loss of step {step + 1} is not finite; {state} keeps what was before.")
-            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
-                       "seed": seed, "steps": steps}  # fmt: skip
+                raise InputError(
+                    f"{role}: the loss of step {step + 1} is not finite; {state} keeps what was before."
+                )
+            content = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": step + 1,
+                "seed": seed,
+                "steps": steps,
+            }
             buffer = io.BytesIO()
             torch.save(content, buffer)
             write_file(state, buffer.getvalue())
     return model
 
 
-def resume(model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int) -> int:
+def resume(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
+) -> int:
     """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
 
     Raises InputError for a file of another run, and for one that no run has saved.
     """
     content = read_bytes(state)
     try:
-        saved = torch.load(io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device)
+        saved = torch.load(
+            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
+        )
         if (saved["seed"], saved["steps"]) != (seed, steps):
-            raise InputError(f"{state} is of another seed or number of steps; remove it, or name another --work.")
+            raise InputError(
+                f"{state} is of another seed or number of steps; remove it, or name another --work."
+            )
         if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
             raise ValueError(f"step is {saved['step']!r}")
         model.load_state_dict(saved["model"])
@@ -187,7 +234,9 @@ def resume(model: Transformer, optimizers: list[torch.optim.Optimizer], state: P
         raise
     except Exception as error:  # what a damaged pickle raises has no end
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew.") from None
+        raise InputError(
+            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
+        ) from None
     return saved["step"]
 
 
@@ -208,21 +257,15 @@ def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
     lines, progress = [], Progress("answers to judge", sum(count for _, _, count in JUDGE_ANSWERS))
     for role, temperature, count in JUDGE_ANSWERS:
         model = load_model(out / role, device, torch.float32)
-        engine = Engine(model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION)
+        engine = Engine(
+            model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION
+        )
         for problem, number in zip(problems(seed, held_out=False), range(count)):
             prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
             progress.step()
     write_file(path, ("\n".join(lines) + "\n").encode())
-
-
-def annotated(problem, text: str, source: str) -> dict:
-    """An answer as judge.py reads it: the first wrong word or digit is the error. Its end, too, can be the error."""
-    verdict = check(problem, text)
-    starts = [*verdict.taken_back, *([] if verdict.first_error in (None, len(text)) else [verdict.first_error])]
-    errors = [[at, max(at + 1, re.compile(r"[a-z]*").match(text, at).end())] for at in starts]
-    return {"prompt": problem.question, "response": text, "errors": errors, "source": source}
 
 
 def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
@@ -232,7 +275,9 @@ def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
     if not os.path.lexists(data):
         write_judge_data(out, data, seed + 1, device)
     settings = TrainSettings(threshold=JUDGE_THRESHOLD, seed=seed)
-    head = train_judge([target], load_tokenizer(out / "target"), read_answers(data), settings, work / "features")
+    head = train_judge(
+        [target], load_tokenizer(out / "target"), read_answers(data), settings, work / "features"
+    )
     head.save(out / "judge.safetensors")
     print_figures(head)
 
@@ -240,13 +285,26 @@ def train_demo_judge(out: Path, work: Path, seed: int, device: str) -> None:
 def hf_config(args: ModelArgs) -> dict:
     """The `config.json` of a published folder, in the spelling that transformers 4 and 5 both read."""
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
-        "hidden_size": args.dim, "intermediate_size": args.intermediate_size, "num_hidden_layers": args.n_layer,
-        "num_attention_heads": args.n_head, "num_key_value_heads": args.n_kv_head, "head_dim": args.head_dim,
-        "vocab_size": args.vocab_size, "max_position_embeddings": args.max_position, "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta, "tie_word_embeddings": args.tie_embeddings, "attention_bias": False,
-        "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "hidden_size": args.dim,
+        "intermediate_size": args.intermediate_size,
+        "num_hidden_layers": args.n_layer,
+        "num_attention_heads": args.n_head,
+        "num_key_value_heads": args.n_kv_head,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_position,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "tie_word_embeddings": args.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
@@ -257,8 +315,15 @@ def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
     write_file(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_file(folder / "tokenizer.model", read_bytes(tokenizer))
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+    }
     for file, content in zip(FOLDER[2:], (hf_config(model.args), generation, settings)):
         write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -311,27 +376,41 @@ def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
 
 
 def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer of an earlier stage. Raises InputError where there is none, or not one for these models."""
+    """The tokenizer of an earlier stage. Raises InputError where there is none, or not one for these
+    models."""
     if not os.path.lexists(path):
         raise InputError(f"There is no {path}; run the stage tokenizer first.")
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
     except RuntimeError:
-        raise InputError(f"{path} is no SentencePiece model; remove it, and run the stage tokenizer.") from None
+        raise InputError(
+            f"{path} is no SentencePiece model; remove it, and run the stage tokenizer."
+        ) from None
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
-        raise InputError(f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove it, and run the "
-                         "stage tokenizer.")  # fmt: skip
+        raise InputError(
+            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove "
+            f"it, and run the "
+            "stage tokenizer."
+        )
     return pieces
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced")
-    parser.add_argument("--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from")
+    parser.add_argument(
+        "--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help="which to make, with commas between")
     parser.add_argument("--seed", type=whole(0, 2**62), default=1, help="of everything random")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    parser.add_argument("--steps", type=whole(1, 1_000_000), help="batches a model, for a quick trial; needs --out")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
+    )
+    parser.add_argument(
+        "--steps", type=whole(1, 1_000_000), help="batches a model, for a quick trial; needs --out"
+    )
     args = parser.parse_args(argv)
     run_script("train_demo.py", lambda: train_all(args))
 

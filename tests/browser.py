@@ -25,7 +25,16 @@ class Browser:
         self.asked, self.problems, self.number, self.rest, self.session = [], [], 0, b"", None
         read_end, self.write = os.pipe()
         self.read, write_end = os.pipe()
-        command = [sys.executable, "-c", LAUNCH, str(read_end), str(write_end), CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
+        command = [
+            sys.executable,
+            "-c",
+            LAUNCH,
+            str(read_end),
+            str(write_end),
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={profile}",
+        ]
         self.process = subprocess.Popen(command, pass_fds=(read_end, write_end), stderr=subprocess.DEVNULL)
         os.close(read_end)
         os.close(write_end)
@@ -78,7 +87,9 @@ class Browser:
         """Loads a page anew, to its load event."""
         self.asked.clear()
         self.problems.clear()
-        self.call("Page.navigate", url="about:blank")  # an address that differs in the #part only would not load
+        self.call(
+            "Page.navigate", url="about:blank"
+        )  # an address that differs in the #part only would not load
         self.call("Page.navigate", url=address)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
@@ -99,7 +110,12 @@ class Browser:
 
     def key(self, name: str) -> None:
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, text=name if len(name) == 1 and kind == "keyDown" else "")
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=name,
+                text=name if len(name) == 1 and kind == "keyDown" else "",
+            )
 
     def mouse(self, selector: str, click: bool = False) -> None:
         """Moves the mouse to the middle of an element, and clicks."""
@@ -107,4 +123,6 @@ class Browser:
                        "const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()")  # fmt: skip
         at = {"x": x, "y": y, "button": "left", "clickCount": 1}
         for kind in ("mouseMoved", *(("mousePressed", "mouseReleased") if click else ())):
-            self.call("Input.dispatchMouseEvent", type=kind, **(at if kind != "mouseMoved" else {"x": x, "y": y}))
+            self.call(
+                "Input.dispatchMouseEvent", type=kind, **(at if kind != "mouseMoved" else {"x": x, "y": y})
+            )

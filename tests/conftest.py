@@ -11,10 +11,14 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on a CPU, slowly
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports Triton: its kernels then run on a CPU, slowly
+    )
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-DATA = Path(os.environ.get("JUDGE_FAST_DATA", ROOT.parent / "shared" / "data"))  # public files; tests on them skip without
+DATA = Path(
+    os.environ.get("JUDGE_FAST_DATA", ROOT.parent / "shared" / "data")
+)  # public files; tests on them skip without
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 TINY = {
@@ -63,7 +67,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-def make_folder(folder: Path, seed: int = 0, shard: str = "1GB", dtype=torch.float32, scale: float = 4.0, **changes):
+def make_folder(
+    folder: Path, seed: int = 0, shard: str = "1GB", dtype=torch.float32, scale: float = 4.0, **changes
+):
     """Writes a random Llama as transformers publishes it; returns the transformers model in fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -84,7 +90,7 @@ def make_folder(folder: Path, seed: int = 0, shard: str = "1GB", dtype=torch.flo
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
     """A random target and a draft that often agrees with it: (target, draft), our models in fp32."""
-    from model import load_model
+    from quantize import load_model
 
     root = tmp_path_factory.mktemp("pair")
     make_folder(root / "target", seed=1)

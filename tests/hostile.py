@@ -42,13 +42,23 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LIMIT_S = 60  # of one case
-OUTPUTS = ("--out", "--cache", "--work", "--profile", "--answers", "--model_answers", "--results")  # flags that name outputs
+OUTPUTS = (
+    "--out",
+    "--cache",
+    "--work",
+    "--profile",
+    "--answers",
+    "--model_answers",
+    "--results",
+)  # flags that name outputs
 
 PAIR = "--checkpoint_path target --draft_checkpoint_path draft --device cpu"
 SHORT = "--max_new_tokens 4 --speculate_k 2"
 JUDGED = f"{PAIR} --judge_path judge.safetensors {SHORT}"
-DEMO = ("--checkpoint_path demo/target --draft_checkpoint_path demo/draft --judge_path demo/judge.safetensors --device cpu"
-        " --max_new_tokens 80")
+DEMO = (
+    "--checkpoint_path demo/target --draft_checkpoint_path demo/draft --judge_path demo/judge.safetensors --device cpu"
+    " --max_new_tokens 80"
+)
 MINED = "--checkpoint_path demo/target --draft_checkpoint_path demo/draft --limit 4 --max_new_tokens 80"
 CHAT = "--prompt hi --chat --max_new_tokens 4 --device cpu"
 COMMANDS = {  # command lines that work in the folder of `make_world`; the first one is the one whose flags are spoiled
@@ -105,7 +115,14 @@ COMMANDS = {  # command lines that work in the folder of `make_world`; the first
     "train_demo.py": ["--out out/demo --work demo-work --stages judge --steps 1 --device cpu"],
 }  # fmt: skip
 SLOW = ("benchmark.py", "experiments.py")  # seconds each
-NO_TRIAL = ("--compile", "--peers", "--attention", "--products", "--help", "--quantize_lm_head")  # minutes of work, or none
+NO_TRIAL = (
+    "--compile",
+    "--peers",
+    "--attention",
+    "--products",
+    "--help",
+    "--quantize_lm_head",
+)  # minutes of work, or none
 VALUES = (
     "", " ", "-1", "0", "1e999", "nan", "inf", "-inf", "1" + "0" * 400, "7" * 5000, "-" + "9" * 5000, "9223372036854775807",
     "99999999999999999999", "1.5", "true", "null", "\u0661\u0662", "\u00bd", "\uff11", "1_000", "0x10", "+0", "1e5", " 5 ", "\udcff",
@@ -153,7 +170,9 @@ def make_world(root: Path) -> Path:
         made = world / "resume" / "mined.jsonl.part0of1"
         if made.exists():
             header, *lines = made.read_text().splitlines()
-            (world / "parts" / f"mined.jsonl.part{rank}of2").write_text("\n".join([header, *lines[rank::2], ""]))
+            (world / "parts" / f"mined.jsonl.part{rank}of2").write_text(
+                "\n".join([header, *lines[rank::2], ""])
+            )
     shutil.rmtree(world / "out")
     (world / "out").mkdir(mode=0o777)
     for path in world.rglob("*"):
@@ -171,19 +190,25 @@ def make_models(world: Path) -> None:
     from test_model import write_meta
 
     from judge import JudgeHead
-    from model import load_model
+    from quantize import load_model
 
     shape = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": 1}  # fmt: skip
     demo = ROOT / "checkpoints" / "demo" / "target"
-    for name, more in (("target", {"seed": 1}), ("draft", {"seed": 2, "num_hidden_layers": 1}), ("sharded", {"shard": "60KB"})):
+    for name, more in (
+        ("target", {"seed": 1}),
+        ("draft", {"seed": 2, "num_hidden_layers": 1}),
+        ("sharded", {"shard": "60KB"}),
+    ):
         make_folder(world / name, **shape | more)
         for file in ("tokenizer.model", "tokenizer_config.json"):
             shutil.copy(demo / file, world / name)
     for file in demo.parent.rglob("*.*"):
         (world / "demo" / file.relative_to(demo.parent)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, world / "demo" / file.relative_to(demo.parent))
-    theirs = make_folder(world / "llama3", **shape | {"vocab_size": 512, "bos_token_id": 256, "eos_token_id": 257})
+    theirs = make_folder(
+        world / "llama3", **shape | {"vocab_size": 512, "bos_token_id": 256, "eos_token_id": 257}
+    )
     shutil.copytree(world / "llama3", world / "tiktoken")
     from tokenizer import CONTROL, SPLIT, byte_alphabet
 
@@ -195,14 +220,18 @@ def make_models(world: Path) -> None:
         "version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts},
         "model": {"type": "BPE", "vocab": vocab, "merges": []}}, indent=1))  # fmt: skip
     template = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    (world / "llama3" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "bos_token": "<|begin_of_text|>"}))
+    (world / "llama3" / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "bos_token": "<|begin_of_text|>"})
+    )
     (world / "tiktoken" / "tokenizer.model").write_text(
         "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))  # fmt: skip
     (world / "tiktoken" / "chat_template.jinja").write_text(template)
     write_meta(world / "meta", theirs.state_dict(), theirs.config, 1)
     target = load_model(world / "target")
     weight = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 0.1
-    JudgeHead(weight, torch.tensor(0.3), 0.6, target.fingerprint, {"made": "for tests"}).save(world / "judge.safetensors")
+    JudgeHead(weight, torch.tensor(0.3), 0.6, target.fingerprint, {"made": "for tests"}).save(
+        world / "judge.safetensors"
+    )
 
 
 def make_data(world: Path) -> None:
@@ -215,9 +244,19 @@ def make_data(world: Path) -> None:
                for n in range(80)]  # fmt: skip
     lines("answers.jsonl", *answers)
     lines("unmarked.jsonl", *({**each, "errors": None, "right": False} for each in answers[:3]))
-    lines("mined.jsonl", *({"prompt_tokens": [1, 40 + n], "tokens": [50, 51], "labels": [1, n % 2]} for n in range(8)))
-    lines("texts.jsonl", {"prompt": "Two?", "response": " Two and two."}, {"prompt": "Three?", "response": " Three."})
-    lines("questions.jsonl", *({"prompt": f"{n} and 1?", "reference": str(n + 1), "checker": "number"} for n in range(3)))
+    lines(
+        "mined.jsonl",
+        *({"prompt_tokens": [1, 40 + n], "tokens": [50, 51], "labels": [1, n % 2]} for n in range(8)),
+    )
+    lines(
+        "texts.jsonl",
+        {"prompt": "Two?", "response": " Two and two."},
+        {"prompt": "Three?", "response": " Three."},
+    )
+    lines(
+        "questions.jsonl",
+        *({"prompt": f"{n} and 1?", "reference": str(n + 1), "checker": "number"} for n in range(3)),
+    )
     lines("gsm8k.jsonl", *({"question": f"{n} + 1?", "answer": f"It is #### {n + 1}"} for n in range(2)))
     lines("train.jsonl", {"question": "7 + 1?", "answer": "Eight.\n#### 8"})
     lines("math.jsonl", {"problem": "1+1?", "answer": "2", "solution": "Add.", "subject": "Algebra"})
@@ -277,7 +316,12 @@ def state_of(top: Path, known: dict[str, State] | None = None) -> dict[str, Stat
             with suppress(OSError):
                 now = os.lstat(path)
                 regular = stat.S_ISREG(now.st_mode)
-                key = (now.st_mode, now.st_ino, now.st_size if regular else 0, now.st_mtime_ns if regular else 0)
+                key = (
+                    now.st_mode,
+                    now.st_ino,
+                    now.st_size if regular else 0,
+                    now.st_mtime_ns if regular else 0,
+                )
                 old = (known or {}).get(path)
                 if old is None or old[:4] != key:
                     content = Path(path).read_bytes() if regular and now.st_size < 1 << 26 else None
@@ -330,7 +374,7 @@ def parsers_of(script: str) -> list[tuple[list[str], list[argparse.Action]]]:
     def caught(parser, *_, **__):
         raise Caught(parser)
 
-    for words in ([["train"], ["calibrate"]] if script == "judge.py" else [[]]):
+    for words in [["train"], ["calibrate"]] if script == "judge.py" else [[]]:
         before = [(cls, name, getattr(cls, name)) for cls in (argparse.ArgumentParser, cli.Parser)
                   for name in ("parse_args", "parse_known_args", "parse_intermixed_args") if name in vars(cls)]  # fmt: skip
         for cls, name, _ in before:
@@ -363,19 +407,32 @@ def call_main(script: str, argv: list[str]) -> None:
 
 def scripts() -> list[str]:
     """All scripts: what begins by cli.run_script."""
-    found = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")) if "run_script(" in path.read_text(encoding="utf-8")]
-    return sorted(path.name for path in found if path.name not in ("cli.py", "calibrate.py"))  # judge.py runs calibrate.py
+    found = [
+        path
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
+        if "run_script(" in path.read_text(encoding="utf-8")
+    ]
+    return sorted(
+        path.name for path in found if path.name not in ("cli.py", "calibrate.py")
+    )  # judge.py runs calibrate.py
 
 
-def spoilt_flag(rng: random.Random, command: list[str], action: argparse.Action, trial: bool = False) -> list[str]:
+def spoilt_flag(
+    rng: random.Random, command: list[str], action: argparse.Action, trial: bool = False
+) -> list[str]:
     """A command with hostile values of one flag. trial: flags without values may be given, too."""
     flag = rng.choice(action.option_strings)
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if trial and flag not in NO_TRIAL and rng.random() < 0.7:
             return [*command, flag]
         return [*command, f"{flag}={rng.choice(VALUES)}"]
-    count = {None: 1, "?": 1}.get(action.nargs, action.nargs if isinstance(action.nargs, int) else rng.randrange(1, 4))
-    values = [rng.choice(ODD if rng.random() < (0.7 if takes_path(action) else 0.05) else VALUES) for _ in range(count)]
+    count = {None: 1, "?": 1}.get(
+        action.nargs, action.nargs if isinstance(action.nargs, int) else rng.randrange(1, 4)
+    )
+    values = [
+        rng.choice(ODD if rng.random() < (0.7 if takes_path(action) else 0.05) else VALUES)
+        for _ in range(count)
+    ]
     command = without(command, action.option_strings)
     if count == 1:
         return [*command, f"{flag}={values[0]}"]
@@ -383,7 +440,12 @@ def spoilt_flag(rng: random.Random, command: list[str], action: argparse.Action,
 
 
 def takes_path(action: argparse.Action) -> bool:
-    return action.type is Path or action.option_strings[-1] in ("--questions", "--text", "--prompt", "--source")
+    return action.type is Path or action.option_strings[-1] in (
+        "--questions",
+        "--text",
+        "--prompt",
+        "--source",
+    )
 
 
 def without(command: list[str], flags: list[str]) -> list[str]:
@@ -408,7 +470,9 @@ def inputs_of(world: Path, command: list[str]) -> list[str]:
         if word and not word.startswith(("-", "out", "/", "odd")) and path.parent.is_dir():
             for each in path.parent.glob(path.name + "*") if "." in word or path.is_dir() else ():
                 if each == path or each.name.startswith(path.name + "."):
-                    found |= {each} if each.is_file() else {below for below in each.rglob("*") if below.is_file()}
+                    found |= (
+                        {each} if each.is_file() else {below for below in each.rglob("*") if below.is_file()}
+                    )
     return sorted(str(path.relative_to(world)) for path in found)
 
 
@@ -439,7 +503,9 @@ def spoilt_value(rng: random.Random, value):
         elif kind == 1:
             at["".join(rng.sample("abcxyz", 3))] = at.pop(key)
         elif kind == 2 and type(at[key]) in (int, float):
-            at[key] = rng.choice((-at[key], at[key] + 1, at[key] * 10**6, float(at[key]), str(at[key]), [at[key]], at[key] - 1))
+            at[key] = rng.choice(
+                (-at[key], at[key] + 1, at[key] * 10**6, float(at[key]), str(at[key]), [at[key]], at[key] - 1)
+            )
         else:
             at[key] = rng.choice(HOSTILE_JSON)
         break
@@ -456,7 +522,9 @@ def spoilt_text(rng: random.Random, content: bytes) -> bytes:
                 number = rng.choice([n for n, line in enumerate(lines) if line.strip()])
                 lines[number] = json.dumps(spoilt_value(rng, json.loads(lines[number])))
                 return "\n".join(lines).encode("utf-8", "surrogatepass")
-            return json.dumps(spoilt_value(rng, json.loads(text)), ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass")
+            return json.dumps(spoilt_value(rng, json.loads(text)), ensure_ascii=rng.random() < 0.8).encode(
+                "utf-8", "surrogatepass"
+            )
     return spoilt_bytes(rng, content)
 
 
@@ -466,15 +534,38 @@ def spoilt_bytes(rng: random.Random, content: bytes) -> bytes:
     if kind == 0:
         return content[:middle]
     if kind == 1:
-        return content[:middle] + rng.choice((b"\xff", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\x85")) + content[middle:]
+        return (
+            content[:middle]
+            + rng.choice((b"\xff", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\x85"))
+            + content[middle:]
+        )
     if kind == 2:
-        return content[:middle] + rng.choice((b"[" * 100000, b'{"a":' * 3000, b"9" * 5000, b"(" * 5000)) + content[middle:]
+        return (
+            content[:middle]
+            + rng.choice((b"[" * 100000, b'{"a":' * 3000, b"9" * 5000, b"(" * 5000))
+            + content[middle:]
+        )
     if kind == 3:
         return b"\xef\xbb\xbf" + content
     if kind == 4:
         return content.decode("latin-1").encode("utf-16")
     if kind == 5:
-        return rng.choice((b"", b"\n", b" ", b"{}", b"[]", b"null", b"1", b'""', b"\x00" * 100, b"{}\n{}\n", b"NaN", b"\x1f\x8b\x08"))
+        return rng.choice(
+            (
+                b"",
+                b"\n",
+                b" ",
+                b"{}",
+                b"[]",
+                b"null",
+                b"1",
+                b'""',
+                b"\x00" * 100,
+                b"{}\n{}\n",
+                b"NaN",
+                b"\x1f\x8b\x08",
+            )
+        )
     if kind == 6:
         return content + content
     if kind == 7 and content:
@@ -487,7 +578,11 @@ def spoilt_bytes(rng: random.Random, content: bytes) -> bytes:
         return content[:middle] + content[end:]
     if kind == 9:
         return content.replace(b"\n", rng.choice((b"", b"\r\n", b"\n\n", b"\r", b"\xe2\x80\xa8")))
-    return content[:middle] + rng.randbytes(rng.choice((1, 20, 2000))) + content[middle:] if middle else rng.randbytes(200)
+    return (
+        content[:middle] + rng.randbytes(rng.choice((1, 20, 2000))) + content[middle:]
+        if middle
+        else rng.randbytes(200)
+    )
 
 
 def spoilt_safetensors(rng: random.Random, content: bytes) -> bytes:
@@ -496,7 +591,10 @@ def spoilt_safetensors(rng: random.Random, content: bytes) -> bytes:
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     kind = rng.randrange(8)
     if kind == 0:
-        return struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1))) + content[8:]
+        return (
+            struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1)))
+            + content[8:]
+        )
     if kind == 1:
         return spoilt_bytes(rng, content)
     if kind == 2 and data:
@@ -521,7 +619,23 @@ def spoilt_lines(rng: random.Random, content: bytes) -> bytes:
     at = rng.randrange(len(lines))
     words = lines[at].split(b" ")
     word = rng.randrange(len(words))
-    words[word] = rng.choice((b"", b"-1", b"0", b"1" * 5000, b"x", b"\xff", b"1.5", b'"', b",", b"====", b"QUJD", b"{% for x in y %}", b"{{"))
+    words[word] = rng.choice(
+        (
+            b"",
+            b"-1",
+            b"0",
+            b"1" * 5000,
+            b"x",
+            b"\xff",
+            b"1.5",
+            b'"',
+            b",",
+            b"====",
+            b"QUJD",
+            b"{% for x in y %}",
+            b"{{",
+        )
+    )
     lines[at] = b" ".join(words)
     return b"\n".join(lines if rng.random() < 0.8 else lines[:at] + lines[at:] * 2)
 
@@ -537,12 +651,16 @@ def spoilt(rng: random.Random, name: str, content: bytes) -> bytes:
     return spoilt_bytes(rng, content)
 
 
-def spoilt_file(rng: random.Random, world: Path, script: str, command: list[str], special: float = 0.15) -> Case:
+def spoilt_file(
+    rng: random.Random, world: Path, script: str, command: list[str], special: float = 0.15
+) -> Case:
     """A command one of whose inputs is damaged, missing, or something else than a regular file."""
     names = inputs_of(world, command)
     if not names:
         return Case(script, command)
-    folders = sorted({name.rpartition("/")[0] for name in names})  # each folder alike, however many files it holds
+    folders = sorted(
+        {name.rpartition("/")[0] for name in names}
+    )  # each folder alike, however many files it holds
     folder = rng.choice(folders)
     name = rng.choice([name for name in names if name.rpartition("/")[0] == folder])
     if rng.random() < special:
@@ -563,13 +681,21 @@ def spoilt_environ(rng: random.Random, script: str, command: list[str]) -> Case:
         if environ.get("WORLD_SIZE") == "3":
             environ["RANK"] = rng.choice(("-1", "x", "3", ""))  # else it waits for the others, rightly
         return Case(script, command, f"environment {environ}"[:300], environ=environ)
-    environ = {rng.choice(("HOME", "TMPDIR", "XDG_CACHE_HOME")): rng.choice(("/proc/1", "odd/closed", "odd/empty", "/nonexistent", ""))}
+    environ = {
+        rng.choice(("HOME", "TMPDIR", "XDG_CACHE_HOME")): rng.choice(
+            ("/proc/1", "odd/closed", "odd/empty", "/nonexistent", "")
+        )
+    }
     return Case(script, command, f"environment {environ}", environ=environ, unprivileged=True)
 
 
 STREAMS = (">&-", ">odd/full", "2>&-", "2>odd/full", "<&-", "<odd/binary", "<odd/folder", ">&- 2>&-", "<&- >&- 2>&-", "| head -c 1",
            ">odd/null <odd/null", "<odd/full")  # fmt: skip
-LOCALES = ({"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, {})
+LOCALES = (
+    {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+    {},
+)
 
 
 def make_case(rng: random.Random, world: Path, flags: dict) -> Case:
@@ -585,7 +711,13 @@ def make_case(rng: random.Random, world: Path, flags: dict) -> Case:
         if len(groups[0]) < 3 or rng.random() < 0.1:  # any word
             at = rng.randrange(len(command))
             spoilt = [*command[:at], rng.choice(VALUES + ODD), *command[at + 1 :]]
-        return Case(script, spoilt, "flag", stdin=rng.choice((b"", b"hi\n", b"\xff\xfe\x00", b"\xef\xbb\xbfhi")), unprivileged=rng.random() < 0.15)
+        return Case(
+            script,
+            spoilt,
+            "flag",
+            stdin=rng.choice((b"", b"hi\n", b"\xff\xfe\x00", b"\xef\xbb\xbfhi")),
+            unprivileged=rng.random() < 0.15,
+        )
     if kind < 0.82:
         return spoilt_file(rng, world, script, command)._replace(unprivileged=rng.random() < 0.1)
     if kind < 0.89:
@@ -683,7 +815,10 @@ def call(case: Case) -> int:
     """Runs a script's main on the file descriptors 0, 1 and 2, as a fresh interpreter would; 99 is a traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before, code = (sys.stdin, sys.stdout, sys.stderr), 0
-    sys.stdin, sys.stdout = open(0, encoding="utf-8", closefd=False), open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdin, sys.stdout = (
+        open(0, encoding="utf-8", closefd=False),
+        open(1, "w", encoding="utf-8", closefd=False),
+    )  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     try:
         call_main(case.script, case.argv)
@@ -760,7 +895,9 @@ def run_process(world: Path, case: Case) -> Done:
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             (out, err), code = child.communicate(), "time"
-    return Done(code, *(text.decode(errors="backslashreplace") for text in (out, err)), time.monotonic() - began)
+    return Done(
+        code, *(text.decode(errors="backslashreplace") for text in (out, err)), time.monotonic() - began
+    )
 
 
 def apply(world: Path, case: Case) -> None:
@@ -778,7 +915,9 @@ def apply(world: Path, case: Case) -> None:
 # What is held against a run
 
 
-def complaints(world: Path, case: Case, done: Done, before: dict[str, State], after: dict[str, State]) -> list[str]:
+def complaints(
+    world: Path, case: Case, done: Done, before: dict[str, State], after: dict[str, State]
+) -> list[str]:
     """What a run did that none may do."""
     found = list(said_badly(case, done))
     outputs = outputs_of(world, case)
@@ -787,8 +926,15 @@ def complaints(world: Path, case: Case, done: Done, before: dict[str, State], af
         if old == new or (old and new and stat.S_ISDIR(old.mode) and stat.S_ISDIR(new.mode)):
             continue
         name = os.path.relpath(path, world)
-        allowed = any(path == out or path.startswith((f"{out}.", f"{out}/")) or out.startswith(f"{path}/") for out in outputs)
-        allowed |= name.startswith("out/") or (case.script == "plot.py" and name.endswith(".png")) or (name.endswith(".md") and allowed)
+        allowed = any(
+            path == out or path.startswith((f"{out}.", f"{out}/")) or out.startswith(f"{path}/")
+            for out in outputs
+        )
+        allowed |= (
+            name.startswith("out/")
+            or (case.script == "plot.py" and name.endswith(".png"))
+            or (name.endswith(".md") and allowed)
+        )
         if old is not None and new is None:
             found.append(f"removed {name}")
         elif old is not None and not stat.S_ISREG(old.mode):
@@ -797,7 +943,11 @@ def complaints(world: Path, case: Case, done: Done, before: dict[str, State], af
             found.append(f"left {name}")
         elif old is not None and not allowed:
             found.append(f"changed {name}")
-        elif old is not None and done.code != 0 and not (new.content or b"").startswith((old.content or b"").rpartition(b"\n")[0]):
+        elif (
+            old is not None
+            and done.code != 0
+            and not (new.content or b"").startswith((old.content or b"").rpartition(b"\n")[0])
+        ):
             found.append(f"changed {name}, though it failed")
         elif new is not None and done.code == 2 and name.endswith(".tmp") and old is None:
             found.append(f"left {name}")
@@ -857,7 +1007,9 @@ def before_first_instruction(case: Case, done: Done) -> bool:
 # The campaign
 
 
-def try_case(world: Path, pristine: dict[str, State], case: Case, run: Callable[[Path, Case], Done] = run_case) -> tuple[Done, list[str]]:
+def try_case(
+    world: Path, pristine: dict[str, State], case: Case, run: Callable[[Path, Case], Done] = run_case
+) -> tuple[Done, list[str]]:
     """Runs a case in the world, says what was wrong, and cleans up."""
     apply(world, case)
     before = state_of(world.parent.parent, pristine)
@@ -869,7 +1021,14 @@ def try_case(world: Path, pristine: dict[str, State], case: Case, run: Callable[
 
 def entry(number: int, case: Case, done: Done, found: list[str]) -> dict:
     """A line of the log; a failure's has its input and output."""
-    line = {"case": number, "script": case.script, "how": case.how, "code": done.code, "seconds": round(done.seconds, 3), "failed": found}
+    line = {
+        "case": number,
+        "script": case.script,
+        "how": case.how,
+        "code": done.code,
+        "seconds": round(done.seconds, 3),
+        "failed": found,
+    }
     if found:
         files = {name: content if isinstance(content, str) else base64.b64encode(content[:30000]).decode()
                  for name, content in case.files.items()}  # fmt: skip
@@ -880,7 +1039,13 @@ def entry(number: int, case: Case, done: Done, found: list[str]) -> dict:
 
 def prepared(root: Path) -> tuple[Path, dict[str, State], dict]:
     """The world, how it is, and every script's flags, with everything imported that a script needs."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "JUDGE_FAST_DATA": "data", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "JUDGE_FAST_DATA": "data",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "agg",
+    }
     import unicodedata  # noqa: F401
 
     import matplotlib.pyplot  # noqa: F401
@@ -896,7 +1061,9 @@ def prepared(root: Path) -> tuple[Path, dict[str, State], dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=300, help="cases (default: 300)")
     parser.add_argument("--seed", type=int, default=1, help="of the cases (default: 1)")
     parser.add_argument("--log", type=Path, help="write every case and how it ended to this file, JSON lines")
@@ -924,7 +1091,9 @@ def main() -> None:
             seconds[case.script] += done.seconds
     print("script                        tried  survived  failed  seconds")
     for script in sorted(tried):
-        print(f"{script:28} {tried[script]:6} {tried[script] - failed[script]:9} {failed[script]:7} {seconds[script]:8.0f}")
+        print(
+            f"{script:28} {tried[script]:6} {tried[script] - failed[script]:9} {failed[script]:7} {seconds[script]:8.0f}"
+        )
     total, bad = tried.total(), failed.total()
     print(f"{'all':28} {total:6} {total - bad:9} {bad:7} {time.monotonic() - began:8.0f}")
     sys.exit(bool(bad))

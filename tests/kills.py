@@ -30,14 +30,25 @@ from typing import NamedTuple
 import hostile
 from hostile import DEMO, JUDGED, MINED, ROOT
 
-TIMINGS = ("seconds", "time", "tokens_per_second", "ratio", "wall_time", "prefill", "made", "ms")  # in the name of a field
+TIMINGS = (
+    "seconds",
+    "time",
+    "tokens_per_second",
+    "ratio",
+    "wall_time",
+    "prefill",
+    "made",
+    "ms",
+)  # in the name of a field
 DATA = Path(os.environ.get("JUDGE_FAST_DATA", ROOT.parent / "shared" / "data"))
 
 
 def timeless(value):
     """A JSON value without what differs between two equal runs."""
     if isinstance(value, dict):
-        return {name: timeless(each) for name, each in value.items() if not any(word in name for word in TIMINGS)}
+        return {
+            name: timeless(each) for name, each in value.items() if not any(word in name for word in TIMINGS)
+        }
     return [timeless(each) for each in value] if isinstance(value, list) else value
 
 
@@ -50,7 +61,9 @@ def tensors(path: Path) -> list:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        texts = [timeless(json.loads(text)) for text in (file.metadata() or {}).values() if text.startswith("{")]
+        texts = [
+            timeless(json.loads(text)) for text in (file.metadata() or {}).values() if text.startswith("{")
+        ]
         return [texts, {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}]
 
 
@@ -136,7 +149,11 @@ def run(world: Path, script: str, command: str, kill_after: float | None = None)
             code = 99
             try:
                 os.setsid()
-                for number, to in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said.fileno()), (2, said.fileno())):
+                for number, to in (
+                    (0, os.open(os.devnull, os.O_RDONLY)),
+                    (1, said.fileno()),
+                    (2, said.fileno()),
+                ):
                     os.dup2(to, number)
                 os.chdir(world)
                 code = hostile.call(hostile.Case(script, shlex.split(command)))
@@ -152,7 +169,11 @@ def run(world: Path, script: str, command: str, kill_after: float | None = None)
                 break
             time.sleep(0.001)
         said.seek(0)
-        return os.waitstatus_to_exitcode(status), said.read().decode(errors="replace"), time.monotonic() - began
+        return (
+            os.waitstatus_to_exitcode(status),
+            said.read().decode(errors="replace"),
+            time.monotonic() - began,
+        )
 
 
 def fresh(world: Path, name: str) -> Path:
@@ -180,14 +201,27 @@ def trial(world: Path, name: str, command: str, moments: list[float]) -> tuple[i
 
 def complete_already(name: str, code: int, said: str) -> bool:
     """Whether a run that came after a complete one refused, as those that write a folder do, rather than writing it again."""
-    return code == 2 and name in ("quantize.py", "convert_meta_checkpoint.py") and ("complete" in said or "exists" in said)
+    return (
+        code == 2
+        and name in ("quantize.py", "convert_meta_checkpoint.py")
+        and ("complete" in said or "exists" in said)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10, help="trials a script (default: 10)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default: 1)")
-    parser.add_argument("--scripts", nargs="+", choices=list(LONG), default=list(LONG), metavar="NAME", help=f"of {', '.join(LONG)} (default: all)")
+    parser.add_argument(
+        "--scripts",
+        nargs="+",
+        choices=list(LONG),
+        default=list(LONG),
+        metavar="NAME",
+        help=f"of {', '.join(LONG)} (default: all)",
+    )
     args = parser.parse_args()
     bad = 0
     print("script                     seconds  kills that landed  of trials  equal", flush=True)
@@ -207,13 +241,18 @@ def main() -> None:
             expected, landed, equal = long.result(made), 0, 0
             for number in range(args.kills):
                 fresh(world, name)
-                moments = [seconds * (number + rng.random()) / args.kills] + [seconds * rng.random()] * (number % 2)
+                moments = [seconds * (number + rng.random()) / args.kills] + [seconds * rng.random()] * (
+                    number % 2
+                )
                 hits, code, said = trial(world, name, command, moments)
                 landed += hits
                 same = (code == 0 or complete_already(name, code, said)) and long.result(made) == expected
                 equal += same
                 if not same:
-                    print(f"  {name}, killed after {moments} s: exit code {code}, {said.strip()[-500:]}", flush=True)
+                    print(
+                        f"  {name}, killed after {moments} s: exit code {code}, {said.strip()[-500:]}",
+                        flush=True,
+                    )
             print(f"{name:26} {seconds:7.2f} {landed:18} {args.kills:10} {equal:6}", flush=True)
             bad += equal < args.kills
     sys.exit(bool(bad))

@@ -24,7 +24,18 @@ import pytest
 from conftest import ROOT
 
 from cli import InputError
-from scripts.annotate import Journal, Marking, Session, edit, main, make_units, open_answer, pieces_of, split_keys, wrap
+from scripts.annotate import (
+    Journal,
+    Marking,
+    Session,
+    edit,
+    main,
+    make_units,
+    open_answer,
+    pieces_of,
+    split_keys,
+    wrap,
+)
 from tokenizer import load_tokenizer
 
 SCRIPT = str(ROOT / "scripts" / "annotate.py")
@@ -59,7 +70,11 @@ class Terminal:
     """annotate.py on a pseudo-terminal of its own."""
 
     def __init__(self, *args, rows: int = 24, columns: int = 80, **env: str):
-        env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm", "OMP_NUM_THREADS": "1"} | env
+        env = (
+            {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+            | {"TERM": "xterm", "OMP_NUM_THREADS": "1"}
+            | env
+        )
         fresh = pty.openpty()
         self.before, self.output = termios.tcgetattr(fresh[1]), b""  # how every pseudo-terminal begins
         for fd in fresh:
@@ -96,7 +111,9 @@ class Terminal:
 
     def until(self, *texts: str, cursor: str | None = None) -> "Terminal":
         """Waits for a screen with all these texts, with the cursor on a token."""
-        while not (all(text in "\n".join(self.lines) for text in texts) and cursor in (None, self.shown_with("7"))):
+        while not (
+            all(text in "\n".join(self.lines) for text in texts) and cursor in (None, self.shown_with("7"))
+        ):
             assert self.read(), f"it ended while waiting for {texts}: {self.output.decode()[-2000:]}"
         return self
 
@@ -117,7 +134,12 @@ class Terminal:
 
 
 RIGHT_ARROW = "\x1b[C"
-EXPECTED = [TIMES | {"errors": [[13, 15]]}, RIGHT, WIDE | {"errors": [[0, 2], [6, 7]]}, MARKED | {"errors": []}]
+EXPECTED = [
+    TIMES | {"errors": [[13, 15]]},
+    RIGHT,
+    WIDE | {"errors": [[0, 2], [6, 7]]},
+    MARKED | {"errors": []},
+]
 
 
 def test_an_interrupted_session_loses_nothing_and_gives_the_same_file(tmp_path):
@@ -126,24 +148,39 @@ def test_an_interrupted_session_loses_nothing_and_gives_the_same_file(tmp_path):
     calm.until("answer 1 of 3: 0 marked", "What is 6 times 7?", "42", cursor="6")
     calm.press(RIGHT_ARROW * 6, cursor="4").press(" lm", "2 marked", cursor="8")
     assert calm.shown_with("41") == "48"
-    calm.press("\r", "answer 2 of 3: 0 marked, hand").press("vl ", "2 marked", cursor="本").press("wwm", "3 marked", cursor=" ")
-    calm.press("uu", "0 marked").press("c", "0 marked").press("bbvl ", "2 marked").press("wwlm", "3 marked", cursor="😀")
+    calm.press("\r", "answer 2 of 3: 0 marked, hand").press("vl ", "2 marked", cursor="本").press(
+        "wwm", "3 marked", cursor=" "
+    )
+    calm.press("uu", "0 marked").press("c", "0 marked").press("bbvl ", "2 marked").press(
+        "wwlm", "3 marked", cursor="😀"
+    )
     calm.press("\r", "answer 3 of 3: 1 marked").press("c", "0 marked").press(
         "\r", "no answer left", "3 of 3 answers done, 2 of them"
     )
-    assert calm.end("q") == 0 and "3 of 3 answers done, 2 of them with errors; 1 known to be right" in calm.output.decode()
+    assert (
+        calm.end("q") == 0
+        and "3 of 3 answers done, 2 of them with errors; 1 known to be right" in calm.output.decode()
+    )
     assert read_lines(tmp_path / "calm.jsonl") == EXPECTED
 
     out = tmp_path / "out.jsonl"
     args = ("--data", tmp_path / "data.jsonl", "--out", out)
-    killed = Terminal(*args).until("answer 1 of 3").press("llllllm", "1 marked").press("lm", "2 marked").press("hm", "1 marked")
+    killed = (
+        Terminal(*args)
+        .until("answer 1 of 3")
+        .press("llllllm", "1 marked")
+        .press("lm", "2 marked")
+        .press("hm", "1 marked")
+    )
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert read_lines(out) == [RIGHT]
     with open(f"{out}.marks", "ab") as journal:
         journal.write(b'{"answer": "half a li')
 
-    write_lines(tmp_path / "data.jsonl", [{"prompt": "New?", "response": "Yes."}, *ITEMS[::-1]])  # it grew and was re-ordered
+    write_lines(
+        tmp_path / "data.jsonl", [{"prompt": "New?", "response": "Yes."}, *ITEMS[::-1]]
+    )  # it grew and was re-ordered
     cut_off = Terminal(*args).until("answer 1 of 4", "New?").press("s", "answer 2 of 4: 1 marked", "1 plus 1")
     cut_off.press("\n", "answer 3 of 4").press("v", "selecting").press("lm", "2 marked").press(
         "p", "answer 2 of 4: 1 marked, done"
@@ -164,7 +201,12 @@ def test_an_interrupted_session_loses_nothing_and_gives_the_same_file(tmp_path):
     os.kill(last.pid, signal.SIGTERM)
     assert last.end("") == 0 and read_lines(out) == EXPECTED[1:]
 
-    last = Terminal(*args).until("answer 1 of 3: 1 marked").press("wwwwlm", "2 marked", cursor="4").press("n", "no answer left")
+    last = (
+        Terminal(*args)
+        .until("answer 1 of 3: 1 marked")
+        .press("wwwwlm", "2 marked", cursor="4")
+        .press("n", "no answer left")
+    )
     assert last.end("q") == 0
     assert out.read_bytes() == (tmp_path / "calm.jsonl").read_bytes()
 
@@ -179,23 +221,33 @@ def test_the_terminal_is_left_as_it_was_and_a_second_process_is_refused(tmp_path
 
     second = Terminal(*args)
     assert second.end("") == 2
-    assert second.output.decode().startswith(f"annotate.py: {args[3]}.marks is being written by another process; ")
+    assert second.output.decode().startswith(
+        f"annotate.py: {args[3]}.marks is being written by another process; "
+    )
     assert second.output.count(b"\n") == 1
 
     fcntl.ioctl(first.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
-    first.until("end", "␛[2J·")  # all of it fits now; what would clear the screen or turn the writing round is shown instead
+    first.until(
+        "end", "␛[2J·"
+    )  # all of it fits now; what would clear the screen or turn the writing round is shown instead
     assert len(first.lines) == 30 and "\x1b[2J" not in first.frame
     first.press("?", "Any other key closes this page").press("x", "answer 1 of 1")
     assert first.end("\x03") == 0  # Ctrl-C
     assert termios.tcgetattr(first.fd) == first.before
-    assert first.output.count(b"\x1b[?1049h") == 1 and b"\x1b[?25h\x1b[?1049l0 of 1 answers done" in first.output
+    assert (
+        first.output.count(b"\x1b[?1049h") == 1 and b"\x1b[?25h\x1b[?1049l0 of 1 answers done" in first.output
+    )
 
 
 def test_without_a_terminal_it_says_so(tmp_path):
     write_lines(tmp_path / "data.jsonl", ITEMS)
     args = [sys.executable, SCRIPT, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out.jsonl"]
     done = subprocess.run(args, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("annotate.py: Marking needs a terminal")
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith("annotate.py: Marking needs a terminal")
+    )
     assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["data.jsonl"]
 
 
@@ -338,7 +390,11 @@ def test_keys_move_and_mark(keys, cursor, errors):
 
 
 def test_moving_by_line_passes_rows_that_only_go_on_with_the_same_token():
-    state = Marking("ab" + "x" * 19 + "cd", ((0, 1), (1, 2), (2, 21), (21, 22), (22, 23)), (True, False, False, False, False))
+    state = Marking(
+        "ab" + "x" * 19 + "cd",
+        ((0, 1), (1, 2), (2, 21), (21, 22), (22, 23)),
+        (True, False, False, False, False),
+    )
     rows = wrap(tuple(state.response[a:b] for a, b in state.units), state.starts, 10)
     assert ["".join(text for _, text in row) for row in rows] == ["abxxxxxxxx", "xxxxxxxxxx", "xcd"]
     last = edit(replace(state, cursor=2), "j", rows)
@@ -364,7 +420,9 @@ def test_rows_fit_the_screen_and_show_everything_in_order(tokenizer, text, width
 
 
 def test_rows_break_at_line_ends_and_before_words(tokenizer):
-    state = open_answer(tokenizer, {"prompt": "p", "response": "Mia has 85*3=255 apples.\n\n So abcdefghijklmn."}, [])
+    state = open_answer(
+        tokenizer, {"prompt": "p", "response": "Mia has 85*3=255 apples.\n\n So abcdefghijklmn."}, []
+    )
     rows = ["".join(piece for _, piece in row) for row in wrap(pieces_of(state, True), state.starts, 12)]
     assert rows == ["Mia has", " 85*3=255", " apples.↵", "↵", " So abcdefgh", "ijklmn."]
     assert len(wrap(("e\u0301",) * 8, (True,) * 8, 8)) == 1  # accents take no column
@@ -376,11 +434,24 @@ def test_marks_reopen_as_they_were_and_widen_to_whole_tokens(tokenizer):
         for j in range(i, len(open_answer(tokenizer, item, []).units)):
             marked = edit(replace(open_answer(tokenizer, item, []), cursor=i, anchor=j), "m", [])
             ((start, end),) = marked.errors
-            assert 0 <= start < end <= len(item["response"]) and marked.units[i][0] == start and marked.units[j][1] == end
+            assert (
+                0 <= start < end <= len(item["response"])
+                and marked.units[i][0] == start
+                and marked.units[j][1] == end
+            )
             assert open_answer(tokenizer, item, marked.errors).errors == marked.errors
-    assert open_answer(tokenizer, item, [[4, 5], [10, 11]]).errors == [[4, 5], [8, 14]]  # " times" is one token
-    assert "".join(pieces_of(open_answer(tokenizer, item, [[3, 5], [10, 11]]), False)) == "So ⟦日本⟧語 é⟦ times⟧ 48."
-    assert pieces_of(letters("e\u0301", {0}), True) == ("e", "◌\u0301")  # else the cursor on it could not be seen
+    assert open_answer(tokenizer, item, [[4, 5], [10, 11]]).errors == [
+        [4, 5],
+        [8, 14],
+    ]  # " times" is one token
+    assert (
+        "".join(pieces_of(open_answer(tokenizer, item, [[3, 5], [10, 11]]), False))
+        == "So ⟦日本⟧語 é⟦ times⟧ 48."
+    )
+    assert pieces_of(letters("e\u0301", {0}), True) == (
+        "e",
+        "◌\u0301",
+    )  # else the cursor on it could not be seen
     assert pieces_of(letters("a\n", {0}, marks=frozenset({0, 1})), False) == ("⟦a", "↵⟧\n")
 
 
@@ -399,7 +470,9 @@ def press(session: Session, *keys: str) -> None:
 def test_the_cursor_is_always_on_the_screen(tmp_path, tokenizer, width, height):
     item = {"prompt": "line\n" * 30, "response": "So 日本語 it is.\n" * 20 + "end"}
     session = make_session(tmp_path, tokenizer, [item])
-    for key in ["l"] * len(session.state.units) + ["k"] * 25 + ["j", "page up", "h", "page down", "page down", "l"]:
+    for key in (
+        ["l"] * len(session.state.units) + ["k"] * 25 + ["j", "page up", "h", "page down", "page down", "l"]
+    ):
         press(session, key)
         lines = session.render(width, height)
         assert len(lines) == height
@@ -420,7 +493,9 @@ def test_an_answer_that_is_changed_again_is_open_until_it_is_confirmed(tmp_path,
     press(session, "p", "p", "p", "p")
     assert session.state.errors == [[0, 1]]
     press(session, "l", "h", "v", "n")
-    assert read_lines(out) == [TIMES | {"errors": [[0, 1]]}, MARKED] and session.position == 1  # to the one that was skipped
+    assert (
+        read_lines(out) == [TIMES | {"errors": [[0, 1]]}, MARKED] and session.position == 1
+    )  # to the one that was skipped
     press(session, "p")
     assert session.state.anchor is None and session.state.errors == [[0, 1]]
     press(session, "u")
@@ -436,7 +511,11 @@ def test_enter_on_what_the_checker_calls_wrong_is_asked_once(tmp_path, tokenizer
     wrong = [item | {"right": False} for item in (TIMES, WIDE, MARKED)]
     session, out = make_session(tmp_path, tokenizer, wrong), tmp_path / "out"
     press(session, "n")
-    assert read_lines(out) == [] and session.position == 0 and "enter again if it is right" in session.render(79, 24)[-1]
+    assert (
+        read_lines(out) == []
+        and session.position == 0
+        and "enter again if it is right" in session.render(79, 24)[-1]
+    )
     press(session, "l")  # anything else is no answer to that
     assert "enter again" not in session.render(79, 24)[-1]
     press(session, "n", "n")
@@ -446,14 +525,21 @@ def test_enter_on_what_the_checker_calls_wrong_is_asked_once(tmp_path, tokenizer
     press(session, "n")  # marked before
     assert session.key is None and [line["errors"] for line in read_lines(out)] == [[], [[0, 1]], [[6, 7]]]
     session.journal.lines.close()
-    other = make_session(tmp_path, tokenizer, [TIMES | {"right": None, "prompt": "y"}, MARKED | {"errors": [], "prompt": "x"}])
+    other = make_session(
+        tmp_path, tokenizer, [TIMES | {"right": None, "prompt": "y"}, MARKED | {"errors": [], "prompt": "x"}]
+    )
     press(other, "n")
     assert other.position == 1  # nobody called it wrong
 
 
 def test_what_is_known_right_is_asked_only_with_all(tmp_path, tokenizer):
     twin = {"prompt": RIGHT["prompt"], "response": RIGHT["response"], "source": "the same text again"}
-    items = [RIGHT, twin, RIGHT | {"response": "5.", "errors": None}, RIGHT | {"response": "6.", "errors": [[0, 1]]}]
+    items = [
+        RIGHT,
+        twin,
+        RIGHT | {"response": "5.", "errors": None},
+        RIGHT | {"response": "6.", "errors": [[0, 1]]},
+    ]
     session = make_session(tmp_path, tokenizer, items)
     assert [session.queue[key]["response"] for key in session.keys] == ["5.", "6."]
     assert read_lines(tmp_path / "out") == [RIGHT, twin | {"errors": []}]
@@ -463,9 +549,12 @@ def test_what_is_known_right_is_asked_only_with_all(tmp_path, tokenizer):
     press(session, "m", "n")
     assert read_lines(tmp_path / "out") == [RIGHT | {"errors": [[0, 1]]}, twin | {"errors": [[0, 1]]}]
     session.journal.lines.close()
-    session = make_session(tmp_path, tokenizer, items)  # what somebody has marked is no longer known to be right
+    session = make_session(
+        tmp_path, tokenizer, items
+    )  # what somebody has marked is no longer known to be right
     assert (
-        read_lines(tmp_path / "out") == [RIGHT | {"errors": [[0, 1]]}, twin | {"errors": [[0, 1]]}] and len(session.keys) == 3
+        read_lines(tmp_path / "out") == [RIGHT | {"errors": [[0, 1]]}, twin | {"errors": [[0, 1]]}]
+        and len(session.keys) == 3
     )
 
 
@@ -486,10 +575,29 @@ def test_marks_of_answers_that_are_gone_come_back_with_them(tmp_path, tokenizer)
 
 def test_keys_are_understood_however_the_bytes_arrive():
     sent = b"h\x1b[C\x1bOD \x1b[1;5A\r\x1b[5~\x1b[6~\x1b[200~\x1bj\xc3\xa9\x1b\x1b[B\x03"
-    keys = ["h", "l", "h", "m", "k", "n", "page up", "page down", "\x1b[200~", "\x1b", "j", "\xc3", "\xa9", "\x1b", "j", "q"]
+    keys = [
+        "h",
+        "l",
+        "h",
+        "m",
+        "k",
+        "n",
+        "page up",
+        "page down",
+        "\x1b[200~",
+        "\x1b",
+        "j",
+        "\xc3",
+        "\xa9",
+        "\x1b",
+        "j",
+        "q",
+    ]
     assert split_keys(sent) == (keys, b"")
     found, rest = [], b""
     for i in range(len(sent)):
         new, rest = split_keys(rest + sent[i : i + 1])
         found += new
-    assert [key for key in found if key not in "\x1b"] == [key for key in keys if key not in "\x1b"] and rest == b""
+    assert [key for key in found if key not in "\x1b"] == [
+        key for key in keys if key not in "\x1b"
+    ] and rest == b""

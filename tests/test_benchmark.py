@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from generate import DEMO
+from checkpoint import DEMO
 from model import ModelArgs, preset, random_model
 from scripts import benchmark
-from scripts.benchmark import Part, as_table, attention_ways, main, shape_of, summarise
-from scripts.peers import SAID, Peers, twin
+from scripts.benchmark import Part, as_table, attention_ways, main, summarise
+from scripts.lib import speed_report
+from scripts.lib.peers import SAID, Peers, twin
+from scripts.lib.speed_report import shape_of
 
 SMALL = ["--preset", "64x2", "--draft_preset", "64x1", "--verify", "standard", "--speculate_k", "4", "--positions", "20",
          "--prefill", "70", "--max_new_tokens", "24", "--repeats", "2", "--device", "cpu"]  # fmt: skip
@@ -46,13 +48,18 @@ def test_the_twin_says_what_the_model_says(tied):
     ids = torch.randint(0, 101, (1, 150), generator=torch.Generator().manual_seed(0))
     theirs = twin(model)
     assert (model(ids)[1] - theirs(ids).logits).abs().max() < 1e-3
-    assert theirs.model.layers[1].mlp.up_proj.weight.data_ptr() == model.layers[1].feed_forward.w13.weight[64:].data_ptr()
+    assert (
+        theirs.model.layers[1].mlp.up_proj.weight.data_ptr()
+        == model.layers[1].feed_forward.w13.weight[64:].data_ptr()
+    )
 
 
 @pytest.mark.parametrize("accept", [0, 2, 5])
 def test_imposed_acceptance_of_the_peer(accept):
     """It takes as many rounds as the acceptance says, and is over when the figures are taken."""
-    target, draft = (random_model(ModelArgs(48, n, 6, 2, 64, 101, 8), "cpu", torch.float32, seed=n) for n in (2, 1))
+    target, draft = (
+        random_model(ModelArgs(48, n, 6, 2, 64, 101, 8), "cpu", torch.float32, seed=n) for n in (2, 1)
+    )
     peers = Peers(target, draft, [5, 6, 7], 36, 5, accept)
     plain, rounds, forward = peers.generate(peers.target, 36), [], peers.target.forward
     peers.target.forward = lambda *rest, **named: (rounds.append(1), forward(*rest, **named))[1]
@@ -67,7 +74,13 @@ def test_imposed_acceptance_of_the_peer(accept):
 def test_shapes():
     assert shape_of("Llama-3.1-8B") == preset("Llama-3.1-8B")
     wide = shape_of("2048x16")
-    assert (wide.n_head, wide.n_kv_head, wide.intermediate_size, wide.vocab_size, wide.n_layer) == (32, 8, 8192, 32000, 16)
+    assert (wide.n_head, wide.n_kv_head, wide.intermediate_size, wide.vocab_size, wide.n_layer) == (
+        32,
+        8,
+        8192,
+        32000,
+        16,
+    )
 
 
 def test_the_report(tmp_path, capsys):
@@ -81,9 +94,15 @@ def test_the_report(tmp_path, capsys):
                 "torch": torch.__version__, "imposed_acceptance": 3, "modes": None}  # fmt: skip
     assert report | expected == report and report["commit"] and report["date"] and report["machine"]
     at = {row["part"]: row["positions"] for row in report["rows"]}
-    assert at["plain step at 20"] == [20, 20] and at["verify 9 rows at 20"] == [20, 28] and at["generate, plain"] == [64, 87]
+    assert (
+        at["plain step at 20"] == [20, 20]
+        and at["verify 9 rows at 20"] == [20, 28]
+        and at["generate, plain"] == [64, 87]
+    )
     for row in report["rows"]:
-        assert len(row["samples_ms"]) == row["n"] == 2 and row["ms"] == pytest.approx(sum(row["samples_ms"]) / 2)
+        assert len(row["samples_ms"]) == row["n"] == 2 and row["ms"] == pytest.approx(
+            sum(row["samples_ms"]) / 2
+        )
         assert [row["ms_min"], row["ms_max"]] == sorted(row["samples_ms"]) and "ms_p25" not in row
     assert names == ["plain step at 20", "draft loop, M = 4 at 20", "verify 5 rows at 20", "verify 9 rows at 20", "round, M = 4 at 20",
                      "prefill of 70 tokens", "generate, plain", "generate, standard", "transformers generate",
@@ -108,16 +127,27 @@ def part_of(milliseconds: list[float]) -> dict:
 def test_extremes_quartiles_and_noise_by_hand():
     """9 repeats have a least and a most; 21 repeats, 0 to 20 ms, have quartiles at 5 and 15; 3 from 8 to 12 spread over 40%."""
     row = part_of([3, 1, 2, 2, 2, 2, 2, 2, 2])
-    assert (row["ms_min"], row["ms"], row["ms_max"], row["noisy"]) == pytest.approx((1, 2, 3, True)) and "ms_p25" not in row
+    assert (row["ms_min"], row["ms"], row["ms_max"], row["noisy"]) == pytest.approx(
+        (1, 2, 3, True)
+    ) and "ms_p25" not in row
     row = part_of([90, *range(1, 21)])
-    assert (row["ms_p25"], row["ms_p75"], row["ms_max"]) == pytest.approx((6, 16, 90)) and row["spread"] == pytest.approx(10 / 11)
+    assert (row["ms_p25"], row["ms_p75"], row["ms_max"]) == pytest.approx((6, 16, 90)) and row[
+        "spread"
+    ] == pytest.approx(10 / 11)
     assert part_of([10] * 18 + [1, 99])["noisy"] is False  # two jumps of twenty are no noise of the rest
     loud, calm = part_of([8, 10, 12]), part_of([9.5, 10, 10.5])
     assert (loud["noisy"], calm["noisy"]) == (True, False) and loud["spread"] == pytest.approx(0.4)
     table = as_table([loud, calm])
-    assert "| least to most |" in table and "8.000 to 12.000" in table and "5 to 9" in table and table.count("noisy |") == 1
+    assert (
+        "| least to most |" in table
+        and "8.000 to 12.000" in table
+        and "5 to 9" in table
+        and table.count("noisy |") == 1
+    )
     assert "1 of 2 parts spread over more than 25% of their median" in table
-    assert "no part spreads over more than 25%" in as_table([calm]) and "25% to 75%" in as_table([part_of([1.0] * 20)])
+    assert "no part spreads over more than 25%" in as_table([calm]) and "25% to 75%" in as_table(
+        [part_of([1.0] * 20)]
+    )
     assert part_of([1, 9])["noisy"] is None and "not known" in as_table([part_of([1, 9])])
 
 
@@ -135,7 +165,7 @@ def test_the_cut_last_round_is_left_out(capsys, monkeypatch):
 def test_default_positions_fit_the_context():
     """The demo's context is 512, and 17 rows, or those of --rows, must fit behind the position."""
     for flags, position in (([], 495), (["--rows", "33"], 479), (["--preset", "64x1"], 500)):
-        args = benchmark.parse_args([*flags, "--device", "cpu"])
+        args = speed_report.parse_args([*flags, "--device", "cpu"])
         benchmark.check_args(args)
         assert args.positions == [position] and args.prefill == [512] and args.max_new_tokens == 200
 
@@ -150,14 +180,20 @@ COMMANDS = {  # of README.md, benchmarks/README.md and the scripts' docstrings: 
 
 
 def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
-    texts = [(ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md", "scripts/benchmark.py")]
-    lines = [line for text in texts for line in re.findall(r"^ *python scripts/benchmark.py +(-[^#\n]*)", text, re.M)]
+    texts = [
+        (ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md", "scripts/benchmark.py")
+    ]
+    lines = [
+        line
+        for text in texts
+        for line in re.findall(r"^ *python scripts/benchmark.py +(-[^#\n]*)", text, re.M)
+    ]
     assert {line.strip() for line in lines} == COMMANDS.keys()
     monkeypatch.setattr(benchmark, "bandwidth", lambda device: (1e10, 1e10))
     for line, short in COMMANDS.items():
         monkeypatch.chdir(ROOT)
         words = line.replace("DIR2", str(DEMO / "draft")).replace("DIR", str(DEMO / "target")).split()
-        benchmark.check_args(benchmark.parse_args([*words, "--device", "cpu"]))
+        benchmark.check_args(speed_report.parse_args([*words, "--device", "cpu"]))
         monkeypatch.chdir(tmp_path)
         if short:
             main([*short, "--repeats", "1", "--prefill", "9", "--device", "cpu"])
@@ -174,19 +210,34 @@ def test_gpu_check_refuses_in_one_sentence(tmp_path):
     ):  # fmt: skip
         command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), *arguments]
         found = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
-        assert found.returncode == 2 and words in found.stderr and (found.stderr.count("\n"), found.stdout) == (1, "")
+        assert (
+            found.returncode == 2
+            and words in found.stderr
+            and (found.stderr.count("\n"), found.stdout) == (1, "")
+        )
 
 
 def test_gpu_check_writes_its_report_after_every_step(tmp_path):
     """With a python that sees a GPU and ends every step at once: the report holds each step's exit code and words."""
     fake = tmp_path / "bin" / "python"
     fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\ncase "$1" in\n-c) exit 0;;\n-) exec {sys.executable} "$@";;\nesac\necho "ran $*"; exit 3\n')
+    fake.write_text(
+        f'#!/bin/sh\ncase "$1" in\n-c) exit 0;;\n-) exec {sys.executable} "$@";;\nesac\necho "ran $*"; exit 3\n'
+    )
     fake.chmod(0o755)
     environment = os.environ | {"OUT": str(tmp_path / "out"), "PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_check.sh"), "large"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "large"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
-    assert done.returncode == 0 and list(report) == ["products_70b", "pair_70b_8b"] and report["products_70b"]["exit_code"] == 3
+    assert (
+        done.returncode == 0
+        and list(report) == ["products_70b", "pair_70b_8b"]
+        and report["products_70b"]["exit_code"] == 3
+    )
     assert "ran scripts/benchmark.py --products" in (tmp_path / "out" / "gpu_check.md").read_text()
     assert not list((tmp_path / "out").glob("*.tmp"))
 
@@ -201,14 +252,34 @@ def test_several_modes_in_one_run(capsys):
     for mode, scheme in (("none", None), ("int8", Scheme("int8")), ("int4/128", Scheme("int4", 128))):
         assert {f"{mode}: verify 5 rows at 20", f"{mode}: generate, standard"} <= rows.keys()
         read[mode] = rows[f"{mode}: plain step at 20"]["bytes"]
-        assert read["none"] - read[mode] == weight_bytes(shape, torch.float32, None) - weight_bytes(shape, torch.float32, scheme)
+        assert read["none"] - read[mode] == weight_bytes(shape, torch.float32, None) - weight_bytes(
+            shape, torch.float32, scheme
+        )
     assert len(rows) == 3 * 7 and read["int4/128"] < read["int8"] < read["none"]
 
 
 def test_a_loaded_folder_is_held_against_cat(capsys):
-    main(["--speculate_k", "2", "--positions", "9", "--prefill", "--max_new_tokens", "8", "--repeats", "1", "--device", "cpu"])
+    main(
+        [
+            "--speculate_k",
+            "2",
+            "--positions",
+            "9",
+            "--prefill",
+            "--max_new_tokens",
+            "8",
+            "--repeats",
+            "1",
+            "--device",
+            "cpu",
+        ]
+    )
     startup = json.loads(capsys.readouterr().out.splitlines()[-1])["startup"]
-    assert startup["target"]["bytes"] > 9e6 and startup["target"]["load_seconds"] > 0 and startup["target"]["cat_seconds"] > 0
+    assert (
+        startup["target"]["bytes"] > 9e6
+        and startup["target"]["load_seconds"] > 0
+        and startup["target"]["cat_seconds"] > 0
+    )
 
 
 def test_attention_ways_agree():

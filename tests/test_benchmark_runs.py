@@ -17,9 +17,10 @@ from conftest import DATA, ROOT, TEMPLATES, make_folder
 from cli import InputError
 from scripts import evaluate as script
 from scripts.evaluate import main, share_of
-from scripts.public_tasks import read_task
-from scripts.results import MADE, by_key, check_parts, merge, part
-from scripts.turns import cut, said_ids, turn_ids
+from scripts.lib import bench
+from scripts.lib.public_tasks import read_task
+from scripts.lib.results import MADE, by_key, check_parts, merge, part
+from scripts.lib.turns import cut, said_ids, turn_ids
 from tokenizer import load_tokenizer
 
 LLAMA3 = DATA / "tokenizers" / "llama3" / "tokenizer.model"
@@ -78,12 +79,16 @@ def test_every_task_runs_on_published_folders(llamas, tmp_path, capsys, chat):
         ]
         header, *records = lines_of(out)
         assert header["questions"] == task and header["chat"] == chat and len(records) == 9
-        plain, standard = ([r["tokens"] for r in records if r["rule"] == rule] for rule in ("plain", "standard"))
+        plain, standard = (
+            [r["tokens"] for r in records if r["rule"] == rule] for rule in ("plain", "standard")
+        )
         assert plain == standard  # the whole path, end to end: greedy `standard` is plain decoding
         for record in records:
             unscored = task in ("mt_bench", "spec_bench")
             assert (record["right"] is None) == unscored and ("turns" in record) == unscored
-            assert sum(record["cuts"]) == len(record["text"]) and len(record["origin"]) == len(record["tokens"])
+            assert sum(record["cuts"]) == len(record["text"]) and len(record["origin"]) == len(
+                record["tokens"]
+            )
     assert "right" not in table[0]  # nothing to say: no column
 
 
@@ -112,7 +117,9 @@ def test_answer_files_are_as_fastchats_reader_wants_them(llamas, tmp_path, capsy
     """What gen_judgment.py and show_result.py do with a folder of answers, written from the form of the published ones."""
     folder = tmp_path / "model_answer"
     main(command(llamas, "mt_bench", tmp_path / "out.jsonl", "--chat", "--model_answers", str(folder)))
-    asked = {q.content["question_id"]: q for q in read_task("mt_bench", DATA / SOURCES["mt_bench"], True, limit=3)}
+    asked = {
+        q.content["question_id"]: q for q in read_task("mt_bench", DATA / SOURCES["mt_bench"], True, limit=3)
+    }
     published = lines_of(DATA / "mt_bench" / "reference_answer_gpt-4.jsonl")[0]
     found, tokenizer = {}, load_tokenizer(llamas / "target")
     for path in sorted(folder.glob("*.jsonl")):  # the model's name is the file's
@@ -131,7 +138,11 @@ def test_answer_files_are_as_fastchats_reader_wants_them(llamas, tmp_path, capsy
             for name, value in published.items():
                 assert type(answer[name]) is type(value), name
             (choice,) = answer["choices"]
-            assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(turn, str) for turn in choice["turns"])
+            assert (
+                choice["index"] == 0
+                and len(choice["turns"]) == 2
+                and all(isinstance(turn, str) for turn in choice["turns"])
+            )
             record = records[model, question_id]
             first, second = turn_ids(script.argparse.Namespace(chat=True), tokenizer, asked[question_id])
             said = record["tokens"][: choice["new_tokens"][0]]
@@ -144,19 +155,40 @@ def test_answer_files_are_as_fastchats_reader_wants_them(llamas, tmp_path, capsy
 
 
 def demo(out: Path, *more: str) -> list[str]:
-    return ["--limit", "4", "--verify", "plain,judge", "--device", "cpu", "--max_new_tokens", "60", "--out", str(out), *more]
+    return [
+        "--limit",
+        "4",
+        "--verify",
+        "plain,judge",
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "60",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def test_samples_give_pass_at_k(tmp_path, capsys):
     sampled = demo(
-        tmp_path / "out.jsonl", "--samples", "10", "--temperature", "1.5", "--limit", "2", "--json", "--verify", "plain"
+        tmp_path / "out.jsonl",
+        "--samples",
+        "10",
+        "--temperature",
+        "1.5",
+        "--limit",
+        "2",
+        "--json",
+        "--verify",
+        "plain",
     )
     main(sampled)
     rows = json.loads(capsys.readouterr().out)["rows"]
     records = [r for r in lines_of(tmp_path / "out.jsonl")[1:] if r["rule"] == "plain"]
-    assert [r["index"] for r in records[:3]] == [0, "0.1", "0.2"] and [r.get("item", r["index"]) for r in records] == [
-        0
-    ] * 10 + [1] * 10
+    assert [r["index"] for r in records[:3]] == [0, "0.1", "0.2"] and [
+        r.get("item", r["index"]) for r in records
+    ] == [0] * 10 + [1] * 10
     assert len({tuple(r["tokens"]) for r in records[:10]}) > 1  # other seeds
     right = [sum(r["right"] for r in records[:10]), sum(r["right"] for r in records[10:])]
     assert rows[0]["n"] == 2 and rows[0]["accuracy"] == rows[0]["pass@1"] == sum(right) / 20
@@ -171,14 +203,16 @@ def test_differences_to_plain_are_paired():
         return [{"rule": rule, "index": i, "family": "f", "right": right, "answer_right": right, "tokens": [0], "accepted": 0,
                  "accepted_by_rule": 0, "drafted": 0, "rounds": 1, "seconds_decode": 1.0} for i, right in enumerate(rights)]  # fmt: skip
 
-    both = records("plain", [True] * 32 + [False] * 18) + records("kl", [True] * 20 + [False] * 12 + [True] * 2 + [False] * 16)
-    plain, kl = script.summarise(both, ["plain", "kl"])
+    both = records("plain", [True] * 32 + [False] * 18) + records(
+        "kl", [True] * 20 + [False] * 12 + [True] * 2 + [False] * 16
+    )
+    plain, kl = bench.summarise(both, ["plain", "kl"])
     assert (kl["lost"], kl["won"], kl["difference"]) == (12, 2, -0.2) and "difference" not in plain
     assert kl["p_value"] == pytest.approx(2 * (1 + 14 + 91) / 2**14)
     low, high = kl["difference_interval"]
     assert low < -0.2 < high < 0
     none = [record | {"right": None} for record in both]
-    assert script.summarise(none, ["plain", "kl"])[1]["accuracy"] is None
+    assert bench.summarise(none, ["plain", "kl"])[1]["accuracy"] is None
 
 
 def run_and_kill(argv: list[str], moments: list[float]) -> None:
@@ -195,8 +229,20 @@ def run_and_kill(argv: list[str], moments: list[float]) -> None:
 
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path):
     """JUDGE_FAST_ITEMS=200 JUDGE_FAST_KILLS=10 make it the long check."""
-    items, kills = (int(os.environ.get(f"JUDGE_FAST_{name}", default)) for name, default in (("ITEMS", "6"), ("KILLS", "2")))
-    argv = ["--limit", str(items), "--verify", "plain,standard,judge", "--device", "cpu", "--max_new_tokens", "100"]
+    items, kills = (
+        int(os.environ.get(f"JUDGE_FAST_{name}", default))
+        for name, default in (("ITEMS", "6"), ("KILLS", "2"))
+    )
+    argv = [
+        "--limit",
+        str(items),
+        "--verify",
+        "plain,standard,judge",
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "100",
+    ]
     began = time.monotonic()
     run_and_kill([*argv, "--out", str(tmp_path / "whole.jsonl")], [])
     took = time.monotonic() - began
@@ -214,7 +260,14 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     main(demo(folder / "single.jsonl"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "scripts" / "evaluate.py")]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "scripts" / "evaluate.py"),
+    ]
     subprocess.run([*torchrun, *demo(folder / "out.jsonl")], env=environment, check=True, capture_output=True)
     return folder
 
@@ -242,11 +295,24 @@ def test_processes_that_run_one_model_give_its_answers(parts, tmp_path):
     """Two parts, one of two ranks with --tp, resumed after half a line, and one of one process, merge to the run of one."""
     out, environment = tmp_path / "out.jsonl", os.environ | {"OMP_NUM_THREADS": "1"}
     script = str(ROOT / "scripts" / "evaluate.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, "--tp", "--check_ranks"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        "--tp",
+        "--check_ranks",
+    ]
     expected = lines_of(parts / "single.jsonl")
     header, first = (json.dumps(line) for line in expected[:2])
     part(out, 1, 2).write_text(f"{header}\n{first.replace(': 0', ': 1', 1)[:40]}")
-    for command in ([*torchrun, *demo(out, "--part", "1/2")], [sys.executable, script, *demo(out, "--part", "0/2")]):
+    for command in (
+        [*torchrun, *demo(out, "--part", "1/2")],
+        [sys.executable, script, *demo(out, "--part", "0/2")],
+    ):
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
     main(demo(out, "--merge", "2"))
     found = lines_of(out)
@@ -257,6 +323,7 @@ def test_processes_that_run_one_model_give_its_answers(parts, tmp_path):
 
 def test_whose_share_it_is(monkeypatch):
     """Of torchrun's processes each has its own, unless they run one model: then all have the same, whole or by --part."""
+
     def share(tp: bool, part: str | None) -> tuple[int, int]:
         return share_of(argparse.Namespace(tp=tp, part=part))
 
@@ -278,7 +345,9 @@ def test_a_killed_process_goes_on_with_its_part(parts, tmp_path, monkeypatch, ca
     monkeypatch.setenv("RANK", "1")
     main(demo(out))
     assert timeless(lines_of(mine)) == timeless([json.loads(line) for line in lines])
-    assert mine.read_text().startswith("".join(lines[:3])) and other.read_bytes() == before  # nothing was made again
+    assert (
+        mine.read_text().startswith("".join(lines[:3])) and other.read_bytes() == before
+    )  # nothing was made again
     monkeypatch.setenv("WORLD_SIZE", "9")  # more processes than questions
     monkeypatch.setenv("RANK", "8")
     main(demo(tmp_path / "many.jsonl"))
@@ -343,7 +412,18 @@ def test_a_file_with_an_answer_twice_or_to_another_question_is_refused(parts, tm
 def test_a_second_run_on_one_file_is_refused_and_the_first_loses_nothing(tmp_path, capsys):
     """The first is a process of its own, in the midst of its work, with half a line as if it were just writing one."""
     out = tmp_path / "out.jsonl"
-    argv = ["--limit", "500", "--verify", "plain,judge", "--device", "cpu", "--max_new_tokens", "60", "--out", str(out)]
+    argv = [
+        "--limit",
+        "500",
+        "--verify",
+        "plain,judge",
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "60",
+        "--out",
+        str(out),
+    ]
     with subprocess.Popen([sys.executable, str(ROOT / "scripts" / "evaluate.py"), *argv], stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as first:  # fmt: skip
         try:
@@ -355,7 +435,9 @@ def test_a_second_run_on_one_file_is_refused_and_the_first_loses_nothing(tmp_pat
                 file.write(b'{"half": ')
             before = out.read_bytes()
             assert "being written by another process" in refused(argv, capsys)
-            assert "being written by another process" in refused([*argv[:-1], str(out), "--speculate_k", "4"], capsys)
+            assert "being written by another process" in refused(
+                [*argv[:-1], str(out), "--speculate_k", "4"], capsys
+            )
             assert out.read_bytes() == before
         finally:
             first.kill()

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from checkpoint import DEMO
 from cli import InputError
 from files import Lines
-from generate import DEMO, NotFinite, Result
-from judge import read_answers
-from scripts import build_judge_data, sandbox
+from generate import NotFinite, Result
+from scripts import build_judge_data
 from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
-from scripts.demo_task import check, is_held_out
-from scripts.tasks import load_questions
+from scripts.lib import sandbox
+from scripts.lib.answers import read_answers
+from scripts.lib.demo_task import check, is_held_out
+from scripts.lib.tasks import load_questions
 from tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(DEMO / "target")
@@ -48,16 +50,25 @@ def test_a_tuple_is_one_right_and_one_wrong_answer_of_different_models():
         answer("only right", 0, True, "a"), answer("only wrong", 1, False, "b"), answer("dropped", 0, True, "c"),
         answer("dropped", 1, None, "d", "cut off"), answer("same model", 1, False, "wrong"), answer("same model", 1, True, "right"),
     ]  # fmt: skip
-    assert texts(choose(records, 2, 1, 1)) == ["right 1", "wrong 0", "right", "wrong"]  # only model 0 was wrong
+    assert texts(choose(records, 2, 1, 1)) == [
+        "right 1",
+        "wrong 0",
+        "right",
+        "wrong",
+    ]  # only model 0 was wrong
     assert texts(choose(records[::-1], 2, 1, 1)) == ["right", "wrong", "right 1", "wrong 0"]
 
 
 def test_more_answers_a_tuple_differ_and_take_turns():
-    mine = [answer("q", model, True, text) for model, text in ((0, "a"), (0, "b"), (1, "a"), (1, "c"), (2, "d"))]
+    mine = [
+        answer("q", model, True, text) for model, text in ((0, "a"), (0, "b"), (1, "a"), (1, "c"), (2, "d"))
+    ]
     assert texts(pick(mine, 1, Counter(), 0, 3)) == ["a"]
     assert texts(pick(mine, 3, Counter(), 0, 3)) == ["a", "c", "d"]  # each model once before any twice
     assert texts(pick(mine, 9, Counter(), 0, 3)) == ["a", "c", "d", "b"]  # no text twice
-    assert texts(pick(mine, 1, Counter(), 2, 3)) == ["d"] and texts(pick(mine, 1, Counter({0: 1}), 0, 3)) == ["a"]
+    assert texts(pick(mine, 1, Counter(), 2, 3)) == ["d"] and texts(pick(mine, 1, Counter({0: 1}), 0, 3)) == [
+        "a"
+    ]
     assert pick(mine, 1, Counter({0: 1}), 0, 3)[0]["model"] == 1
     both = mine + [answer("q", 0, False, "w")]
     assert texts(choose(both, 3, 2, 5)) == ["a", "d", "w"]  # model 0 gave the wrong one
@@ -67,7 +78,13 @@ def test_more_answers_a_tuple_differ_and_take_turns():
 
 def test_temperatures_are_parsed():
     assert read_temperatures("0,0.8") == [0, 0.8]
-    for text, word in (("", "list of numbers"), ("0,x", "0,x"), ("0,-1", "-1"), ("nan", "nan"), ("0.5,0,0.50", "0.5 twice")):
+    for text, word in (
+        ("", "list of numbers"),
+        ("0,x", "0,x"),
+        ("0,-1", "-1"),
+        ("nan", "nan"),
+        ("0.5,0,0.50", "0.5 twice"),
+    ):
         with pytest.raises(InputError, match=word):
             read_temperatures(text)
 
@@ -89,9 +106,13 @@ def test_answers_of_the_demo_pair_are_labelled(tmp_path, capsys):
         assert line["prompt"] == problem.question and line["right"] == check(problem, line["response"]).right
         assert line["errors"] == ([] if line["right"] else None)
     pairs = Counter((line["question"], line["right"]) for line in chosen)
-    assert chosen and set(pairs.values()) == {1} and len(pairs) == 2 * len({line["question"] for line in chosen})
+    assert (
+        chosen and set(pairs.values()) == {1} and len(pairs) == 2 * len({line["question"] for line in chosen})
+    )
     tokens = sum(
-        r["tokens"] for r in every if (r["question"], r["response"]) in {(c["question"], c["response"]) for c in chosen}
+        r["tokens"]
+        for r in every
+        if (r["question"], r["response"]) in {(c["question"], c["response"]) for c in chosen}
     )
     counts = f"{len(chosen) // 2} tuples, {len(chosen)} answers ({len(chosen) // 2} right, {len(chosen) // 2} wrong), {tokens} tokens"
     assert counts in printed and "from 5 questions, 30 answers, 0 dropped" in printed
@@ -107,7 +128,12 @@ class Writer:
     stop_reason = staticmethod(lambda prompt, seed: "stop")
 
     def __init__(self, target, draft, head, settings, stop_ids, length):
-        self.model, self.temperature, self.stop_ids, self.length = target, settings.temperature, stop_ids, length
+        self.model, self.temperature, self.stop_ids, self.length = (
+            target,
+            settings.temperature,
+            stop_ids,
+            length,
+        )
         assert (draft, head, settings.verify) == (None, None, "plain")
 
     def generate(self, prompt: list[int], max_new_tokens: int, seed: int = 0) -> Result:
@@ -129,19 +155,34 @@ def writer(monkeypatch):
 @pytest.fixture
 def questions(tmp_path) -> Path:
     path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": n % 3}) + "\n" for n in range(6)))
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {n}?", "answer": n % 3}) + "\n" for n in range(6))
+    )
     return path
 
 
 def asked(questions: Path, out: Path, *more: str) -> list[str]:
-    return command(out, "--questions", str(questions), "--checker", "number", "--samples", "2", "--max_new_tokens", "20", *more)
+    return command(
+        out,
+        "--questions",
+        str(questions),
+        "--checker",
+        "number",
+        "--samples",
+        "2",
+        "--max_new_tokens",
+        "20",
+        *more,
+    )
 
 
 def test_every_answer_has_its_own_seed_and_order(questions, tmp_path, writer):
     main(asked(questions, tmp_path / "a.jsonl"))
     assert len(writer.calls) == len(set(writer.calls)) == 6 * 2 * (1 + 2)
     assert len({seed for *_, seed in writer.calls}) == 6 * 2  # by question and sample
-    assert [call[:2] for call in writer.calls[::6]] == [(m, t) for m in ("target", "draft") for t in (0.0, 0.8, 0.8)]
+    assert [call[:2] for call in writer.calls[::6]] == [
+        (m, t) for m in ("target", "draft") for t in (0.0, 0.8, 0.8)
+    ]
     prompts = [[TOKENIZER.bos_id, *TOKENIZER.encode(f"What is {n}?")] for n in range(6)]
     assert [list(call[2]) for call in writer.calls[:6]] == prompts
     seeds = [seed for *_, seed in writer.calls]
@@ -156,7 +197,9 @@ def test_chat_puts_the_question_into_the_chat_format(questions, tmp_path, writer
 
     monkeypatch.setattr(type(TOKENIZER), "encode_chat", encode_chat)
     main(asked(questions, tmp_path / "a.jsonl", "--chat", "--limit", "2", "--no-tuples"))
-    assert {call[2] for call in writer.calls} == {(9, 9, *TOKENIZER.encode(f"What is {n}?")) for n in range(2)}
+    assert {call[2] for call in writer.calls} == {
+        (9, 9, *TOKENIZER.encode(f"What is {n}?")) for n in range(2)
+    }
 
 
 def test_what_cannot_be_used_is_dropped_but_kept_in_mind(questions, tmp_path, writer, monkeypatch, capsys):
@@ -166,7 +209,9 @@ def test_what_cannot_be_used_is_dropped_but_kept_in_mind(questions, tmp_path, wr
         return int(TOKENIZER.model.decode(prompt)[-2])
 
     monkeypatch.setattr(writer, "text", staticmethod(lambda prompt, *_: kinds[number(prompt)]))
-    monkeypatch.setattr(writer, "stop_reason", staticmethod(lambda prompt, seed: "length" if number(prompt) == 5 else "stop"))
+    monkeypatch.setattr(
+        writer, "stop_reason", staticmethod(lambda prompt, seed: "length" if number(prompt) == 5 else "stop")
+    )
     main(asked(questions, tmp_path / "a.jsonl", "--temperature", "0", "--no-tuples"))
     every = lines_of(tmp_path / "a.jsonl.all")[1:]
     assert [r["dropped"] for r in every] == [None, "no answer", "no answer", None, None, "cut off"] * 2
@@ -189,14 +234,23 @@ def test_a_killed_run_resumes_to_the_same_files(questions, tmp_path, writer, cap
     content, made = Path(f"{whole}.all").read_bytes(), len(writer.calls)
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     assert len(ends) == made + 1 == 37
-    for cut in [0, 1, ends[0] - 1, *(end + extra for end in ends[:-1] for extra in (0, 1, 100)), ends[-1] - 1, ends[-1]]:
+    for cut in [
+        0,
+        1,
+        ends[0] - 1,
+        *(end + extra for end in ends[:-1] for extra in (0, 1, 100)),
+        ends[-1] - 1,
+        ends[-1],
+    ]:
         out = tmp_path / "cut.jsonl"
         out.unlink(missing_ok=True)
         Path(f"{out}.all").write_bytes(content[:cut])
         writer.calls.clear()
         main(asked(questions, out))
         assert Path(f"{out}.all").read_bytes() == content and out.read_bytes() == whole.read_bytes()
-        assert len(writer.calls) == made - max(0, sum(end <= cut for end in ends) - 1)  # no answer is made twice
+        assert len(writer.calls) == made - max(
+            0, sum(end <= cut for end in ends) - 1
+        )  # no answer is made twice
         assert capsys.readouterr().out == printed.replace("whole", "cut")
 
 
@@ -206,7 +260,10 @@ def test_a_run_killed_for_real_resumes_to_the_same_files(tmp_path):
     out, work = tmp_path / "cut.jsonl", tmp_path / "cut.jsonl.all"
     script = [sys.executable, str(ROOT / "scripts" / "build_judge_data.py"), *command(out, *more)]
     child = subprocess.Popen(
-        script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        script,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     while child.poll() is None and not (work.exists() and work.read_bytes().count(b"\n") >= 4):
         time.sleep(0.02)
@@ -228,7 +285,10 @@ def fails(argv: list[str], capsys) -> str:
 def test_nobodys_work_is_overwritten(questions, tmp_path, writer, capsys):
     out = tmp_path / "a.jsonl"
     out.write_text("mine\n")
-    assert "is not the output of this run" in fails(asked(questions, out), capsys) and out.read_text() == "mine\n"
+    assert (
+        "is not the output of this run" in fails(asked(questions, out), capsys)
+        and out.read_text() == "mine\n"
+    )
     out.unlink()
     main(asked(questions, out))
     first = out.read_bytes()
@@ -265,7 +325,16 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
 
 def test_the_demos_grammar_marks_errors(tmp_path):
     out = tmp_path / "a.jsonl"
-    more = ("--limit", "12", "--temperature", "1", "--annotate_demo", "--no-tuples", "--questions", "demo:list")
+    more = (
+        "--limit",
+        "12",
+        "--temperature",
+        "1",
+        "--annotate_demo",
+        "--no-tuples",
+        "--questions",
+        "demo:list",
+    )
     main(["--checkpoint_path", FOLDERS[1], "--device", "cpu", "--out", str(out), *more])
     answers = read_answers(out)  # ready to train on
     problems = {q.id: q.content for q in load_questions("demo:list", None, 12, held_out=False)}
@@ -362,7 +431,10 @@ def test_an_edited_line_is_named(questions, tmp_path, writer, capsys, change):
     content = "".join(json.dumps(line) + "\n" for line in lines)
     Path(f"{out}.all").write_text(content)
     err = fails(asked(questions, out), capsys)
-    assert f"{out}.all, line 3: field {next(iter(change))!r}" in err and Path(f"{out}.all").read_text() == content
+    assert (
+        f"{out}.all, line 3: field {next(iter(change))!r}" in err
+        and Path(f"{out}.all").read_text() == content
+    )
 
 
 def test_a_full_disk_keeps_what_was_made(questions, tmp_path, writer, capsys, monkeypatch):
@@ -377,7 +449,9 @@ def test_a_full_disk_keeps_what_was_made(questions, tmp_path, writer, capsys, mo
             lines.append(line)
             if len(lines) > room:
                 os.write(self.file.fileno(), b'{"quest')
-                raise InputError(f"{self.path} cannot be written: No space left on device; what it holds is kept.")
+                raise InputError(
+                    f"{self.path} cannot be written: No space left on device; what it holds is kept."
+                )
             add(self, line)
 
         monkeypatch.setattr(Lines, "add", full)

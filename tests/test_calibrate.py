@@ -12,10 +12,11 @@ from safetensors.torch import save
 
 import judge
 from cli import InputError
-from judge import upper_bound
 from scripts import calibrate
-from scripts.calibrate import figures, fixed_sequence, is_harmed, least_n, most_harms
-from scripts.scoring import Question
+from scripts.lib import answers, calibration, guarantee
+from scripts.lib.calibration import figures, fixed_sequence, is_harmed, least_n, most_harms
+from scripts.lib.intervals import upper_bound
+from scripts.lib.scoring import Question
 
 DEMO = ROOT / "checkpoints" / "demo"
 
@@ -31,8 +32,16 @@ def test_the_bound_is_clopper_pearsons():
 
 def test_the_bound_is_scipys():
     stats = pytest.importorskip("scipy.stats")
-    for harms, n, confidence in ((0, 5, 0.9), (3, 400, 0.95), (17, 90, 0.99), (250, 1319, 0.95), (2, 20000, 0.999)):
-        assert upper_bound(harms, n, confidence) == pytest.approx(stats.beta.ppf(confidence, harms + 1, n - harms), rel=1e-6)
+    for harms, n, confidence in (
+        (0, 5, 0.9),
+        (3, 400, 0.95),
+        (17, 90, 0.99),
+        (250, 1319, 0.95),
+        (2, 20000, 0.999),
+    ):
+        assert upper_bound(harms, n, confidence) == pytest.approx(
+            stats.beta.ppf(confidence, harms + 1, n - harms), rel=1e-6
+        )
 
 
 def test_most_harms_is_the_last_that_qualifies():
@@ -50,9 +59,14 @@ def test_a_walk_stops_at_the_first_failure_and_never_looks_beyond():
         asked.append(threshold)
         return {0.9: 0, 0.8: 3, 0.7: 4, 0.6: 0}[threshold]
 
-    assert fixed_sequence([0.9, 0.8, 0.7, 0.6], harms_at, 400, 0.02, 0.95) == [(0.9, 0), (0.8, 3)]  # 4 of 400 is above 2%
+    assert fixed_sequence([0.9, 0.8, 0.7, 0.6], harms_at, 400, 0.02, 0.95) == [
+        (0.9, 0),
+        (0.8, 3),
+    ]  # 4 of 400 is above 2%
     assert asked == [0.9, 0.8, 0.7]
-    assert fixed_sequence([0.9], harms_at, 100, 0.02, 0.95) == []  # 100 questions cannot show 2%, even without harm
+    assert (
+        fixed_sequence([0.9], harms_at, 100, 0.02, 0.95) == []
+    )  # 100 questions cannot show 2%, even without harm
     assert figures([], 100, 0.95)["threshold"] is None
 
 
@@ -64,7 +78,9 @@ def simulate(n: int, draws: int, max_harm: float, confidence: float) -> tuple[fl
     walked = picked = 0
     for _ in range(draws):
         harms = torch.binomial(torch.full((len(true),), float(n)), true, generator=generator)
-        passed = fixed_sequence(list(range(len(true))), lambda t, _, harms=harms: int(harms[t]), n, max_harm, confidence)
+        passed = fixed_sequence(
+            list(range(len(true))), lambda t, _, harms=harms: int(harms[t]), n, max_harm, confidence
+        )
         walked += bool(passed) and bool(true[passed[-1][0]] > max_harm)
         within = [t for t in range(len(true)) if harms[t] <= limit]
         picked += bool(within) and bool(true[within[-1]] > max_harm)
@@ -82,7 +98,9 @@ def test_at_the_edge_the_walk_fails_as_often_as_it_may():
     n, max_harm, passed = 400, 0.05, 0
     generator = torch.Generator().manual_seed(1)
     for _ in range(4000):
-        harms = int(torch.binomial(torch.tensor(float(n)), torch.tensor(max_harm * 1.0001), generator=generator))
+        harms = int(
+            torch.binomial(torch.tensor(float(n)), torch.tensor(max_harm * 1.0001), generator=generator)
+        )
         passed += bool(fixed_sequence([1], lambda *_, harms=harms: harms, n, max_harm, 0.9))
     assert 0.03 < passed / 4000 <= 0.1 + 3 * (0.1 * 0.9 / 4000) ** 0.5
 
@@ -111,8 +129,8 @@ def scripted(monkeypatch):
             return {"right": right, "tokens": [1, 2, 3, 4], "accepted_by_rule": question.index % 2, "mean_score": None,
                     "accepted": 6, "rounds": 2}  # fmt: skip
 
-    monkeypatch.setattr(calibrate, "Bench", Bench)
-    monkeypatch.setattr(calibrate, "conditions", lambda *args: {"verify": "topk"})
+    monkeypatch.setattr(calibration, "Bench", Bench)
+    monkeypatch.setattr(calibration, "conditions", lambda *args: {"verify": "topk"})
     return Bench
 
 
@@ -126,8 +144,10 @@ def test_harm_is_what_plain_has_right_and_the_rule_wrong(tmp_path, scripted, cap
     assert limit == 2 and (found["threshold"], found["harms"], found["passed"]) == (3.0, 2, [1.0, 2.0, 3.0])
     assert found["bound"] == upper_bound(2, 150, 0.95) and found["n"] == 150 and found["plain_right"] == 148
     assert found["live"]["by_rule"][0] == pytest.approx(0.125) and found["mean_accepted"] == 3.0
-    assert not any(threshold == 5.0 for _, threshold, _ in scripted.answered), "it looked beyond the first failure"
-    judge.read_calibration(out)
+    assert not any(threshold == 5.0 for _, threshold, _ in scripted.answered), (
+        "it looked beyond the first failure"
+    )
+    guarantee.read_calibration(out)
 
 
 def test_a_run_in_which_nothing_can_be_harmed_earns_nothing(tmp_path, scripted, capsys, monkeypatch):
@@ -135,8 +155,14 @@ def test_a_run_in_which_nothing_can_be_harmed_earns_nothing(tmp_path, scripted, 
     monkeypatch.setattr(scripted, "answer", lambda self, question, rule: {"right": False})
     out = tmp_path / "topk.json"
     with pytest.raises(SystemExit) as stop:
-        calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.3", "--limit", "50", "--out", str(out)))
-    assert stop.value.code == 2 and "none of these questions right" in capsys.readouterr().err and not out.exists()
+        calibrate.main(
+            command(tmp_path, "--verify", "topk", "--max_harm", "0.3", "--limit", "50", "--out", str(out))
+        )
+    assert (
+        stop.value.code == 2
+        and "none of these questions right" in capsys.readouterr().err
+        and not out.exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,9 +178,14 @@ def test_a_run_in_which_nothing_can_be_harmed_earns_nothing(tmp_path, scripted, 
     ],
 )  # fmt: skip
 def test_what_was_cut_off_or_failed_never_makes_a_bound_better(plain, ours, harmed):
-    records = [{"right": right, "stop_reason": reason, "text": "It is 7. Question: next"} for right, reason in (plain, ours)]
+    records = [
+        {"right": right, "stop_reason": reason, "text": "It is 7. Question: next"}
+        for right, reason in (plain, ours)
+    ]
     assert is_harmed(Question(0, "", "", "number"), *records) is harmed
-    ended = [record | {"stop_reason": "stop"} for record in records]  # a base model's answer ends where the next question begins
+    ended = [
+        record | {"stop_reason": "stop"} for record in records
+    ]  # a base model's answer ends where the next question begins
     fewshot = Question(0, "", "", "number", stops=("Question:",))
     assert is_harmed(fewshot, *records) is is_harmed(fewshot, *ended)
 
@@ -165,12 +196,28 @@ def test_answers_that_are_cut_off_count_against_the_bound(tmp_path, scripted, ca
     for cut, code in ((3, 1), (2, 0)):
 
         def cut_off(self, question, rule, cut=cut):
-            more = {"stop_reason": "length", "text": ""} if rule.name == "topk" and 20 <= question.index < 20 + cut else {}
+            more = (
+                {"stop_reason": "length", "text": ""}
+                if rule.name == "topk" and 20 <= question.index < 20 + cut
+                else {}
+            )
             return answer(self, question, rule) | more
 
         monkeypatch.setattr(scripted, "answer", cut_off)
         out = tmp_path / "topk.json"
-        argv = command(tmp_path, "--verify", "topk", "--max_harm", "0.05", "--limit", "150", "--walk", "1", "--out", str(out))
+        argv = command(
+            tmp_path,
+            "--verify",
+            "topk",
+            "--max_harm",
+            "0.05",
+            "--limit",
+            "150",
+            "--walk",
+            "1",
+            "--out",
+            str(out),
+        )
         if code:
             with pytest.raises(SystemExit) as stop:
                 calibrate.main(argv)
@@ -178,22 +225,35 @@ def test_answers_that_are_cut_off_count_against_the_bound(tmp_path, scripted, ca
             assert "of them because an answer was cut off or failed" in capsys.readouterr().err
         else:
             calibrate.main(argv)
-            found = judge.read_calibration(out)
+            found = guarantee.read_calibration(out)
             assert (found["harms"], found["cut_off"]) == (2, 2)
-            assert found["questions"] == "demo" and len(found["examples"]) == 3 and max(map(len, found["examples"])) <= 100
+            assert (
+                found["questions"] == "demo"
+                and len(found["examples"]) == 3
+                and max(map(len, found["examples"])) <= 100
+            )
 
 
 def test_too_few_questions_are_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     """149, 236 and 313 questions show 2% with 95% confidence without, with one, with two harms (Clopper-Pearson)."""
-    monkeypatch.setattr(calibrate, "Bench", lambda *args: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(calibration, "Bench", lambda *args: pytest.fail("loaded all the same"))
     with pytest.raises(SystemExit) as stop:
-        calibrate.main(command(tmp_path, "--max_harm", "0.02", "--limit", "60", "--out", str(tmp_path / "j.safetensors")))
+        calibrate.main(
+            command(tmp_path, "--max_harm", "0.02", "--limit", "60", "--out", str(tmp_path / "j.safetensors"))
+        )
     assert stop.value.code == 1
     assert "on 60 (without a single harm it takes 149, with one 236, with two 313)" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     for harms, n in ((0, 149), (1, 236), (2, 313)):
-        assert least_n(harms, 0.02, 0.95) == n and most_harms(n, 0.02, 0.95) == harms == most_harms(n - 1, 0.02, 0.95) + 1
-    for max_harm, confidence in ((1e-6, 0.999999), (0.999999, 1e-6), (0.5, 0.5)):  # the ends of what the flags allow
+        assert (
+            least_n(harms, 0.02, 0.95) == n
+            and most_harms(n, 0.02, 0.95) == harms == most_harms(n - 1, 0.02, 0.95) + 1
+        )
+    for max_harm, confidence in (
+        (1e-6, 0.999999),
+        (0.999999, 1e-6),
+        (0.5, 0.5),
+    ):  # the ends of what the flags allow
         for harms in range(3):
             n = least_n(harms, max_harm, confidence)
             assert upper_bound(harms, n, confidence) <= max_harm
@@ -201,7 +261,7 @@ def test_too_few_questions_are_refused_before_anything_is_loaded(tmp_path, capsy
 
 
 def test_the_same_question_twice_is_one_observation(tmp_path, capsys):
-    from scripts.tasks import load_questions
+    from scripts.lib.tasks import load_questions
 
     lines = [{"prompt": f"What is {n} and 1?", "reference": str(n + 1)} for n in (1, 2, 1, 1)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -212,8 +272,14 @@ def test_the_same_question_twice_is_one_observation(tmp_path, capsys):
 def test_nothing_is_written_when_no_threshold_qualifies(tmp_path, scripted, capsys):
     out = tmp_path / "topk.json"
     with pytest.raises(SystemExit) as stop:
-        calibrate.main(command(tmp_path, "--verify", "topk", "--max_harm", "0.02", "--limit", "140", "--out", str(out)))
-    assert stop.value.code == 1 and "No threshold of topk qualifies" in capsys.readouterr().out and not out.exists()
+        calibrate.main(
+            command(tmp_path, "--verify", "topk", "--max_harm", "0.02", "--limit", "140", "--out", str(out))
+        )
+    assert (
+        stop.value.code == 1
+        and "No threshold of topk qualifies" in capsys.readouterr().out
+        and not out.exists()
+    )
 
 
 def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
@@ -227,7 +293,9 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
     with safe_open(out, "pt") as handle:
         header = json.loads(handle.metadata()["judge"])
     info, threshold = header["info"]["calibration"], header["threshold"]
-    assert info["n"] == 8 and info["conditions"]["speculate_k"] == 16 and threshold == info["threshold"] == 0.8
+    assert (
+        info["n"] == 8 and info["conditions"]["speculate_k"] == 16 and threshold == info["threshold"] == 0.8
+    )
     lines = answers.splitlines(keepends=True)
     (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:50])  # as a kill leaves it
     judge.main(["calibrate", *flags])
@@ -242,7 +310,12 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
         assert word in "\n" + capsys.readouterr().err, more
     # calibrated again in place: the answers are the same judge's, and still serve
     judge.main(
-        ["calibrate", "--judge_path", str(out), *command(tmp_path, "--max_harm", "0.5", "--limit", "8", "--walk", "0.95,0.8")]
+        [
+            "calibrate",
+            "--judge_path",
+            str(out),
+            *command(tmp_path, "--max_harm", "0.5", "--limit", "8", "--walk", "0.95,0.8"),
+        ]
     )
     assert len((tmp_path / "answers.jsonl").read_bytes().splitlines()) == len(lines)
 
@@ -254,8 +327,17 @@ def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypat
 
     block = (ROOT / "README.md").read_text().partition("**On the demo pair alone**")[2].split("```")[1]
     lines = block.replace("\\\n", "").strip().splitlines()
-    mains = {"scripts/build_judge_data.py": build_judge_data.main, "judge.py": judge.main, "generate.py": generate.main}
-    smaller = {"--limit 200": "--limit 12", "--limit 300": "--limit 5", "--max_harm 0.02": "--max_harm 0.5", "--compile": ""}
+    mains = {
+        "scripts/build_judge_data.py": build_judge_data.main,
+        "judge.py": judge.main,
+        "generate.py": generate.main,
+    }
+    smaller = {
+        "--limit 200": "--limit 12",
+        "--limit 300": "--limit 5",
+        "--max_harm 0.02": "--max_harm 0.5",
+        "--compile": "",
+    }
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     said = []
@@ -268,8 +350,13 @@ def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypat
         said.append("\n".join(capsys.readouterr()))
     assert len(said) == 4 and "answers (" in said[0] and "it has no calibration yet" in said[1]
     assert "harmed with 95% confidence up to delta" in said[2] and "written to judge.safetensors" in said[2]
-    assert "Guarantee: with 95% confidence, at most 50% of questions like these" in said[3] and "(these: demo, " in said[3]
-    judge.main(["train", "--data", "answers.jsonl", "--out", "judge.safetensors"])  # a head trained anew has none
+    assert (
+        "Guarantee: with 95% confidence, at most 50% of questions like these" in said[3]
+        and "(these: demo, " in said[3]
+    )
+    judge.main(
+        ["train", "--data", "answers.jsonl", "--out", "judge.safetensors"]
+    )  # a head trained anew has none
     capsys.readouterr()
     mains["generate.py"](["--judge_path", "judge.safetensors", "--max_new_tokens", "5"])
     assert "No guarantee: this judge has no calibration" in capsys.readouterr().err
@@ -279,17 +366,26 @@ def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
     """The demo's training problems are not those of calibration; but a head may name some of those as its own."""
     from dataclasses import replace
 
-    from model import load_model
-    from scripts.tasks import load_questions
+    from quantize import load_model
+    from scripts.lib.tasks import load_questions
     from tokenizer import load_tokenizer
 
     tokenizer, target = load_tokenizer(DEMO / "target"), load_model(DEMO / "target", dtype=torch.float32)
     questions = load_questions("demo", None, 6, 5)
-    keys = [judge.prompt_key([tokenizer.bos_id, *tokenizer.encode(q.prompt)]) for q in questions]
+    keys = [answers.prompt_key([tokenizer.bos_id, *tokenizer.encode(q.prompt)]) for q in questions]
     head = judge.load_judge(DEMO / "judge.safetensors", target)
     assert not set(keys) & set(head.trained_on.tolist()) and len(head.trained_on) > 500
     replace(head, trained_on=torch.tensor(keys[:4])).save(tmp_path / "some.safetensors")
-    flags = ["--judge_path", str(tmp_path / "some.safetensors"), "--max_harm", "0.9", "--confidence", "0.6", "--walk", "0.9"]
+    flags = [
+        "--judge_path",
+        str(tmp_path / "some.safetensors"),
+        "--max_harm",
+        "0.9",
+        "--confidence",
+        "0.6",
+        "--walk",
+        "0.9",
+    ]
     calibrate.main(command(tmp_path, *flags, "--limit", "6", "--out", str(tmp_path / "out.safetensors")))
     out, err = capsys.readouterr()
     assert "left out 4 questions" in err and "of 2," in out
@@ -302,18 +398,22 @@ def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
 
 def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch):
     """Answers with a wrong token that scores high are harms, once each; answers without a wrong token do not count."""
-    from scripts.demo_task import problems, write_answer_with_errors
+    from scripts.lib.demo_task import problems, write_answer_with_errors
 
     rng, lines = random.Random(0), []
     for problem, _ in zip(problems(123, held_out=True), range(40)):
         text, errors = write_answer_with_errors(problem, "target", rng, 0.4)
-        lines.append({"prompt": problem.question, "response": text, "errors": [list(span) for span in errors]})
+        lines.append(
+            {"prompt": problem.question, "response": text, "errors": [list(span) for span in errors]}
+        )
     data = tmp_path / "labelled.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     wrong = sum(bool(line["errors"]) for line in lines)
     data.write_text(data.read_text() * 3)  # the same answers again are no further evidence
     flags = ["--max_false_accept", "0.9", "--confidence", "0.6", "--data", str(data), "--device", "cpu"]
-    calibrate.main([*flags, "--answers", str(tmp_path / "features"), "--out", str(tmp_path / "out.safetensors")])
+    calibrate.main(
+        [*flags, "--answers", str(tmp_path / "features"), "--out", str(tmp_path / "out.safetensors")]
+    )
     out = capsys.readouterr().out
     assert f"of {wrong}," in out
     with safe_open(tmp_path / "out.safetensors", "pt") as handle:
@@ -322,7 +422,7 @@ def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch)
 
 
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate, "Bench", lambda *args: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(calibration, "Bench", lambda *args: pytest.fail("loaded all the same"))
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "other.safetensors").write_bytes(save({"w": torch.zeros(3)}))
     for more, word in (

@@ -10,13 +10,15 @@ import torch
 from conftest import DATA, ROOT
 
 import generate
+from checkpoint import DEMO
 from cli import Parser
-from generate import DEMO
 from model import ModelArgs
 
 DOCUMENTS = ("README.md", "benchmarks/README.md", "checkpoints/demo/README.md")
 SCRIPTS = ("evaluate", "score_text", "perplexity", "train_demo", "experiments", "download")
-OTHERS = re.compile(r"\.\.\.|Llama-|\bNAME\b|\btorchrun\b|download\.py|quantised")  # need weights, a network, or the judge's data
+OTHERS = re.compile(
+    r"\.\.\.|Llama-|\bNAME\b|\btorchrun\b|download\.py|quantised"
+)  # need weights, a network, or the judge's data
 RUNS = {  # command -> what makes it quick
     "evaluate.py --task gsm8k --data data/gsm8k/test.jsonl --shots 0 --limit 3 --max_new_tokens 200": "--verify plain --device cpu",
     "perplexity.py --limit 300 --mode none int8 int4 int4/64 fp8": "--limit 1 --device cpu",
@@ -29,7 +31,9 @@ RUNS = {  # command -> what makes it quick
 def commands_of(text: str) -> set[str]:
     """The command lines of these scripts in code blocks and code spans, without `python scripts/` and comments."""
     text = re.sub(r"\\\n\s*", "", text.replace("```", "\n\n"))
-    spans = re.findall(r"`([^`]+)`", text) + re.findall(r"^\s*(\S.*scripts/.*)$", re.sub(r"`[^`]+`", "", text), re.MULTILINE)
+    spans = re.findall(r"`([^`]+)`", text) + re.findall(
+        r"^\s*(\S.*scripts/.*)$", re.sub(r"`[^`]+`", "", text), re.MULTILINE
+    )
     found = set()
     for span in spans:
         line = re.sub(r"\s+#.*|\s+", lambda match: " " if "#" not in match[0] else "", span).strip()
@@ -52,7 +56,7 @@ def test_commands_run_as_they_are_written(command, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(DATA)
     shutil.copytree(DEMO, tmp_path / "copy")
-    monkeypatch.setattr(generate, "compile_step", lambda step, device: step)
+    monkeypatch.setattr(generate, "compile_step", lambda step, *_: step)
     monkeypatch.setattr(torch, "compile", lambda step: step)
     script, *argv = shlex.split(f"{command} {RUNS[command]}")
     module = importlib.import_module(f"scripts.{script.removesuffix('.py')}")
@@ -60,14 +64,20 @@ def test_commands_run_as_they_are_written(command, tmp_path, monkeypatch, capsys
         shape = ModelArgs(32, 1, 2, 1, 48, module.VOCAB_SIZE, 16, 512, 1e-5, 10000.0, tie_embeddings=True)
         monkeypatch.setattr(module, "PRESETS", dict.fromkeys(module.PRESETS, shape))
         monkeypatch.setattr(module, "BATCH", 4)
-        monkeypatch.setattr(module, "train_tokenizer", lambda path, seed: path.write_bytes((DEMO / "target" / "tokenizer.model").read_bytes()))
+        monkeypatch.setattr(
+            module,
+            "train_tokenizer",
+            lambda path, seed: path.write_bytes((DEMO / "target" / "tokenizer.model").read_bytes()),
+        )
         monkeypatch.setattr(module, "JUDGE_ANSWERS", (("draft", 1.0, 18), ("target", 1.0, 1)))
     module.main(argv)
     assert capsys.readouterr().out or (tmp_path / "pair" / "draft" / "config.json").exists()
 
 
 MODULES = [path for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py"))]
-COMMANDS = [path for path in MODULES if "Parser(__doc__" in path.read_text() and path.name != "calibrate.py"]  # it is judge.py's
+COMMANDS = [
+    path for path in MODULES if "Parser(__doc__" in path.read_text() and path.name != "calibrate.py"
+]  # it is judge.py's
 NO_DEFAULT = {  # flags that stand for nothing unless given; every other flag's help names its default
     "--calibration", "--checker", "--data", "--draft", "--draft_mode", "--draft_preset", "--guard", "--max_false_accept",
     "--max_harm", "--merge", "--mode", "--model_answers", "--out", "--part", "--preset", "--profile", "--questions",
@@ -98,4 +108,6 @@ def test_help_says_what_each_flag_does_and_its_default(path, monkeypatch, capsys
             assert words.partition("(default")[0].strip(), f"{path.name}: {action.dest} has no help"
             valued = action.option_strings and action.nargs != 0 and not action.required
             shown = "default" in words or action.default not in (None, [])
-            assert not valued or shown or NO_DEFAULT & set(action.option_strings), f"{path.name}: {action.dest} hides its default"
+            assert not valued or shown or NO_DEFAULT & set(action.option_strings), (
+                f"{path.name}: {action.dest} hides its default"
+            )

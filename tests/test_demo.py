@@ -8,23 +8,35 @@ import torch
 from test_generate import assert_same_up_to_ties
 
 import generate
-from generate import DEMO, Engine, Settings, answer_text, load_pair, main
-from model import load_model
-from scripts.demo_task import check, problems
+from checkpoint import DEMO
+from generate import Engine, Settings, main
+from quantize import load_model
+from scripts.lib.demo_task import check, problems
+from scripts.lib.pair import load_pair
+from scripts.lib.terminal import answer_text
 from tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def demo():
-    models = load_pair(DEMO / "target", DEMO / "draft", DEMO / "judge.safetensors", torch.device("cpu"), torch.float32)
+    models = load_pair(
+        DEMO / "target", DEMO / "draft", DEMO / "judge.safetensors", torch.device("cpu"), torch.float32
+    )
     return *models, load_tokenizer(DEMO / "target")
 
 
 def test_the_first_command_of_the_readme(capsys):
     main(["--device", "cpu", "--marks"])
     out, err = capsys.readouterr()
-    assert "{" in out and "tokens/s" in err and " times as fast (median of " in err and f"question: {generate.DEMO_PROMPT}\n" in err
-    passes, tokens, plainly = map(int, re.search(r"judge: (\d+) passes of the target for (\d+) tokens, plain: (\d+)", err).groups())
+    assert (
+        "{" in out
+        and "tokens/s" in err
+        and " times as fast (median of " in err
+        and f"question: {generate.DEMO_PROMPT}\n" in err
+    )
+    passes, tokens, plainly = map(
+        int, re.search(r"judge: (\d+) passes of the target for (\d+) tokens, plain: (\d+)", err).groups()
+    )
     assert passes < tokens / 5 and plainly > 5 * passes
     main(["--device", "cpu"])
     text = capsys.readouterr().out
@@ -46,10 +58,16 @@ def test_twenty_held_out_problems(demo):
             results[verify].append(result)
             right[verify] += check(problem, answer_text(tokenizer, result.tokens)).right
         assert_same_up_to_ties(target, prompt, results["plain"][-1].tokens, results["standard"][-1].tokens)
-    m_star = {verify: sum(r.accepted for r in done) / sum(r.rounds for r in done) for verify, done in results.items()}
+    m_star = {
+        verify: sum(r.accepted for r in done) / sum(r.rounds for r in done)
+        for verify, done in results.items()
+    }
     assert right["plain"] >= 18 and right["judge"] >= right["plain"] - 2
     assert m_star["judge"] > 1.7 * m_star["standard"] > 5
-    assert sum(r.accepted_by_rule for r in results["judge"]) > 100 and sum(r.accepted_by_rule for r in results["standard"]) == 0
+    assert (
+        sum(r.accepted_by_rule for r in results["judge"]) > 100
+        and sum(r.accepted_by_rule for r in results["standard"]) == 0
+    )
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])

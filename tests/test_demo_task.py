@@ -7,11 +7,12 @@ from itertools import islice
 import pytest
 from conftest import ROOT
 
-from scripts.demo_task import (
+from scripts.lib.demo_task import (
     FAMILIES,
     WAIT,
     Problem,
     Step,
+    annotated,
     answer_of,
     check,
     is_held_out,
@@ -19,13 +20,25 @@ from scripts.demo_task import (
     problems,
     write_answer,
     write_answer_with_errors,
-)  # fmt: skip
-from scripts.train_demo import annotated, training_row
+)
+from scripts.train_demo import training_row
 from tokenizer import decode, load_tokenizer
 
-STORY = Problem("story", "Mia has 47 apples. She buys 38. How many apples now?", "Mia", "apples", (Step("+", 47, 38, 85),), 85)
+STORY = Problem(
+    "story",
+    "Mia has 47 apples. She buys 38. How many apples now?",
+    "Mia",
+    "apples",
+    (Step("+", 47, 38, 85),),
+    85,
+)
 LIST = Problem(
-    "list", "The list is [7,3,9]. Sort it. What is the largest?", "", "largest", (Step("sort", (7, 3, 9), 0, (3, 7, 9)),), 9
+    "list",
+    "The list is [7,3,9]. Sort it. What is the largest?",
+    "",
+    "largest",
+    (Step("sort", (7, 3, 9), 0, (3, 7, 9)),),
+    9,
 )
 
 
@@ -57,7 +70,9 @@ def test_checking_by_hand(problem, text, right, at):
 
 
 def test_final_answers_are_read():
-    assert [answer_of(text) for text in (" The answer is 85.", " So the result is 7.", " Answer: 12.", " 85")] == [
+    assert [
+        answer_of(text) for text in (" The answer is 85.", " So the result is 7.", " Answer: 12.", " 85")
+    ] == [
         85,
         7,
         12,
@@ -68,7 +83,9 @@ def test_final_answers_are_read():
 def test_answers_of_any_length_are_read():
     for digits in ("1" * 5000, "٣"):
         text = f" The answer is {digits}."
-        assert answer_of(text) is None and not check(STORY, text).right and not check(STORY, text).answer_right
+        assert (
+            answer_of(text) is None and not check(STORY, text).right and not check(STORY, text).answer_right
+        )
     assert answer_of(" The answer is 85." * 20_000) == 85 and not check(STORY, WAIT * 20_000).right
 
 
@@ -91,15 +108,26 @@ def test_what_the_grammar_writes_is_right_and_its_errors_are_where_it_says(famil
 def test_the_arithmetic_is_pythons():
     for problem in islice(problems(5, held_out=False, family="story"), 200):
         total = int(re.search(r"has (\d+)", problem.question)[1])
-        for word, number in re.findall(r"(buys|finds|wins|sells|loses|eats|multiplies it by) (\d+)", problem.question):
+        for word, number in re.findall(
+            r"(buys|finds|wins|sells|loses|eats|multiplies it by) (\d+)", problem.question
+        ):
             n = int(number)
-            total = total + n if word in ("buys", "finds", "wins") else total - n if word != "multiplies it by" else total * n
+            total = (
+                total + n
+                if word in ("buys", "finds", "wins")
+                else total - n
+                if word != "multiplies it by"
+                else total * n
+            )
         assert total == problem.answer > 0
 
 
 def test_styles_prefer_different_words():
     rng = random.Random(0)
-    answers = {style: [write_answer(STORY, style, rng).split()[0] for _ in range(300)] for style in ("target", "draft")}
+    answers = {
+        style: [write_answer(STORY, style, rng).split()[0] for _ in range(300)]
+        for style in ("target", "draft")
+    }
     assert answers["target"].count("First,") > 200 and answers["draft"].count("To") > 200
 
 
@@ -108,14 +136,19 @@ def test_held_out_problems_are_never_trained_on():
     trained = {problem.question for problem in islice(problems(1, held_out=False), 3000)}
     assert not held & trained and len(held) == 300
     assert all(is_held_out(problem) for problem in islice(problems(9, held_out=True), 20))
-    assert [p.question for p in islice(problems(4, True), 5)] == [p.question for p in islice(problems(4, True), 5)]
+    assert [p.question for p in islice(problems(4, True), 5)] == [
+        p.question for p in islice(problems(4, True), 5)
+    ]
 
 
 def test_training_rows_skip_the_question_and_the_wrong_tokens():
     import sentencepiece
 
     folder = ROOT / "checkpoints" / "demo" / "target"
-    sp, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), load_tokenizer(folder)
+    sp, tokenizer = (
+        sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
+        load_tokenizer(folder),
+    )
     rng, noticed = random.Random(1), 0
     for problem in islice(problems(2, held_out=False), 200):
         ids, mask = training_row(sp, problem, "target", rng)

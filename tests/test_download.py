@@ -42,9 +42,14 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     rows = ["file\trepository\tpath\tcommit\tlicence\tbytes\tsha256"]
-    for name, path, url in (("one/x.txt", "x y.txt", "/a/b/c0ffee/x%20y.txt"), ("two/z.txt", "z.txt", "/a/b/c0ffee/z.txt")):
+    for name, path, url in (
+        ("one/x.txt", "x y.txt", "/a/b/c0ffee/x%20y.txt"),
+        ("two/z.txt", "z.txt", "/a/b/c0ffee/z.txt"),
+    ):
         content = CONTENT[url]
-        rows.append(f"{name}\ta/b\t{path}\tc0ffee\tMIT\t{len(content)}\t{hashlib.sha256(content).hexdigest()}")
+        rows.append(
+            f"{name}\ta/b\t{path}\tc0ffee\tMIT\t{len(content)}\t{hashlib.sha256(content).hexdigest()}"
+        )
     (tmp_path / "table.tsv").write_text("\n".join(rows) + "\n")
     monkeypatch.setattr(download, "TABLE", tmp_path / "table.tsv")
     Handler.broken, Handler.ranges, Handler.asked = None, True, []
@@ -66,7 +71,9 @@ def fails(argv, capsys) -> str:
 def test_files_come_whole_and_only_once(server, tmp_path, capsys):
     out = tmp_path / "data"
     main(["all", "--source", server, "--out", str(out)])
-    assert (out / "one" / "x.txt").read_bytes() == CONTENT["/a/b/c0ffee/x%20y.txt"] and (out / "two" / "z.txt").exists()
+    assert (out / "one" / "x.txt").read_bytes() == CONTENT["/a/b/c0ffee/x%20y.txt"] and (
+        out / "two" / "z.txt"
+    ).exists()
     said = capsys.readouterr()
     assert "2 files, 10,010 bytes, verified" in said.out and "from a/b: MIT" in said.err
     assert len(Handler.asked) == 2 and not list(out.rglob("*.part"))
@@ -91,9 +98,13 @@ def test_a_download_that_broke_off_goes_on(server, tmp_path, capsys, ranges):
 
 def test_a_wrong_file_is_not_kept(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(CONTENT, "/a/b/c0ffee/z.txt", b"y" * 10)
-    assert "another file than the one" in fails(["two/z.txt", "--source", server, "--out", str(tmp_path / "data")], capsys)
+    assert "another file than the one" in fails(
+        ["two/z.txt", "--source", server, "--out", str(tmp_path / "data")], capsys
+    )
     monkeypatch.setitem(CONTENT, "/a/b/c0ffee/z.txt", b"z" * 20)
-    assert "another file than the one" in fails(["two/z.txt", "--source", server, "--out", str(tmp_path / "data")], capsys)
+    assert "another file than the one" in fails(
+        ["two/z.txt", "--source", server, "--out", str(tmp_path / "data")], capsys
+    )
     assert not any(path.is_file() for path in (tmp_path / "data").rglob("*"))
 
 
@@ -112,7 +123,11 @@ def test_mistakes_and_a_missing_network_are_one_sentence(server, tmp_path, capsy
 def test_what_is_no_regular_file_is_neither_hashed_nor_replaced(server, tmp_path, capsys):
     out = tmp_path / "data"
     (out / "one").mkdir(parents=True)
-    argv, name, part = ["one", "--source", server, "--out", str(out)], out / "one" / "x.txt", out / "one" / "x.txt.part"
+    argv, name, part = (
+        ["one", "--source", server, "--out", str(out)],
+        out / "one" / "x.txt",
+        out / "one" / "x.txt.part",
+    )
     for path, make, words in ((name, os.mkfifo, "is a pipe"), (name, os.mkdir, "is a folder"), (name, lambda p: p.symlink_to("x.txt"), "Too many levels"),
                               (part, os.mkfifo, "it is a pipe"), (part, os.mkdir, "it is a folder"), (part, lambda p: p.symlink_to("/dev/null"), "it is a device")):  # fmt: skip
         make(path)
@@ -122,7 +137,9 @@ def test_what_is_no_regular_file_is_neither_hashed_nor_replaced(server, tmp_path
     assert not Handler.asked and "/dev/null" in fails([*argv[:-1], "/dev/null"], capsys)
     assert "File name too long" in fails([*argv[:-1], str(tmp_path / ("n" * 300))], capsys)
     (tmp_path / "dangling").symlink_to("nothing")
-    assert "a link to nothing" in fails([*argv[:-1], str(tmp_path / "dangling")], capsys) and not Handler.asked
+    assert (
+        "a link to nothing" in fails([*argv[:-1], str(tmp_path / "dangling")], capsys) and not Handler.asked
+    )
 
 
 def test_a_part_that_another_process_downloads_is_not_touched(server, tmp_path, capsys):
@@ -132,7 +149,9 @@ def test_a_part_that_another_process_downloads_is_not_touched(server, tmp_path, 
     hold = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import files\nfile = open({str(part)!r}, 'a'); files.lock(file, '')\nprint('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
-        assert "another process" in fails(["one", "--source", server, "--out", str(tmp_path / "data")], capsys)
+        assert "another process" in fails(
+            ["one", "--source", server, "--out", str(tmp_path / "data")], capsys
+        )
         holder.kill()
     assert part.read_bytes() == b"01234" and not Handler.asked
     main(["one", "--source", server, "--out", str(tmp_path / "data")])
@@ -140,15 +159,28 @@ def test_a_part_that_another_process_downloads_is_not_touched(server, tmp_path, 
 
 
 def test_a_source_that_is_no_address_or_that_nothing_comes_from_leaves_no_part(tmp_path, capsys, server):
-    for source in ("", "nonsense", "http://", "http://[::1", "ftp://127.0.0.1:9", "http://127.0.0.1:99999", "x" * 5000, "http://a b/"):
-        assert "run it again to go on" in fails(["one", "--source", source, "--out", str(tmp_path / "data")], capsys)
+    for source in (
+        "",
+        "nonsense",
+        "http://",
+        "http://[::1",
+        "ftp://127.0.0.1:9",
+        "http://127.0.0.1:99999",
+        "x" * 5000,
+        "http://a b/",
+    ):
+        assert "run it again to go on" in fails(
+            ["one", "--source", source, "--out", str(tmp_path / "data")], capsys
+        )
     assert not any(path.is_file() for path in (tmp_path / "data").rglob("*"))
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the public files")
 def test_the_table_is_that_of_the_files():
     files = read_table()
-    assert len(files) == len({file.file for file in files}) and {file.file.split("/")[0] for file in files} > {
+    assert len(files) == len({file.file for file in files}) and {
+        file.file.split("/")[0] for file in files
+    } > {
         "gsm8k",
         "mmlu",
         "arc",

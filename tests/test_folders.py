@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT, make_folder
 from safetensors.torch import load_file, save_file
 
+from checkpoint import args_of, checkpoint_files, fingerprint_of, read_config, safetensors_header
 from cli import InputError
-from model import ModelArgs, checkpoint_files, fingerprint_of, load_model, safetensors_header
+from quantize import load_model
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64}  # fmt: skip
@@ -36,13 +37,17 @@ def made(tmp_path_factory):
 def config(folder, **changes):
     """Changes config.json; ... removes a field."""
     content = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in content.items() if value is not ...})
+    )
 
 
 def tensors(folder, change):
     """Rewrites model.safetensors."""
     path = folder / "model.safetensors"
-    save_file({name: x.clone() for name, x in change(load_file(path)).items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: x.clone() for name, x in change(load_file(path)).items()}, path, metadata={"format": "pt"}
+    )
 
 
 def weight_map(folder, change):
@@ -172,7 +177,27 @@ def test_refused_by_name(made, case):
         shutil.rmtree(folder)
 
 
-HOSTILE = [0, -1, 1, 10**18, 1e308, 0.5, True, False, None, "", "64", [], [1], {}, {"a": {}}, [[[]]], "\x00", -0.0, 2**63]
+HOSTILE = [
+    0,
+    -1,
+    1,
+    10**18,
+    1e308,
+    0.5,
+    True,
+    False,
+    None,
+    "",
+    "64",
+    [],
+    [1],
+    {},
+    {"a": {}},
+    [[[]]],
+    "\x00",
+    -0.0,
+    2**63,
+]
 FIELDS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
           "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
           "tie_word_embeddings", "architectures", "model_type", "hidden_act", "attention_bias", "mlp_bias",
@@ -186,18 +211,36 @@ def test_every_field_with_hostile_values(made):
     for field in FIELDS:
         for value in HOSTILE:
             try:
-                args = ModelArgs.from_hf_config(good | {field: value})
+                args = args_of(good | {field: value})
             except InputError as error:
                 refused += 1
                 assert len(str(error)) < 400, error
                 continue
-            sizes = (args.dim, args.n_layer, args.n_head, args.n_kv_head, args.intermediate_size, args.vocab_size, args.head_dim)
+            sizes = (
+                args.dim,
+                args.n_layer,
+                args.n_head,
+                args.n_kv_head,
+                args.intermediate_size,
+                args.vocab_size,
+                args.head_dim,
+            )
             assert all(type(size) is int and 0 < size <= 2**24 for size in sizes), (field, value)
     assert refused > 250
-    for field in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta", "rope_type"):
+    for field in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+        "rope_theta",
+        "rope_type",
+    ):
         for value in HOSTILE:
             try:
-                theta, scaling = (args := ModelArgs.from_hf_config(good | {"rope_scaling": LLAMA31 | {field: value}})).rope_theta, args.rope_scaling
+                theta, scaling = (
+                    (args := args_of(good | {"rope_scaling": LLAMA31 | {field: value}})).rope_theta,
+                    args.rope_scaling,
+                )
             except InputError:
                 continue
             assert 0 < theta <= 1e30 and scaling and all(0 < x <= 2**40 for x in scaling), (field, value)
@@ -206,7 +249,15 @@ def test_every_field_with_hostile_values(made):
 def test_numbers_and_nesting_beyond_all_bounds(made, tmp_path):
     folder = shutil.copytree(made / "one", tmp_path / "m")
     text = (folder / "config.json").read_text()
-    for value in ("1" + "0" * 5000, "1e999", "-1e999", "NaN", "[" * 100_000 + "]" * 100_000, '"\\ud800"', '{"a":' * 2000 + "1" + "}" * 2000):
+    for value in (
+        "1" + "0" * 5000,
+        "1e999",
+        "-1e999",
+        "NaN",
+        "[" * 100_000 + "]" * 100_000,
+        '"\\ud800"',
+        '{"a":' * 2000 + "1" + "}" * 2000,
+    ):
         (folder / "config.json").write_text(text.replace('"hidden_size": 64', f'"hidden_size": {value}'))
         with pytest.raises(InputError, match="config.json"):
             load_model(folder)
@@ -297,7 +348,7 @@ def test_folders_that_are_none(tmp_path):
         with pytest.raises(InputError, match=sentence):
             checkpoint_files(path)
         with pytest.raises(InputError):
-            ModelArgs.from_folder(path)
+            read_config(path)
 
 
 def test_what_may_not_be_read_is_not_called_truncated(made, tmp_path):
@@ -310,5 +361,7 @@ def test_what_may_not_be_read_is_not_called_truncated(made, tmp_path):
     program = ("import os, sys; sys.path.insert(0, sys.argv[1]); import model, encodings.utf_8_sig\n"
                "if os.geteuid() == 0: os.setuid(65534)\n"
                "try: model.load_model('.')\nexcept model.InputError as error: print(error)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT)], cwd=folder, capture_output=True, text=True
+    )
     assert done.stdout == f"{shard.name} cannot be read: Permission denied.\n", done.stdout + done.stderr

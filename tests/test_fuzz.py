@@ -86,7 +86,13 @@ def check(prepared, case: Case) -> list[str]:
     """Runs one case; what was wrong, as one text, or nothing."""
     world, pristine, _ = prepared
     done, found = try_case(world, pristine, case, hostile.run_inside)
-    shown = [f"{case.script} {shlex.join(case.argv)}"[:3000], case.how, *found, f"exit code {done.code}", done.err[-2500:]]
+    shown = [
+        f"{case.script} {shlex.join(case.argv)}"[:3000],
+        case.how,
+        *found,
+        f"exit code {done.code}",
+        done.err[-2500:],
+    ]
     shown += [f"{name}: {content[:1500]!r}" for name, content in case.files.items()]
     return ["\n".join(shown)] if found else []
 
@@ -129,14 +135,30 @@ def test_files(prepared, kind):
         @given(st.sampled_from(choices), st.randoms(use_true_random=True))
         def examples(choice, rng: random.Random) -> None:
             script, command, name = choice
-            check(Case(script, command, f"damaged {name}", {name: spoilt(rng, name, (world / name).read_bytes())}))
+            check(
+                Case(
+                    script, command, f"damaged {name}", {name: spoilt(rng, name, (world / name).read_bytes())}
+                )
+            )
 
         examples()
 
     isolated(cases, prepared)
 
 
-@pytest.mark.parametrize("odd", ["odd/fifo", "odd/socket", "odd/folder", "odd/loop", "odd/full", "odd/zero", "odd/dangling", "odd/terabyte"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "odd/fifo",
+        "odd/socket",
+        "odd/folder",
+        "odd/loop",
+        "odd/full",
+        "odd/zero",
+        "odd/dangling",
+        "odd/terabyte",
+    ],
+)
 def test_inputs_that_are_no_regular_file(prepared, odd):
     """One file of every command at a time, in the place of which lies something else."""
     world = prepared[0]
@@ -158,7 +180,9 @@ def test_the_check_itself_sees_what_it_should(prepared):
     case = Case("plan.py", ["--check"])
     for code, said, expected in ((1, "Traceback (most recent call last)", ["traceback"]), (2, "", ["no sentence"]), (0, "", []),
                                  (2, "plan.py: a sentence.\n", []), (2, "plan.py: 'NoneType' object.\n", ["Python's words"]), (99, "", ["traceback"])):  # fmt: skip
-        found = try_case(world, pristine, case, lambda *_, code=code, said=said: hostile.Done(code, "", said, 0.0))[1]
+        found = try_case(
+            world, pristine, case, lambda *_, code=code, said=said: hostile.Done(code, "", said, 0.0)
+        )[1]
         assert [each[: len(first)] for each, first in zip(found, expected, strict=True)] == expected
 
     def damage(*_):
@@ -169,5 +193,7 @@ def test_the_check_itself_sees_what_it_should(prepared):
         return hostile.Done(0, "", "", 0.0)
 
     found = try_case(world, pristine, case, damage)[1]
-    assert {"changed text.txt", "left more.txt"} <= set(found) and "replaced odd/fifo, no regular file" in found
+    assert {"changed text.txt", "left more.txt"} <= set(
+        found
+    ) and "replaced odd/fifo, no regular file" in found
     assert (world / "text.txt").read_text() != "lost" and not (world / "more.txt").exists()

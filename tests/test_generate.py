@@ -15,7 +15,9 @@ import generate
 import kernels
 from generate import Engine, Result, Settings, capacity_for, main, pick, residual
 from judge import JudgeHead, Markers
-from model import ModelArgs, load_model
+from model import ModelArgs
+from quantize import load_model
+from scripts.lib import guarantee, pair, terminal
 from tokenizer import load_tokenizer
 
 RELAXED = ["judge", "kl", "topk", "typical"]
@@ -31,13 +33,13 @@ class Scripted:
 
     def __init__(self, table, score=lambda n, t: 0.0, device="cpu"):
         self.table, self.score, self.args, self.cache_length = table, score, ARGS, 0
-        self.device, self.read, self.generation = torch.device(device), [], 0
+        self.device, self.read, self.cache_epoch = torch.device(device), [], 0
 
     def setup_caches(self, length):
         self.cache_length = length
 
-    def __call__(self, tokens, pos, window=None, n_logits=None, prefill=False):
-        assert pos.max() < (window or self.cache_length) <= self.cache_length
+    def __call__(self, tokens, pos, visible=None, n_logits=None, prefill=False):
+        assert pos.max() < (visible or self.cache_length) <= self.cache_length
         pairs = list(zip(pos.tolist(), tokens[0].tolist()))
         self.read.append(pairs)
         logits = torch.stack([torch.as_tensor(self.table(n, t)).float() for n, t in pairs])[None]
@@ -58,7 +60,9 @@ def counting(step: int = 1):
 
 
 def run(target, draft, verify="standard", prompt=(0, 1), new=12, stops=(), k=4, head=HEAD, **more) -> Result:
-    engine = Engine(target, draft, head, Settings(verify, speculate_k=k, **more), list(stops), len(prompt) + new)
+    engine = Engine(
+        target, draft, head, Settings(verify, speculate_k=k, **more), list(stops), len(prompt) + new
+    )
     return engine.generate(list(prompt), new)
 
 
@@ -125,7 +129,9 @@ def test_the_other_rules_read_the_row_before(verify):
     """After position 2 the target is undecided between 4 and 5; before and after it is sure of 0."""
     soft = [0, 0, 0, 0, 3.0, 2.9, 0, 0]
     target = Scripted(lambda n, t: soft if n == 2 else [8.0, 1, 2, 1, 0, 0, 0, 0])
-    draft = Scripted(lambda n, t: [0, 0, 0, 0, 2.9, 3.0, 0, 0] if n == 2 else [9.0 if n == 1 else 0, 0, 0, 0, 0, 3, 0, 0])
+    draft = Scripted(
+        lambda n, t: [0, 0, 0, 0, 2.9, 3.0, 0, 0] if n == 2 else [9.0 if n == 1 else 0, 0, 0, 0, 0, 3, 0, 0]
+    )
     result = run(target, draft, verify, new=3, k=3)
     assert result.tokens == [0, 5, 0] and "".join(result.origin) == "art"
 
@@ -161,9 +167,11 @@ def test_output_ends_at_the_first_stop_token():
 
 @pytest.mark.parametrize("new", range(1, 12))
 def test_output_ends_at_max_new_tokens_and_nothing_is_written_past_the_buffer(new):
-    prompt = list(range(8)) * 31 + [0, 1]  # 250 tokens: some ends are beyond the first window
+    prompt = list(range(8)) * 31 + [0, 1]  # 250 tokens: some ends are beyond the first page
     for draft in (Scripted(counting()), Scripted(counting(2)), None):
-        result = run(Scripted(counting()), draft, "standard" if draft else "plain", prompt=prompt, new=new, k=5)
+        result = run(
+            Scripted(counting()), draft, "standard" if draft else "plain", prompt=prompt, new=new, k=5
+        )
         assert result.tokens == [(2 + i) % V for i in range(new)] and result.stop_reason == "length"
 
 
@@ -172,18 +180,26 @@ def test_output_ends_at_max_new_tokens_and_nothing_is_written_past_the_buffer(ne
 def test_greedy_standard_is_plain(pair, k, device):
     target, draft = (model.to(device) for model in pair)
     for seed in range(3):
-        prompt = torch.randint(0, 97, (5 + 40 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt = torch.randint(
+            0, 97, (5 + 40 * seed,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
         plain = Engine(target, None, None, Settings("plain", speculate_k=k), [96], 160).generate(prompt, 60)
-        fast = Engine(target, draft, None, Settings("standard", speculate_k=k), [96], 160).generate(prompt, 60)
+        fast = Engine(target, draft, None, Settings("standard", speculate_k=k), [96], 160).generate(
+            prompt, 60
+        )
         assert_same_up_to_ties(target, prompt, plain.tokens, fast.tokens)
-        same = Engine(target, target, None, Settings("standard", speculate_k=k), [96], 160).generate(prompt, 60)
+        same = Engine(target, target, None, Settings("standard", speculate_k=k), [96], 160).generate(
+            prompt, 60
+        )
         assert same.mean_accepted > 0.9 * min(k, 60 / same.rounds)  # its own draft is right nearly always
     for model in pair:
         model.to("cpu")
 
 
 @torch.inference_mode()
-def assert_same_up_to_ties(target, prompt: list[int], one: list[int], other: list[int], noise: float = 1e-3) -> None:
+def assert_same_up_to_ties(
+    target, prompt: list[int], one: list[int], other: list[int], noise: float = 1e-3
+) -> None:
     """Equal, or differing first where the target's two best logits are closer than rounding (a proven tie)."""
     if one == other:
         return
@@ -195,11 +211,11 @@ def assert_same_up_to_ties(target, prompt: list[int], one: list[int], other: lis
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_is_eager_without_recompiling(pair, device):
-    """For every rule: the same tokens, for any prompt length, output length and window, and no compilation after warm-up."""
+    """For every rule: the same tokens, for any prompt length, output length and cache, and no compilation after warm-up."""
     target, draft = (model.to(device) for model in pair)
-    head = JudgeHead(torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {}).to(
-        device
-    )
+    head = JudgeHead(
+        torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {}
+    ).to(device)
     knobs = {"kl": 3.0, "topk": 5, "typical": 0.05}
     for verify, temperature in [
         ("plain", 0),
@@ -227,7 +243,9 @@ def test_compiled_is_eager_without_recompiling(pair, device):
         fast.warm_up()
         with torch._dynamo.config.patch(error_on_recompile=True):
             for length, new in ((1, 40), (3, 7), (70, 33), (240, 60)):
-                prompt = torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+                prompt = torch.randint(
+                    0, 96, (length,), generator=torch.Generator().manual_seed(length)
+                ).tolist()
                 expected, found = eager.generate(prompt, new, seed=7), fast.generate(prompt, new, seed=7)
                 assert found.tokens == expected.tokens and found.origin == expected.origin
     for model in pair:
@@ -246,12 +264,17 @@ def test_compiled_markers_adaptive_m_and_draft_features(pair, device, monkeypatc
     settings = {"speculate_k": 5, "adaptive": True}
     outputs = []
     for compiled in (False, True):
-        engine = Engine(target, draft, head, Settings("judge", **settings, compile=compiled), [96], 300, Markers(table, 1))
+        engine = Engine(
+            target, draft, head, Settings("judge", **settings, compile=compiled), [96], 300, Markers(table, 1)
+        )
         engine.warm_up()
         seen = []
-        engine.pace.choose = lambda window, most, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
+        engine.pace.choose = lambda needed, most, seen=seen: (seen.append(0), (2, 5, 5)[len(seen) % 3])[1]
         with torch._dynamo.config.patch(error_on_recompile=True):
-            prompts = [torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 70, 240)]
+            prompts = [
+                torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+                for n in (1, 70, 240)
+            ]
             results = [engine.generate(prompt, 40) for prompt in prompts]
         outputs.append([(r.tokens, r.origin, r.drafted) for r in results])
         assert {letter for r in results for letter in r.origin} == set("artb")
@@ -318,7 +341,9 @@ def test_the_chi_square_test_notices_a_missing_residual(monkeypatch):
 def test_the_residual_and_picking():
     p, q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]), torch.tensor([[0.2, 0.5, 0.3]])
     assert torch.allclose(residual(p, q, torch.tensor([0])), torch.tensor([[0.3, 0.0, 0.0]]))
-    assert torch.allclose(residual(p, q, torch.tensor([1])), p[1:])  # all accepted: the target's own distribution
+    assert torch.allclose(
+        residual(p, q, torch.tensor([1])), p[1:]
+    )  # all accepted: the target's own distribution
     weights = torch.tensor([0.0, 2.0, 0.0, 6.0, 0.0])
     assert [pick(weights, torch.tensor(u)).item() for u in (0.0, 0.24, 0.26, 0.99999994)] == [1, 1, 3, 3]
 
@@ -341,21 +366,29 @@ def test_a_floor_stops_a_rule_but_not_the_standard_test(min_prob, passes):
     """The draft says 5, to which the target gives 0.13; the judge would take it. Where they agree the floor is idle."""
     soft = [0.3, 0, 0, 0, 0, 0.1, 0, 0]
     target = Scripted(lambda n, t: one_hot(2, 0.2) if n == 1 else soft, score=lambda n, t: 9.0)
-    result = run(target, Scripted(lambda n, t: one_hot(2 if n == 1 else 5)), "judge", new=2, min_prob=min_prob)
+    result = run(
+        target, Scripted(lambda n, t: one_hot(2 if n == 1 else 5)), "judge", new=2, min_prob=min_prob
+    )
     assert result.tokens == ([2, 5] if passes else [2, 0]) and result.origin[0] == "a"
 
 
 def test_a_step_looks_at_what_it_needs_and_no_more(pair):
-    assert capacity_for(222, 16) == 256 and capacity_for(223, 16) == 320 and capacity_for(131072, 16) == 131136
+    assert (
+        capacity_for(222, 16) == 256 and capacity_for(223, 16) == 320 and capacity_for(131072, 16) == 131136
+    )
     engine = Engine(*pair, None, Settings("standard"), [96], 400)
     assert [len(engine.visible(needed)) for needed in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 192]
     assert len(engine.visible(engine.capacity)) == engine.capacity
 
 
-@pytest.mark.parametrize("verify, temperature", [("plain", 0), ("standard", 0), ("judge", 0), ("standard", 0.8), ("topk", 0.8)])
+@pytest.mark.parametrize(
+    "verify, temperature", [("plain", 0), ("standard", 0), ("judge", 0), ("standard", 0.8), ("topk", 0.8)]
+)
 def test_a_round_launched_before_the_last_one_is_read_changes_nothing(pair, verify, temperature):
     """With stops and ends anywhere in the overlapped round; and the answer after it is not touched by a round thrown away."""
-    head = JudgeHead(torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {})
+    head = JudgeHead(
+        torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {}
+    )
     draft = None if verify == "plain" else pair[1]
     settings = Settings(verify, speculate_k=5, temperature=temperature)
     outputs = []
@@ -369,7 +402,9 @@ def test_a_round_launched_before_the_last_one_is_read_changes_nothing(pair, veri
             found.append(engine.generate([5, 17, 40], 40, seed=3))
         engine.stop_ids = []
         found += [engine.generate([9, 3, 60], new, seed=new) for new in (1, 2, 6, 7, 23, 137)]
-        if draft is not None:  # its own draft is right nearly always: rounds are long, and cross what a step looks at
+        if (
+            draft is not None
+        ):  # its own draft is right nearly always: rounds are long, and cross what a step looks at
             engine = Engine(pair[0], pair[0], head, settings, [], 300)
             engine.overlap = overlap
             found += [engine.generate([5, 17, 40] * n, 130) for n in (17, 19, 21)]
@@ -397,13 +432,18 @@ def test_overlap_throws_away_one_round_at_most(pair):
     engine.stop_ids = [result.tokens[0]]
     assert engine.generate([5, 17, 40], 50).rounds == 1 and len(launched) == 2
     launched.clear()
-    assert engine.generate([5, 17, 40], 1).rounds == 1 and len(launched) == 1  # one token is sure: nothing to gain
+    assert (
+        engine.generate([5, 17, 40], 1).rounds == 1 and len(launched) == 1
+    )  # one token is sure: nothing to gain
 
 
 def test_the_cache_may_be_longer_than_the_text(pair):
     """The same tokens: a step looks at what the text needs, whatever is allocated."""
     prompt = torch.randint(0, 96, (70,), generator=torch.Generator().manual_seed(1)).tolist()
-    answers = [Engine(*pair, None, Settings("standard"), [96], length).generate(prompt, 80) for length in (150, 151, 400)]
+    answers = [
+        Engine(*pair, None, Settings("standard"), [96], length).generate(prompt, 80)
+        for length in (150, 151, 400)
+    ]
     assert answers[0].tokens == answers[1].tokens == answers[2].tokens and len(answers[0].tokens) == 80
 
 
@@ -413,7 +453,10 @@ def test_an_engine_whose_caches_were_taken_says_so(pair):
     with pytest.raises(RuntimeError, match="made this model's caches longer"):
         first.generate([1, 2], 5)
     fresh = Engine(*pair, None, Settings("standard"), [96], 60)  # shares the longer ones
-    assert fresh.generate([1, 2], 5).tokens == Engine(*pair, None, Settings("standard"), [96], 600).generate([1, 2], 5).tokens
+    assert (
+        fresh.generate([1, 2], 5).tokens
+        == Engine(*pair, None, Settings("standard"), [96], 600).generate([1, 2], 5).tokens
+    )
 
 
 @pytest.mark.gpu
@@ -449,7 +492,9 @@ def test_nothing_but_the_report_waits_for_the_gpu(pair):
 def test_memory_does_not_grow_on_the_gpu(pair, compiled):
     """Over 1,000 rounds, each of which accepts one draft token."""
     target, draft = (model.to("cuda") for model in pair)
-    engine = Engine(target, draft, None, Settings("standard", speculate_k=4, impose=1, compile=compiled), [], 250)
+    engine = Engine(
+        target, draft, None, Settings("standard", speculate_k=4, impose=1, compile=compiled), [], 250
+    )
     engine.warm_up()
     engine.generate([1, 2, 3], 200)
     before, rounds = torch.cuda.memory_allocated(), 0
@@ -471,9 +516,11 @@ def folders(tmp_path_factory):
     make_folder(root / "target", seed=1, **shape)
     make_folder(root / "draft", seed=2, num_hidden_layers=1, **shape)
     for name in ("target", "draft"):
-        (root / name / "tokenizer.model").write_bytes((generate.DEMO / "target" / "tokenizer.model").read_bytes())
+        (root / name / "tokenizer.model").write_bytes((pair.DEMO / "target" / "tokenizer.model").read_bytes())
     target = load_model(root / "target")
-    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, target.fingerprint, {}).save(root / "judge.safetensors")
+    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, target.fingerprint, {}).save(
+        root / "judge.safetensors"
+    )
     return root
 
 
@@ -496,7 +543,9 @@ def test_json_is_one_object_a_sample(folders, capsys):
         }  # fmt: skip
         assert (record["verify"], record["threshold"], record["speculate_k"]) == ("judge", 0.5, 3)
         assert (record["device"], record["dtype"]) == ("cpu", "float32")
-        assert 3 * (record["rounds"] - 1) < record["drafted"] <= 3 * record["rounds"]  # of the last only what can be used
+        assert (
+            3 * (record["rounds"] - 1) < record["drafted"] <= 3 * record["rounds"]
+        )  # of the last only what can be used
         assert record["mean_accepted"] == record["accepted"] / record["rounds"]
         assert 0 < len(record["tokens"]) <= 20 and record["seconds_decode"] > 0
         assert len(record["origin"]) == len(record["tokens"]) and set(record["origin"]) <= set("artb")
@@ -512,7 +561,9 @@ def test_piped_output_is_the_answer_alone(folders, capsys):
     main(command(folders, "--marks"))
     out, err = capsys.readouterr()
     assert "\033" not in out and "<" in out and "{let through by the rule alone}" in err
-    main(command(folders, "--marks", "--verify", "plain"))  # all tokens are the target's own: nothing to tell apart
+    main(
+        command(folders, "--marks", "--verify", "plain")
+    )  # all tokens are the target's own: nothing to tell apart
     assert capsys.readouterr().out.count("<") <= text.count("<") + 1
 
 
@@ -522,12 +573,19 @@ def test_colours_on_a_terminal_only(monkeypatch):
             return True
 
     monkeypatch.delenv("NO_COLOR", raising=False)
-    paint = generate.Paint(Terminal())
-    assert [paint.token("x", letter)[:5] for letter in "artb"] == ["\033[32m", "\033[33m", "\033[31m", "\033[31m"]
-    assert generate.Paint(Terminal(), drafted=False).token("x", "t") == "x"  # without a draft there is nothing to tell
-    assert generate.Paint(io.StringIO()).token("x", "r") == "x"  # piped
+    paint = terminal.Paint(Terminal())
+    assert [paint.token("x", letter)[:5] for letter in "artb"] == [
+        "\033[32m",
+        "\033[33m",
+        "\033[31m",
+        "\033[31m",
+    ]
+    assert (
+        terminal.Paint(Terminal(), drafted=False).token("x", "t") == "x"
+    )  # without a draft there is nothing to tell
+    assert terminal.Paint(io.StringIO()).token("x", "r") == "x"  # piped
     monkeypatch.setenv("NO_COLOR", "1")
-    assert generate.Paint(Terminal()).token("x", "r") == "{x}"
+    assert terminal.Paint(Terminal()).token("x", "r") == "{x}"
 
 
 def test_prompts_from_standard_input_and_synthetic_ones(folders, capsys, monkeypatch):
@@ -557,12 +615,12 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, 
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    def interrupted(self, prompt, most, result, keep=0):
-        for count, pair in enumerate(stream(self, prompt, most, result, keep)):
+    def interrupted(self, prompt, most):
+        for count, token in enumerate(stream(self, prompt, most)):
             if count == 3 and not asked:
-                asked.append(list(result.tokens))
+                asked.append(list(self.result.tokens))
                 raise KeyboardInterrupt
-            yield pair
+            yield token
 
     def encode_chat(self, messages):
         encoded.append([dict(message) for message in messages])
@@ -582,17 +640,26 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, 
         assert answer["content"] == generate.decode(load_tokenizer(folders / "target"), asked[0][:3])
 
 
-@pytest.mark.parametrize(("stdin", "word"), [(None, "closed"), (b"\xff\xfe", "UTF-8"), (b"", "nothing"), (b"\xef\xbb\xbf\n", "nothing")])
+@pytest.mark.parametrize(
+    ("stdin", "word"),
+    [(None, "closed"), (b"\xff\xfe", "UTF-8"), (b"", "nothing"), (b"\xef\xbb\xbf\n", "nothing")],
+)
 def test_standard_input_that_holds_no_prompt_is_said(folders, capsys, monkeypatch, stdin, word):
-    for flags in (command(folders, prompt="-"), command(folders, "--interactive", prompt=None))[: 1 if word == "nothing" else 2]:
-        monkeypatch.setattr(sys, "stdin", stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+    for flags in (command(folders, prompt="-"), command(folders, "--interactive", prompt=None))[
+        : 1 if word == "nothing" else 2
+    ]:
+        monkeypatch.setattr(
+            sys, "stdin", stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+        )
         with pytest.raises(SystemExit) as stop:
             main(flags)
         assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
 def test_a_byte_order_mark_is_no_text(folders, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffTom has 5 apples.\r\n".encode()), encoding="utf-8"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffTom has 5 apples.\r\n".encode()), encoding="utf-8")
+    )
     main(command(folders, "--json", prompt="-"))
     marked = json.loads(capsys.readouterr().out)["tokens"]
     main(command(folders, "--json", prompt="Tom has 5 apples."))
@@ -613,9 +680,15 @@ def test_no_more_is_drafted_than_an_answer_can_use(folders, pair, capsys):
             step = engine.draft_step
             engine.draft_step = lambda *args, step=step, steps=steps: (steps.append(args[-1]), step(*args))
             rounds, launch = [], engine.launch
-            engine.launch = lambda *args, launch=launch, rounds=rounds, steps=steps: (rounds.append(len(steps)), launch(*args))[1]
+            engine.launch = lambda *args, launch=launch, rounds=rounds, steps=steps: (
+                rounds.append(len(steps)),
+                launch(*args),
+            )[1]
             got = engine.generate([5, 17, 40], most)
-            assert got.tokens == expected.tokens[:most] and got.origin == expected.origin[:most], (verify, most)
+            assert got.tokens == expected.tokens[:most] and got.origin == expected.origin[:most], (
+                verify,
+                most,
+            )
             made = [b - a for a, b in zip(rounds, [*rounds[1:], len(steps)])]
             assert made[0] == min(16, most + ahead) and sum(made) == got.drafted
     main(command(folders, "--speculate_k", "1024", "--max_new_tokens", "4", "--json"))
@@ -625,7 +698,7 @@ def test_no_more_is_drafted_than_an_answer_can_use(folders, pair, capsys):
 
 def test_a_draft_of_too_short_a_context_is_named_before_loading(folders, tmp_path, capsys, monkeypatch):
     make_folder(tmp_path / "short", num_hidden_layers=1, vocab_size=640, max_position_embeddings=32)
-    shutil.copy(generate.DEMO / "target" / "tokenizer.model", tmp_path / "short")
+    shutil.copy(pair.DEMO / "target" / "tokenizer.model", tmp_path / "short")
     monkeypatch.setattr(generate, "load_model", lambda *args: pytest.fail("loaded all the same"))
     with pytest.raises(SystemExit) as stop:
         main(command(folders, "--draft_checkpoint_path", str(tmp_path / "short"), prompt="20"))
@@ -645,14 +718,20 @@ def test_a_greedy_runs_guarantee_does_not_ask_for_top_k():
     target, of = SimpleNamespace(fingerprint="t", quantization=None, dtype=torch.float32), {}
     for temperature, top_k in itertools.product((0.0, 1.0), (None, 5)):
         settings = Settings("topk", 2, 2, temperature, top_k)
-        of[temperature, top_k] = generate.conditions(SimpleNamespace(settings=settings, target=target, draft=target), False, 8)
+        of[temperature, top_k] = guarantee.conditions(
+            SimpleNamespace(settings=settings, target=target, draft=target), False, 8
+        )
     assert of[0.0, 5] == of[0.0, None] and of[1.0, 5] != of[1.0, None]
 
 
 @pytest.mark.parametrize("verify", ["plain", "standard"])
 def test_the_shortest_cache_compiles(folders, capsys, verify):
     """64 positions: there is only one length to look at, which no graph may take for a variable one."""
-    main(command(folders, "--compile", "--verify", verify, "--max_new_tokens", "3", "--speculate_k", "2", "--json"))
+    main(
+        command(
+            folders, "--compile", "--verify", verify, "--max_new_tokens", "3", "--speculate_k", "2", "--json"
+        )
+    )
     compiled = json.loads(capsys.readouterr().out)["tokens"]
     main(command(folders, "--verify", verify, "--max_new_tokens", "3", "--speculate_k", "2", "--json"))
     assert json.loads(capsys.readouterr().out)["tokens"] == compiled
@@ -738,13 +817,15 @@ def test_a_missing_compiler_is_said(folders, capsys, monkeypatch):
 
 def test_a_judge_trained_in_the_chat_format_is_noted(folders, tmp_path, capsys):
     target = load_model(folders / "target")
-    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, target.fingerprint, {"chat": True}).save(tmp_path / "judge.safetensors")
+    JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, target.fingerprint, {"chat": True}).save(
+        tmp_path / "judge.safetensors"
+    )
     main([*command(folders), "--judge_path", str(tmp_path / "judge.safetensors")])
     assert "was trained in the chat format" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_before_loading(folders, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(pair, "free_memory", lambda device: 100_000)
     monkeypatch.setattr(generate, "load_model", lambda *args: pytest.fail("loaded all the same"))
     with pytest.raises(SystemExit) as stop:
         main(command(folders))
@@ -775,7 +856,9 @@ def test_a_folder_as_llama31_is_published_gives_what_transformers_gives(tmp_path
     tokenizer = load_tokenizer(tmp_path / "target")
     assert tokenizer.stop_ids == [128001, 128008, 128009]
     prompt = torch.tensor([tokenizer.encode_chat([{"role": "user", "content": "Why is the sky blue?"}])])
-    expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[
+        0, prompt.shape[1] :
+    ].tolist()
     assert record["prompt_tokens"] == prompt.shape[1] and record["tokens"] == expected
 
 

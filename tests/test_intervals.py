@@ -5,13 +5,15 @@ import math
 
 import pytest
 
-from scripts.intervals import interval, mcnemar, mean_interval, paired_interval, pass_at_k
+from scripts.lib.intervals import interval, mcnemar, mean_interval, paired_interval, pass_at_k
 
 
 def test_intervals_are_wilsons():
     low, high = interval(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-9) and interval(50, 50)[1] == pytest.approx(1, abs=1e-9)
+    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-9) and interval(50, 50)[1] == pytest.approx(
+        1, abs=1e-9
+    )
 
 
 def test_paired_intervals_are_newcombes():
@@ -57,4 +59,8 @@ def test_pass_at_k_counts_all_choices():
             if right <= n:
                 choices = list(itertools.combinations([True] * right + [False] * (n - right), k))
                 assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
-    assert pass_at_k(200, 200, 100) == 1 and pass_at_k(200, 0, 1) == 0 and pass_at_k(200, 30, 1) == pytest.approx(0.15)
+    assert (
+        pass_at_k(200, 200, 100) == 1
+        and pass_at_k(200, 0, 1) == 0
+        and pass_at_k(200, 30, 1) == pytest.approx(0.15)
+    )

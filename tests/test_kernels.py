@@ -42,7 +42,11 @@ def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(tmp_path, 
     if home == "read-only":
         monkeypatch.setattr(kernels.os, "access", lambda *_: False)
     own = kernels.usable_cache()
-    assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700 and "kernels are kept in" in capsys.readouterr().err
+    assert (
+        own.parent == tmp_path
+        and own.stat().st_mode & 0o777 == 0o700
+        and "kernels are kept in" in capsys.readouterr().err
+    )
     own.chmod(0o777)
     with pytest.raises(OSError, match="not this user's own"):
         kernels.usable_cache()
@@ -53,7 +57,11 @@ def test_linear_takes_what_is_faster_and_leaves_the_rest():
     most = kernels.most_rows
     assert most(torch.float32, 8192, 2048) == 32 and most(torch.float32, 320, 192) == 2
     assert most(torch.bfloat16, 2048, 8192) in (4, 64)  # without and with AMX
-    assert most(torch.float16, 320, 192) == 0 and most(torch.float32, 321, 192) == 0 and most(torch.float32, 320, 7) == 0
+    assert (
+        most(torch.float16, 320, 192) == 0
+        and most(torch.float32, 321, 192) == 0
+        and most(torch.float32, 320, 7) == 0
+    )
     x, w = torch.randn(3, 192), torch.randn(320, 192)
     assert torch.equal(kernels.linear(x, w), F.linear(x, w)) and kernels.linear(x[:0], w).shape == (0, 320)
     with torch.inference_mode(False), torch.enable_grad():
@@ -85,7 +93,9 @@ def test_attend_against_float64(device, n_kv, group, d, length, rows):
     """The Triton kernel, in Triton's interpreter where there is no GPU; at the borders of its blocks and parts."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(rows)
-    other = (torch.float16, 4e-3) if device == "cpu" else (torch.bfloat16, 3e-2)  # the interpreter's bf16 is wrong
+    other = (
+        (torch.float16, 4e-3) if device == "cpu" else (torch.bfloat16, 3e-2)
+    )  # the interpreter's bf16 is wrong
     for dtype, noise in ((torch.float32, 1e-5), other):
         for last in (rows - 1, 64, 127, 128, length - 1) if dtype == torch.float32 else (129,):
             pos = torch.arange(last - rows + 1, last + 1)
@@ -109,17 +119,17 @@ def test_attend_of_the_first_draft_step_at_position_0():
 @pytest.mark.parametrize("rows", [1, 2, 17, 33])
 @torch.inference_mode()
 def test_attention_over_a_window_against_float64(rows, dtype, noise):
-    """What a CPU does, at odd positions and around the borders of the window that is looked at."""
+    """What a CPU does, at odd positions and around the borders of the visible that is looked at."""
     model = random_model(ARGS, "cpu", dtype)
     model.setup_caches(512)
     layer, generator = model.layers[0].attention, torch.Generator().manual_seed(rows)
-    for last, window in ((63, 64), (64, 128), (101, 128), (101, 512), (127, 128), (511, 512)):
+    for last, visible in ((63, 64), (64, 128), (101, 128), (101, 512), (127, 128), (511, 512)):
         pos = torch.arange(last - rows + 1, last + 1)
         layer.k_cache, layer.v_cache = filled_cache(generator, 2, 512, 16, last + 1, dtype)
         q = torch.randn(1, rows, 6, 16, generator=generator).to(dtype)
-        y = layer.attend(q, pos, model.see(q, pos, window), window)
+        y = layer.attend(q, pos, model.see(q, pos, visible), visible)
         exact = exact_attention(q[0], layer.k_cache[0], layer.v_cache[0], pos)
-        assert (y[0].double() - exact).abs().max() < noise, (last, window)
+        assert (y[0].double() - exact).abs().max() < noise, (last, visible)
 
 
 @torch.inference_mode()
@@ -155,6 +165,8 @@ def test_the_diagonal_of_a_prefill_is_its_mask(monkeypatch):
     ids = torch.randint(0, 101, (1, 300), generator=torch.Generator().manual_seed(1))
     model(ids[:, :170], torch.arange(170), 170)
     added, _ = model(ids[:, 170:], torch.arange(170, 300), 300)
-    monkeypatch.setattr(Transformer, "see", lambda self, x, pos, window, prefill: causal_lower_right(len(pos), window))
+    monkeypatch.setattr(
+        Transformer, "see", lambda self, x, pos, visible, prefill: causal_lower_right(len(pos), visible)
+    )
     diagonal, _ = model(ids[:, 170:], torch.arange(170, 300), 300)
     assert (added - diagonal).abs().max() < 1e-4

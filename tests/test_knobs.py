@@ -12,9 +12,14 @@ from test_generate import HEAD, Scripted, V, counting, one_hot, run
 import generate
 import judge
 from cli import InputError
-from generate import SIZES, Engine, Pace, Settings
-from judge import Drift, JudgeHead, RowReader, describe_guarantee, make_markers, mixture, upper_bound
-from model import load_model
+from generate import SIZES, Engine, Settings
+from judge import JudgeHead, make_markers, mixture
+from quantize import load_model
+from scripts.lib import answers, features, flags
+from scripts.lib.features import RowReader
+from scripts.lib.guarantee import Drift, describe_guarantee
+from scripts.lib.intervals import upper_bound
+from scripts.lib.pace import Pace
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -24,9 +29,16 @@ def in_transformers(folder, prompt: list[int], new: int, k: int, weight: float, 
     """The greedy output of transformers' assisted generation with `assistant_ensemble_weight`."""
     from transformers import AutoModelForCausalLM
 
-    target, draft = (AutoModelForCausalLM.from_pretrained(folder / x, dtype=torch.float32).eval() for x in ("target", "draft"))
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(folder / x, dtype=torch.float32).eval()
+        for x in ("target", "draft")
+    )
     config = draft.generation_config
-    config.num_assistant_tokens, config.num_assistant_tokens_schedule, config.assistant_confidence_threshold = (
+    (
+        config.num_assistant_tokens,
+        config.num_assistant_tokens_schedule,
+        config.assistant_confidence_threshold,
+    ) = (
         k,
         "constant",
         0.0,
@@ -34,7 +46,9 @@ def in_transformers(folder, prompt: list[int], new: int, k: int, weight: float, 
     ids = torch.tensor([prompt])
     out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new + k + 1, do_sample=False,
                           assistant_model=draft, assistant_ensemble_weight=weight, eos_token_id=stop, pad_token_id=stop)  # fmt: skip
-    return out[0, len(prompt) :].tolist()[:new]  # near its limit transformers shortens a round, which moves the bonus token
+    return out[0, len(prompt) :].tolist()[
+        :new
+    ]  # near its limit transformers shortens a round, which moves the bonus token
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5, 0.8])
@@ -56,7 +70,10 @@ def test_greedy_ensemble_is_that_of_transformers(tmp_path, weight, k):
 def test_greedy_ensemble_on_the_demo_pair_is_that_of_transformers():
     tokenizer = load_tokenizer(DEMO / "target")
     prompt = [tokenizer.bos_id, *tokenizer.encode(generate.DEMO_PROMPT)]
-    target, draft = load_model(DEMO / "target", dtype=torch.float32), load_model(DEMO / "draft", dtype=torch.float32)
+    target, draft = (
+        load_model(DEMO / "target", dtype=torch.float32),
+        load_model(DEMO / "draft", dtype=torch.float32),
+    )
     engine = Engine(target, draft, None, Settings("ensemble", 0.4), tokenizer.stop_ids, 256)
     result = engine.generate(prompt, 120)
     assert result.tokens == in_transformers(DEMO, prompt, 120, 16, 0.4, tokenizer.stop_ids[0])
@@ -66,7 +83,11 @@ def test_greedy_ensemble_on_the_demo_pair_is_that_of_transformers():
 @pytest.mark.parametrize("allowed", [True, False])
 def test_sampled_ensemble_has_the_mixtures_distribution(allowed):
     """One drafted token and its own distribution, by chi-square against w p + (1 - w) q (or p, outside the markers)."""
-    p_logits, q_logits, weight = torch.tensor([2.0, 1, 0, 0, 1, 0, -1, 0]), torch.tensor([0.0, 1, 2, 0, 0, 1, 0, -1]), 0.4
+    p_logits, q_logits, weight = (
+        torch.tensor([2.0, 1, 0, 0, 1, 0, -1, 0]),
+        torch.tensor([0.0, 1, 2, 0, 0, 1, 0, -1]),
+        0.4,
+    )
     target, draft = Scripted(lambda n, t: p_logits), Scripted(lambda n, t: q_logits)
     table = judge.Markers(torch.zeros(2, V, dtype=torch.uint8) + int(allowed), 1)
     engine = Engine(target, draft, None, Settings("ensemble", weight, 1, temperature=1.0), [], 8, table)
@@ -126,7 +147,9 @@ def test_markers_are_found_however_the_text_is_cut(ids, inside):
 
 def test_a_rule_applies_only_between_the_markers():
     """Tokens: 6 opens, 7 closes. The target would count up; the draft counts by two, and the judge likes all of it."""
-    markers = judge.Markers(torch.tensor([[0, 0, 0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.uint8), 1)
+    markers = judge.Markers(
+        torch.tensor([[0, 0, 0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.uint8), 1
+    )
     target, draft = Scripted(counting(1), score=lambda n, t: 9.0), Scripted(counting(2))
     engine = Engine(target, draft, HEAD, Settings("judge", speculate_k=3), [], 40, markers)
 
@@ -138,7 +161,10 @@ def test_a_rule_applies_only_between_the_markers():
     assert decode([6, 0], 4) == ([2, 4, 6, 7], "rrrb")  # the prompt opened: relaxed, until the target closes
     assert decode([6, 7, 0], 2) == ([1, 2], "tt")  # the prompt opened and closed
     assert decode([0, 6], 3) == ([0, 2, 4], "rrr")  # the prompt's last token opens
-    assert decode([6, 1], 3) == ([3, 5, 6], "rrt")  # the draft's closing token is not let through by the rule alone
+    assert decode([6, 1], 3) == (
+        [3, 5, 6],
+        "rrt",
+    )  # the draft's closing token is not let through by the rule alone
 
 
 def test_markers_are_refused_where_they_mean_nothing(capsys):
@@ -172,13 +198,19 @@ def test_adaptive_output_is_plain_output(pair):
     target, draft = pair
     prompt = [5, 17, 40, 8]
     plain = Engine(target, None, None, Settings("plain"), [96], 200).generate(prompt, 150)
-    engine = Engine(target, draft, None, Settings("standard", speculate_k=max(SIZES), adaptive=True), [96], 200)
-    engine.pace.seconds = {(window, m): 1 + 0.01 * m for window in engine.pace.windows(engine.capacity) for m in SIZES}
-    engine.pace.choose = lambda window, most, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
+    engine = Engine(
+        target, draft, None, Settings("standard", speculate_k=max(SIZES), adaptive=True), [96], 200
+    )
+    engine.pace.seconds = {
+        (length, m): 1 + 0.01 * m for length in engine.pace.lengths(engine.capacity) for m in SIZES
+    }
+    engine.pace.choose = lambda needed, most, sizes=[*SIZES, *SIZES[::-1]]: sizes[len(seen) % len(sizes)]
     seen, learn = [], engine.pace.learn
     engine.pace.learn = lambda drafted, accepted: (seen.append(drafted), learn(drafted, accepted))
     result = engine.generate(prompt, 150)
-    assert result.tokens == plain.tokens and set(seen) >= set(SIZES) and result.drafted == sum(seen)  # the last are cut
+    assert (
+        result.tokens == plain.tokens and set(seen) >= set(SIZES) and result.drafted == sum(seen)
+    )  # the last are cut
 
 
 def test_adaptive_m_follows_the_draft():
@@ -186,13 +218,15 @@ def test_adaptive_m_follows_the_draft():
     for step, size in ((1, max(SIZES)), (3, min(SIZES))):
         settings = Settings("standard", speculate_k=max(SIZES), adaptive=True)
         engine = Engine(Scripted(counting()), Scripted(counting(step)), None, settings, [], 900)
-        engine.pace.seconds = {(window, m): 1 + 0.1 * m for window in engine.pace.windows(engine.capacity) for m in SIZES}
+        engine.pace.seconds = {
+            (length, m): 1 + 0.1 * m for length in engine.pace.lengths(engine.capacity) for m in SIZES
+        }
         engine.generate([0, 1], 700 if step == 1 else 60)
         assert engine.pace.choose(256) == size
 
 
 def test_auto_on_the_command_line(pair, tmp_path, capsys):
-    assert generate.read_k("auto") == "auto" and generate.read_k("7") == 7
+    assert flags.read_k("auto") == "auto" and flags.read_k("7") == 7
     with pytest.raises(SystemExit):
         generate.parse_args(["--speculate_k", "many"])
     assert "from 1 to 1024, or auto" in capsys.readouterr().err
@@ -213,19 +247,31 @@ def test_features_are_to_the_bit_what_the_engine_gives_the_head(low_precision, m
     """target+draft: what training reads equals what verification hands to the head, row by row, in bf16, behind prompts
     of no pass, of one and of several."""
     target, draft = low_precision
-    head = JudgeHead(torch.zeros(64), torch.tensor(9.0), 0.5, target.fingerprint, {}, torch.zeros(64))  # lets all pass
+    head = JudgeHead(
+        torch.zeros(64), torch.tensor(9.0), 0.5, target.fingerprint, {}, torch.zeros(64)
+    )  # lets all pass
     given = []
     score = JudgeHead.score
-    monkeypatch.setattr(JudgeHead, "score", lambda self, h, d: given.append((h.clone(), d.clone())) or score(self, h, d))
+    monkeypatch.setattr(
+        JudgeHead, "score", lambda self, h, d: given.append((h.clone(), d.clone())) or score(self, h, d)
+    )
     k, prompt = 5, torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    tokens = Engine(target, draft, head, Settings("judge", speculate_k=k), [], 400).generate(prompt, 3 * (k + 1)).tokens
+    tokens = (
+        Engine(target, draft, head, Settings("judge", speculate_k=k), [], 400)
+        .generate(prompt, 3 * (k + 1))
+        .tokens
+    )
     readers = [RowReader(target, k + 1, 400), RowReader(draft, k + 1, 400, drafts=True)]
-    mine = judge.read_features(readers, judge.Encoded(prompt, tokens, [(0, 1)] * len(tokens), {"errors": []}))[0]
+    mine = features.read_features(
+        readers, answers.Encoded(prompt, tokens, [(0, 1)] * len(tokens), {"errors": []})
+    )[0]
     assert len(given) == 3 and len(mine) == 18
     for number, (hidden, draft_hidden) in enumerate(given):
         rows = slice(number * (k + 1), number * (k + 1) + k)  # the sixth token of a round is the target's own
         assert torch.equal(mine[rows, :64], hidden) and torch.equal(mine[rows, 64:], draft_hidden), number
-    assert not torch.allclose(given[0][1], mine[1 : k + 1, 64:], atol=1e-2), "the draft's row after would do as well"
+    assert not torch.allclose(given[0][1], mine[1 : k + 1, 64:], atol=1e-2), (
+        "the draft's row after would do as well"
+    )
 
 
 @torch.inference_mode()
@@ -236,8 +282,8 @@ def test_features_are_read_in_the_engines_passes(low_precision, length):
 
     def record(model):
         def hook(module, args, kwargs):
-            tokens, pos, window, prefill = *args, kwargs.get("prefill", False)
-            seen.append((model, tokens.tolist(), pos.tolist(), window, prefill))
+            tokens, pos, visible, prefill = *args, kwargs.get("prefill", False)
+            seen.append((model, tokens.tolist(), pos.tolist(), visible, prefill))
 
         return model.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -245,18 +291,28 @@ def test_features_are_read_in_the_engines_passes(low_precision, length):
     prompt = torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     head = JudgeHead(torch.zeros(64), torch.tensor(9.0), 0.5, target.fingerprint, {})
     hooks = [record(model) for model in low_precision]
-    tokens = Engine(target, draft, head, Settings("judge", speculate_k=k), [], 400).generate(prompt, 3 * (k + 1)).tokens
+    tokens = (
+        Engine(target, draft, head, Settings("judge", speculate_k=k), [], 400)
+        .generate(prompt, 3 * (k + 1))
+        .tokens
+    )
     engine = {model: [call[1:] for call in seen if call[0] is model] for model in low_precision}
     seen.clear()
     for model in low_precision:
-        RowReader(model, k + 1, 400, drafts=model is draft).read(prompt + tokens[:-2], length - 1, length - 1, length + 15)
+        RowReader(model, k + 1, 400, drafts=model is draft).read(
+            prompt + tokens[:-2], length - 1, length - 1, length + 15
+        )
     reader = {model: [call[1:] for call in seen if call[0] is model] for model in low_precision}
     for hook in hooks:
         hook.remove()
     assert len(engine[target]) == 3 + {1: 0, 2: 1, 65: 1, 300: 2}[length]
     assert [call[1:] for call in reader[target]] == [call[1:] for call in engine[target]]
-    assert reader[target][:-1] == engine[target][:-1]  # in the last pass the engine reads what it drafted past the end
-    assert reader[draft] == engine[draft][: len(reader[draft])] and len(engine[draft]) - len(reader[draft]) <= 2
+    assert (
+        reader[target][:-1] == engine[target][:-1]
+    )  # in the last pass the engine reads what it drafted past the end
+    assert (
+        reader[draft] == engine[draft][: len(reader[draft])] and len(engine[draft]) - len(reader[draft]) <= 2
+    )
 
 
 def test_the_mean_score_is_of_the_tokens_that_were_looked_at():
@@ -278,20 +334,34 @@ def test_a_guarantee_covers_only_what_was_calibrated():
     covered, text = describe_guarantee(CALIBRATED, same, 1.0)
     assert covered and "95% confidence, at most 2% of" in text
     sure = CALIBRATED | {"confidence": 0.999, "max_harm": 0.0002}
-    assert "99.9% confidence, at most 0.02% of" in describe_guarantee(sure, same, 1.0)[1]  # nothing is rounded up
+    assert (
+        "99.9% confidence, at most 0.02% of" in describe_guarantee(sure, same, 1.0)[1]
+    )  # nothing is rounded up
     limited = CALIBRATED | {"conditions": same | {"max_new_tokens": 200}}
     for counted, expected in (({}, [False, True, False]), ({"cut_off": 0}, [False, True, True])):
-        runs = [same | {"max_new_tokens": n} for n in (199, 200, 900)]  # cut off at 200, who knows what 900 would bring
+        runs = [
+            same | {"max_new_tokens": n} for n in (199, 200, 900)
+        ]  # cut off at 200, who knows what 900 would bring
         assert [describe_guarantee(limited | counted, run_, 1.0)[0] for run_ in runs] == expected
     assert describe_guarantee(CALIBRATED, same, 0.5)[0]  # a stricter threshold that passed on the way
-    for run_, threshold, word in ((same, 2.0, "threshold 1.0"), (same | {"speculate_k": 8}, 1.0, "speculate_k 16")):
+    for run_, threshold, word in (
+        (same, 2.0, "threshold 1.0"),
+        (same | {"speculate_k": 8}, 1.0, "speculate_k 16"),
+    ):
         covered, text = describe_guarantee(CALIBRATED, run_, threshold)
         assert not covered and word in text and text.startswith("No guarantee")
 
 
 def test_what_a_calibration_does_not_say_is_no_agreement():
     """Every condition that a run has must stand there and be equal; and every one that stands there, a run must have."""
-    run_ = {"verify": "kl", "target": "t", "draft": None, "speculate_k": 16, "temperature": 0.0, "chat": False}
+    run_ = {
+        "verify": "kl",
+        "target": "t",
+        "draft": None,
+        "speculate_k": 16,
+        "temperature": 0.0,
+        "chat": False,
+    }
     assert describe_guarantee(CALIBRATED | {"conditions": dict(run_)}, run_, 1.0)[0]
     for name in run_:
         less = {key: value for key, value in run_.items() if key != name}
@@ -299,28 +369,47 @@ def test_what_a_calibration_does_not_say_is_no_agreement():
         assert not covered and f"does not say with which {name}" in text
         assert not describe_guarantee(CALIBRATED | {"conditions": dict(run_)}, less, 1.0)[0]
     assert not describe_guarantee(CALIBRATED | {"conditions": {"verify": "kl"}}, run_, 1.0)[0]
-    for change in ({"chat": 0}, {"chat": None}, {"speculate_k": "16"}, {"speculate_k": 17}, {"temperature": [0.0]}):
+    for change in (
+        {"chat": 0},
+        {"chat": None},
+        {"speculate_k": "16"},
+        {"speculate_k": 17},
+        {"temperature": [0.0]},
+    ):
         assert not describe_guarantee(CALIBRATED | {"conditions": run_ | change}, run_, 1.0)[0], change
     longer = run_ | {"max_new_tokens": 200}
     for value in (True, "100", None, float("nan"), [1], -1, 0, 1.5):
         calibration = CALIBRATED | {"cut_off": 0, "conditions": longer | {"max_new_tokens": value}}
         assert not describe_guarantee(calibration, longer, 1.0)[0], value
-    alone = CALIBRATED | {"kind": "false_accept", "conditions": {"verify": "kl", "target": "t", "chat": False, "dtype": "float32"}}
-    assert describe_guarantee(alone, run_ | {"dtype": "float32"}, 1.0)[0]  # of given answers: whatever M, draft and temperature
+    alone = CALIBRATED | {
+        "kind": "false_accept",
+        "conditions": {"verify": "kl", "target": "t", "chat": False, "dtype": "float32"},
+    }
+    assert describe_guarantee(alone, run_ | {"dtype": "float32"}, 1.0)[
+        0
+    ]  # of given answers: whatever M, draft and temperature
     assert not describe_guarantee(alone, run_ | {"dtype": "float32", "chat": True}, 1.0)[0]
     reads_draft = alone | {"conditions": alone["conditions"] | {"draft": "d"}}
     assert not describe_guarantee(reads_draft, run_ | {"dtype": "float32"}, 1.0)[0]
     assert describe_guarantee(reads_draft, run_ | {"dtype": "float32", "draft": "d"}, 1.0)[0]
-    assert not describe_guarantee(alone | {"conditions": {"verify": "kl"}}, run_ | {"dtype": "float32"}, 1.0)[0]
+    assert not describe_guarantee(alone | {"conditions": {"verify": "kl"}}, run_ | {"dtype": "float32"}, 1.0)[
+        0
+    ]
 
 
 def test_a_guarantee_says_of_which_questions_and_that_none_is_checked():
     run_ = {"verify": "kl", "speculate_k": 16}
     told = {"questions": "gsm8k, train.jsonl", "examples": ["How many\x1b[2J apples?", "x" * 100]}
     text = describe_guarantee(CALIBRATED | told, run_, 1.0)[1]
-    assert "these: gsm8k, train.jsonl, 'How many" in text and "400 calibrated on, data ab" in text and text.isprintable()
+    assert (
+        "these: gsm8k, train.jsonl, 'How many" in text
+        and "400 calibrated on, data ab" in text
+        and text.isprintable()
+    )
     assert text.endswith("Whether a single prompt is like them is not checked.")
-    assert "(400 calibrated on, data ab)" in describe_guarantee(CALIBRATED, run_, 1.0)[1]  # an older one has no description
+    assert (
+        "(400 calibrated on, data ab)" in describe_guarantee(CALIBRATED, run_, 1.0)[1]
+    )  # an older one has no description
     assert describe_guarantee(None, {"verify": "judge"}, 0.5) == (
         False, "No guarantee: this judge has no calibration; judge.py calibrate finds how much harm it does at most.")  # fmt: skip
     assert "--verify topk has no calibration" in describe_guarantee(None, {"verify": "topk"}, 2.0)[1]
@@ -337,7 +426,10 @@ def test_drift_warns_once_and_only_of_other_text():
     both = Drift(CALIBRATED | {"live": {"by_rule": [0.1, 0.05], "mean_score": [0.9, 0.01]}})
     assert both.add({"by_rule": 0.1}) is None  # a run without a judge has no scores
     assert "mean score is 0.100 (1 answers" in both.add({"by_rule": 0.1, "mean_score": 0.1})
-    slight, far = Drift(CALIBRATED), Drift(CALIBRATED)  # three standard deviations off: within reason once, not ten times
+    slight, far = (
+        Drift(CALIBRATED),
+        Drift(CALIBRATED),
+    )  # three standard deviations off: within reason once, not ten times
     found = [slight.add({"by_rule": 0.25}) for _ in range(10)]
     assert found[0] is None and any(found) and far.add({"by_rule": 0.31}) is not None
 
@@ -398,5 +490,10 @@ def test_markers_on_the_real_llama_3_tokenizer():
 
         tokenizer = read_model_file(folder / "tokenizer.model", True)
         markers = make_markers(("<think>", "</think>"), tokenizer, tokenizer.vocab_size + 3)
-        for text, inside in (("So<think>\nhmm", 1), ("<think>a</think>", 0), ("<think>\n\n</thin", 1), ("x <thi nk>", 0)):
+        for text, inside in (
+            ("So<think>\nhmm", 1),
+            ("<think>a</think>", 0),
+            ("<think>\n\n</thin", 1),
+            ("x <thi nk>", 0),
+        ):
             assert (markers.after(tokenizer.encode(text)) >= markers.inside) == bool(inside), (folder, text)

@@ -12,11 +12,12 @@ from test_generate import Scripted, V, one_hot
 
 from files import Lines
 from generate import Engine, NotFinite, Settings
-from judge import RowReader, encode_items, read_answers
-from model import load_model
+from quantize import load_model
 from scripts import mine_important_tokens as mining
+from scripts.lib.answers import encode_items, read_answers
+from scripts.lib.features import RowReader
+from scripts.lib.scoring import CHECKERS, Checker, Question
 from scripts.mine_important_tokens import draft_choices, mine, training_lines
-from scripts.scoring import CHECKERS, Checker, Question
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -74,7 +75,11 @@ def test_a_trial_at_the_last_allowed_token_is_no_trial(first_digit):
     target = toy({"0": 1, "01": 2, "012": 3, "0123": STOP}, 4)
     draft = toy({"0": 1, "1": 2, "2": 3, "3": 5}, 5)
     engine = Engine(target, draft, None, Settings("standard", speculate_k=2), [STOP], 5)
-    assert mine(engine, [0], first_digit, Digits(), 4) == {"tokens": [1, 2, 3, STOP], "unimportant": [], "important": [[3, 5]]}
+    assert mine(engine, [0], first_digit, Digits(), 4) == {
+        "tokens": [1, 2, 3, STOP],
+        "unimportant": [],
+        "important": [[3, 5]],
+    }
 
 
 def test_an_answer_that_cannot_be_compared_is_skipped(first_digit):
@@ -107,7 +112,9 @@ def test_draft_choices_are_the_drafts_own(pair, start, known):
 def test_a_kept_cache_gives_the_output_of_a_fresh_one(pair, keep):
     target, draft = pair
     one = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(1)).tolist()
-    other = one[:keep] + torch.randint(0, 97, (100 - keep,), generator=torch.Generator().manual_seed(2)).tolist()
+    other = (
+        one[:keep] + torch.randint(0, 97, (100 - keep,), generator=torch.Generator().manual_seed(2)).tolist()
+    )
     engine = Engine(target, draft, None, Settings("standard", speculate_k=4), [96], 160)
     fresh = engine.generate(other, 30).tokens
     engine.generate(one, 30)
@@ -126,11 +133,16 @@ def run(tmp_path, out: str, *more: str, env: dict | None = None) -> subprocess.C
         "4",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run([*command, "--out", str(tmp_path / out), *more], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [*command, "--out", str(tmp_path / out), *more], env=environment, capture_output=True, text=True
+    )
 
 
 def contents(path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in path.read_text().splitlines()
+    ]
 
 
 def test_a_killed_or_sharded_run_gives_the_same_training_data(tmp_path):
@@ -149,13 +161,23 @@ def test_a_killed_or_sharded_run_gives_the_same_training_data(tmp_path):
         assert done.returncode == 0 and not (tmp_path / "two").exists()
         if rank == "0":
             early = run(tmp_path, "two", "--merge", "2")
-            assert early.returncode == 2 and "two.part1of2" in early.stderr and not (tmp_path / "two").exists()
+            assert (
+                early.returncode == 2 and "two.part1of2" in early.stderr and not (tmp_path / "two").exists()
+            )
     assert run(tmp_path, "two", "--merge", "2").returncode == 0
     assert (tmp_path / "two").read_bytes() == whole
     missing = run(tmp_path, "two", "--merge", "2", "--limit", "5")
-    assert missing.returncode == 2 and "lack 1 questions" in missing.stderr and (tmp_path / "two").read_bytes() == whole
+    assert (
+        missing.returncode == 2
+        and "lack 1 questions" in missing.stderr
+        and (tmp_path / "two").read_bytes() == whole
+    )
     other = run(tmp_path, "whole", "--max_new_tokens", "90")
-    assert other.returncode == 2 and "max_new_tokens" in other.stderr and (tmp_path / "whole").read_bytes() == whole
+    assert (
+        other.returncode == 2
+        and "max_new_tokens" in other.stderr
+        and (tmp_path / "whole").read_bytes() == whole
+    )
 
 
 def test_mined_labels_are_of_the_drafts_tokens(tmp_path):
@@ -168,7 +190,10 @@ def test_mined_labels_are_of_the_drafts_tokens(tmp_path):
     readers, labelled = [RowReader(model, 17, 300) for model in (target, draft)], 0
     for answer in encoded:
         both, base = answer.prompt + answer.ids, len(answer.prompt) - 1
-        said = [r.model.output(r.model.norm(r.read(both, base, base, len(both) - 1))).argmax(-1).tolist() for r in readers]
+        said = [
+            r.model.output(r.model.norm(r.read(both, base, base, len(both) - 1))).argmax(-1).tolist()
+            for r in readers
+        ]
         for place, mark in enumerate(answer.item["labels"]):
             if mark >= 0:
                 assert said[1][place] == answer.ids[place] != said[0][place]
@@ -193,7 +218,15 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
             mining.main(["--out", str(tmp_path / "out"), "--device", "cpu", *more])
         err = capsys.readouterr().err
         assert stop.value.code == 2 and word in err and err.count("\n") == 1, err
-    for rank, size in (("3", "1"), ("x", "2"), ("-1", "2"), ("0", "0"), ("1" * 5000, "2"), ("", ""), ("٣", "9")):
+    for rank, size in (
+        ("3", "1"),
+        ("x", "2"),
+        ("-1", "2"),
+        ("0", "0"),
+        ("1" * 5000, "2"),
+        ("", ""),
+        ("٣", "9"),
+    ):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", size)
         with pytest.raises(SystemExit) as stop:
@@ -228,7 +261,12 @@ def command(out, *more: str) -> list[str]:
 def test_a_question_whose_logits_overflow_is_skipped_and_counted(tmp_path, fake, capsys):
     mining.main(command(tmp_path / "out"))
     assert f"{tmp_path / 'out'}: 3 questions mined, 1 skipped (1 not finite)" in capsys.readouterr().out
-    assert [record.get("skipped") for record in contents(tmp_path / "out.part0of1")[1:]] == [None, None, "not finite", None]
+    assert [record.get("skipped") for record in contents(tmp_path / "out.part0of1")[1:]] == [
+        None,
+        None,
+        "not finite",
+        None,
+    ]
     assert len(read_answers(tmp_path / "out")) == 6
 
 
@@ -257,7 +295,12 @@ def test_parts_are_left_alone_where_they_are_of_others(tmp_path, fake, capsys):
         with pytest.raises(SystemExit) as stop:
             mining.main(command(out, *more))
         err = capsys.readouterr().err.removeprefix("warmed up in 0.0 s\n")
-        assert stop.value.code == 2 and err.count("\n") == 1 and part.read_bytes() == before and out.read_bytes() == merged
+        assert (
+            stop.value.code == 2
+            and err.count("\n") == 1
+            and part.read_bytes() == before
+            and out.read_bytes() == merged
+        )
         return err
 
     part.write_bytes(good[:-9])
@@ -273,7 +316,9 @@ def test_parts_are_left_alone_where_they_are_of_others(tmp_path, fake, capsys):
     for change, field in (({"tokens": "x"}, "tokens"), ({"important": [[9, 1]]}, "important"), ({"unimportant": [True]}, "unimportant"),
                           ({"seconds": -1}, "seconds"), ({"prompt_tokens": None}, "prompt_tokens"), ({"question": 3}, "question"),
                           ({"important": [3]}, "important"), ({"skipped": 3}, "skipped")):  # fmt: skip
-        part.write_text("".join(json.dumps(line | (change if at == 2 else {})) + "\n" for at, line in enumerate(lines)))
+        part.write_text(
+            "".join(json.dumps(line | (change if at == 2 else {})) + "\n" for at, line in enumerate(lines))
+        )
         for more in ((), ("--merge", "1")):
             assert f"{part}, line 3: field {field!r}" in fails(*more)
     for content in (b"mine\n", b"mine", b"[]\n", b"{}\n", b'{"target": "other"}\n', b"\xff\n"):

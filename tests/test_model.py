@@ -13,8 +13,10 @@ from conftest import DEVICES, ROOT, make_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from checkpoint import args_of, checkpoint_files, read_config
 from cli import InputError
-from model import PRESETS, ModelArgs, Transformer, checkpoint_files, load_model, preset, random_model, rope_table
+from model import PRESETS, ModelArgs, Transformer, preset, random_model, rope_table
+from quantize import load_model
 from scripts.convert_meta_checkpoint import NAMES, TOP, convert
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -78,7 +80,12 @@ def test_hidden_states_are_pre_norm(tmp_path, device):
 @torch.inference_mode()
 def test_llama31_scaling_beyond_position_8192(tmp_path):
     """A wrong scaling, or a table in bf16, shows only far out."""
-    shape = {"max_position_embeddings": 16384, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+    shape = {
+        "max_position_embeddings": 16384,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+    }
     theirs = make_folder(tmp_path, **shape, **SHAPES["llama 3.1"])
     ids = torch.randint(0, 97, (1, 8400))
     expected = theirs(ids, logits_to_keep=100).logits
@@ -89,7 +96,7 @@ def test_llama31_scaling_beyond_position_8192(tmp_path):
     assert error(logits, expected) < 1e-4
     # and the table itself, at the far end of the context
     inv_freq = theirs.model.rotary_emb.inv_freq
-    table = rope_table(ModelArgs.from_folder(tmp_path), 131072, torch.device("cpu"))
+    table = rope_table(read_config(tmp_path), 131072, torch.device("cpu"))
     angles = torch.arange(131072).float()[131000:, None] * inv_freq
     assert torch.allclose(table[131000:, 0], angles.cos(), atol=1e-4)
 
@@ -109,10 +116,14 @@ def test_window_hides_nothing_and_reads_nothing_past_it(pair):
 def test_rope_is_read_in_both_spellings():
     base = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
             "intermediate_size": 64, "vocab_size": 10}  # fmt: skip
-    old = ModelArgs.from_hf_config(base | {"rope_theta": 500000.0, "rope_scaling": LLAMA31})
-    new = ModelArgs.from_hf_config(base | {"rope_parameters": {"rope_theta": 500000.0, **LLAMA31}})
-    older = ModelArgs.from_hf_config(
-        base | {"rope_theta": 500000.0, "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA31.items()}}
+    old = args_of(base | {"rope_theta": 500000.0, "rope_scaling": LLAMA31})
+    new = args_of(base | {"rope_parameters": {"rope_theta": 500000.0, **LLAMA31}})
+    older = args_of(
+        base
+        | {
+            "rope_theta": 500000.0,
+            "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA31.items()},
+        }
     )
     assert old == new == older and old.rope_scaling == (8.0, 1.0, 4.0, 8192) and old.rope_theta == 500000.0
 
@@ -176,7 +187,12 @@ def test_broken_folders_are_named(tmp_path):
 
     name = "model.layers.1.mlp.up_proj.weight"
     refused({k: v for k, v in good.items() if k != name}, name, "no tensor")
-    refused(good | {"model.layers.9.mlp.up_proj.weight": good[name].clone()}, "model.layers.9", str(file), "unexpected")
+    refused(
+        good | {"model.layers.9.mlp.up_proj.weight": good[name].clone()},
+        "model.layers.9",
+        str(file),
+        "unexpected",
+    )
     refused(good | {name: good[name].t().contiguous()}, name, "(64, 112)", "(112, 64)", str(file))
     refused(good | {name: good[name].int()}, name, "int32")
     save_file(good, file)
@@ -270,10 +286,15 @@ def test_a_broken_meta_folder_leaves_nothing(tmp_path):
     theirs = make_folder(tmp_path / "hf", vocab_size=96)
     write_meta(tmp_path / "meta", theirs.state_dict(), theirs.config, 2)
     part = torch.load(tmp_path / "meta" / "consolidated.01.pth", weights_only=True)
-    torch.save({k: v for k, v in part.items() if "layers.2.attention.wo" not in k}, tmp_path / "meta" / "consolidated.01.pth")
+    torch.save(
+        {k: v for k, v in part.items() if "layers.2.attention.wo" not in k},
+        tmp_path / "meta" / "consolidated.01.pth",
+    )
     with pytest.raises(InputError, match=r"consolidated.01.pth has no tensor layers.2.attention.wo"):
         convert(tmp_path / "meta", tmp_path / "out")
-    (tmp_path / "meta" / "consolidated.00.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # code, not tensors
+    (tmp_path / "meta" / "consolidated.00.pth").write_bytes(
+        b"cos\nsystem\n(S'true'\ntR."
+    )  # code, not tensors
     with pytest.raises(InputError, match="consolidated.00.pth cannot be read"):
         convert(tmp_path / "meta", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
@@ -284,7 +305,9 @@ def broken(change):
 
     def spoil(folder):
         params = json.loads((folder / "params.json").read_text()) | change
-        (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if value is not ...}))
+        (folder / "params.json").write_text(
+            json.dumps({key: value for key, value in params.items() if value is not ...})
+        )
 
     return spoil
 
@@ -349,7 +372,12 @@ def test_where_a_converted_folder_goes(meta, tmp_path, monkeypatch):
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "file").write_text("x")
     os.mkfifo(tmp_path / "pipe")
-    for name, sentence in (("dangling", "a link to nowhere"), ("file", "is a file"), ("pipe", "is a pipe"), ("n" * 300, "File name too long")):
+    for name, sentence in (
+        ("dangling", "a link to nowhere"),
+        ("file", "is a file"),
+        ("pipe", "is a pipe"),
+        ("n" * 300, "File name too long"),
+    ):
         with pytest.raises(InputError, match=sentence):
             convert(meta, tmp_path / name)
     (tmp_path / "a.tmp").mkdir()
@@ -377,7 +405,7 @@ def test_where_a_converted_folder_goes(meta, tmp_path, monkeypatch):
 MEASURE_LOADING = """
 import sys, threading, time
 import torch
-from model import load_model
+from quantize import load_model
 
 def anonymous() -> int:  # kB of memory that is not the page cache
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -10,16 +10,27 @@ from conftest import make_folder
 import generate
 from generate import Engine, NotFinite, Settings, main
 from judge import JudgeHead
-from model import load_model
+from quantize import load_model
+from scripts.lib import pair
 
 PROMPT = [5, 17, 40, 8]
-RUNS = [("plain", 0.0), ("standard", 0.0), ("standard", 1.0), ("judge", 0.0), ("kl", 0.0), ("ensemble", 1.0), ("plain", 0.7)]
+RUNS = [
+    ("plain", 0.0),
+    ("standard", 0.0),
+    ("standard", 1.0),
+    ("judge", 0.0),
+    ("kl", 0.0),
+    ("ensemble", 1.0),
+    ("plain", 0.7),
+]
 
 
 def engine_of(pair, verify: str, temperature: float = 0.0, **more) -> Engine:
     target, draft = pair
     head = JudgeHead(torch.zeros(64), torch.tensor(0.1), 0.5, "", {})
-    return Engine(target, draft, head, Settings(verify, speculate_k=4, temperature=temperature, **more), [], 120)
+    return Engine(
+        target, draft, head, Settings(verify, speculate_k=4, temperature=temperature, **more), [], 120
+    )
 
 
 @contextmanager
@@ -44,7 +55,10 @@ def test_one_bad_weight_stops_every_way_of_decoding(pair, verify, temperature, r
     engine = engine_of(pair, verify, temperature)
     before = engine.generate(PROMPT, 30).tokens
     weight = pair[role == "draft"].layers[0].attention.wo.weight
-    with spoiled(weight, (3, 5), value), pytest.raises(NotFinite, match=f"The {role}'s logits are not finite"):
+    with (
+        spoiled(weight, (3, 5), value),
+        pytest.raises(NotFinite, match=f"The {role}'s logits are not finite"),
+    ):
         engine.generate(PROMPT, 30)
     assert engine.generate(PROMPT, 30).tokens == before
 
@@ -65,10 +79,15 @@ def test_what_becomes_infinite_midway_stops_there(pair):
     target, _ = pair
     engine = engine_of(pair, "plain")
     tokens = engine.generate(PROMPT, 30).tokens
-    at = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i] and token not in PROMPT)
+    at = next(
+        i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i] and token not in PROMPT
+    )
     result = generate.Result(len(PROMPT))
     after = f"after {len(PROMPT) + at + 1} tokens"
-    with spoiled(target.tok_embeddings.weight, tokens[at], float("inf")), pytest.raises(NotFinite, match=after):
+    with (
+        spoiled(target.tok_embeddings.weight, tokens[at], float("inf")),
+        pytest.raises(NotFinite, match=after),
+    ):
         list(engine.stream(PROMPT, 30, result))
     assert result.tokens == tokens[: at + 1]
 
@@ -101,18 +120,25 @@ def hot(tmp_path_factory):
         for product in (theirs.model.layers[1].mlp.gate_proj, theirs.model.layers[1].mlp.up_proj):
             product.weight.mul_(3000)
     theirs.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes((generate.DEMO / "target" / "tokenizer.model").read_bytes())
+    (folder / "tokenizer.model").write_bytes((pair.DEMO / "target" / "tokenizer.model").read_bytes())
     return folder
 
 
-@pytest.mark.parametrize("verify", [[], ["--draft_checkpoint_path", "{}"], ["--draft_checkpoint_path", "{}", "--temperature", "1"]])
+@pytest.mark.parametrize(
+    "verify", [[], ["--draft_checkpoint_path", "{}"], ["--draft_checkpoint_path", "{}", "--temperature", "1"]]
+)
 def test_fp16_that_overflows_is_one_sentence_that_says_what_would_do(hot, capsys, verify):
     flags = ["--checkpoint_path", str(hot), "--device", "cpu", "--prompt", "Mia", "--max_new_tokens", "5",
              *(word.format(hot) for word in verify)]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main([*flags, "--precision", "fp16", "--debug_numerics"])
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and "in float16" in err and "--precision bf16 and fp32 do not" in err
+    assert (
+        stop.value.code == 2
+        and out == ""
+        and "in float16" in err
+        and "--precision bf16 and fp32 do not" in err
+    )
     assert "layers.1.feed_forward" in err and sum("generate.py:" in line for line in err.splitlines()) == 1
     main([*flags, "--precision", "bf16", "--json"])
     assert len(json.loads(capsys.readouterr().out)["tokens"]) == 5
@@ -123,8 +149,19 @@ def test_a_loaded_bad_weight_is_the_folders(pair, tmp_path, capsys):
     with torch.no_grad():
         theirs.model.norm.weight[3] = float("nan")
     theirs.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes((generate.DEMO / "target" / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((pair.DEMO / "target" / "tokenizer.model").read_bytes())
     assert load_model(tmp_path).norm.weight.isnan().sum() == 1
     with pytest.raises(SystemExit) as stop:
-        main(["--checkpoint_path", str(tmp_path), "--device", "cpu", "--prompt", "Mia", "--max_new_tokens", "5"])
+        main(
+            [
+                "--checkpoint_path",
+                str(tmp_path),
+                "--device",
+                "cpu",
+                "--prompt",
+                "Mia",
+                "--max_new_tokens",
+                "5",
+            ]
+        )
     assert stop.value.code == 2 and "weights may be damaged" in capsys.readouterr().err

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import make_folder
 
-from generate import DEMO
-from scripts.perplexity import main, scheme_named, windows
+from checkpoint import DEMO
+from scripts.lib.likelihood import windows
+from scripts.perplexity import main, scheme_named
 from tokenizer import load_tokenizer
 
 
@@ -35,7 +36,14 @@ def test_perplexity_against_transformers(tmp_path, capsys):
     (tmp_path / "model" / "tokenizer.model").write_bytes((DEMO / "target" / "tokenizer.model").read_bytes())
     text = "Mia has 47 apples. She buys 38. We have 47+38=85 apples. " * 4
     (tmp_path / "text.txt").write_text(text)
-    flags = ["--checkpoint_path", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
+    flags = [
+        "--checkpoint_path",
+        str(tmp_path / "model"),
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--device",
+        "cpu",
+    ]
     main([*flags, "--window", "32", "--stride", "8", "--mode", "none", "int8", "int4/64"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     tokenizer = load_tokenizer(tmp_path / "model")
@@ -43,9 +51,13 @@ def test_perplexity_against_transformers(tmp_path, capsys):
     for begin, end, first in windows(len(ids), 32, 8):
         window = torch.tensor([[tokenizer.bos_id, *ids[begin:end]]])
         chances = theirs(window).logits[0].double().log_softmax(-1)
-        total += sum(chances[i - begin, ids[i]].item() for i in range(first, end))  # row r says what follows token r
+        total += sum(
+            chances[i - begin, ids[i]].item() for i in range(first, end)
+        )  # row r says what follows token r
     rows = report["rows"]
-    assert report["tokens"] == len(ids) and rows[0]["perplexity"] == pytest.approx(math.exp(-total / len(ids)), rel=1e-4)
+    assert report["tokens"] == len(ids) and rows[0]["perplexity"] == pytest.approx(
+        math.exp(-total / len(ids)), rel=1e-4
+    )
     assert rows[0]["bits_per_token"] == pytest.approx(math.log2(rows[0]["perplexity"]))
     assert 0 < abs(rows[1]["change"]) < abs(rows[2]["change"])
 
@@ -63,7 +75,11 @@ def test_mistakes(flags, sentence, capsys):
 
 
 def test_names_of_modes():
-    assert scheme_named("none") is None and scheme_named("int4/128").group_size == 128 and scheme_named("fp8").mode == "fp8"
+    assert (
+        scheme_named("none") is None
+        and scheme_named("int4/128").group_size == 128
+        and scheme_named("fp8").mode == "fp8"
+    )
 
 
 def test_a_perplexity_that_is_no_number_is_one_sentence(tmp_path, capsys):
@@ -72,6 +88,24 @@ def test_a_perplexity_that_is_no_number_is_one_sentence(tmp_path, capsys):
     weights.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.model").write_bytes((DEMO / "target" / "tokenizer.model").read_bytes())
     with pytest.raises(SystemExit) as end:
-        main(["--checkpoint_path", str(tmp_path / "model"), "--mode", "none", "--limit", "1", "--device", "cpu", "--stride", "32"])
+        main(
+            [
+                "--checkpoint_path",
+                str(tmp_path / "model"),
+                "--mode",
+                "none",
+                "--limit",
+                "1",
+                "--device",
+                "cpu",
+                "--stride",
+                "32",
+            ]
+        )
     captured = capsys.readouterr()
-    assert end.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and "not finite" in captured.err
+    assert (
+        end.value.code == 2
+        and captured.out == ""
+        and captured.err.count("\n") == 1
+        and "not finite" in captured.err
+    )

@@ -26,7 +26,9 @@ def test_one_gpu_by_hand():
     assert whole("Llama-3.1-8B").seconds(gpu, 1000, 1, 1) == pytest.approx(read / 2e12)
     pair = Plan(whole("Llama-3.1-8B"), whole("Llama-3.2-1B"), gpu)
     small = whole("Llama-3.2-1B").read(1000, 1)
-    expected = read + 4 * 4096 * 2 + 4 * small + 2048 * 2  # five rows of the target; the draft's first step has two
+    expected = (
+        read + 4 * 4096 * 2 + 4 * small + 2048 * 2
+    )  # five rows of the target; the draft's first step has two
     assert pair.round(4, 1000) == pytest.approx(expected / 2e12)
 
 
@@ -68,14 +70,16 @@ def test_the_papers_configurations(capsys):
                      "Llama-3.1-405B (bf16) with Llama-3.1-8B (bf16) on 16 H100"]  # fmt: skip
     figures = json.loads(out.splitlines()[-1])
     assert [one["fits"] for one in figures] == [True] * 3
-    assert figures[0]["memory"]["weights"] == pytest.approx((70.55e9 + 8.03e9) / 2, rel=0.06)  # int8, embeddings in bf16
+    assert figures[0]["memory"]["weights"] == pytest.approx(
+        (70.55e9 + 8.03e9) / 2, rel=0.06
+    )  # int8, embeddings in bf16
     main(["--target", "Llama-3.1-70B", "--gpus", "1"])
     assert "DOES NOT FIT into 80" in capsys.readouterr().out
 
 
 def test_predictions_are_held_against_measurements(tmp_path, capsys):
     """A report of a model that took twice its bytes' time: every error is -50%."""
-    target, draft = plan.benchmark.shape_of("128x2"), plan.benchmark.shape_of("64x1")
+    target, draft = plan.speed_report.shape_of("128x2"), plan.speed_report.shape_of("64x1")
     big, small = (shape.step_bytes(20, torch.float32) for shape in (target, draft))
     rows = [("plain step at 20", big), ("draft loop, M = 4 at 20", 4 * small + 64 * 4), ("verify 5 rows at 20", big + 4 * 128 * 4),
             ("round, M = 4 at 20", big + 4 * 128 * 4 + 4 * small + 64 * 4), ("generate, plain", 1)]  # fmt: skip
@@ -86,15 +90,26 @@ def test_predictions_are_held_against_measurements(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     main(["--check", "--benchmarks", str(tmp_path)])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["n"] == 4 and found["lowest"] == pytest.approx(-0.5) and found["highest"] == pytest.approx(-0.5)
+    assert (
+        found["n"] == 4 and found["lowest"] == pytest.approx(-0.5) and found["highest"] == pytest.approx(-0.5)
+    )
     main(["--check"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] >= 16
-    saved = quantize.weight_bytes(target, torch.float32, None) - quantize.weight_bytes(target, torch.float32, quantize.Scheme("int8"))
-    report["rows"] = [{"part": f"int8: {part}", "ms": (size - saved) / 10e9 * 1e3} for part, size in (rows[0], rows[2], rows[3])]
+    saved = quantize.weight_bytes(target, torch.float32, None) - quantize.weight_bytes(
+        target, torch.float32, quantize.Scheme("int8")
+    )
+    report["rows"] = [
+        {"part": f"int8: {part}", "ms": (size - saved) / 10e9 * 1e3}
+        for part, size in (rows[0], rows[2], rows[3])
+    ]
     (tmp_path / "latency_x.json").write_text(json.dumps(report))  # a target in another mode: its own bytes
     main(["--check", "--benchmarks", str(tmp_path)])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["n"] == 3 and found["lowest"] == pytest.approx(0, abs=1e-9) and found["highest"] == pytest.approx(0, abs=1e-9)
+    assert (
+        found["n"] == 3
+        and found["lowest"] == pytest.approx(0, abs=1e-9)
+        and found["highest"] == pytest.approx(0, abs=1e-9)
+    )
 
 
 def test_more_than_a_machine_holds_is_linked_more_slowly(capsys):
@@ -132,19 +147,35 @@ REPORT = {"command": "python scripts/benchmark.py --preset 128x2 --draft_preset 
           "limit": "read", "read_gb_per_s": 10.0, "dtype": "float32",
           "rows": [{"part": "plain step at 20", "ms": 1.0}, {"part": "draft loop, M = 4 at 20", "ms": 1.0},
                    {"part": "verify 5 rows at 20", "ms": 1.0}, {"part": "round, M = 4 at 20", "ms": 1.0}]}  # fmt: skip
-NEW = REPORT | {"schema": 2, "model": "128x2", "draft_model": "64x1", "mode": None, "draft_mode": None, "modes": None}
+NEW = REPORT | {
+    "schema": 2,
+    "model": "128x2",
+    "draft_model": "64x1",
+    "mode": None,
+    "draft_mode": None,
+    "modes": None,
+}
 
 
 def test_both_schemas_say_the_same(tmp_path):
     """Schema 2 by its fields alone; with modes, and with a folder of the repository named from its root on."""
-    assert plan.predictions(REPORT) == plan.predictions(NEW | {"command": "lost"}) and len(plan.predictions(NEW)) == 4
+    assert (
+        plan.predictions(REPORT) == plan.predictions(NEW | {"command": "lost"})
+        and len(plan.predictions(NEW)) == 4
+    )
     old = REPORT | {"command": REPORT["command"] + " --mode int4 --group_size 64"}
     assert plan.predictions(old) == plan.predictions(NEW | {"mode": "int4/64"}) != plan.predictions(NEW)
     several = [{"part": "int8: plain step at 20", "ms": 1.0}]
     old = REPORT | {"rows": several, "command": REPORT["command"] + " --modes none int8 --quantize_lm_head"}
     new = NEW | {"rows": several, "modes": {"none": None, "int8": "int8 with LM head"}}
-    assert plan.predictions(old) == plan.predictions(new) != plan.predictions(NEW | {"rows": several, "modes": {"int8": "int8"}})
-    assert plan.predictions(NEW | {"model": "checkpoints/demo/target", "draft_model": "checkpoints/demo/draft"})
+    assert (
+        plan.predictions(old)
+        == plan.predictions(new)
+        != plan.predictions(NEW | {"rows": several, "modes": {"int8": "int8"}})
+    )
+    assert plan.predictions(
+        NEW | {"model": "checkpoints/demo/target", "draft_model": "checkpoints/demo/draft"}
+    )
 
 
 @pytest.mark.parametrize("change, words", [
@@ -168,10 +199,15 @@ def test_damaged_reports_are_one_sentence(change, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--check", "--benchmarks", str(tmp_path)])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "a.json") in err and words in err, err
+    assert (
+        stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "a.json") in err and words in err
+    ), err
 
 
-@pytest.mark.parametrize("content", ['{"rows": ' + "[" * 100000, '{"rows": 1' + "0" * 5000 + "}", '{"a": "\\ud800"}', "\udcff", "[]", ""])
+@pytest.mark.parametrize(
+    "content",
+    ['{"rows": ' + "[" * 100000, '{"rows": 1' + "0" * 5000 + "}", '{"a": "\\ud800"}', "\udcff", "[]", ""],
+)
 def test_what_is_no_json_is_one_sentence(content, tmp_path, capsys):
     (tmp_path / "a.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(SystemExit) as stop:
@@ -182,7 +218,7 @@ def test_what_is_no_json_is_one_sentence(content, tmp_path, capsys):
 
 def test_lengths_fit_the_context_of_a_folder(tmp_path, capsys):
     """The demo pair's context is 512; a damaged config is named."""
-    from generate import DEMO
+    from checkpoint import DEMO
 
     main(["--target", str(DEMO / "target"), "--draft", str(DEMO / "draft")])
     assert "caches for 512 tokens" in (said := capsys.readouterr().out) and "at position 512" in said
@@ -194,5 +230,10 @@ def test_lengths_fit_the_context_of_a_folder(tmp_path, capsys):
 
 def test_standard_output_full_is_one_sentence():
     with open("/dev/full", "w") as full:
-        found = subprocess.run([sys.executable, plan.__file__, "--target", "Llama-3.2-1B"], stdout=full, stderr=subprocess.PIPE, text=True)
+        found = subprocess.run(
+            [sys.executable, plan.__file__, "--target", "Llama-3.2-1B"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert found.returncode == 2 and found.stderr.count("\n") == 1 and "No space left" in found.stderr

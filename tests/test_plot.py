@@ -12,12 +12,32 @@ from test_report import RECORDS, record, write
 
 from cli import InputError
 from scripts import plot
-from scripts.plot import FIGURES, accepted_a_round, bars, new_figure, round_parts, run_accepted, run_m_sweep, run_pareto, shown
+from scripts.lib import figures
+from scripts.lib.figures import (
+    FIGURES,
+    bars,
+    new_figure,
+    round_parts,
+    run_accepted,
+    run_m_sweep,
+    run_pareto,
+    shown,
+)
+from scripts.lib.runs import accepted_a_round
 
 
 @pytest.mark.parametrize(
     "origin, expected",
-    [("", []), ("t", [0]), ("ttt", [0, 0, 0]), ("aaaab", [4]), ("raat", [3]), ("aatbrt", [2, 0, 1]), ("aatar", [2, 2]), ("a", [1])],
+    [
+        ("", []),
+        ("t", [0]),
+        ("ttt", [0, 0, 0]),
+        ("aaaab", [4]),
+        ("raat", [3]),
+        ("aatbrt", [2, 0, 1]),
+        ("aatar", [2, 2]),
+        ("a", [1]),
+    ],
 )
 def test_a_round_ends_with_the_targets_own_token_or_the_answer(origin, expected):
     assert accepted_a_round(origin) == expected
@@ -39,7 +59,10 @@ def test_figures_of_a_run_by_hand():
     assert run_m_sweep(RECORDS) is None
     plain_only = [r for r in RECORDS if r["rule"] == "plain"]
     assert run_accepted(plain_only) is None and run_pareto(plain_only) is None
-    assert run_pareto([r | {"right": None} for r in RECORDS]) is None and run_accepted([r | {"origin": ""} for r in RECORDS]) is None
+    assert (
+        run_pareto([r | {"right": None} for r in RECORDS]) is None
+        and run_accepted([r | {"origin": ""} for r in RECORDS]) is None
+    )
 
 
 def test_the_m_sweep_of_a_run():
@@ -56,9 +79,18 @@ def test_a_round_by_part():
     result = json.loads((ROOT / "benchmarks" / "latency_1b.json").read_text())
     ms = {row["part"]: row["ms"] for row in result["rows"]}
     (axis,) = round_parts(result).axes
-    bars = [[(bar.get_x(), bar.get_width()) for bar in group] for group in axis.containers if hasattr(group[0], "get_width")]
+    bars = [
+        [(bar.get_x(), bar.get_width()) for bar in group]
+        for group in axis.containers
+        if hasattr(group[0], "get_width")
+    ]
     loop, verify = ms["draft loop, M = 16 at 500"], ms["verify 17 rows at 500"]
-    assert bars == [[(0, ms["plain step at 500"])], [(0, loop)], [(loop, verify)], [(0, ms["round, M = 16 at 500"])]]
+    assert bars == [
+        [(0, ms["plain step at 500"])],
+        [(0, loop)],
+        [(loop, verify)],
+        [(0, ms["round, M = 16 at 500"])],
+    ]
     with pytest.raises(InputError, match="no rounds"):
         round_parts({"rows": [row for row in result["rows"] if "round" not in row["part"]]})
 
@@ -116,13 +148,17 @@ def test_every_figure_has_a_legend_full_words_and_no_cut_number(name):
     figure = drawn(name)
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
     assert legends and all(text.get_text() for legend in legends for text in legend.get_texts())
-    words = [text.get_text() for axis in figure.axes for text in [axis.title, axis.xaxis.label, axis.yaxis.label]]
+    words = [
+        text.get_text() for axis in figure.axes for text in [axis.title, axis.xaxis.label, axis.yaxis.label]
+    ]
     assert not {"m*", "tokens/s", "M"} & set(words)
     page = figure.bbox
     for axis in figure.axes:
         for text in [*axis.texts, *axis.get_xticklabels()]:
             box = text.get_window_extent()
-            assert not re.search(r"\de[+-]", text.get_text()) and box.x0 >= page.x0 - 1 and box.x1 <= page.x1 + 1, text.get_text()
+            assert (
+                not re.search(r"\de[+-]", text.get_text()) and box.x0 >= page.x0 - 1 and box.x1 <= page.x1 + 1
+            ), text.get_text()
 
 
 def test_an_area_under_a_curve_ends_at_one():
@@ -145,7 +181,9 @@ def test_numbers_as_people_write_them():
         "1,913", "123", "14.2", "5.03", "0.995", "0", "0", "-", "-12.3"]  # fmt: skip
     _, (axis,) = new_figure()
     bars(axis, ["a"], [1913.4], "t", "l")
-    assert [text.get_text() for text in axis.texts] == ["1,913"] and axis.texts[0].get_position()[0] > 1  # beside the axis
+    assert [text.get_text() for text in axis.texts] == ["1,913"] and axis.texts[0].get_position()[
+        0
+    ] > 1  # beside the axis
 
 
 def test_files_of_both_schemas_are_drawn():
@@ -153,7 +191,10 @@ def test_files_of_both_schemas_are_drawn():
     for row in new["rows"]:
         row |= {"ms_min": row.pop("ms_p10") - 1, "ms_max": row.pop("ms_p90") + 1, "n": 5}
     (axis,) = round_parts(new).axes
-    assert "least to most" in axis.get_xlabel() and "10% to 90%" in round_parts(committed("latency_1b")).axes[0].get_xlabel()
+    assert (
+        "least to most" in axis.get_xlabel()
+        and "10% to 90%" in round_parts(committed("latency_1b")).axes[0].get_xlabel()
+    )
     for row in new["rows"]:
         row |= {"ms_p25": row["ms"], "ms_p75": row["ms"], "n": 20}
     assert "25% to 75%" in round_parts(new).axes[0].get_xlabel()
@@ -184,7 +225,7 @@ def test_damaged_results_are_one_sentence(name, change, words, tmp_path, capsys)
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_no_field_of_a_row_may_be_anything(name, tmp_path, capsys):
     """Each field that a figure reads, spoilt in each way: one sentence with file, row and field."""
-    for field, good in plot.ROW_FIELDS[name].items():
+    for field, good in figures.ROW_FIELDS[name].items():
         for value in ([], {}, True, float("nan"), float("inf"), 10**18, "text", None):
             result = committed(name)
             result["rows"][-1][field] = value
@@ -200,10 +241,22 @@ def test_what_is_read_and_written_is_regular(tmp_path, capsys):
     os.mkfifo(tmp_path / "fifo.json")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     (tmp_path / "folder.json").mkdir()
-    for path in ("/dev/full", "/dev/zero", tmp_path / "fifo.json", tmp_path / "loop.jsonl", tmp_path / "folder.json", "/", "n" * 300):
+    for path in (
+        "/dev/full",
+        "/dev/zero",
+        tmp_path / "fifo.json",
+        tmp_path / "loop.jsonl",
+        tmp_path / "folder.json",
+        "/",
+        "n" * 300,
+    ):
         assert str(path)[:50] in refused([str(path)], capsys) or path == "/dev/zero"
     good = json.dumps(committed("rule_cost"))
-    for make in (lambda path: os.mkfifo(path), lambda path: path.mkdir(), lambda path: path.symlink_to("/dev/null")):
+    for make in (
+        lambda path: os.mkfifo(path),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("/dev/null"),
+    ):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
         path.write_text(good)
         make(path.with_suffix(".png"))
@@ -211,7 +264,10 @@ def test_what_is_read_and_written_is_regular(tmp_path, capsys):
         assert "cannot be written" in refused([str(path)], capsys)
         assert os.lstat(path.with_suffix(".png")).st_ino == before.st_ino
     (tmp_path / "a.png").write_text(good)
-    assert "would be lost" in refused([str(tmp_path / "a.png")], capsys) and (tmp_path / "a.png").read_text() == good
+    assert (
+        "would be lost" in refused([str(tmp_path / "a.png")], capsys)
+        and (tmp_path / "a.png").read_text() == good
+    )
 
 
 def test_names_in_results_are_no_formulas(tmp_path, capsys):
@@ -225,13 +281,19 @@ def test_names_in_results_are_no_formulas(tmp_path, capsys):
 def test_the_commands_of_the_documents(tmp_path, monkeypatch, capsys):
     """Those of README.md and of the docstring, on copies: figures go beside the files."""
     texts = [(ROOT / "README.md").read_text(), plot.__doc__]
-    commands = [line.split() for text in texts for line in re.findall(r"^ *python scripts/plot.py ([^#\n]*)", text, re.M)]
+    commands = [
+        line.split()
+        for text in texts
+        for line in re.findall(r"^ *python scripts/plot.py ([^#\n]*)", text, re.M)
+    ]
     assert len(commands) == 3
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
     write(tmp_path / "results.jsonl")
     for name in ("latency_1b", "pareto"):
-        (tmp_path / "benchmarks" / f"{name}.json").write_text((ROOT / "benchmarks" / f"{name}.json").read_text())
+        (tmp_path / "benchmarks" / f"{name}.json").write_text(
+            (ROOT / "benchmarks" / f"{name}.json").read_text()
+        )
     for command in commands:
         plot.main(command)
         assert all((tmp_path / name).exists() for name in capsys.readouterr().out.split())
@@ -240,5 +302,10 @@ def test_the_commands_of_the_documents(tmp_path, monkeypatch, capsys):
 def test_standard_output_full_is_one_sentence(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(SPEED))
     with open("/dev/full", "w") as full:
-        found = subprocess.run([sys.executable, plot.__file__, str(tmp_path / "a.json")], stdout=full, stderr=subprocess.PIPE, text=True)
+        found = subprocess.run(
+            [sys.executable, plot.__file__, str(tmp_path / "a.json")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert found.returncode == 2 and found.stderr.count("\n") == 1

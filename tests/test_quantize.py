@@ -15,11 +15,13 @@ from conftest import DEVICES, ROOT, make_folder
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import kernels
 import model as plain
 import quantize
+from checkpoint import DEMO
 from cli import InputError
-from generate import DEMO, Engine, Settings, check_memory
+from generate import Engine, Settings
 from model import ModelArgs, random_model
 from quantize import (
     QuantLinear,
@@ -34,9 +36,16 @@ from quantize import (
     unpack_int4,
     weight_bytes,
 )
+from scripts.lib.pair import check_memory
 
 kernels.use_cpu_kernels()
-SCHEMES = [Scheme("int8"), Scheme("fp8"), Scheme("int4"), Scheme("int4", 64), Scheme("int4", 128, symmetric=True)]
+SCHEMES = [
+    Scheme("int8"),
+    Scheme("fp8"),
+    Scheme("int4"),
+    Scheme("int4", 64),
+    Scheme("int4", 128, symmetric=True),
+]
 TEXT = [str(scheme) for scheme in SCHEMES]
 
 
@@ -67,7 +76,11 @@ def test_int4_is_no_worse_than_rounding_and_better_when_searched(scheme, n, k):
     w = weights(n, k)
     packed, scales = quantize.quantize(w, scheme)
     padded = torch.nn.functional.pad(w, (0, -k % scheme.group_size))
-    assert packed.shape == (n, padded.shape[1] // 2) and scales.shape == (n, padded.shape[1] // scheme.group_size, 2)
+    assert packed.shape == (n, padded.shape[1] // 2) and scales.shape == (
+        n,
+        padded.shape[1] // scheme.group_size,
+        2,
+    )
     groups = padded.unflatten(1, (-1, scheme.group_size))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if scheme.symmetric:
@@ -80,7 +93,9 @@ def test_int4_is_no_worse_than_rounding_and_better_when_searched(scheme, n, k):
     weight = groups.square() + 1e-12
     found = dequantize(packed, scales).unflatten(1, (-1, scheme.group_size))
     error, bound = ((weight * (x - groups).square()).sum(-1) for x in (found, naive))
-    assert (error <= bound * (1.25 if n > 7 else 3) + 1e-12).all() and (n == 7 or error.sum() < 0.95 * bound.sum())
+    assert (error <= bound * (1.25 if n > 7 else 3) + 1e-12).all() and (
+        n == 7 or error.sum() < 0.95 * bound.sum()
+    )
     if scheme.symmetric:
         assert torch.equal(scales[..., 1], -8 * scales[..., 0])
 
@@ -131,7 +146,9 @@ def test_products_on_a_gpu_against_float64(scheme, n, k, device):
         x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
         y = kernels.few_rows(*(part.to(device) for part in (x, *packed)), n).cpu()
         size = (x.double().abs() @ exact_w.abs().T).clamp(min=1e-30)
-        assert y.shape == (1, rows, n) and ((y.double() - x.double() @ exact_w.T).abs() / size).max() < noise, rows
+        assert (
+            y.shape == (1, rows, n) and ((y.double() - x.double() @ exact_w.T).abs() / size).max() < noise
+        ), rows
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4")], ids=["int8", "int4"])
@@ -142,7 +159,10 @@ def test_every_tiling_gives_the_same_product(scheme, device):
     n, k = 128, 1100
     packed = [quantize.pad_rows(part) for part in quantize.quantize(weights(n, k), scheme)]
     x = torch.randn(1, 17, k, generator=torch.Generator().manual_seed(0))
-    exact, size = (y.double() @ w.double().T for y, w in ((x, dequantize(*packed)[:n, :k]), (x.abs(), dequantize(*packed)[:n, :k].abs())))
+    exact, size = (
+        y.double() @ w.double().T
+        for y, w in ((x, dequantize(*packed)[:n, :k]), (x.abs(), dequantize(*packed)[:n, :k].abs()))
+    )
     moved = [part.to(device) for part in (x, *packed)]
     assert len(set(kernels.TILINGS)) == len(kernels.TILINGS)
     for tiling in kernels.TILINGS:
@@ -194,7 +214,9 @@ def test_products_of_fp8_with_fp8(n, k):
         rounded = (x.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
         y, exact, size = layer(x), rounded @ exact_w.T, rounded.abs() @ exact_w.abs().T
         assert y.shape == (1, rows, n) and y.dtype == x.dtype
-        assert ((y.double() - exact).abs() / size.clamp(min=1e-30)).max() < 2e-2  # a quotient may round to the neighbour
+        assert (
+            (y.double() - exact).abs() / size.clamp(min=1e-30)
+        ).max() < 2e-2  # a quotient may round to the neighbour
         assert ((y.double() - exact).norm() / exact.norm()) < 4e-3
 
 
@@ -207,20 +229,33 @@ def test_fp8_takes_every_value_there_is():
     for rows in (16, 256):  # by the kernel of few rows, and by that of a prefill
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.eye(256, dtype=dtype)
-            y = torch.cat([kernels.cpu_kernels.linear_quantized(part, *quantize.to_tiles(w, torch.ones(16)), 16) for part in x.split(rows)])
+            y = torch.cat(
+                [
+                    kernels.cpu_kernels.linear_quantized(part, *quantize.to_tiles(w, torch.ones(16)), 16)
+                    for part in x.split(rows)
+                ]
+            )
             assert torch.equal(y[: len(finite), 3].float(), finite.float())
 
 
 def test_tiles_by_hand():
     """Where single weights of 32 rows and 32 (int4: 64) columns come to lie."""
     q = torch.zeros(32, 32, dtype=torch.int8)
-    q[21, 6], q[21, 7], q[3, 1] = -5, 127, 9  # row 21: block 1, row 5 of it, second of the second four; columns 6, 7: line 1, second half
+    q[21, 6], q[21, 7], q[3, 1] = (
+        -5,
+        127,
+        9,
+    )  # row 21: block 1, row 5 of it, second of the second four; columns 6, 7: line 1, second half
     tiles, scales = quantize.to_tiles(q, torch.ones(32))
     flat = tiles.view(torch.uint8).flatten().tolist()
     assert {i: value for i, value in enumerate(flat) if value} == {
         512 + 64 + 16 + 8 + 2: 128 + 5, 512 + 64 + 16 + 8 + 3: 127, 6 + 1: 9}  # fmt: skip
     q = torch.zeros(32, 64, dtype=torch.uint8)
-    q[21, 10], q[21, 15], q[3, 0] = 5, 15, 9  # columns 10 and 15: line 1, p = 1 in the lower, p = 3 in the upper half of 32 bits
+    q[21, 10], q[21, 15], q[3, 0] = (
+        5,
+        15,
+        9,
+    )  # columns 10 and 15: line 1, p = 1 in the lower, p = 3 in the upper half of 32 bits
     pairs = torch.arange(128).view(32, 2, 2).bfloat16()
     tiles, scales = quantize.to_tiles(pack_int4(q), pairs)
     words = tiles.view(torch.int32).flatten()
@@ -233,12 +268,16 @@ def test_tiles_by_hand():
 def folder(tmp_path_factory):
     """A random model with odd sizes in published form: groups that do not divide, a vocabulary of 97."""
     path = tmp_path_factory.mktemp("quantize") / "model"
-    make_folder(path, seed=3, hidden_size=80, intermediate_size=112, num_attention_heads=4, head_dim=20, scale=2.0)
+    make_folder(
+        path, seed=3, hidden_size=80, intermediate_size=112, num_attention_heads=4, head_dim=20, scale=2.0
+    )
     return path
 
 
 @pytest.mark.parametrize(
-    "scheme", [*SCHEMES, Scheme("int8", lm_head=True), Scheme("fp8", dynamic=True)], ids=[*TEXT, "int8 with LM head", "fp8 dynamic"]
+    "scheme",
+    [*SCHEMES, Scheme("int8", lm_head=True), Scheme("fp8", dynamic=True)],
+    ids=[*TEXT, "int8 with LM head", "fp8 dynamic"],
 )
 @torch.inference_mode()
 def test_a_written_folder_is_what_quantising_while_loading_gives(folder, tmp_path, scheme):
@@ -246,11 +285,13 @@ def test_a_written_folder_is_what_quantising_while_loading_gives(folder, tmp_pat
     assert read_scheme(tmp_path / "out")[0] == scheme and not (tmp_path / "out.partial").exists()
     ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(0))
     models = [load_model(tmp_path / "out", "cpu"), load_model(folder, "cpu", None, scheme)]
-    models.append(quantize_model(plain.load_model(folder), scheme))
+    models.append(quantize_model(checkpoint.load_model(folder), scheme))
     outputs = [model(ids)[1] for model in models]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
-    unquantised = plain.load_model(folder)
-    assert {model.quantization for model in models} == {str(scheme)} and models[0].fingerprint == unquantised.fingerprint
+    unquantised = checkpoint.load_model(folder)
+    assert {model.quantization for model in models} == {str(scheme)} and models[
+        0
+    ].fingerprint == unquantised.fingerprint
     reference = unquantised(ids)[1]
     assert 0 < (outputs[0] - reference).norm() / reference.norm() < (0.4 if scheme.mode == "int4" else 0.1)
     stored = {id(x): x.nbytes for x in models[0].state_dict().values()}
@@ -262,7 +303,9 @@ def test_what_is_quantised(folder):
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     assert kinds["layers.2.attention.wqkv"] == kinds["layers.0.feed_forward.w2"] == "QuantLinear"
     assert kinds["output"] == "Linear" and kinds["tok_embeddings"] == "Embedding"
-    assert not any(isinstance(weight, torch.nn.Parameter) and weight.shape[0] == 224 for weight in model.parameters())
+    assert not any(
+        isinstance(weight, torch.nn.Parameter) and weight.shape[0] == 224 for weight in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4"), Scheme("fp8", lm_head=True)], ids=str)
@@ -294,7 +337,9 @@ def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="left of a run with other settings"):
         convert(folder, tmp_path / "out", Scheme("fp8"))
     again = []
-    monkeypatch.setattr(quantize, "write_shard", lambda file, *rest: (again.append(file.name), write(file, *rest)))
+    monkeypatch.setattr(
+        quantize, "write_shard", lambda file, *rest: (again.append(file.name), write(file, *rest))
+    )
     convert(folder, tmp_path / "out", Scheme("int8"))
     assert len(again) == 2 and not set(again) & set(written)  # 3 layers and the rest
     convert(folder, tmp_path / "whole", Scheme("int8"))
@@ -318,7 +363,10 @@ def test_a_run_killed_at_its_ends_resumes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize.os, "replace", rename)
     monkeypatch.setattr(quantize, "write_shard", lambda *rest: pytest.fail("all shards were there"))
     convert(folder, tmp_path / "out", Scheme("int8"))
-    assert load_model(tmp_path / "out", "cpu").quantization == "int8" and not (tmp_path / "out" / "settings.json").exists()
+    assert (
+        load_model(tmp_path / "out", "cpu").quantization == "int8"
+        and not (tmp_path / "out" / "settings.json").exists()
+    )
 
 
 def test_a_full_disk_is_one_sentence(folder, tmp_path, monkeypatch):
@@ -350,12 +398,19 @@ def test_killed_between_the_new_name_and_the_end(folder, tmp_path, monkeypatch, 
         convert(folder, tmp_path / "out", Scheme("fp8"))
     monkeypatch.setattr(quantize, "write_shard", lambda *rest: pytest.fail("all shards were there"))
     convert(folder, tmp_path / "out", Scheme("int8"))
-    assert "out is complete: int8" in capsys.readouterr().err and not (tmp_path / "out" / "settings.json").exists()
-    with pytest.raises(InputError, match="exists already, and is complete: the int8 weights of this very model"):
+    assert (
+        "out is complete: int8" in capsys.readouterr().err
+        and not (tmp_path / "out" / "settings.json").exists()
+    )
+    with pytest.raises(
+        InputError, match="exists already, and is complete: the int8 weights of this very model"
+    ):
         convert(folder, tmp_path / "out", Scheme("int8"))
 
 
-@pytest.mark.parametrize("left", [[], ["settings.json.tmp"], ["settings.tmp", ".tmpAbC123"], ["settings.json"]], ids=str)
+@pytest.mark.parametrize(
+    "left", [[], ["settings.json.tmp"], ["settings.tmp", ".tmpAbC123"], ["settings.json"]], ids=str
+)
 def test_killed_in_its_first_write(folder, tmp_path, left):
     """Nothing was done yet, so nothing is in the way; what was half written is not carried into the folder."""
     (tmp_path / "out.partial").mkdir()
@@ -364,7 +419,9 @@ def test_killed_in_its_first_write(folder, tmp_path, left):
     convert(folder, tmp_path / "out", Scheme("int8"))
     whole = {path.name for path in folder.iterdir()} - {"model.safetensors"}
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == whole | {"model.safetensors.index.json"} | {f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)}
+    assert made == whole | {"model.safetensors.index.json"} | {
+        f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)
+    }
 
 
 def test_what_a_killed_write_left_is_not_kept(folder, tmp_path):
@@ -411,7 +468,11 @@ def test_where_nothing_can_be_written_is_said_before_any_work(folder, tmp_path, 
     with pytest.raises(InputError, match="nothing may be made in the folder"):
         convert(folder, tmp_path / "new", Scheme("int8"))
     monkeypatch.undo()
-    assert (tmp_path / "fifo").is_fifo() and (tmp_path / "file").read_text() == "x" and not (tmp_path / "nowhere").exists()
+    assert (
+        (tmp_path / "fifo").is_fifo()
+        and (tmp_path / "file").read_text() == "x"
+        and not (tmp_path / "nowhere").exists()
+    )
 
 
 def test_a_second_process_on_the_same_out_is_refused(folder, tmp_path, monkeypatch):
@@ -441,7 +502,10 @@ def test_a_full_disk_while_a_shard_is_written(folder, tmp_path, monkeypatch):
         save(content, path, **more)
 
     monkeypatch.setattr(quantize, "save_file", full)
-    with pytest.raises(InputError, match="model-00003-of-00004.safetensors cannot be written: .*No space.*the same command goes on"):
+    with pytest.raises(
+        InputError,
+        match="model-00003-of-00004.safetensors cannot be written: .*No space.*the same command goes on",
+    ):
         convert(folder, tmp_path / "out", Scheme("int8"))
     assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [
         "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors", "settings.json"]  # fmt: skip
@@ -455,7 +519,9 @@ def test_a_tokenizer_in_metas_place_goes_along(folder, tmp_path):
     (source / "original" / "tokenizer.model").write_bytes(b"x")
     (source / "chat_template.jinja").write_text("y")
     convert(source, tmp_path / "out", Scheme("int8"))
-    assert (tmp_path / "out" / "original" / "tokenizer.model").read_bytes() == b"x" and (tmp_path / "out" / "chat_template.jinja").exists()
+    assert (tmp_path / "out" / "original" / "tokenizer.model").read_bytes() == b"x" and (
+        tmp_path / "out" / "chat_template.jinja"
+    ).exists()
 
 
 def test_a_folder_in_another_spelling_is_quantised_alike(folder, tmp_path):
@@ -464,7 +530,11 @@ def test_a_folder_in_another_spelling_is_quantised_alike(folder, tmp_path):
 
     source = shutil.copytree(folder, tmp_path / "m")
     tensors = load_file(source / "model.safetensors")
-    save_file({name.removeprefix("model."): x.clone() for name, x in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name.removeprefix("model."): x.clone() for name, x in tensors.items()},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "gone"}}')
     convert(source, tmp_path / "a", Scheme("int8"))
     convert(folder, tmp_path / "b", Scheme("int8"))
@@ -476,7 +546,9 @@ def test_fp8_on_an_older_gpu_is_refused(monkeypatch, folder):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     gpu = torch.device("cuda", 0)
     for scheme in (Scheme("fp8"), Scheme("fp8", dynamic=True)):
-        with pytest.raises(InputError, match="compute capability 8.9 or more; cuda:0 has 8.0: use int8 or int4"):
+        with pytest.raises(
+            InputError, match="compute capability 8.9 or more; cuda:0 has 8.0: use int8 or int4"
+        ):
             quantize.check_device(gpu, scheme)
         with pytest.raises(InputError, match="compute capability 8.9"):
             load_model(folder, gpu, None, scheme)
@@ -499,7 +571,11 @@ class Peak(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
                 key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-                if all(x.untyped_storage().data_ptr() != key for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
+                if all(
+                    x.untyped_storage().data_ptr() != key
+                    for x in torch.utils._pytree.tree_leaves((args, kwargs))
+                    if isinstance(x, torch.Tensor)
+                ):
                     self.living[key] = 0
                     self.now += size
                     self.peak = max(self.peak, self.now)
@@ -528,7 +604,9 @@ def test_a_prefill_makes_no_copy_of_a_whole_weight(scheme, monkeypatch):
         y = quantize.product_in_slices(x, weight, scales, n)
     assert torch.equal(y, expected) or (y - expected).abs().max() <= 2**-7 * expected.abs().max()
     args = ModelArgs(k, 1, 1, 1, n, 100, 64)
-    slices = quantize.temporary_bytes(args, torch.bfloat16, scheme, torch.device("cuda"), 70) - 2 * n * 640 * (2 + 2)
+    slices = quantize.temporary_bytes(
+        args, torch.bfloat16, scheme, torch.device("cuda"), 70
+    ) - 2 * n * 640 * (2 + 2)
     assert y.nbytes < peak.peak < y.nbytes + slices < y.nbytes + n * k
     assert torch.equal(quantize.many_rows(x, weight, scales, n), y)
 
@@ -563,12 +641,22 @@ def test_what_is_refused(folder, tmp_path, capsys):
         broken = shutil.copytree(tmp_path / "int8", tmp_path / "broken", dirs_exist_ok=True)
         (broken / "config.json").write_text(json.dumps(config | {"judge_fast": config["judge_fast"] | entry}))
         refused(match, lambda: load_model(tmp_path / "broken", "cpu"))
-    (broken / "config.json").write_text(json.dumps(config | {"judge_fast": config["judge_fast"] | {"scheme": {"mode": "fp8"}}}))
-    refused("is torch.int8, but its config.json calls for torch.float8_e4m3fn", lambda: load_model(tmp_path / "broken", "cpu"))
+    (broken / "config.json").write_text(
+        json.dumps(config | {"judge_fast": config["judge_fast"] | {"scheme": {"mode": "fp8"}}})
+    )
+    refused(
+        "is torch.int8, but its config.json calls for torch.float8_e4m3fn",
+        lambda: load_model(tmp_path / "broken", "cpu"),
+    )
     make_folder(tmp_path / "tied", tie_word_embeddings=True)
-    refused("this LM head is the embedding", lambda: convert(tmp_path / "tied", tmp_path / "c", Scheme("int8", lm_head=True)))
+    refused(
+        "this LM head is the embedding",
+        lambda: convert(tmp_path / "tied", tmp_path / "c", Scheme("int8", lm_head=True)),
+    )
     refused("NaN", lambda: quantize.quantize(torch.tensor([[1.0, float("nan")]]), Scheme("int4")))
-    refused("NaN or an infinite", lambda: quantize.quantize(torch.tensor([[1.0, float("inf")]]), Scheme("fp8")))
+    refused(
+        "NaN or an infinite", lambda: quantize.quantize(torch.tensor([[1.0, float("inf")]]), Scheme("fp8"))
+    )
     refused("not in fp16", lambda: load_model(folder, "cpu", torch.float16, Scheme("int8")))
     refused("not in fp16", lambda: load_model(tmp_path / "int8", "cpu", torch.float16))
     refused("--group_size 48", lambda: convert(folder, tmp_path / "c", Scheme("int4", 48)))
@@ -596,14 +684,14 @@ def test_bytes_by_hand():
 
 def test_the_demo_in_int8_says_what_it_says_unquantised():
     """Greedy, in fp32, up to near-ties: where the texts part, the unquantised target's two best are close."""
-    unquantised, int8 = (load_model(DEMO / "target", "cpu", torch.float32, scheme) for scheme in (None, Scheme("int8")))
+    unquantised, int8 = (
+        load_model(DEMO / "target", "cpu", torch.float32, scheme) for scheme in (None, Scheme("int8"))
+    )
     from tokenizer import load_tokenizer
 
     tokenizer, same = load_tokenizer(DEMO / "target"), 0
     for i in range(8):
-        text = (
-            f"Mia has {41 + i} apples. She buys {30 + 3 * i}. She multiplies it by 3. She sells {50 + i}. How many apples now?"
-        )
+        text = f"Mia has {41 + i} apples. She buys {30 + 3 * i}. She multiplies it by 3. She sells {50 + i}. How many apples now?"
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
         one, other = (
             Engine(model, None, None, Settings("plain"), tokenizer.stop_ids, 200).generate(prompt, 120).tokens

@@ -13,12 +13,14 @@ from conftest import ROOT
 
 from cli import InputError
 from scripts import report
-from scripts.intervals import paired_interval
-from scripts.plot import read_run
+from scripts.lib.intervals import paired_interval
+from scripts.lib.runs import read_run
 
 HEADER = {"questions": "demo", "data": None, "target": "aaaa1111", "draft": "bbbb2222", "judge": "cccc3333", "speculate_k": 4,
           "details": True, "chat": False}  # fmt: skip
-EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;<!--"
+EVIL = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;<!--"
+)
 
 
 def record(rule: str, index: int, right: bool | None, words: list[str], origin: str, **more) -> dict:
@@ -43,7 +45,17 @@ RECORDS = [
     record("plain", 2, False, ["No", " idea"], "tt"),
     record("judge", 2, False, ["No", " idea"], "ab"),
     record("plain", 3, True, [EVIL, "é\n", "🙂"], "ttt", question=EVIL, final_answer=EVIL, family=EVIL),
-    record("judge", 3, True, [EVIL, "é\n", "🙂"], "rrt", p=[0.5, 0.6], question=EVIL, final_answer=EVIL, family=EVIL),
+    record(
+        "judge",
+        3,
+        True,
+        [EVIL, "é\n", "🙂"],
+        "rrt",
+        p=[0.5, 0.6],
+        question=EVIL,
+        final_answer=EVIL,
+        family=EVIL,
+    ),
 ]
 
 
@@ -70,14 +82,21 @@ def test_the_summary_by_hand(tmp_path):
     assert judge[:4] == ["0.8", "4", "4", "50.0% (15.0 to 85.0)"]
     low, high = (100 * x for x in paired_interval(2, 0, 1, 1))  # both right twice, one lost, once neither
     assert judge[4:6] == [f"-25.0 ({low:+.1f} to {high:+.1f})", "1 / 0"]
-    assert judge[6:] == ["2.50", "35.7%", "3.5", "1.17"]  # 10 in 4 rounds; 5 of 14 tokens; 14 tokens in 4 s; to 3 a second
+    assert judge[6:] == [
+        "2.50",
+        "35.7%",
+        "3.5",
+        "1.17",
+    ]  # 10 in 4 rounds; 5 of 14 tokens; 14 tokens in 4 s; to 3 a second
     for word in ("aaaa1111", "bbbb2222", "cccc3333"):
         assert word in page
 
 
 def test_the_page_is_one_file_and_results_stay_text(tmp_path):
     page = make(tmp_path)
-    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?!#)[^\"'#>\s]*//|@import|url\(", page.replace(json.dumps(EVIL)[1:-1], ""))
+    assert not re.findall(
+        r"(?:src|href)\s*=\s*[\"']?(?!#)[^\"'#>\s]*//|@import|url\(", page.replace(json.dumps(EVIL)[1:-1], "")
+    )
     assert page.count("<script") == page.count("</script>") == 2 and "<img" not in page
     assert "default-src 'none'" in page
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
@@ -92,14 +111,19 @@ def test_figures_hold_the_points(tmp_path):
     titles = [html.unescape(title) for title in re.findall("<title>(.*?)</title>", page)]
     assert "judge: 50.0% right, 15.0% to 85.0%, m* 2.50" in titles
     # rounds of 5, 2, 1 and 2 accepted tokens
-    assert [f"judge: {share} of rounds accepted {n}" in titles for n, share in ((1, "25.0%"), (2, "50.0%"), (3, "0.0%"), (5, "25.0%"))] == [True] * 4
+    assert [
+        f"judge: {share} of rounds accepted {n}" in titles
+        for n, share in ((1, "25.0%"), (2, "50.0%"), (3, "0.0%"), (5, "25.0%"))
+    ] == [True] * 4
     assert "judge: 35.7% by the rule alone" in titles and "plain: 100.0% the target's own" in titles
     assert "judge: 7.1% own, after full acceptance" in titles
 
 
 def test_without_details_it_says_so(tmp_path):
     bare = [{k: v for k, v in r.items() if k not in ("p", "kl", "score", "top")} for r in RECORDS]
-    assert "8 of 8 answers come without probability" in make(tmp_path, bare) and "--details" in make(tmp_path, bare)
+    assert "8 of 8 answers come without probability" in make(tmp_path, bare) and "--details" in make(
+        tmp_path, bare
+    )
     older = [{k: v for k, v in r.items() if k not in ("origin", "cuts")} for r in bare]
     page = make(tmp_path, older)
     assert "8 of 8 answers do not say who accepted" in page and "Accepted tokens a round" not in page
@@ -113,8 +137,12 @@ def test_answers_that_nobody_scores(tmp_path):
 
 def test_answers_of_several_turns(browser, tmp_path):
     """A turn may end with an accepted token; the next one begins a round of its own."""
-    one = record("judge", 0, None, ["Hi", " there", "Bye", " now"], "aaat") | {"turns": [{"new_tokens": 2}, {"new_tokens": 2}]}
-    assert "judge: 50.0% of rounds accepted 2" in make(tmp_path, [one]) and "100.0% of rounds" not in make(tmp_path, [one])
+    one = record("judge", 0, None, ["Hi", " there", "Bye", " now"], "aaat") | {
+        "turns": [{"new_tokens": 2}, {"new_tokens": 2}]
+    }
+    assert "judge: 50.0% of rounds accepted 2" in make(tmp_path, [one]) and "100.0% of rounds" not in make(
+        tmp_path, [one]
+    )
     browser.open(f"file://{tmp_path}/report.html")
     assert browser.js("[...document.querySelectorAll('.turn')].map((s) => s.textContent)") == ["Bye"]
 
@@ -159,7 +187,21 @@ def refused(argv: list[str], capsys) -> str:
     return err
 
 
-WRONG = ([], {}, True, -1, 1.5, 10**18, float("nan"), float("inf"), "text", [[]], [True], [10**18], {"a": [1]})
+WRONG = (
+    [],
+    {},
+    True,
+    -1,
+    1.5,
+    10**18,
+    float("nan"),
+    float("inf"),
+    "text",
+    [[]],
+    [True],
+    [10**18],
+    {"a": [1]},
+)
 
 
 @pytest.mark.parametrize("field", sorted({*RECORDS[1], "turns", "item"}))
@@ -167,7 +209,9 @@ def test_no_field_of_an_answer_can_break_the_page(field, tmp_path, capsys):
     """Each field, missing or of each wrong kind: a page, or one sentence that names file, line and field."""
     out, refusals = tmp_path / "report.html", 0
     for value in (*WRONG, None, ...):
-        spoilt = {name: x for name, x in RECORDS[1].items() if name != field} | ({} if value is ... else {field: value})
+        spoilt = {name: x for name, x in RECORDS[1].items() if name != field} | (
+            {} if value is ... else {field: value}
+        )
         path = write(tmp_path / "r.jsonl", [RECORDS[0], spoilt])
         try:
             report.main([str(path), "--out", str(out)])
@@ -176,7 +220,10 @@ def test_no_field_of_an_answer_can_break_the_page(field, tmp_path, capsys):
         except SystemExit as stop:
             err = capsys.readouterr().err
             refusals += 1
-            assert stop.code == 2 and err.count("\n") == 1 and f"{path}, line 3" in err and "field" in err, (value, err)
+            assert stop.code == 2 and err.count("\n") == 1 and f"{path}, line 3" in err and "field" in err, (
+                value,
+                err,
+            )
     assert refusals >= (0 if field in ("prompt",) else 3), refusals
 
 
@@ -189,10 +236,16 @@ def test_answers_that_do_not_go_together(tmp_path, capsys):
         ([RECORDS[0] | dict.fromkeys(("tokens", "cuts", "p", "kl", "score", "top"), []) | {"text": "", "origin": ""}], "hold no tokens"),
     ):  # fmt: skip
         assert words in refused([str(write(tmp_path / "r.jsonl", records)), *out], capsys), words
-    for header, words in (({"target": [[[[1]]]]}, "'target'"), ({"x": float("nan")}, "'x'"), ({"x": {"a": [float("inf")]}}, "'x'")):
+    for header, words in (
+        ({"target": [[[[1]]]]}, "'target'"),
+        ({"x": float("nan")}, "'x'"),
+        ({"x": {"a": [float("inf")]}}, "'x'"),
+    ):
         assert words in refused([str(write(tmp_path / "r.jsonl", RECORDS, HEADER | header)), *out], capsys)
     for line in ("[" * 10**5, '{"a": 1' + "0" * 5000 + "}", '"\\ud800"', "\udcff"):
-        (tmp_path / "r.jsonl").write_bytes((json.dumps(HEADER) + "\n" + line + "\n").encode(errors="surrogateescape"))
+        (tmp_path / "r.jsonl").write_bytes(
+            (json.dumps(HEADER) + "\n" + line + "\n").encode(errors="surrogateescape")
+        )
         assert "r.jsonl" in refused([str(tmp_path / "r.jsonl"), *out], capsys)
 
 
@@ -218,37 +271,75 @@ def test_what_is_read_and_written_is_regular(tmp_path, capsys):
 
 def test_failed_answers_are_shown_as_such(tmp_path):
     """As evaluate.py records them: no token, no time. A rule may have no others."""
-    nothing = dict.fromkeys(("tokens", "cuts"), []) | dict.fromkeys(("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_decode"), 0)
+    nothing = dict.fromkeys(("tokens", "cuts"), []) | dict.fromkeys(
+        ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_decode"), 0
+    )
     failed = {k: v for k, v in RECORDS[1].items() if k not in ("p", "kl", "score", "top")} | nothing
-    failed |= {"text": "", "origin": "", "right": False, "answer_right": False, "failed": "Logits are <not> finite."}
+    failed |= {
+        "text": "",
+        "origin": "",
+        "right": False,
+        "answer_right": False,
+        "failed": "Logits are <not> finite.",
+    }
     page = make(tmp_path, [RECORDS[0], failed])
-    assert "1 of 2 answers failed and count as wrong, the first that of judge to item 0: Logits are &lt;not&gt; finite." in page
-    assert "(no answer: Logits are \\u003cnot> finite.)" in page and "not coloured" not in page and "come without" not in page
+    assert (
+        "1 of 2 answers failed and count as wrong, the first that of judge to item 0: Logits are &lt;not&gt; finite."
+        in page
+    )
+    assert (
+        "(no answer: Logits are \\u003cnot> finite.)" in page
+        and "not coloured" not in page
+        and "come without" not in page
+    )
 
 
 def test_the_page_says_how_the_run_was_made(tmp_path):
-    made = {"command": "python scripts/evaluate.py --limit 4", "machine": "2 cores", "commit": "abc1234", "date": "2026-11-25"}
+    made = {
+        "command": "python scripts/evaluate.py --limit 4",
+        "machine": "2 cores",
+        "commit": "abc1234",
+        "date": "2026-11-25",
+    }
     page = make(tmp_path, RECORDS, HEADER | made)
-    assert re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page)[:4] == [(name, made[name]) for name in ("command", "date", "machine", "commit")]
+    assert re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page)[:4] == [
+        (name, made[name]) for name in ("command", "date", "machine", "commit")
+    ]
     assert "does not say" not in page and "file last written" not in page
     path = write(tmp_path / "r.jsonl")
     os.utime(path, (1.7e9, 1.7e9))
     report.main([str(path), "--out", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text()
-    assert "<dt>file last written</dt><dd>2023-11-1" in page and "does not say: command, machine, commit" in page
+    assert (
+        "<dt>file last written</dt><dd>2023-11-1" in page and "does not say: command, machine, commit" in page
+    )
 
 
 def test_every_figure_has_a_legend_and_names_its_axes(tmp_path):
     figures = re.findall("<figure>.*?</figure>", make(tmp_path), re.S)
-    legends = [re.sub("<[^>]*>", "", legend).strip() for legend in re.findall('class="legend">(.*?)</ul>', "".join(figures))]
-    assert [legend.split() for legend in legends[:2]] == [["judge", "plain"], ["judge"]] and "r: by the rule alone" in legends[2]
-    assert len(legends) == len(figures) == 3 and "right answers, %" in figures[0] and "share of the rounds, %" in figures[1]
+    legends = [
+        re.sub("<[^>]*>", "", legend).strip()
+        for legend in re.findall('class="legend">(.*?)</ul>', "".join(figures))
+    ]
+    assert [legend.split() for legend in legends[:2]] == [
+        ["judge", "plain"],
+        ["judge"],
+    ] and "r: by the rule alone" in legends[2]
+    assert (
+        len(legends) == len(figures) == 3
+        and "right answers, %" in figures[0]
+        and "share of the rounds, %" in figures[1]
+    )
     assert ">0.8</text>" in figures[0]  # the point's threshold
 
 
 def test_the_commands_of_the_documents(tmp_path, monkeypatch, capsys):
     texts = [(ROOT / "README.md").read_text(), report.__doc__]
-    commands = [line.split() for text in texts for line in re.findall(r"^ *python scripts/report.py (\S[^#\n]*)", text, re.M)]
+    commands = [
+        line.split()
+        for text in texts
+        for line in re.findall(r"^ *python scripts/report.py (\S[^#\n]*)", text, re.M)
+    ]
     assert commands == [["results.jsonl", "--out", "report.html"]] * 2
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "results.jsonl")
@@ -267,10 +358,16 @@ def test_a_killed_runs_half_line_is_left_out_with_a_note(tmp_path, capsys):
 
 def test_a_run_of_500_items_and_3_rules_stays_small(tmp_path):
     """With answers of 200 tokens and figures that are all different, a quarter of them by the rule alone."""
-    words, origin, irregular = [f" word{n}" for n in range(200)], "rata" * 50, [(n * 0.6180339887) % 1 for n in range(200)]
+    words, origin, irregular = (
+        [f" word{n}" for n in range(200)],
+        "rata" * 50,
+        [(n * 0.6180339887) % 1 for n in range(200)],
+    )
     one = record("judge", 0, True, words, origin, p=iter(irregular), score=irregular)
     one |= {"kl": [4 * x for x in irregular], "p": irregular, "question": "What? " * 50}
-    page = make(tmp_path, [one | {"index": n, "rule": f"judge={rule}"} for n in range(500) for rule in range(3)])
+    page = make(
+        tmp_path, [one | {"index": n, "rule": f"judge={rule}"} for n in range(500) for rule in range(3)]
+    )
     assert len(page.encode()) < 10e6
 
 
@@ -317,25 +414,38 @@ def test_the_address_filters(page):
         found = page(address)
         assert shown(found) == expected, address
         if "all=1" not in address:
-            assert found.js("document.getElementById('status').textContent").startswith(f"{len(expected)} of 8 answers,")
+            assert found.js("document.getElementById('status').textContent").startswith(
+                f"{len(expected)} of 8 answers,"
+            )
     assert found.js("document.title") == "Run of results.jsonl"  # nothing of EVIL has run
 
 
 def test_results_are_text_in_the_browser(page):
     found = page("#item=3&rule=judge")
     assert found.js("document.querySelector('.question').textContent") == EVIL
-    assert found.js("[...document.querySelectorAll('.text span')].map((s) => s.textContent)") == [EVIL, "é\n", "🙂"]
+    assert found.js("[...document.querySelectorAll('.text span')].map((s) => s.textContent)") == [
+        EVIL,
+        "é\n",
+        "🙂",
+    ]
     assert found.js("document.title") == "Run of results.jsonl"
     assert found.js("document.querySelectorAll('img').length") == 0
-    found.js("document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title = 1'}))")
+    found.js(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title = 1'}))"
+    )
     assert found.js("document.title") == "Run of results.jsonl"  # the page's policy lets no other script run
 
 
 def test_controls_filter_and_write_the_address(page):
     found = page()
-    found.js("(() => { const s = document.getElementById('rule'); s.value = 1; s.dispatchEvent(new Event('change')); })()")
+    found.js(
+        "(() => { const s = document.getElementById('rule'); s.value = 1; s.dispatchEvent(new Event('change')); })()"
+    )
     found.mouse("#only", click=True)
-    assert shown(found) == ["0:judge", "1:judge", "3:judge"] and found.js("location.hash") == "#rule=judge&only=rule"
+    assert (
+        shown(found) == ["0:judge", "1:judge", "3:judge"]
+        and found.js("location.hash") == "#rule=judge&only=rule"
+    )
     found.mouse("#q", click=True)
     for letter in "five":
         found.key(letter)
@@ -349,23 +459,40 @@ def test_controls_filter_and_write_the_address(page):
 
 
 def rows(found: Browser) -> list[list[str]]:
-    return found.js("[...document.querySelectorAll('#tokens tr')].map((r) => [...r.children].map((c) => c.textContent.trim()))")
+    return found.js(
+        "[...document.querySelectorAll('#tokens tr')].map((r) => [...r.children].map((c) => c.textContent.trim()))"
+    )
 
 
 def test_the_spot_check_lists_the_rules_tokens_most_doubtful_first(page):
     found = page()
     assert [row[0] for row in rows(found)] == [
         "item 0, token 4", "item 1, token 2", "item 0, token 1", "item 3, token 1", "item 3, token 2"]  # fmt: skip
-    assert rows(found)[0] == ["item 0, token 4", "judge", "✗ wrong", "…So the sum is 8…", '" other"', "0.010", "1.500", "0.875"]
+    assert rows(found)[0] == [
+        "item 0, token 4",
+        "judge",
+        "✗ wrong",
+        "…So the sum is 8…",
+        '" other"',
+        "0.010",
+        "1.500",
+        "0.875",
+    ]
     assert found.js("document.getElementById('spot-status').textContent") == "5 tokens in 3 answers"
     assert rows(page("#sort=score"))[0][0] == "item 1, token 2"  # the one with a score of 0.6
     assert [row[0] for row in rows(page("#wrong=1"))] == ["item 0, token 4", "item 0, token 1"]
-    assert page("#rule=plain").js("document.getElementById('spot-status').textContent") == "No such token in these answers."
+    assert (
+        page("#rule=plain").js("document.getElementById('spot-status').textContent")
+        == "No such token in these answers."
+    )
     found = page()
     found.mouse("#tokens a", click=True)
     found.until("document.querySelector('.here')")
     assert shown(found) == ["0:judge"]
-    assert found.js("[document.querySelector('.here').textContent, document.activeElement.textContent]") == [" is", " is"]
+    assert found.js("[document.querySelector('.here').textContent, document.activeElement.textContent]") == [
+        " is",
+        " is",
+    ]
 
 
 def test_figures_of_a_token_by_mouse_keys_and_touch(page):
@@ -374,30 +501,52 @@ def test_figures_of_a_token_by_mouse_keys_and_touch(page):
     assert found.js(tip) == ""
     found.mouse("[data-at='3']")
     text = found.js(tip)
-    for part in ('" is": let through by the rule alone', "probability 0.010", "KL(target, draft) 1.500", "score 0.875", '" other"'):
+    for part in (
+        '" is": let through by the rule alone',
+        "probability 0.010",
+        "KL(target, draft) 1.500",
+        "score 0.875",
+        '" other"',
+    ):
         assert part in text
     found.mouse("h1")
     assert found.js(tip) == ""
     found.js("document.querySelector('.text span').focus()")
     assert "probability 0.300" in found.js(tip)
     at = "document.activeElement.dataset.at"
-    for key, expected in (("ArrowRight", "1"), ("ArrowRight", "2"), ("ArrowLeft", "1"), ("n", "3"), ("p", "0"), ("End", "5"), ("Home", "0")):
+    for key, expected in (
+        ("ArrowRight", "1"),
+        ("ArrowRight", "2"),
+        ("ArrowLeft", "1"),
+        ("n", "3"),
+        ("p", "0"),
+        ("End", "5"),
+        ("Home", "0"),
+    ):
         found.key(key)
         assert found.js(at) == expected, key
-    assert found.js("document.querySelectorAll('.text [tabindex=\"0\"]').length") == 1  # one stop of Tab an answer
+    assert (
+        found.js("document.querySelectorAll('.text [tabindex=\"0\"]').length") == 1
+    )  # one stop of Tab an answer
     assert found.js("document.activeElement.getAttribute('aria-describedby')") == "tip"
     found.key("Escape")
     assert found.js(tip) == ""
     found.call("Emulation.setTouchEmulationEnabled", enabled=True)
     found.js("document.querySelector(\"[data-at='4']\").scrollIntoView({ block: 'center' })")
-    found.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")  # scroll bars have gone
-    x, y = found.js("(() => { const b = document.querySelector(\"[data-at='4']\").getBoundingClientRect(); return [b.x + 5, b.y + 5]; })()")
+    found.js(
+        "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
+    )  # scroll bars have gone
+    x, y = found.js(
+        "(() => { const b = document.querySelector(\"[data-at='4']\").getBoundingClientRect(); return [b.x + 5, b.y + 5]; })()"
+    )
     found.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
     found.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
     found.until(f"window.seen = {tip}")  # at once: on a busy machine a late scroll may hide it again
     said = found.js("window.seen")
     assert '" 8": accepted: the target agrees' in said and "KL(target, draft) 0.000" in said
-    assert found.js("document.querySelector('.text [tabindex=\"0\"]').dataset.at") == "4"  # Tab comes back to it
+    assert (
+        found.js("document.querySelector('.text [tabindex=\"0\"]').dataset.at") == "4"
+    )  # Tab comes back to it
     found.call("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
@@ -437,24 +586,43 @@ def test_items_are_built_as_they_are_needed(browser, tmp_path):
     browser.until("document.querySelectorAll('article').length > 20")  # the end of the list came into view
     browser.js("location.hash = '#item=299&rule=judge&at=18'")  # a place far down is found at once
     browser.until("document.querySelector('.here')")
-    assert browser.js("[document.activeElement.textContent, document.querySelectorAll('article').length]") == ["w299", 1]
+    assert browser.js(
+        "[document.activeElement.textContent, document.querySelectorAll('article').length]"
+    ) == ["w299", 1]
 
 
 def test_a_page_without_details_works(browser, tmp_path):
     make(tmp_path, [{k: v for k, v in r.items() if k not in ("p", "kl", "score", "top")} for r in RECORDS])
     browser.open(f"file://{tmp_path}/report.html#item=0&rule=judge")
     browser.mouse("[data-at='3']")
-    assert "no figures; run evaluate.py with --details" in browser.js("document.getElementById('tip').textContent")
+    assert "no figures; run evaluate.py with --details" in browser.js(
+        "document.getElementById('tip').textContent"
+    )
     assert rows(browser)[0][5:] == ["-", "-", "-"] and not browser.problems
-    make(tmp_path, [{k: v for k, v in r.items() if k not in ("p", "kl", "score", "top", "origin", "cuts")} for r in RECORDS])
+    make(
+        tmp_path,
+        [
+            {k: v for k, v in r.items() if k not in ("p", "kl", "score", "top", "origin", "cuts")}
+            for r in RECORDS
+        ],
+    )
     browser.open(f"file://{tmp_path}/report.html#item=0&rule=judge")
-    assert browser.js("document.querySelector('.text').textContent") == "So the sum is 8" and not browser.problems
+    assert (
+        browser.js("document.querySelector('.text').textContent") == "So the sum is 8"
+        and not browser.problems
+    )
 
 
 @pytest.fixture
 def narrow(browser):
     def width(pixels: int) -> None:
-        browser.call("Emulation.setDeviceMetricsOverride", width=pixels, height=800, deviceScaleFactor=1, mobile=pixels < 500)
+        browser.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=pixels,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=pixels < 500,
+        )
 
     yield width
     browser.call("Emulation.clearDeviceMetricsOverride")
@@ -471,21 +639,31 @@ def test_every_part_is_in_view_at_every_width(page, narrow, pixels):
     for view in ("summary", "figures", "spot", "answers"):
         found = page(f"#view={view}")
         assert found.js("document.documentElement.scrollWidth <= innerWidth")
-        top, above, below = found.js(f"[document.querySelector('#{view} h2').getBoundingClientRect().top, {BAR}.top, {BAR}.bottom]")
+        top, above, below = found.js(
+            f"[document.querySelector('#{view} h2').getBoundingClientRect().top, {BAR}.top, {BAR}.bottom]"
+        )
         assert 0 <= top < 800 and (top >= below or top < above), (view, top, above, below)
     cells = page("#view=spot").js("[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => { const b = c.getBoundingClientRect();"
                                   "return [b.left, b.right, b.width]; })")  # fmt: skip
-    assert len(cells) == 8 and all(left >= 0 and right <= pixels and width > 0 for left, right, width in cells)
-    top, below = page("#item=0&rule=judge&at=3").js(f"[document.querySelector('.here').getBoundingClientRect().top, {BAR}.bottom]")
+    assert len(cells) == 8 and all(
+        left >= 0 and right <= pixels and width > 0 for left, right, width in cells
+    )
+    top, below = page("#item=0&rule=judge&at=3").js(
+        f"[document.querySelector('.here').getBoundingClientRect().top, {BAR}.bottom]"
+    )
     assert top >= below
 
 
 def test_on_a_narrow_screen_the_token_comes_first_and_figures_keep_their_names(page, narrow):
     narrow(400)
     found = page("#view=spot")
-    tops = found.js("[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => c.getBoundingClientRect().top)")
+    tops = found.js(
+        "[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => c.getBoundingClientRect().top)"
+    )
     assert tops[3] == min(tops) and tops.count(tops[3]) == 1
-    names = found.js("[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => getComputedStyle(c, '::before').content)")
+    names = found.js(
+        "[...document.querySelectorAll('#tokens tr:first-child td')].map((c) => getComputedStyle(c, '::before').content)"
+    )
     assert [name == "none" for name in names] == [True] * 4 + [False] * 4
     assert found.js("[...document.querySelectorAll('#tokens tr:first-child td[data-name]')].map((c) => c.dataset.name)") == [
         "the target's own", "probability", "KL divergence", "score"]  # fmt: skip

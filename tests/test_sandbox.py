@@ -15,11 +15,11 @@ import pytest
 from conftest import DATA, ROOT
 
 from cli import InputError
-from scripts import sandbox
-from scripts.public_tasks import read_task
-from scripts.sandbox import code_passes, outcome
-from scripts.scoring import CHECKERS, Question
-from scripts.tasks import load_questions
+from scripts.lib import sandbox
+from scripts.lib.public_tasks import read_task
+from scripts.lib.sandbox import code_passes, outcome
+from scripts.lib.scoring import CHECKERS, Question
+from scripts.lib.tasks import load_questions
 
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 
@@ -36,7 +36,9 @@ def forgets(monkeypatch, tmp_path):
         sandbox.outcome_of.cache_clear()
 
 
-PROMPT = 'import math\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: int) -> int:\n    """ One more than x. """\n'
+PROMPT = (
+    'import math\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: int) -> int:\n    """ One more than x. """\n'
+)
 ITEM = {
     "prompt": PROMPT,
     "entry_point": "f",
@@ -95,7 +97,16 @@ def test_right_programs_pass_in_every_form(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "    pass\n", "    return x\n", "    return x + 1 +\n", "No idea.", "```python\n```", "    raise ValueError\n", "\0"],
+    [
+        "",
+        "    pass\n",
+        "    return x\n",
+        "    return x + 1 +\n",
+        "No idea.",
+        "```python\n```",
+        "    raise ValueError\n",
+        "\0",
+    ],
 )
 def test_wrong_programs_fail(text):
     assert verdict(text) == "fail"
@@ -103,7 +114,9 @@ def test_wrong_programs_fail(text):
 
 BODY = "    return x + 1\n"
 WHOLE = 'def f(x: int) -> int:\n    """ One more than x. """\n' + BODY
-EXAMPLE = 'def f(x):\n    """One more.\n\n    ```python\n    >>> f(1)\n    2\n    ```\n    """\n    return x + 1\n'
+EXAMPLE = (
+    'def f(x):\n    """One more.\n\n    ```python\n    >>> f(1)\n    2\n    ```\n    """\n    return x + 1\n'
+)
 
 
 @pytest.mark.parametrize("text", [
@@ -138,7 +151,13 @@ def test_the_last_block_that_defines_the_function_counts():
 
 
 def test_text_without_end_is_read_in_bounded_time():
-    for text in ("```\n" * 20_000, "~~~\ndef f(x):\n" * 5_000, "def f(x):\n" * 20_000, "import a\n" * 20_000 + "def f(x): $", "x, " * 50_000 + "\ndef f(x): $\n"):
+    for text in (
+        "```\n" * 20_000,
+        "~~~\ndef f(x):\n" * 5_000,
+        "def f(x):\n" * 20_000,
+        "import a\n" * 20_000 + "def f(x): $",
+        "x, " * 50_000 + "\ndef f(x): $\n",
+    ):
         programs = list(sandbox.programs_of(PROMPT, "f", text))
         assert len(programs) < 2000 and sum(map(len, programs)) < 200 * len(text)
 
@@ -177,7 +196,9 @@ def test_humanevals_solutions_pass_in_every_form(form):
     if not os.environ.get("JUDGE_FAST_ALL"):
         questions = [questions[at] for at in sorted({32, 38, 135, *range(0, 164, 10)})]
     items = [q.content for q in questions]
-    texts = [SOLUTIONS[form](item["prompt"], q.reference, item["entry_point"]) for q, item in zip(questions, items)]
+    texts = [
+        SOLUTIONS[form](item["prompt"], q.reference, item["entry_point"]) for q, item in zip(questions, items)
+    ]
     with ThreadPoolExecutor() as pool:
         found = dict(zip([q.content["task_id"] for q in questions], pool.map(outcome, items, texts)))
     assert len(found) >= 20 and not {name: o for name, o in found.items() if o.verdict != "pass"}
@@ -265,7 +286,11 @@ NO_LANDLOCK = ("    lock_files(folder)\n", "")
 def solution(action: str, guarded: bool = True) -> str:
     """A right answer that does something else first; guarded: whatever that raises."""
     if guarded:
-        action = "try:\n" + "\n".join(f"    {line}" for line in action.split("\n")) + "\nexcept BaseException: pass"
+        action = (
+            "try:\n"
+            + "\n".join(f"    {line}" for line in action.split("\n"))
+            + "\nexcept BaseException: pass"
+        )
     return "\n".join(f"    {line}" for line in [*action.split("\n"), "return x + 1"]) + "\n"
 
 
@@ -337,10 +362,13 @@ def test_an_attack_is_stopped_and_wrong(name, layers, places, tmp_path, monkeypa
 )
 def test_the_attacks_work_where_nothing_stops_them(name, places, tmp_path, monkeypatch):
     """Else the test above would show nothing."""
-    program = (
-        f"import os, sys\nparent = os.getpid()\n{ATTACKS[name].format(**places)}\nos._exit(7 if os.getpid() == parent else 0)"
+    program = f"import os, sys\nparent = os.getpid()\n{ATTACKS[name].format(**places)}\nos._exit(7 if os.getpid() == parent else 0)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path / "in", stderr=subprocess.DEVNULL
+        ).returncode
+        == 7
     )
-    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "in", stderr=subprocess.DEVNULL).returncode == 7
 
 
 def permits_namespaces(monkeypatch) -> bool:
@@ -354,7 +382,9 @@ def test_namespaces_alone_hide_network_and_processes(places, tmp_path, monkeypat
     if not permits_namespaces(monkeypatch):
         pytest.skip("this system permits no namespaces")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        connect = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5).close()"
+        connect = (
+            f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5).close()"
+        )
         see = f"import os\nos.kill({os.getpid()}, 0)"
         stray = "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass"
         for action in (connect, see):
@@ -364,7 +394,9 @@ def test_namespaces_alone_hide_network_and_processes(places, tmp_path, monkeypat
         without(monkeypatch, NO_HOOK, NO_NAMESPACES)
         for action in (connect, see):
             assert verdict(solution(action, guarded=False)) == "pass"
-        verdict(solution(stray.replace("    os.setsid()\n", ""), guarded=False))  # its group is ended all the same
+        verdict(
+            solution(stray.replace("    os.setsid()\n", ""), guarded=False)
+        )  # its group is ended all the same
         assert not running_below(tmp_path / "in")
 
 
@@ -377,7 +409,15 @@ def test_limits_alone_keep_from_forks(places, tmp_path, monkeypatch):
 def test_only_the_tests_own_word_is_a_pass(places, monkeypatch):
     """Whatever else ends up in the report, it is no pass."""
     word = "json.dumps(run_tests(channel, *job)).encode()"
-    for other in ('b"pass"', f"2 * {word}", "b''", '\'["pass"]\'.encode()', '\'"pass"\'.encode()', "b'1' * (1 << 20)", "b'\\xff'"):
+    for other in (
+        'b"pass"',
+        f"2 * {word}",
+        "b''",
+        "'[\"pass\"]'.encode()",
+        "'\"pass\"'.encode()",
+        "b'1' * (1 << 20)",
+        "b'\\xff'",
+    ):
         without(monkeypatch, (word, other))
         assert sandbox.outcome_of(PROMPT, ITEM["test"], "f", BODY).verdict == "fail", other
 
@@ -389,7 +429,10 @@ def test_tested_code_sees_nothing_of_this_process(places, monkeypatch):
 
 
 def test_landlock_alone_hides_files(places, tmp_path, monkeypatch):
-    secret, write = f"assert open({places['outside']!r}).read()", f"open({places['outside']!r}, 'a').write('x')"
+    secret, write = (
+        f"assert open({places['outside']!r}).read()",
+        f"open({places['outside']!r}, 'a').write('x')",
+    )
     home = f"import os\nassert os.listdir({places['home']!r})"
     without(monkeypatch, NO_HOOK, NO_NAMESPACES, NO_LANDLOCK)
     assert [verdict(solution(action, guarded=False)) for action in (secret, home)] == ["pass", "pass"]
@@ -398,9 +441,7 @@ def test_landlock_alone_hides_files(places, tmp_path, monkeypatch):
         pytest.skip("this kernel has no Landlock")
     assert [verdict(solution(action, guarded=False)) for action in (secret, home, write)] == ["fail"] * 3
     assert Path(places["outside"]).read_text() == "secret"
-    good = (
-        "import ssl, hashlib, decimal, os\nos.makedirs('a', exist_ok=True)\nopen('a/b', 'w').write('x')\nos.rename('a/b', 'c')"
-    )
+    good = "import ssl, hashlib, decimal, os\nos.makedirs('a', exist_ok=True)\nopen('a/b', 'w').write('x')\nos.rename('a/b', 'c')"
     assert verdict(solution(good, guarded=False)) == "pass"
 
 
@@ -444,8 +485,12 @@ def test_a_verdict_is_not_forged(name, layers, places, monkeypatch):
 def test_what_can_still_be_forged(places):
     """As the docstring says: inputs known by heart; NaN and errors where the tests take them for right."""
     assert found_by(ONE_AND_FIVE, "def f(x): return {1: 2, 5: 6}[x]").verdict == "pass"
-    assert found_by("assert not abs(candidate(1) - 2) > 1e-6", "def f(x): return float('nan')").verdict == "pass"
-    assert found_by("try: candidate(1)\nexcept Exception: pass", "def f(x): raise ValueError").verdict == "pass"
+    assert (
+        found_by("assert not abs(candidate(1) - 2) > 1e-6", "def f(x): return float('nan')").verdict == "pass"
+    )
+    assert (
+        found_by("try: candidate(1)\nexcept Exception: pass", "def f(x): raise ValueError").verdict == "pass"
+    )
 
 
 NESTED = "    y = []\n    for _ in range(100_000): y = [y]\n"
@@ -487,7 +532,10 @@ def test_an_answer_beyond_all_bounds_fails_with_the_reason(body, reason, places)
 ])  # fmt: skip
 def test_plain_values_cross_as_they_are(value, places):
     tests = f"x = {value}\ny = candidate(x)\nassert repr(y) == repr(x) and type(y) is type(x)\nassert candidate(1) != x or x == 1\nassert candidate(x=x) == x"
-    assert found_by(tests, f"def f(x):\n    assert x == 1 or type(x) is type({value}) and repr(x) == repr({value})\n    return x") == ("pass", "")
+    assert found_by(
+        tests,
+        f"def f(x):\n    assert x == 1 or type(x) is type({value}) and repr(x) == repr({value})\n    return x",
+    ) == ("pass", "")
     assert found_by(f"assert candidate(0) == {value}", f"def f(x): return {value}") == ("pass", "")
 
 
@@ -508,36 +556,84 @@ def test_arguments_results_and_errors_are_as_in_one_process(tests, answer, place
 
 
 def test_what_cannot_cross_is_said_and_not_right(places):
-    for passed in ("lambda x: x", "print", "open", "object()", "[len]", "iter([1])", "type('T', (), {})()", "[0] * (1 << 23)"):
-        found = found_by(f"try: assert candidate({passed}) is None\nexcept BaseException: pass", "def f(x): pass")
+    for passed in (
+        "lambda x: x",
+        "print",
+        "open",
+        "object()",
+        "[len]",
+        "iter([1])",
+        "type('T', (), {})()",
+        "[0] * (1 << 23)",
+    ):
+        found = found_by(
+            f"try: assert candidate({passed}) is None\nexcept BaseException: pass", "def f(x): pass"
+        )
         assert found.verdict == "unchecked" and "cannot leave their process" in found.reason, passed
-    question = Question(0, "", "", "code", "", {"prompt": "", "entry_point": "f", "test": "def check(c): assert c(len) is None"})
+    question = Question(
+        0,
+        "",
+        "",
+        "code",
+        "",
+        {"prompt": "", "entry_point": "f", "test": "def check(c): assert c(len) is None"},
+    )
     assert verdict("```\ndef f(x): pass\n```", question) == "unchecked"
     found = found_by("x = []\ncandidate(x)", "def f(x): x.append(lambda: 1)")
     assert found.verdict == "fail" and "changed a value of type function" in found.reason
 
 
 def test_tests_that_leave_or_fail_are_no_pass(places):
-    for tests in ("import os; os._exit(0)", "raise SystemExit", "import sys; sys.exit(0)", "open('/etc/passwd')", "assert False", "1 / 0", "while True: pass", "candidate("):
+    for tests in (
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "import sys; sys.exit(0)",
+        "open('/etc/passwd')",
+        "assert False",
+        "1 / 0",
+        "while True: pass",
+        "candidate(",
+    ):
         assert found_by(tests, "def f(): pass").verdict == ("timeout" if "while" in tests else "fail"), tests
 
 
 def test_the_prompts_helpers_are_the_tests_own(places):
     prompt = "def g(x):\n    return 2 * x\n\n\ndef f(x):\n    '''half of it'''\n"
-    assert found_by("assert candidate(g(4)) == 4", "def g(x): return 0\ndef f(x): return x // 2", prompt) == ("pass", "")
-    assert found_by("assert g(candidate(4)) == 4", "def g(x): return x\ndef f(x): return x", prompt).verdict == "fail"
-    for text in ("Write f.", "boom", "def f(x):\n", "def f(x):", "def f(x):\n\t", "import no_such_module\ndef f(x):\n"):
-        assert found_by("assert candidate(1) == 1", "def f(x): return x", text).verdict == ("fail" if "import" in text else "pass"), text
+    assert found_by("assert candidate(g(4)) == 4", "def g(x): return 0\ndef f(x): return x // 2", prompt) == (
+        "pass",
+        "",
+    )
+    assert (
+        found_by("assert g(candidate(4)) == 4", "def g(x): return x\ndef f(x): return x", prompt).verdict
+        == "fail"
+    )
+    for text in (
+        "Write f.",
+        "boom",
+        "def f(x):\n",
+        "def f(x):",
+        "def f(x):\n\t",
+        "import no_such_module\ndef f(x):\n",
+    ):
+        assert found_by("assert candidate(1) == 1", "def f(x): return x", text).verdict == (
+            "fail" if "import" in text else "pass"
+        ), text
 
 
 def test_time_is_processor_time(places, monkeypatch):
     """Waiting is not using: a program that is kept waiting for longer than CPU_S passes; one that computes for so long does not."""
     monkeypatch.setattr(sandbox, "CPU_S", 1)
     assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(1.5)\ndef f(x): return x + 1") == ("pass", "")
-    assert found_by(ONE_AND_FIVE, "def f(x):\n    while True: pass") == ("timeout", "it used more than 1 s of processor time")
+    assert found_by(ONE_AND_FIVE, "def f(x):\n    while True: pass") == (
+        "timeout",
+        "it used more than 1 s of processor time",
+    )
     assert found_by(ONE_AND_FIVE, "while True: pass\ndef f(x): return x").verdict == "timeout"
     monkeypatch.setattr(sandbox, "WALL_S", 1.5)
-    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(9)\ndef f(x): return x") == ("timeout", "it took more than 1.5 s")
+    assert found_by(ONE_AND_FIVE, "import time\ntime.sleep(9)\ndef f(x): return x") == (
+        "timeout",
+        "it took more than 1.5 s",
+    )
 
 
 def test_a_right_program_passes_on_a_busy_machine(places):
@@ -575,5 +671,12 @@ def test_folders_of_any_depth_are_cleared_away(places, tmp_path, monkeypatch):
 
 def test_the_child_by_hand_says_who_starts_it():
     path = ROOT / "scripts" / "sandbox_child.py"
-    done = subprocess.run([sys.executable, str(path), "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1 and "sandbox.py starts it" in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(path), "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and not done.stdout
+        and done.stderr.count("\n") == 1
+        and "sandbox.py starts it" in done.stderr
+    )

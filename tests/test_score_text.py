@@ -11,9 +11,10 @@ from conftest import ROOT
 import generate
 from cli import InputError
 from generate import Engine, Settings
-from model import load_model
+from quantize import load_model
 from scripts import score_text
-from scripts.score_text import read_texts, rounds_of
+from scripts.lib import scored_text
+from scripts.lib.scored_text import read_texts, rounds_of
 from tokenizer import decode, load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -53,10 +54,15 @@ def test_the_targets_own_answer_passes_and_the_drafts_wording_needs_the_judge(tm
 
 
 def test_show_marks_each_token(tmp_path, capsys):
-    (tmp_path / "t.jsonl").write_text(json.dumps({"question": generate.DEMO_PROMPT, "answer": " First, Mia gains 99 apples"}))
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps({"question": generate.DEMO_PROMPT, "answer": " First, Mia gains 99 apples"})
+    )
     score_text.main(["--data", str(tmp_path / "t.jsonl"), "--show", "1", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "standard:  First, Mia gains <9><9>< apples>" in out and "judge:  First, Mia gains <9><9>{ apples}" in out
+    assert (
+        "standard:  First, Mia gains <9><9>< apples>" in out
+        and "judge:  First, Mia gains <9><9>{ apples}" in out
+    )
 
 
 def test_broken_files_are_named(tmp_path, capsys):
@@ -87,14 +93,14 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, more, words):
 
 
 def test_logits_that_are_not_finite_are_one_sentence(tmp_path, capsys, monkeypatch):
-    real = score_text.load_pair
+    real = scored_text.load_pair
 
     def broken(*args, **more):
         models = real(*args, **more)
         models[0].norm.weight.data[3] = float("nan")
         return models
 
-    monkeypatch.setattr(score_text, "load_pair", broken)
+    monkeypatch.setattr(scored_text, "load_pair", broken)
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": generate.DEMO_PROMPT, "response": " First"}))
     with pytest.raises(SystemExit) as stop:
         score_text.main(["--data", str(tmp_path / "t.jsonl"), "--device", "cpu"])

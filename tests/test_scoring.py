@@ -6,9 +6,9 @@ import re
 import pytest
 from conftest import DATA
 
-from scripts.math_answers import final_math, same_math
-from scripts.public_tasks import read_task
-from scripts.scoring import CHECKERS, Question, final_letter, final_number
+from scripts.lib.math_answers import final_math, same_math
+from scripts.lib.public_tasks import read_task
+from scripts.lib.scoring import CHECKERS, Question, final_letter, final_number
 
 GSM8K, MATH = DATA / "gsm8k" / "test.jsonl", DATA / "math500" / "test.jsonl"
 
@@ -57,19 +57,50 @@ SAME_NUMBERS = [
 
 
 def test_the_table_of_numbers():
-    wrong = [(text, number, final_number(text)) for number, texts in SAME_NUMBERS for text in texts if final_number(text) != number]
+    wrong = [
+        (text, number, final_number(text))
+        for number, texts in SAME_NUMBERS
+        for text in texts
+        if final_number(text) != number
+    ]
     assert not wrong
     assert sum(len(texts) for _, texts in SAME_NUMBERS) > 180
 
 
 def test_numbers_of_any_length_are_compared():
     for size in (999, 1001, 4300, 5000, 100_000):
-        for text in ("1" * size, "-" + "1" * size, "0." + "3" * size, "1/" + "3" * size, "1e" + "9" * size, "2^" + "9" * size, "1," * 3 + "111" * size, "1 1/" + "3" * size, f"{'1' * size}.{'5' * size}e5", "10^" + "9" * size, f"\\frac{{{'1' * size}}}{{7}}"):
+        for text in (
+            "1" * size,
+            "-" + "1" * size,
+            "0." + "3" * size,
+            "1/" + "3" * size,
+            "1e" + "9" * size,
+            "2^" + "9" * size,
+            "1," * 3 + "111" * size,
+            "1 1/" + "3" * size,
+            f"{'1' * size}.{'5' * size}e5",
+            "10^" + "9" * size,
+            f"\\frac{{{'1' * size}}}{{7}}",
+        ):
             assert final_number(text)
     long = "1" * 5000
-    assert final_number(long) == final_number(f"The answer is ${long}.00.") == final_number(f"#### 0{long}") == long != final_number(long + "1")
-    assert final_number(f"-{long}") == f"-{long}" and final_number(f"0.{long}") == f"0.{long}" and final_number(f"{long}/3") == f"{long}/3"
-    assert final_number("9^" + "9^" * 5000 + "9") and final_number("(" * 5000 + "7") == "7" and final_number("answer is " * 20_000 + "7") == "7"
+    assert (
+        final_number(long)
+        == final_number(f"The answer is ${long}.00.")
+        == final_number(f"#### 0{long}")
+        == long
+        != final_number(long + "1")
+    )
+    assert (
+        final_number(f"-{long}") == f"-{long}"
+        and final_number(f"0.{long}") == f"0.{long}"
+        and final_number(f"{long}/3") == f"{long}/3"
+    )
+    assert (
+        final_number("9^" + "9^" * 5000 + "9")
+        and final_number("(" * 5000 + "7") == "7"
+        and final_number("answer is " * 20_000 + "7") == "7"
+    )
     assert final_number("1e-999999999") == "1e-999999999" and final_number("0^-1") == "0^-1"
 
 
@@ -201,7 +232,9 @@ def test_the_table_of_answers_that_do_not(group):
 
 
 def test_the_tables_are_large():
-    same, other = (sum(len(group) * (len(group) - 1) // 2 for group in table) for table in (SAME_MATH, OTHER_MATH))
+    same, other = (
+        sum(len(group) * (len(group) - 1) // 2 for group in table) for table in (SAME_MATH, OTHER_MATH)
+    )
     assert same > 300 and other > 300
 
 
@@ -239,7 +272,11 @@ def test_math500s_own_answers_are_right_in_every_notation():
     right = CHECKERS["math"].is_right
     assert len(questions) == 500
     for name, change in NOTATIONS.items():
-        for form in ("\\boxed{{{}}}", "\\boxed{{${}$.}}", "Final Answer: The final answer is ${}$. I hope it is correct."):
+        for form in (
+            "\\boxed{{{}}}",
+            "\\boxed{{${}$.}}",
+            "Final Answer: The final answer is ${}$. I hope it is correct.",
+        ):
             wrong = [q.reference for q in questions if not right(q, form.format(change(q.reference)))]
             assert not wrong, (name, form)
     assert all(right(q, q.content["solution"]) for q in questions)  # the box in the published solution
@@ -253,4 +290,7 @@ def test_math500s_own_answers_are_right_in_every_notation():
 
 def test_a_checker_without_right_and_wrong_says_none():
     question = Question(0, "p", "", "none")
-    assert CHECKERS["none"].is_right(question, "x") is None and CHECKERS["none"].final_answer(question, "x") is None
+    assert (
+        CHECKERS["none"].is_right(question, "x") is None
+        and CHECKERS["none"].final_answer(question, "x") is None
+    )

@@ -11,11 +11,11 @@ import pytest
 from conftest import DATA
 
 from cli import InputError, Parser
-from scripts import sandbox, tasks
-from scripts.demo_task import is_held_out, write_answer
-from scripts.public_tasks import TASKS, read_task, training_path
-from scripts.scoring import CHECKERS, Question
-from scripts.tasks import add_question_flags, load_questions, questions_of
+from scripts.lib import sandbox, tasks
+from scripts.lib.demo_task import is_held_out, write_answer
+from scripts.lib.public_tasks import TASKS, read_task, training_path
+from scripts.lib.scoring import CHECKERS, Question
+from scripts.lib.tasks import add_question_flags, load_questions, questions_of
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the public files, see scripts/download.py")
 
@@ -35,14 +35,26 @@ def write_lines(path: Path, *items) -> Path:
 
 def test_answers_are_right_when_they_say_what_the_reference_says(tmp_path):
     path = write_lines(
-        tmp_path / "q.jsonl", {"question": "6*3?", "answer": 18}, {"prompt": "A or B?", "reference": "(B)", "checker": "choice"}
+        tmp_path / "q.jsonl",
+        {"question": "6*3?", "answer": 18},
+        {"prompt": "A or B?", "reference": "(B)", "checker": "choice"},
     )
     number, choice = load_questions(str(path), "number")
     right, wrong = CHECKERS["number"].is_right, "It is 18, or 17"
-    assert right(number, "18.00") and right(number, "$18 a day") and not right(number, wrong) and not right(number, "?")
-    assert CHECKERS["number"].final_answer(number, wrong) == "17" and CHECKERS["number"].final_answer(number, "?") is None
+    assert (
+        right(number, "18.00")
+        and right(number, "$18 a day")
+        and not right(number, wrong)
+        and not right(number, "?")
+    )
+    assert (
+        CHECKERS["number"].final_answer(number, wrong) == "17"
+        and CHECKERS["number"].final_answer(number, "?") is None
+    )
     right = CHECKERS["choice"].is_right
-    assert right(choice, "The answer is B.") and not right(choice, "The answer is A.") and not right(choice, "?")
+    assert (
+        right(choice, "The answer is B.") and not right(choice, "The answer is A.") and not right(choice, "?")
+    )
 
 
 def test_questions_are_read_with_all_spellings_of_their_fields(tmp_path):
@@ -103,10 +115,19 @@ def test_demo_questions_are_right_at_every_step():
     text = " First, {} so we have {}."  # no right step
     checker = CHECKERS[story.checker]
     answer = f"{text} The answer is {story.content.answer}."
-    assert checker.final_answer(story, answer) == str(story.content.answer) and checker.final_answer(story, text) is None
+    assert (
+        checker.final_answer(story, answer) == str(story.content.answer)
+        and checker.final_answer(story, text) is None
+    )
     good = write_answer(story.content, "target", random.Random(0))
-    assert checker.is_right(story, good) and not checker.is_right(story, answer) and not checker.is_right(other, good)
-    assert story.reference == "" and {q.group for q in load_questions("demo:list", "demo", limit=5)} == {"list"}
+    assert (
+        checker.is_right(story, good)
+        and not checker.is_right(story, answer)
+        and not checker.is_right(other, good)
+    )
+    assert story.reference == "" and {q.group for q in load_questions("demo:list", "demo", limit=5)} == {
+        "list"
+    }
     assert len(load_questions("demo", None)) == tasks.DEMO_LIMIT
     for held_out in (True, False):
         questions = load_questions("demo", None, limit=20, held_out=held_out)
@@ -119,7 +140,9 @@ def test_flags_name_the_questions(tmp_path):
     parser = Parser("")
     add_question_flags(parser.add_argument)
     assert questions_of(parser.parse_args(["--limit", "3"])) == load_questions("demo", None, 3)
-    args = parser.parse_args(["--questions", str(path), "--checker", "number", "--limit", "1", "--allow_code_execution"])
+    args = parser.parse_args(
+        ["--questions", str(path), "--checker", "number", "--limit", "1", "--allow_code_execution"]
+    )
     assert [q.prompt for q in questions_of(args)] == ["p"] and sandbox.code_is_allowed
 
 
@@ -139,7 +162,13 @@ def test_hostile_numbers_are_refused(flag, text, capsys):
     with pytest.raises(SystemExit) as stop:
         parsed(flag, text)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and f"{flag} " in err and "must be" in err and err.count("\n") == 1 and len(err) < 300
+    assert (
+        stop.value.code == 2
+        and f"{flag} " in err
+        and "must be" in err
+        and err.count("\n") == 1
+        and len(err) < 300
+    )
 
 
 def test_a_wrong_task_is_one_sentence(tmp_path):
@@ -171,9 +200,14 @@ def test_examples_come_from_beside(tmp_path):
     path = write_lines(tmp_path / "test.jsonl", {"question": "q", "answer": "#### 1"})
     with pytest.raises(InputError, match=r"no .*train\.jsonl.*--shots_data"):
         read_task("gsm8k", path, chat=False)
-    train = write_lines(tmp_path / "train.jsonl", *({"question": f"t{n}", "answer": f"a{n}\n#### {n}"} for n in range(3)))
+    train = write_lines(
+        tmp_path / "train.jsonl", *({"question": f"t{n}", "answer": f"a{n}\n#### {n}"} for n in range(3))
+    )
     (question,) = read_task("gsm8k", path, chat=False, shots=2)
-    assert question.prompt == "Question: t0\nAnswer: a0\n#### 0\n\nQuestion: t1\nAnswer: a1\n#### 1\n\nQuestion: q\nAnswer:"
+    assert (
+        question.prompt
+        == "Question: t0\nAnswer: a0\n#### 0\n\nQuestion: t1\nAnswer: a1\n#### 1\n\nQuestion: q\nAnswer:"
+    )
     assert question.asked == "Question: q\nAnswer:" and question.stops == ("Question:",)
     assert read_task("gsm8k", train, chat=False, shots=1, shots_data=path)[0].prompt.startswith(
         "Question: q\nAnswer: #### 1\n\n"
@@ -197,7 +231,9 @@ def test_mmlu_is_read_in_both_forms_and_a_limit_takes_subjects_in_turn(tmp_path)
         "d?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\nd?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
     )
     assert [q.reference for q in read_task("mmlu", tmp_path / "test", chat=False, shots=1)] == ["B", "D", "A"]
-    assert [q.reference for q in read_task("mmlu", tmp_path / "test" / "law_test.csv", chat=False, shots=2)] == ["D", "A"]
+    assert [
+        q.reference for q in read_task("mmlu", tmp_path / "test" / "law_test.csv", chat=False, shots=2)
+    ] == ["D", "A"]
     with pytest.raises(InputError, match="has 1 examples of art_history"):
         read_task("mmlu", tmp_path, chat=False, shots=2)
 
@@ -256,7 +292,10 @@ def test_data_in_the_working_folder(tmp_path, monkeypatch):
     assert len(read_task("mmlu", Path(".."), chat=False, shots=0)) == 1
     with pytest.raises(InputError, match="needs examples"):
         read_task("mmlu", Path(".."), chat=False)
-    assert training_path(TASKS["mmlu"], Path("/")) == Path("/dev") and training_path(TASKS["gsm8k"], Path("/test.jsonl")).is_absolute()
+    assert (
+        training_path(TASKS["mmlu"], Path("/")) == Path("/dev")
+        and training_path(TASKS["gsm8k"], Path("/test.jsonl")).is_absolute()
+    )
     with pytest.raises(InputError, match="--shots_data x names examples"):
         read_task("mmlu", Path(".."), chat=True, shots_data=Path("x"))
 
@@ -315,22 +354,31 @@ def test_conversations_keep_all_turns():
     questions = read_task("mt_bench", DATA / "mt_bench" / "question.jsonl", chat=True)
     assert all(len(q.more_turns) == 1 and q.checker == "none" for q in questions)
     base = next(
-        q for q in read_task("mt_bench", DATA / "mt_bench" / "question.jsonl", chat=False) if q.content["question_id"] == 81
+        q
+        for q in read_task("mt_bench", DATA / "mt_bench" / "question.jsonl", chat=False)
+        if q.content["question_id"] == 81
     )
     assert base.prompt.startswith("USER: Compose an engaging") and base.prompt.endswith("\nASSISTANT:")
-    assert base.more_turns == ("\nUSER: Rewrite your previous response. Start every sentence with the letter A.\nASSISTANT:",)
+    assert base.more_turns == (
+        "\nUSER: Rewrite your previous response. Start every sentence with the letter A.\nASSISTANT:",
+    )
     spec = read_task("spec_bench", DATA / "spec_bench" / "question.jsonl", chat=True, limit=13)
     assert len({q.group for q in spec}) == 13  # a limit takes the categories in turn
 
 
 @needs_data
 def test_all_keys_of_arc_and_mmlu_are_right():
-    for task, path in (("arc", "arc/ARC-Challenge_test.json"), ("arc", "arc/ARC-Easy_test.json"), ("mmlu", "mmlu")):
+    for task, path in (
+        ("arc", "arc/ARC-Challenge_test.json"),
+        ("arc", "arc/ARC-Easy_test.json"),
+        ("mmlu", "mmlu"),
+    ):
         for chat in (False, True):
             questions = read_task(task, DATA / path, chat, shots=0)
             for text in ("The best answer is {}", " {}", "**{}**", "({})"):
                 assert all(CHECKERS["choice"].is_right(q, text.format(q.reference)) for q in questions)
             assert not any(
-                CHECKERS["choice"].is_right(q, "The best answer is " + "BCDEA"["ABCDE".index(q.reference)]) for q in questions
+                CHECKERS["choice"].is_right(q, "The best answer is " + "BCDEA"["ABCDE".index(q.reference)])
+                for q in questions
             )
     assert TASKS["mmlu"].shots == 5 and TASKS["arc"].shots == 25

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_folder
 
-from generate import answer_text
 from judge import JudgeHead
-from model import load_model
-from scripts import evaluate, token_details
-from scripts.plot import accepted_a_round
-from scripts.token_details import cuts
+from quantize import load_model
+from scripts import evaluate
+from scripts.lib import token_details
+from scripts.lib.runs import accepted_a_round
+from scripts.lib.terminal import answer_text
+from scripts.lib.token_details import cuts
 from tokenizer import load_tokenizer
 
 PROMPT, TOKENS = [1, 17, 42, 8], [5, 77, 23, 23, 60, 2]
@@ -30,7 +31,10 @@ def prenorm(reference, ids: list[int]) -> torch.Tensor:
 @torch.inference_mode()
 def test_every_figure_is_of_its_row(tmp_path, monkeypatch):
     """Against transformers, token by token: p, KL and top of what follows the tokens before it, the score of it itself."""
-    references = [make_folder(tmp_path / "target", seed=1), make_folder(tmp_path / "draft", seed=2, num_hidden_layers=1)]
+    references = [
+        make_folder(tmp_path / "target", seed=1),
+        make_folder(tmp_path / "draft", seed=2, num_hidden_layers=1),
+    ]
     target, draft = load_model(tmp_path / "target"), load_model(tmp_path / "draft")
     generator = torch.Generator().manual_seed(0)
     weight, draft_weight = (torch.randn(64, generator=generator) / 20 for _ in range(2))
@@ -38,15 +42,19 @@ def test_every_figure_is_of_its_row(tmp_path, monkeypatch):
     own, both = (JudgeHead(weight, bias, 0.5, "", {}, w) for w in (None, draft_weight))
     monkeypatch.setattr(token_details, "ROWS", 4)  # so that the answer takes two passes of the LM head
     target.setup_caches(64)
-    generation = target.generation
+    generation = target.cache_epoch
     found = token_details.token_details(target, draft, own, PROMPT, TOKENS)
     with_draft = token_details.token_details(target, draft, both, PROMPT, TOKENS)
-    assert target.generation == generation, "an engine's caches were replaced"
+    assert target.cache_epoch == generation, "an engine's caches were replaced"
     for at, token in enumerate(TOKENS):
         before = PROMPT + TOKENS[:at]
-        log_p, log_q = (reference(torch.tensor([before])).logits[0, -1].log_softmax(-1) for reference in references)
+        log_p, log_q = (
+            reference(torch.tensor([before])).logits[0, -1].log_softmax(-1) for reference in references
+        )
         assert found.p[at].item() == pytest.approx(log_p[token].exp().item(), rel=1e-3, abs=1e-6)
-        assert found.kl[at].item() == pytest.approx(F.kl_div(log_q, log_p, reduction="sum", log_target=True).item(), rel=1e-3)
+        assert found.kl[at].item() == pytest.approx(
+            F.kl_div(log_q, log_p, reduction="sum", log_target=True).item(), rel=1e-3
+        )
         assert found.top[at] == log_p.argmax()
         z = prenorm(references[0], [*before, token])[-1] @ weight + bias
         assert found.score[at].item() == pytest.approx(z.sigmoid().item(), abs=1e-4)
@@ -67,7 +75,9 @@ def test_details_agree_with_what_the_engine_decided(lines):
     """Greedy: accepted tokens and the target's own are its most likely ones; the rule's are others, with a score above delta."""
     letters = ""
     for record in lines[1:]:
-        for token in zip(record["origin"], record["p"], record["score"], record["top"], record["kl"], strict=True):
+        for token in zip(
+            record["origin"], record["p"], record["score"], record["top"], record["kl"], strict=True
+        ):
             letter, p, score, top, kl = token
             assert (top is None) == (letter != "r"), token
             assert letter != "r" or score >= record["threshold"]
@@ -101,5 +111,7 @@ def test_text_is_cut_where_tokens_complete_it():
     at = bytes_of.index(b"\xc3")
     counts = cuts(tokenizer, [*ids, stop])
     assert counts[at : at + 2] == [0, 1] and counts[-1] == 0 and len(counts) == len(ids) + 1
-    assert sum(cuts(tokenizer, ids[: at + 1])) == len(answer_text(tokenizer, ids[: at + 1]))  # half a character
+    assert sum(cuts(tokenizer, ids[: at + 1])) == len(
+        answer_text(tokenizer, ids[: at + 1])
+    )  # half a character
     assert cuts(tokenizer, [stop]) == [0] and cuts(tokenizer, []) == []

@@ -21,26 +21,35 @@ import torch.distributed as dist
 from conftest import ROOT, make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import cli
 import generate
 import model
 import quantize
 import tp
+from checkpoint import read_config
 from cli import InputError
 from judge import JudgeHead
 from model import ModelArgs, preset
+from scripts.lib import pair
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 32, "num_hidden_layers": 2}  # fmt: skip
 SHAPES = {
     "gqa": WIDE,
-    "tied, one KV head, uneven vocabulary": WIDE | {"num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 643},
+    "tied, one KV head, uneven vocabulary": WIDE
+    | {"num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 643},
     "three heads a KV head": WIDE | {"num_attention_heads": 6, "num_key_value_heads": 2},
 }
 SCHEMES = {"int8": quantize.Scheme("int8"), "fp8": quantize.Scheme("fp8", lm_head=True), "int4": quantize.Scheme("int4"),
            "int4/64": quantize.Scheme("int4", 64, symmetric=True)}  # fmt: skip
-WORLDS = {(False, 8): (2, 4, 8), (True, 8): (2, 4), (False, 6): (1, 2, 4), (True, 6): (1,)}  # by groups of 64, and heads
+WORLDS = {
+    (False, 8): (2, 4, 8),
+    (True, 8): (2, 4),
+    (False, 6): (1, 2, 4),
+    (True, 6): (1,),
+}  # by groups of 64, and heads
 
 
 def weights(loaded: model.Transformer) -> dict[str, torch.Tensor]:
@@ -63,10 +72,15 @@ def gathered(parts: list[model.Transformer], args: ModelArgs) -> dict[str, torch
         found, kind = [weights(part)[name] for part in parts], name.split(".")[-1]
         heads = [(end - start) * args.head_dim for start, end in (shard.heads(args) for shard in shards)]
         if kind == "wqkv":
-            sizes = [n * args.head_dim for n in (parts[0].local.n_head, parts[0].local.n_kv_head, parts[0].local.n_kv_head)]
+            sizes = [
+                n * args.head_dim
+                for n in (parts[0].local.n_head, parts[0].local.n_kv_head, parts[0].local.n_kv_head)
+            ]
             q, k, v = zip(*(part.split(sizes) for part in found))
             assert all(not rows[n:].any() for rows, n in zip(q, heads))
-            assert all(torch.equal(x[rank], x[rank // repeats * repeats]) for x in (k, v) for rank in range(world))
+            assert all(
+                torch.equal(x[rank], x[rank // repeats * repeats]) for x in (k, v) for rank in range(world)
+            )
             q = [rows[:n] for rows, n in zip(q, heads)]
             whole[name] = torch.cat([*q, *k[::repeats], *v[::repeats]])
         elif kind == "wo":
@@ -101,9 +115,11 @@ def load_parts(folder: Path, world: int, scheme, monkeypatch) -> list[model.Tran
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shards_are_the_whole(tmp_path, shape, monkeypatch):
     """For every layer, on disk and in every mode, quantised while loading and before; and each knows the model by its name."""
-    monkeypatch.setattr(quantize, "to_tiles", lambda *packed: packed)  # the packing of folders is what is compared
+    monkeypatch.setattr(
+        quantize, "to_tiles", lambda *packed: packed
+    )  # the packing of folders is what is compared
     make_folder(tmp_path / "model", dtype=torch.bfloat16, **SHAPES[shape])
-    args = ModelArgs.from_folder(tmp_path / "model")
+    args = read_config(tmp_path / "model")
     for name, scheme in [("none", None), *SCHEMES.items()]:
         if scheme is not None and scheme.lm_head and args.tie_embeddings:
             continue
@@ -123,12 +139,12 @@ def test_shards_are_the_whole(tmp_path, shape, monkeypatch):
 def test_reading_is_divided_among_the_ranks(tmp_path):
     """Each reads an N-th, the norms, and the 64 values of each tensor that tell the model."""
     make_folder(tmp_path, **WIDE)
-    whole = model.load_model(tmp_path)
+    whole = checkpoint.load_model(tmp_path)
     size = sum(weight.nbytes for weight in whole.parameters())
     assert whole.bytes_read == size
     for world in (2, 4):
-        parts = [model.load_model(tmp_path, shard=Shard(rank, world)) for rank in range(world)]
-        norms, samples = 5 * 96 * 4, (len(model.weight_plan(whole.args)) - 5) * 64 * 4
+        parts = [checkpoint.load_model(tmp_path, shard=Shard(rank, world)) for rank in range(world)]
+        norms, samples = 5 * 96 * 4, (len(checkpoint.weight_plan(whole.args)) - 5) * 64 * 4
         assert {part.bytes_read for part in parts} == {(size - norms) // world + norms + samples}
         assert parts[0].bytes_read == sum(weight.nbytes for weight in parts[0].parameters()) + samples
 
@@ -146,7 +162,13 @@ def test_seventeen_billion_rows_by_hand():
     assert shard.part(args, "lm_head.weight") == (slice(40080, 48096),)
     assert shard.part(args, "model.norm.weight") == ()
     local = shard.local(args)
-    assert (local.n_head, local.n_kv_head, local.intermediate_size, local.vocab_size, local.dim) == (8, 1, 3328, 8016, 16384)
+    assert (local.n_head, local.n_kv_head, local.intermediate_size, local.vocab_size, local.dim) == (
+        8,
+        1,
+        3328,
+        8016,
+        16384,
+    )
 
 
 @pytest.mark.parametrize("world, change, words", [
@@ -157,7 +179,7 @@ def test_seventeen_billion_rows_by_hand():
 def test_what_does_not_divide_is_refused_by_name(tmp_path, world, change, words):
     make_folder(tmp_path, **(WIDE | change))
     with pytest.raises(InputError, match=words):
-        model.load_model(tmp_path, shard=Shard(0, world))
+        checkpoint.load_model(tmp_path, shard=Shard(0, world))
 
 
 def test_columns_are_not_cut_inside_a_group(tmp_path):
@@ -172,8 +194,11 @@ def test_where_a_draft_goes():
     """By hand: 8.03 GB in int8 are worth 66 collectives on two GPUs; the demo's draft of 0.8 MB is worth none anywhere."""
     big, small = preset("Llama-3.1-8B"), preset("Llama-3.2-1B")
     assert 8_030_000_000 / 2 > 66 * 32 * 2**20 and tp.place_draft(big, 8_030_000_000, 2, "cuda") == "shard"
-    assert 1_000_000_000 * 7 / 8 < 34 * 32 * 2**20 and tp.place_draft(small, 1_000_000_000, 8, "cuda") == "replicate"
-    assert tp.place_draft(ModelArgs.from_folder(generate.DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
+    assert (
+        1_000_000_000 * 7 / 8 < 34 * 32 * 2**20
+        and tp.place_draft(small, 1_000_000_000, 8, "cuda") == "replicate"
+    )
+    assert tp.place_draft(read_config(pair.DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
     assert tp.place_draft(big, 8_030_000_000, 3, "cuda") == "replicate"  # what does not divide
 
 
@@ -205,7 +230,13 @@ def test_flags_of_ranks_need_ranks(flag, capsys):
     ({"MASTER_ADDR": None}, "MASTER_ADDR is not"), ({"MASTER_ADDR": ""}, "MASTER_ADDR is not"), ({"LOCAL_RANK": "y"}, "LOCAL_RANK=y"),
 ])  # fmt: skip
 def test_garbage_in_a_ranks_environment_is_named_by_every_rank(monkeypatch, capsys, change, word):
-    base = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    base = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     for name, value in (base | change).items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
@@ -225,20 +256,30 @@ def folders(tmp_path_factory):
     for number, (name, shape) in enumerate(shapes.items()):
         shape = shape | {"max_position_embeddings": 4096}
         for role, change in (("target", {}), ("draft", {"num_hidden_layers": 1})):
-            make_folder(root / name / role, seed=10 * number + len(change), dtype=torch.bfloat16, scale=9.0, **(shape | change))
-            (root / name / role / "tokenizer.model").write_bytes((generate.DEMO / "target" / "tokenizer.model").read_bytes())
+            make_folder(
+                root / name / role,
+                seed=10 * number + len(change),
+                dtype=torch.bfloat16,
+                scale=9.0,
+                **(shape | change),
+            )
+            (root / name / role / "tokenizer.model").write_bytes(
+                (pair.DEMO / "target" / "tokenizer.model").read_bytes()
+            )
     quantize.convert(root / "gqa" / "target", root / "int8" / "target", quantize.Scheme("int8"))
     quantize.convert(root / "gqa" / "draft", root / "int8" / "draft", quantize.Scheme("int4"))
     for name in ("gqa", "tied", "int8"):
         target = quantize.load_model(root / name / "target", "cpu")
         weight = torch.randn(96, generator=torch.Generator().manual_seed(4)) * 0.05
-        JudgeHead(weight, torch.tensor(0.0), 0.5, target.fingerprint, {}).save(root / name / "judge.safetensors")
+        JudgeHead(weight, torch.tensor(0.0), 0.5, target.fingerprint, {}).save(
+            root / name / "judge.safetensors"
+        )
     return root
 
 
 def flags(folders: Path, name: str, verify: str, *more: str) -> list[str]:
     """A command line of generate.py that prints JSON."""
-    folder = generate.DEMO if name == "demo" else folders / name
+    folder = pair.DEMO if name == "demo" else folders / name
     prompt = generate.DEMO_PROMPT if name == "demo" else "40"
     found = ["--checkpoint_path", folder / "target", "--draft_checkpoint_path", folder / "draft", "--verify", verify, "--json",
              "--judge_path", folder / "judge.safetensors", "--prompt", prompt, "--speculate_k", "5", "--device", "cpu",
@@ -248,7 +289,14 @@ def flags(folders: Path, name: str, verify: str, *more: str) -> list[str]:
 
 def torchrun(todo: list, ranks: int, *more: str) -> subprocess.Popen:
     """Starts torchrun on this file."""
-    command = [sys.executable, "-m", "torch.distributed.run", *(more or ["--standalone"]), "--nproc_per_node", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *(more or ["--standalone"]),
+        "--nproc_per_node",
+        str(ranks),
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*command, __file__, json.dumps(todo)], cwd=ROOT, env=env, text=True, **pipes)
@@ -271,11 +319,18 @@ class Ranks:
         """todo: what all do; others: what rank_1 (say) does instead."""
         folder.mkdir()
         self.files, self.processes = [folder / f"{rank}" for rank in range(world)], []
-        env = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port()}
+        env = {
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port or free_port(),
+        }
         for rank in range(world):
             own = {key: str(value) for key, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             what = [others[f"rank_{rank}"]] if f"rank_{rank}" in others else list(todo)
-            self.processes.append(self.context.Process(target=be_rank, args=(own, what, str(self.files[rank]))))
+            self.processes.append(
+                self.context.Process(target=be_rank, args=(own, what, str(self.files[rank])))
+            )
             self.processes[-1].start()
 
     def wait(self, seconds: int = 60) -> tuple[list[int | None], list[str]]:
@@ -342,7 +397,9 @@ def test_ranks_say_what_one_process_says(folders, tmp_path, world, capsys):
         for name, draft in (("demo", "shard"), ("gqa", "replicate"), ("tied", "shard"), ("int8", "replicate"))
         for verify in ("plain", "standard", "judge", "kl")
     ]
-    assert_same(commands, Ranks(tmp_path / "r", world, *({"run": command} for command in commands)).results(), capsys)
+    assert_same(
+        commands, Ranks(tmp_path / "r", world, *({"run": command} for command in commands)).results(), capsys
+    )
 
 
 def test_two_ranks_say_what_one_process_says_in_every_way(folders, tmp_path, capsys):
@@ -351,7 +408,18 @@ def test_two_ranks_say_what_one_process_says_in_every_way(folders, tmp_path, cap
         flags(folders, "gqa", "kl", "--threshold", "4", "--draft_tp", "shard", "--check_ranks"),
         flags(folders, "tied", "ensemble", "--check_ranks"),
         flags(folders, "gqa", "standard", "--temperature", "0.9", "--top_k", "20", "--check_ranks"),
-        flags(folders, "gqa", "standard", "--mode", "int8", "--draft_mode", "int4", "--check_ranks", "--draft_tp", "shard"),
+        flags(
+            folders,
+            "gqa",
+            "standard",
+            "--mode",
+            "int8",
+            "--draft_mode",
+            "int4",
+            "--check_ranks",
+            "--draft_tp",
+            "shard",
+        ),
         flags(folders, "gqa", "judge", "--min_prob", "0.01", "--check_ranks"),
         flags(folders, "tied", "judge", "--speculate_k", "auto", "--check_ranks"),
     ]
@@ -363,7 +431,9 @@ def test_two_ranks_say_what_one_process_says_in_every_way(folders, tmp_path, cap
 def test_compiled_ranks_say_what_one_process_says(folders, tmp_path, capsys):
     commands = [flags(folders, "gqa", "judge", "--compile", "--check_ranks", "--draft_tp", "shard"),
                 flags(folders, "tied", "kl", "--compile", "--check_ranks")]  # fmt: skip
-    assert_same(commands, Ranks(tmp_path / "r", 2, *({"run": command} for command in commands)).results(), capsys)
+    assert_same(
+        commands, Ranks(tmp_path / "r", 2, *({"run": command} for command in commands)).results(), capsys
+    )
 
 
 def free_port() -> int:
@@ -389,7 +459,9 @@ def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path,
     (ours,) = sum(outputs, [])  # rank 0 alone prints
     (one,) = single.results()
     assert {key: ours[key] for key in SAME} == {key: expected[key] for key in SAME}
-    assert {key: one[key] for key in (*SAME, "mean_score")} == {key: expected[key] for key in (*SAME, "mean_score")}
+    assert {key: one[key] for key in (*SAME, "mean_score")} == {
+        key: expected[key] for key in (*SAME, "mean_score")
+    }
 
 
 def test_traffic_ties_and_memory(folders, tmp_path):
@@ -399,9 +471,16 @@ def test_traffic_ties_and_memory(folders, tmp_path):
              "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
     make_folder(folders / "big", **shape)
     for world in (2, 4):
-        done = Ranks(tmp_path / str(world), world, *todo, {"ties": 0}, {"memory": str(folders / "big")}).results()
+        done = Ranks(
+            tmp_path / str(world), world, *todo, {"ties": 0}, {"memory": str(folders / "big")}
+        ).results()
         pairs, logits, ties, memory = done
-        assert pairs == {"all_reduces": 2 * 2 + 1, "reduced_bytes": 5 * 6 * 96 * 4, "gathers": 1, "gathered_bytes": 6 * 16}
+        assert pairs == {
+            "all_reduces": 2 * 2 + 1,
+            "reduced_bytes": 5 * 6 * 96 * 4,
+            "gathers": 1,
+            "gathered_bytes": 6 * 16,
+        }
         assert logits == pairs | {"gathered_bytes": 6 * 640 // world * 4}
         assert ties == [0, 5, 17, 322, 0, 639]
         for peak, counted, fetched, size in memory:
@@ -440,17 +519,25 @@ def test_all_ranks_end_with_one_sentence(folders, tmp_path):
     """Whatever happens to one: exit code 2 on every rank, within the time, and one line from rank 0 (rank 1 where it died)."""
     shape = WIDE | {"num_hidden_layers": 1, "max_position_embeddings": 4096}
     make_folder(tmp_path / "other", seed=77, dtype=torch.bfloat16, **shape)
-    (tmp_path / "other" / "tokenizer.model").write_bytes((folders / "gqa" / "draft" / "tokenizer.model").read_bytes())
+    (tmp_path / "other" / "tokenizer.model").write_bytes(
+        (folders / "gqa" / "draft" / "tokenizer.model").read_bytes()
+    )
     theirs = make_folder(tmp_path / "nan", dtype=torch.bfloat16, **shape)
     with torch.no_grad():
         theirs.lm_head.weight[500, 3] = float("nan")  # of the second rank's part
     theirs.save_pretrained(tmp_path / "nan")
-    (tmp_path / "nan" / "tokenizer.model").write_bytes((folders / "gqa" / "draft" / "tokenizer.model").read_bytes())
+    (tmp_path / "nan" / "tokenizer.model").write_bytes(
+        (folders / "gqa" / "draft" / "tokenizer.model").read_bytes()
+    )
     for number, (name, (world, todo, sentence)) in enumerate(in_trouble(folders, tmp_path / "other").items()):
         todo = dict(todo)
         codes, errors = Ranks(tmp_path / str(number), world, todo.pop("all"), **todo).wait()
         died = next((int(key[5:]) for key, what in todo.items() if "die" in what), None)
-        assert codes == [-signal.SIGKILL if rank == died else 2 for rank in range(world)], (name, codes, errors)
+        assert codes == [-signal.SIGKILL if rank == died else 2 for rank in range(world)], (
+            name,
+            codes,
+            errors,
+        )
         speaker = 1 if died == 0 else 0
         said = [line for line in errors[speaker].splitlines() if line.startswith("generate.py: ")]
         assert len(said) == 1 and sentence in said[0] and "Traceback" not in errors[speaker], (name, errors)
@@ -478,7 +565,10 @@ class Count(TorchDispatchMode):
         self.found = {"all_reduces": 0, "reduced_bytes": 0, "gathers": 0, "gathered_bytes": 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for word, calls, size in (("all_reduce", "all_reduces", "reduced_bytes"), ("all_gather", "gathers", "gathered_bytes")):
+        for word, calls, size in (
+            ("all_reduce", "all_reduces", "reduced_bytes"),
+            ("all_gather", "gathers", "gathered_bytes"),
+        ):
             if func.namespace == "_c10d_functional" and word in str(func):
                 self.found[calls] += 1
                 self.found[size] += args[0].nbytes
@@ -515,8 +605,13 @@ def ties() -> list[int]:
 
 def memory(folder: str) -> list[tuple[int, int, int]]:
     """Of every rank: growth of its own memory while loading, at the most; bytes read; bytes of the model."""
+
     def own() -> int:
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").open()
+            if line.startswith("RssAnon")
+        )
 
     def fetched() -> int:  # by system calls; what is mapped into memory does not count, and must not be much
         return next(int(line.split()[1]) for line in Path("/proc/self/io").open() if line.startswith("rchar"))
@@ -553,14 +648,19 @@ def disturb(what: str) -> None:
         return collect(engine, slot)
 
     if what == "other_seed":
-        generate.Engine.generate = lambda self, prompt, new, seed=0, keep=0: plainly(self, prompt, new, seed + 1, keep)
+        generate.Engine.generate = lambda self, prompt, new, seed=0, keep=0: plainly(
+            self, prompt, new, seed + 1, keep
+        )
     else:
         generate.Engine.collect = counted
 
 
 def main(todo: list[dict]) -> None:
     if "start_seconds" in todo[0]:
-        tp.START, os.environ["WORLD_SIZE"] = todo[0]["start_seconds"], str(todo[0].get("world", os.environ["WORLD_SIZE"]))
+        tp.START, os.environ["WORLD_SIZE"] = (
+            todo[0]["start_seconds"],
+            str(todo[0].get("world", os.environ["WORLD_SIZE"])),
+        )
         del todo[0]
     with tp.ranks("generate.py"):
         for each in todo:

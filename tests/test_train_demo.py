@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 
 from cli import InputError
-from model import ModelArgs, load_model
+from model import ModelArgs
+from quantize import load_model
 from scripts import train_demo
 
 TOKENIZER = ROOT / "checkpoints" / "demo" / "target" / "tokenizer.model"
@@ -19,7 +20,9 @@ TOKENIZER = ROOT / "checkpoints" / "demo" / "target" / "tokenizer.model"
 
 def small(monkeypatch) -> sentencepiece.SentencePieceProcessor:
     monkeypatch.setattr(
-        train_demo, "PRESETS", {"target": ModelArgs(32, 1, 2, 1, 48, 640, 16, 512, 1e-5, 10000.0, tie_embeddings=True)}
+        train_demo,
+        "PRESETS",
+        {"target": ModelArgs(32, 1, 2, 1, 48, 640, 16, 512, 1e-5, 10000.0, tie_embeddings=True)},
     )
     monkeypatch.setattr(train_demo, "BATCH", 4)
     monkeypatch.setattr(train_demo, "SAVE_EVERY", 2)
@@ -93,18 +96,29 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, mon
         ("--work", "odd", "it is a pipe"), ("--out", "out", "it is a folder"),
     ):  # fmt: skip
         flags = good | {flag: str(tmp_path / name)}
-        assert words in refused([*(word for pair in flags.items() for word in pair), "--steps", "2", "--device", "cpu"], capsys), (flag, name)
+        assert words in refused(
+            [*(word for pair in flags.items() for word in pair), "--steps", "2", "--device", "cpu"], capsys
+        ), (flag, name)
     for more, words in ((["--stages", "magic"], "magic is not a stage"), (["--stages", ""], "is not a stage"), (["--stages", "judge,"], "is not a stage"),
                         (["--seed", "9" * 500], "must be a whole number"), (["--steps", "0"], "must be a whole number"), (["--device", "cuda:99"], "not usable here")):  # fmt: skip
-        assert words in refused(["--out", str(tmp_path / "new"), "--work", str(tmp_path / "work"), *more], capsys)
-    assert not (tmp_path / "new").exists() and not list((tmp_path / "work").iterdir()) and (tmp_path / "file").read_text() == "kept"
+        assert words in refused(
+            ["--out", str(tmp_path / "new"), "--work", str(tmp_path / "work"), *more], capsys
+        )
+    assert (
+        not (tmp_path / "new").exists()
+        and not list((tmp_path / "work").iterdir())
+        and (tmp_path / "file").read_text() == "kept"
+    )
 
 
 def test_two_trainings_do_not_share_a_work_folder(tmp_path, capsys):
     hold = f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import files\nfiles.lock(os.open({str(tmp_path)!r}, os.O_RDONLY), '')\nprint('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
-        said = refused(["--out", str(tmp_path / "out"), "--work", str(tmp_path), "--steps", "2", "--device", "cpu"], capsys)
+        said = refused(
+            ["--out", str(tmp_path / "out"), "--work", str(tmp_path), "--steps", "2", "--device", "cpu"],
+            capsys,
+        )
         holder.kill()
     assert "by another process" in said and not list(tmp_path.iterdir())
 
@@ -131,7 +145,10 @@ def test_damaged_states_and_tokenizers_are_one_sentence(tmp_path, monkeypatch, c
     os.mkfifo(state)
     with pytest.raises(InputError, match="is a pipe"):
         train_demo.train_model("target", sp, state, 1, "cpu", 4)
-    for content, words in ((b"junk", "is no SentencePiece model"), (b"", "no SentencePiece model|no tokenizer of")):
+    for content, words in (
+        (b"junk", "is no SentencePiece model"),
+        (b"", "no SentencePiece model|no tokenizer of"),
+    ):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(InputError, match=words):
             train_demo.load_pieces(tmp_path / "tokenizer.model")

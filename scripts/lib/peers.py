@@ -1,18 +1,16 @@
-"""Hugging Face transformers on our weights, to compare speeds and results with: plain, compiled, assisted by a draft."""
+"""Hugging Face transformers on our weights, to compare speeds and results with: plain, compiled, assisted by
+a draft."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
+from checkpoint import weight_plan
 from cli import InputError
-from model import Transformer, weight_plan
+from model import Transformer
 
 try:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -36,7 +34,8 @@ def timed(action: Callable, device: torch.device) -> float:
 class Peers:
     """Decodes n tokens after a prompt; each way returns the seconds of decoding alone, without prefill.
 
-    k: draft tokens a round, always as many. accept: as many of them are made right, the others wrong; None: as they come.
+    k: draft tokens a round, always as many. accept: as many of them are made right, the others wrong; None:
+    as they come.
     """
 
     def __init__(
@@ -76,15 +75,24 @@ class Peers:
         ids = torch.tensor([self.prompt], device=self.device)
         mask = torch.ones_like(ids)
         assistant = {"assistant_model": more.pop("assistant_model")} if "assistant_model" in more else {}
-        config = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(**config, **more), **assistant)
+        config = {
+            "max_new_tokens": n,
+            "min_new_tokens": n,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        return model.generate(
+            ids, attention_mask=mask, generation_config=GenerationConfig(**config, **more), **assistant
+        )
 
     @contextlib.contextmanager
     def impose(self):
-        """Makes the target say SAID at every place, and each proposal of the draft `accept` times that, then another token.
+        """Makes the target say SAID at every place, and each proposal of the draft `accept` times that, then
+        another token.
 
-        Both compute all that they would; only their outputs are overwritten. (Real outputs will not do: with random
-        weights a pass of several rows soon rounds to another token than passes of one.)
+        Both compute all that they would; only their outputs are overwritten. (Real outputs will not do: with
+        random weights a pass of several rows soon rounds to another token than passes of one.)
         """
         from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
@@ -110,7 +118,8 @@ class Peers:
 
 
 def twin(model: Transformer):
-    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further memory."""
+    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further
+    memory."""
     if LlamaForCausalLM is None:
         raise InputError("--peers needs the package transformers; pip install -r requirements-dev.txt.")
 
@@ -120,11 +129,20 @@ def twin(model: Transformer):
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3"} | dict(zip(names, a.rope_scaling))
     config = LlamaConfig(
-        vocab_size=a.vocab_size, hidden_size=a.dim, intermediate_size=a.intermediate_size, num_hidden_layers=a.n_layer,
-        num_attention_heads=a.n_head, num_key_value_heads=a.n_kv_head, head_dim=a.head_dim, rms_norm_eps=a.norm_eps,
-        max_position_embeddings=a.max_position, rope_parameters=rope, tie_word_embeddings=a.tie_embeddings,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=a.vocab_size,
+        hidden_size=a.dim,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.n_layer,
+        num_attention_heads=a.n_head,
+        num_key_value_heads=a.n_kv_head,
+        head_dim=a.head_dim,
+        rms_norm_eps=a.norm_eps,
+        max_position_embeddings=a.max_position,
+        rope_parameters=rope,
+        tie_word_embeddings=a.tie_embeddings,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
     for name, (ours, row, shape) in weight_plan(a).items():

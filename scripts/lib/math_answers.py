@@ -3,15 +3,16 @@
     final_math("so $x = \\boxed{\\frac{1}{2}}$.")        -> "\\frac{1}{2}"
     same_math("\\dfrac12", "0.5")                        -> True
 
-A text's answer is the last \\boxed{...}; without one what follows the last "answer is" or "answer:", to the end of the
-formula, sentence or line; without that its last number. Two answers are the same when, after what is only typography is
-taken away ($, \\left, \\dfrac, units, degrees, %, the commas of 1,234, "x =" in front), they are the same text, or the same
-value: both are evaluated, as fractions as far as that goes, letters at arbitrary points, so 2k+2 is 2(k+1) and
-\\frac{\\sqrt3}{3} is 1/\\sqrt{3}; 0.33 is not \\frac13, but 0.\\overline{3} is. Tuples, intervals and matrices are compared
-place by place; lists without brackets (also with "and", "or"), {sets}, unions and the two values of a \\pm in any order;
-equations up to a factor; inequalities as intervals. Words and numbers beside a number do not multiply it: 3 \\text{ and } 4
-is a list, and 1 2 is no product. A number in another base is only what is written alike, and so is what is too long or too
-large to compute with: the time is bounded whatever the text.
+A text's answer is the last \\boxed{...}; without one what follows the last "answer is" or "answer:", to the
+end of the formula, sentence or line; without that its last number. Two answers are the same when, after what
+is only typography is taken away ($, \\left, \\dfrac, units, degrees, %, the commas of 1,234, "x =" in front),
+they are the same text, or the same value: both are evaluated, as fractions as far as that goes, letters at
+arbitrary points, so 2k+2 is 2(k+1) and \\frac{\\sqrt3}{3} is 1/\\sqrt{3}; 0.33 is not \\frac13, but
+0.\\overline{3} is. Tuples, intervals and matrices are compared place by place; lists without brackets (also
+with "and", "or"), {sets}, unions and the two values of a \\pm in any order; equations up to a factor;
+inequalities as intervals. Words and numbers beside a number do not multiply it: 3 \\text{ and } 4 is a list,
+and 1 2 is no product. A number in another base is only what is written alike, and so is what is too long or
+too large to compute with: the time is bounded whatever the text.
 """
 
 import cmath
@@ -24,21 +25,53 @@ from functools import lru_cache
 
 ANSWER_IS = re.compile(r"(?i:\banswer[*_\s]*(?:is\b|:)[*:\s]*)")
 LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?")
-FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "log": cmath.log, "ln": cmath.log, "exp": cmath.exp,
-             "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-             "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}  # fmt: skip
+FUNCTIONS = {
+    "sin": cmath.sin,
+    "cos": cmath.cos,
+    "tan": cmath.tan,
+    "log": cmath.log,
+    "ln": cmath.log,
+    "exp": cmath.exp,
+    "cot": lambda x: 1 / cmath.tan(x),
+    "sec": lambda x: 1 / cmath.cos(x),
+    "csc": lambda x: 1 / cmath.sin(x),
+    "arcsin": cmath.asin,
+    "arccos": cmath.acos,
+    "arctan": cmath.atan,
+}
 SIGNS = {
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), **dict.fromkeys("\u00a0\u2009\u202f", " "),
-    **dict.fromkeys(("\u00b7", "\u00d7", "\\times"), "\\cdot "), **dict.fromkeys(("\u2026", "...", "\\dots"), "\\ldots"),
-    **dict.fromkeys(("\\div", "\u00f7", "\u2044"), "/"), **dict.fromkeys(("\\lvert", "\\rvert", "\\vert"), "|"),
-    **dict.fromkeys(("\u2205", "\\varnothing"), "\\emptyset "), **dict.fromkeys(("\u2264", "<="), "\\le "),
-    **dict.fromkeys(("\u2265", ">="), "\\ge "), "\u2260": "\\ne ", "\\lt": "<", "\\gt": ">", "\u2208": "\\in ", "\u00b0": "",
-    "\u03c0": "\\pi ", "\u03b8": "\\theta ", "\u221a": "\\sqrt ", "\u221e": "\\infty ", "\u222a": "\\cup ", "\u00b1": "\\pm ",
-    "{,}": ",", "\\lbrace": "\\{", "\\rbrace": "\\}", "**": "^",
-    **dict.fromkeys(("\\mathbb{R}", "\\mathbb R", "\u211d"), "(-\\infty,\\infty)"), "\u2213": "\\mp ",
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
+    **dict.fromkeys("\u00a0\u2009\u202f", " "),
+    **dict.fromkeys(("\u00b7", "\u00d7", "\\times"), "\\cdot "),
+    **dict.fromkeys(("\u2026", "...", "\\dots"), "\\ldots"),
+    **dict.fromkeys(("\\div", "\u00f7", "\u2044"), "/"),
+    **dict.fromkeys(("\\lvert", "\\rvert", "\\vert"), "|"),
+    **dict.fromkeys(("\u2205", "\\varnothing"), "\\emptyset "),
+    **dict.fromkeys(("\u2264", "<="), "\\le "),
+    **dict.fromkeys(("\u2265", ">="), "\\ge "),
+    "\u2260": "\\ne ",
+    "\\lt": "<",
+    "\\gt": ">",
+    "\u2208": "\\in ",
+    "\u00b0": "",
+    "\u03c0": "\\pi ",
+    "\u03b8": "\\theta ",
+    "\u221a": "\\sqrt ",
+    "\u221e": "\\infty ",
+    "\u222a": "\\cup ",
+    "\u00b1": "\\pm ",
+    "{,}": ",",
+    "\\lbrace": "\\{",
+    "\\rbrace": "\\}",
+    "**": "^",
+    **dict.fromkeys(("\\mathbb{R}", "\\mathbb R", "\u211d"), "(-\\infty,\\infty)"),
+    "\u2213": "\\mp ",
     **{char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")},
-    **{char: f"\\frac{above}{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
-}  # fmt: skip
+    **{
+        char: f"\\frac{above}{below}"
+        for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")
+    },
+}
 LETTERS = re.compile(
     "alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|(?:var)?phi|chi|psi|omega"
     "|Delta|Gamma|Lambda|Omega|Phi|Pi|Psi|Sigma|Theta|Xi|ell|infty"
@@ -59,7 +92,9 @@ WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
 BEGINS_VALUE = re.compile(r"[\w({\[|]|\\(?!cdot|cup|pm|le|ge|ne|in|text|end|\\|\})")
 BEGINS_FACTOR = r"[a-zA-Z({]|\\(?!cdot|cup|rfloor|rceil)[a-zA-Z]"
 RELATION = re.compile(r"(\\(?:le|ge|ne)(?![a-zA-Z])|[<>])")
-POINTS = 3  # at which formulas are compared, with positive letters; one more with negative ones, where they are real there
+# at which formulas are compared, with positive letters; one more with negative ones, where they are real
+# there
+POINTS = 3
 LONGEST = 2000  # characters; what is longer is compared as text
 MOST_STEPS = 3000  # comparisons of parts, likewise
 MOST_BITS = 4096  # of a power that is computed exactly
@@ -77,7 +112,9 @@ def final_math(text: str) -> str | None:
         return inside.strip() or None if inside is not None else None
     if marks := list(ANSWER_IS.finditer(text)):
         rest = text[marks[-1].end() :].lstrip()
-        formula = re.match(r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.DOTALL)
+        formula = re.match(
+            r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.DOTALL
+        )
         if formula:
             return next(filter(None, formula.groups())).strip()
         return re.split(r"\.(?:\s|$)|\n", rest)[0].strip(" *") or None
@@ -124,9 +161,15 @@ def tidy(text: str) -> str:
         text = text.replace(sign, ours)
     text = re.sub(r"\^(\d)\^(\d)", r"^{\1\2}", text)
     text = re.sub(r",\\!\s*", ",", text)
-    text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\q?quad", " ", text)
+    text = re.sub(
+        r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\q?quad",
+        " ",
+        text,
+    )
     text = text.replace(";", ",")
-    text = re.sub(r"\$|\\\$|\\%|%|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:degree|circ)(?![a-zA-Z])|\\[()\[\]]", " ", text)
+    text = re.sub(
+        r"\$|\\\$|\\%|%|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:degree|circ)(?![a-zA-Z])|\\[()\[\]]", " ", text
+    )
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|infty|cup|theta)(?![a-zA-Z])", r"\\\1 ", text)
     text = re.sub(r"(?<![a-zA-Z])infinity(?![a-zA-Z])", r"\\infty ", text)
@@ -135,10 +178,14 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
     text = ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = separated(text.strip().rstrip(".").strip())
-    without = re.sub(r"\\text\s*\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\}))?(?!\s*\\between)", " ", text).strip()  # units
+    without = re.sub(
+        r"\\text\s*\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\}))?(?!\s*\\between)", " ", text
+    ).strip()  # units
     text = without or WORDS.sub(r"\1", text).strip()
     text = text.replace("\\between", "")
-    amount = re.fullmatch(r"(.*[\d}])\s*(?<![a-zA-Z\\])(?:[a-zA-Z]{2,}|[a-zA-Z]{2,}\s[a-zA-Z ]+)(?:\^\s*(?:\d|\{\d\}))?", text)
+    amount = re.fullmatch(
+        r"(.*[\d}])\s*(?<![a-zA-Z\\])(?:[a-zA-Z]{2,}|[a-zA-Z]{2,}\s[a-zA-Z ]+)(?:\^\s*(?:\d|\{\d\}))?", text
+    )
     if amount and "\\begin" not in text and not re.search(r"\\[a-zA-Z]*\s*[a-zA-Z]*$", text):
         text = amount[1]
     text = re.sub(r",?\s+(?:and|or)\s+(?:also\s+)?", lambda found: joined(found[0], text), text.strip())
@@ -149,7 +196,8 @@ def tidy(text: str) -> str:
 
 
 def separated(text: str) -> str:
-    """With words between two values as what they are: "and" and "or" outside of \\text, others marked as \\between them."""
+    """With words between two values as what they are: "and" and "or" outside of \\text, others marked as
+    \\between them."""
 
     def between(found: re.Match) -> str:
         word = found[1].strip(" ,;")
@@ -176,7 +224,11 @@ def named(text: str) -> tuple[str, str]:
         names, inner = {name for name, _ in pairs}, [each for _, each in pairs]
         if len(names) > 1 or names == {""}:
             found = NAME.match(text)
-            return (squeezed(found[1]), text[found.end() :]) if found and "=" not in text[found.end() :] else ("", text)
+            return (
+                (squeezed(found[1]), text[found.end() :])
+                if found and "=" not in text[found.end() :]
+                else ("", text)
+            )
         if RELATION.search(text) and "\\cup" not in text:
             inner = [both(*inner)] if len(inner) == 2 else [text]
         return names.pop(), (r"\cup " if "\\cup" in text else ", ").join(inner)
@@ -188,20 +240,34 @@ def named(text: str) -> tuple[str, str]:
 
 
 def interval(text: str) -> tuple[str, str]:
-    """The letter and the interval of an inequality; ("", text) of what is none of one letter between or beside bounds."""
+    """The letter and the interval of an inequality; ("", text) of what is none of one letter between or
+    beside bounds."""
     pieces = [piece.strip() for piece in RELATION.split(text)]
     begins, ends = (re.fullmatch(r"[a-zA-Z]|\\[a-z]+", piece) for piece in (pieces[0], pieces[-1]))
     if len(pieces) == 3 and ends and (not begins or pieces[2] < pieces[0]):
-        pieces = [*pieces[2:], {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]), pieces[0]]
+        pieces = [
+            *pieces[2:],
+            {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]),
+            pieces[0],
+        ]
     if len(pieces) == 5 and pieces[1] in (">", "\\ge") and pieces[3] in (">", "\\ge"):
-        pieces = [pieces[4], "<" if pieces[3] == ">" else "\\le", pieces[2], "<" if pieces[1] == ">" else "\\le", pieces[0]]
+        pieces = [
+            pieces[4],
+            "<" if pieces[3] == ">" else "\\le",
+            pieces[2],
+            "<" if pieces[1] == ">" else "\\le",
+            pieces[0],
+        ]
     letter = pieces[2] if len(pieces) == 5 else pieces[0]
     if len(pieces) not in (3, 5) or not re.fullmatch(r"[a-zA-Z]|\\[a-z]+", letter):
         return "", text
     if len(pieces) == 5:
         if not {pieces[1], pieces[3]} <= {"<", "\\le"}:
             return "", text
-        return letter, f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}"
+        return (
+            letter,
+            f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}",
+        )
     bound = pieces[2]
     below, above = f"(-\\infty,{bound}", f"{bound},\\infty)"
     return letter, {"<": below + ")", "\\le": below + "]", ">": "(" + above, "\\ge": "[" + above,
@@ -254,7 +320,8 @@ def without_these(parts: list[str], common: Counter) -> list[str]:
 
 
 def squeezed(text: str) -> str:
-    """For comparing as text: without space; a word or one letter in brackets, (C), without its case and those."""
+    """For comparing as text: without space; a word or one letter in brackets, (C), without its case and
+    those."""
     text = re.sub(r"(?<=\d)\s+(?=\d)", "\\\\between", WORDS.sub(r"\1", text))
     text = re.sub(r"\s+|(?<=\\frac)\{(?=\w\}\{\w\})", "", text)
     text = re.sub(r"\^\{(\w)\}", r"^\1", text)
@@ -263,12 +330,15 @@ def squeezed(text: str) -> str:
 
 
 def structure(text: str) -> tuple[str, list[str]]:
-    """What a tidy text is made of: (kind, parts). Kind "" is a single value; brackets or "matrix" keep the order of parts."""
+    """What a tidy text is made of: (kind, parts). Kind "" is a single value; brackets or "matrix" keep the
+    order of parts."""
     if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1:
         return "union", parts
     if matrix := re.fullmatch(r"\\begin\s*\{([bpv]?matrix)\}(.*)\\end\s*\{\1\}", text, re.DOTALL):
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
-        return f"{'v' * (matrix[1] == 'vmatrix')}matrix {len(rows)}", [cell.strip() for row in rows for cell in row.split("&")]
+        return f"{'v' * (matrix[1] == 'vmatrix')}matrix {len(rows)}", [
+            cell.strip() for row in rows for cell in row.split("&")
+        ]
     if text.startswith("\\{") and text.endswith("\\}"):
         return "list", plus_minus(split(text[2:-2], ","))
     if len(parts := split(text, ",")) > 1 or len(plus_minus([text])) > 1:
@@ -301,11 +371,15 @@ def plus_minus(parts: list[str]) -> list[str]:
 
 
 def same_value(a: str, b: str) -> bool:
-    """Whether two texts have the same value wherever their letters point; of two equations, up to one factor."""
+    """Whether two texts have the same value wherever their letters point; of two equations, up to one
+    factor."""
     sides = [text.split("=") for text in (a, b)]
     if not all(len(side) == len(sides[0]) <= 2 for side in sides):
         return False
-    values = [[evaluate("-".join(f"({part})" for part in side), point) for side in sides] for point in range(POINTS + 1)]
+    values = [
+        [evaluate("-".join(f"({part})" for part in side), point) for side in sides]
+        for point in range(POINTS + 1)
+    ]
     if any(x is None for pair in values[:POINTS] for x in pair):
         return False
     if any(x is None or isinstance(x, complex) and x.imag for x in values[POINTS]):
@@ -331,7 +405,8 @@ def equal(x: Value, y: Value) -> bool:
 
 @lru_cache(maxsize=1024)
 def evaluate(text: str, point: int) -> Value | None:
-    """The value of a formula, with its letters at an arbitrary point; None for what is no formula, or not finite there."""
+    """The value of a formula, with its letters at an arbitrary point; None for what is no formula, or not
+    finite there."""
     try:
         parser = Formula(text, point)
         value = parser.sum()
@@ -492,18 +567,27 @@ def whole(digits: str) -> Fraction:
 
 def bounded(value: Value) -> Value:
     """The same. Raises ValueError for a fraction too long to compute with."""
-    if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_BITS:
+    if (
+        isinstance(value, Fraction)
+        and max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_BITS
+    ):
         raise ValueError("too long a fraction")
     return value
 
 
 def raised(value: Value, exponent: Value) -> Value:
-    """A power: exact where that is whole and not too large. Raises ArithmeticError for what is too large altogether."""
+    """A power: exact where that is whole and not too large. Raises ArithmeticError for what is too large
+    altogether."""
     if isinstance(value, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
         if abs(exponent) * bits <= MOST_BITS:
             return value ** int(exponent)
-    if isinstance(value, Fraction) and isinstance(exponent, Fraction) and exponent == Fraction(1, 2) and value >= 0:
+    if (
+        isinstance(value, Fraction)
+        and isinstance(exponent, Fraction)
+        and exponent == Fraction(1, 2)
+        and value >= 0
+    ):
         above, below = math.isqrt(value.numerator), math.isqrt(value.denominator)
         if above**2 == value.numerator and below**2 == value.denominator:
             return Fraction(above, below)

@@ -1,4 +1,5 @@
-"""What a text gives as its final answer, and whether that is right: numbers, letters, LaTeX, programs, demo problems.
+"""What a text gives as its final answer, and whether that is right: numbers, letters, LaTeX, programs, demo
+problems.
 
     CHECKERS[question.checker].is_right(question, "The answer is 18.")
 
@@ -23,23 +24,20 @@ The checkers, and what each takes for a text's final answer:
 
 import hashlib
 import re
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.demo_task import answer_of, check
-from scripts.math_answers import final_math, same_math
-from scripts.sandbox import code_passes, outcome
+from scripts.lib.demo_task import answer_of, check
+from scripts.lib.math_answers import final_math, same_math
+from scripts.lib.sandbox import code_passes, outcome
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question. content: what its checker needs besides (the demo's Problem, or the line's whole JSON object)."""
+    """One question. content: what its checker needs besides (the demo's Problem, or the line's whole JSON
+    object)."""
 
     index: int | str  # position in its source; "12.3" is sample 3 of question 12
     prompt: str
@@ -65,8 +63,8 @@ class Checker:
     is_right: Callable[[Question, str], bool | None]  # None: there is no right and wrong
 
 
-# An optional sign (no minus between two numbers), then digits that no letter precedes, with the fraction of a mixed number,
-# a fraction's denominator, or an exponent.
+# An optional sign (no minus between two numbers), then digits that no letter precedes, with the fraction of a
+# mixed number, a fraction's denominator, or an exponent.
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}])-|(?i:\bnegative\s+|(?:(?<=\bis )|(?<=: ))minus\s+))?"
     r"[$€£¥₹]?(?P<digits>(?<![A-Za-z0-9^])(?<![\w)}]_)(?<![\^_]\{)(?<!\^-)(?<!\^\{-)"
@@ -75,7 +73,9 @@ NUMBER = re.compile(
     r"(?:(?: (?P<above>[0-9]{1,6}))?/(?P<below>[1-9][0-9]*)(?![0-9/])"
     r"|[eE](?P<e>[+-]?[0-9]+)(?![\w.])|\s?(?:[x×*·]|\\times|\\cdot)\s?10\s?\^\{?(?P<ten>-?[0-9]+)\}?|\^\{?(?P<power>-?[0-9]+)\}?)?"
 )
-FRACTION = re.compile(r"(?:([0-9])\s?)?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
+FRACTION = re.compile(
+    r"(?:([0-9])\s?)?\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
+)
 NUMBER_MARK = re.compile(
     r"####(?=[ \t*$€£-]*(?:[0-9](?:[0-9,.]*[0-9])?|\.[0-9]+)(?: ?[0-9]*/[0-9]+)?[ \t]*[%€£\w]*[.*]*[ \t]*$)"
     r"|\\(?:boxed|fbox)\s*\{"
@@ -84,19 +84,33 @@ NUMBER_MARK = re.compile(
     re.MULTILINE,
 )
 NEXT_TO = re.compile(
-    r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! ]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?"
-    r"|(?:about|around|exactly|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a total of)\b)*"
+    r"(?i:[\s*_:~\"'`(\[{$€£¥₹≈]|\\[(\[,;! "
+    r"]|\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{|[a-z]\s?=|US\$|USD|Rs\.?"
+    r"|(?:about|around|exactly|only|just|roughly|approximately|therefore|thus|simply|now|then|equal to|a "
+    r"total of)\b)*"
 )
-CLAUSE_END = re.compile(r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n")
-OPERATOR = re.compile(r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]")  # the number before is part of a calculation
+CLAUSE_END = re.compile(
+    r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n"
+)
+OPERATOR = re.compile(
+    r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]"
+)  # the number before is part of a calculation
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 MOST_DIGITS = 1000  # beyond, numbers are compared as they are written
 TYPOGRAPHY = {
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), **dict(zip("０１２３４５６７８９．，", "0123456789.,")),
-    **{char: "^" + plain for char, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")}, "\u2044": "/", "\u2019": "'",
-    **{char: f" {above}/{below}" for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")},
-}  # fmt: skip
-BETWEEN_GROUPS = re.compile(r"(?<=[0-9])(?:[\u00a0\u2007\u2009\u202f'_]|\\[,!;: ]|\{,\}|~)(?=[0-9]{3}(?![0-9]))")
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
+    **dict(zip("０１２３４５６７８９．，", "0123456789.,")),
+    **{char: "^" + plain for char, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")},
+    "\u2044": "/",
+    "\u2019": "'",
+    **{
+        char: f" {above}/{below}"
+        for char, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")
+    },
+}
+BETWEEN_GROUPS = re.compile(
+    r"(?<=[0-9])(?:[\u00a0\u2007\u2009\u202f'_]|\\[,!;: ]|\{,\}|~)(?=[0-9]{3}(?![0-9]))"
+)
 SPACED_GROUPS = re.compile(r"(?<![\w.,/^])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")
 DOTTED_GROUPS = re.compile(
     r"(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]{1,2}(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3})(?![.,]?[0-9]))"
@@ -110,7 +124,8 @@ LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
 
 
 def final_number(text: str) -> str | None:
-    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on top."""
+    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on
+    top."""
     text = plain(text)
     for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
         if found := number_after(text, mark):
@@ -120,7 +135,8 @@ def final_number(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """A text in ASCII's signs, without the separators of thousands that are no commas, and with \\frac12 as 1/2."""
+    """A text in ASCII's signs, without the separators of thousands that are no commas, and with \\frac12 as
+    1/2."""
     for char, ours in TYPOGRAPHY.items():
         text = text.replace(char, ours)
     raised = re.compile(r"\^-?[0-9](?:\^[0-9])+")  # a superscript of several signs, each changed alone
@@ -128,12 +144,15 @@ def plain(text: str) -> str:
     text = BETWEEN_GROUPS.sub("", text.replace("{,}", ",").replace("\\$", "$").replace("\\!", ""))
     text = SPACED_GROUPS.sub(lambda found: found[0].replace(" ", ""), text)
     text = DOTTED_GROUPS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
-    mixed = FRACTION.sub(lambda found: f"{found[1] or ''}\0{found[2] or found[3]}/{found[4] or found[5]}", text)
+    mixed = FRACTION.sub(
+        lambda found: f"{found[1] or ''}\0{found[2] or found[3]}/{found[4] or found[5]}", text
+    )
     return re.sub(r"(?<=[0-9])\0", " ", mixed).replace("\0", "")
 
 
 def number_after(text: str, mark: re.Match) -> re.Match | None:
-    """The number that a mark gives: next to it, after the "=" that follows there, or the last of what it is said in."""
+    """The number that a mark gives: next to it, after the "=" that follows there, or the last of what it is
+    said in."""
     begin, end = mark.end(), len(text)
     if mark[0].endswith("{"):
         begin, end = mark.end(), closing(text, mark.end())
@@ -148,8 +167,13 @@ def number_after(text: str, mark: re.Match) -> re.Match | None:
         return last[0] if last else None
     clause = CLAUSE_END.search(text, first.end(), end)
     equals = re.compile("[=≈]").finditer(text, first.end(), clause.start() if clause else end)
-    values = [first, *filter(None, (NUMBER.search(text, sign.end(), end) for sign in deque(equals, maxlen=20)))]
-    return next((value for value in reversed(values) if not OPERATOR.match(text, value.end(), end)), values[-1])
+    values = [
+        first,
+        *filter(None, (NUMBER.search(text, sign.end(), end) for sign in deque(equals, maxlen=20))),
+    ]
+    return next(
+        (value for value in reversed(values) if not OPERATOR.match(text, value.end(), end)), values[-1]
+    )
 
 
 def closing(text: str, at: int) -> int:
@@ -163,8 +187,13 @@ def closing(text: str, at: int) -> int:
 
 
 def one_spelling(number: re.Match) -> str:
-    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as written."""
-    sign, digits, below = "-" if number["sign"] else "", number["digits"].replace(",", ""), number["below"] or "1"
+    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as
+    written."""
+    sign, digits, below = (
+        "-" if number["sign"] else "",
+        number["digits"].replace(",", ""),
+        number["below"] or "1",
+    )
     exponent = number["e"] or number["ten"] or "0"
     power = number["power"] or "1"
     if max(len(digits), len(below)) > MOST_DIGITS or max(len(exponent), len(power)) > 4:
@@ -217,7 +246,9 @@ def compared_by(answer_in: Callable[[str], str | None]) -> Checker:
     """A text is right when its final answer is the reference's."""
     return Checker(
         lambda question, text: answer_in(text),
-        lambda question, text: answer_in(text) is not None and answer_in(text) == answer_in(question.reference),
+        lambda question, text: (
+            answer_in(text) is not None and answer_in(text) == answer_in(question.reference)
+        ),
     )
 
 
@@ -226,7 +257,10 @@ def math_is_right(question: Question, text: str) -> bool:
     return found is not None and same_math(found, question.reference)
 
 
-UNDECIDED = ("timeout", "unchecked")  # of the checker `code`: not right, but a program that no test has found wrong
+UNDECIDED = (
+    "timeout",
+    "unchecked",
+)  # of the checker `code`: not right, but a program that no test has found wrong
 CHECKERS = {
     "number": compared_by(final_number),
     "math": Checker(lambda question, text: final_math(text), math_is_right),

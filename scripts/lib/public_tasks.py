@@ -2,19 +2,20 @@
 
     questions = read_task("gsm8k", Path("gsm8k/test.jsonl"), chat=False, shots=5)
 
-| task | file | a base model reads (`shots` examples before it) | an instruct model is asked (--chat) | checker |
-|---|---|---|---|---|
-| gsm8k | test.jsonl | Question: ... Answer:, lm-evaluation-harness gsm8k (5) | its gsm8k_cot_llama (0) | number |
-| math500 | test.jsonl | Problem: ... Solution:, its minerva_math (0: no training part) | step by step, \\boxed | math |
-| arc | ARC-Challenge_test.json | its mmlu form, with letters (25) | its arc_challenge_chat (0) | choice |
-| mmlu | a folder of CSV files | its mmlu, header by subject (5) | the same words as arc (0) | choice |
-| humaneval | HumanEval.jsonl.gz | the function to complete, human-eval (0) | lm-evaluation-harness humaneval_instruct | code |
-| mt_bench | question.jsonl | USER: ... ASSISTANT:, both turns | both turns, FastChat gen_model_answer | none |
-| spec_bench | question.jsonl | as mt_bench | all turns, Spec-Bench | none |
+| task | file | a base model reads (`shots` examples before it) | an instruct model is asked (--chat) |
+checker | |---|---|---|---|---| | gsm8k | test.jsonl | Question: ... Answer:, lm-evaluation-harness gsm8k (5)
+| its gsm8k_cot_llama (0) | number | | math500 | test.jsonl | Problem: ... Solution:, its minerva_math (0: no
+training part) | step by step, \\boxed | math | | arc | ARC-Challenge_test.json | its mmlu form, with letters
+(25) | its arc_challenge_chat (0) | choice | | mmlu | a folder of CSV files | its mmlu, header by subject (5)
+| the same words as arc (0) | choice | | humaneval | HumanEval.jsonl.gz | the function to complete, human-eval
+(0) | lm-evaluation-harness humaneval_instruct | code | | mt_bench | question.jsonl | USER: ... ASSISTANT:,
+both turns | both turns, FastChat gen_model_answer | none | | spec_bench | question.jsonl | as mt_bench | all
+turns, Spec-Bench | none |
 
-All answers are generated: where the harness compares the likelihood of the letters, ours must be said. The examples are the
-first ones of the training file beside the data (train.jsonl, ..._train.json, mmlu's dev folder) or of `shots_data`. A base
-model's answer ends where it begins another question (`stops`). MT-Bench is asked at one temperature for all categories.
+All answers are generated: where the harness compares the likelihood of the letters, ours must be said. The
+examples are the first ones of the training file beside the data (train.jsonl, ..._train.json, mmlu's dev
+folder) or of `shots_data`. A base model's answer ends where it begins another question (`stops`). MT-Bench is
+asked at one temperature for all categories.
 """
 
 import csv
@@ -22,22 +23,22 @@ import gzip
 import io
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from cli import InputError
 from files import parse_json, parse_object, read_bytes
-from scripts.sandbox import STOPS, check_allowed
-from scripts.scoring import Question, final_number
+from scripts.lib.sandbox import STOPS, check_allowed
+from scripts.lib.scoring import Question, final_number
 
 LETTERS = "ABCDEFGHIJ"
-MOST_TEXT, MOST_LINE = 1 << 30, 1 << 26  # characters of a file and of a line: a gzipped one can hold a thousand times its size
+MOST_TEXT, MOST_LINE = (
+    1 << 30,
+    1 << 26,
+)  # characters of a file and of a line: a gzipped one can hold a thousand times its size
 
 
 class Item(NamedTuple):
@@ -67,7 +68,8 @@ class Task(NamedTuple):
 
 
 def read_lines(path: Path, flag: str = "--data") -> Iterator[str]:
-    """The lines of a text file, gzipped if its name ends in .gz. Raises InputError for what is no such file, or too large."""
+    """The lines of a text file, gzipped if its name ends in .gz. Raises InputError for what is no such file,
+    or too large."""
     content, size = io.BytesIO(read_bytes(path, flag)), 0
     packed = Path(path).suffix == ".gz"
     try:
@@ -75,7 +77,9 @@ def read_lines(path: Path, flag: str = "--data") -> Iterator[str]:
         while line := text.readline(MOST_LINE):
             size += len(line)
             if len(line) == MOST_LINE or size > MOST_TEXT:
-                raise InputError(f"{flag} {path} holds more than {MOST_TEXT:,} characters, or {MOST_LINE:,} in one line.")
+                raise InputError(
+                    f"{flag} {path} holds more than {MOST_TEXT:,} characters, or {MOST_LINE:,} in one line."
+                )
             yield line
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}.") from None
@@ -96,7 +100,9 @@ def text_of(item: dict, name: str, where: str) -> str:
     """A field that must be text and not empty."""
     value = item.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: field {name!r} must be text that is not empty; the README says which file it is from.")
+        raise InputError(
+            f"{where}: field {name!r} must be text that is not empty; the README says which file it is from."
+        )
     return value
 
 
@@ -112,15 +118,19 @@ def read_gsm8k(path: Path) -> list[Item]:
 
 def gsm8k_chat(item: Item) -> str:
     return (
-        f"Given the following problem, reason and give a final answer to the problem.\nProblem: {item.question}\n"
-        'Your response should end with "The final answer is [answer]" where [answer] is the response to the problem.'
+        f"Given the following problem, reason and give a final answer to the problem.\nProblem: "
+        f"{item.question}\n"
+        'Your response should end with "The final answer is [answer]" where [answer] is the response to the '
+        "problem."
     )
 
 
 def read_math(path: Path) -> list[Item]:
     items = []
     for where, line in json_lines(path):
-        problem = text_of(line, "problem", where).removeprefix("Return your final response within \\boxed{}. ")
+        problem = text_of(line, "problem", where).removeprefix(
+            "Return your final response within \\boxed{}. "
+        )
         answer, solution = text_of(line, "answer", where), str(line.get("solution", ""))
         shown = f"{solution}\nFinal Answer: The final answer is ${answer}$. I hope it is correct."
         items.append(Item(problem, answer, shown, group=str(line.get("subject", "")), content=line))
@@ -134,7 +144,9 @@ def read_humaneval(path: Path) -> list[Item]:
         for name in ("prompt", "test"):
             text_of(line, name, where)
         if not text_of(line, "entry_point", where).isidentifier():
-            raise InputError(f"{where}: field 'entry_point' is {line['entry_point']!r}, which is no function's name.")
+            raise InputError(
+                f"{where}: field 'entry_point' is {line['entry_point']!r}, which is no function's name."
+            )
         solution = str(line.get("canonical_solution", ""))
         items.append(Item(line["prompt"], solution, solution, content=line))
     return items
@@ -143,7 +155,11 @@ def read_humaneval(path: Path) -> list[Item]:
 def read_arc(path: Path) -> list[Item]:
     """ARC as LLM-Adapters publishes it: one JSON array; question and choices are in one text."""
     text = "".join(read_lines(path))
-    lines = parse_json(text, f"{path} is not ARC as LLM-Adapters publishes it, one JSON array of questions:") if text else None
+    lines = (
+        parse_json(text, f"{path} is not ARC as LLM-Adapters publishes it, one JSON array of questions:")
+        if text
+        else None
+    )
     if not isinstance(lines, list):
         raise InputError(f"{path} is not ARC as LLM-Adapters publishes it: one JSON array of questions.")
     items = []
@@ -151,7 +167,9 @@ def read_arc(path: Path) -> list[Item]:
         where = f"{path}, question {number}"
         text = text_of(line if isinstance(line, dict) else {}, "instruction", where)
         found = re.fullmatch(
-            r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: \S+", text, re.DOTALL
+            r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: \S+",
+            text,
+            re.DOTALL,
         )
         choices = tuple(re.split(r" Answer\d: ", found[2])) if found else ()
         answer = re.fullmatch(r"answer([1-9])", str(line.get("answer")))
@@ -163,7 +181,8 @@ def read_arc(path: Path) -> list[Item]:
 
 
 def read_mmlu(path: Path) -> list[Item]:
-    """A folder of ..._test.csv (or its parent), or one such file; with a header and numbers, or without and with letters."""
+    """A folder of ..._test.csv (or its parent), or one such file; with a header and numbers, or without and
+    with letters."""
     folder = path / "test" if (path / "test").is_dir() else path
     files = sorted(folder.glob("*.csv")) if folder.is_dir() else [path]
     if not files:
@@ -174,9 +193,15 @@ def read_mmlu(path: Path) -> list[Item]:
         rows = read_rows(file)
         numbered = bool(rows) and rows[0][-1:] == ["answer"]
         for number, row in enumerate(rows[numbered:], 1 + numbered):
-            letter = LETTERS[int(row[5])] if len(row) == 6 and row[5] in ("0", "1", "2", "3") else (row or [""])[-1].strip()
+            letter = (
+                LETTERS[int(row[5])]
+                if len(row) == 6 and row[5] in ("0", "1", "2", "3")
+                else (row or [""])[-1].strip()
+            )
             if len(row) != 6 or letter not in list("ABCD"):
-                raise InputError(f"{file}, row {number} must be a question, four choices, and 0 to 3 or A to D.")
+                raise InputError(
+                    f"{file}, row {number} must be a question, four choices, and 0 to 3 or A to D."
+                )
             items.append(Item(row[0].strip(), letter, letter, tuple(row[1:5]), subject, content=row))
     return items
 
@@ -203,9 +228,11 @@ def choice_chat(item: Item) -> str:
     named = ", ".join(letters[:-1]) + f" {{}} {letters[-1]}"
     count = {3: "three", 4: "four", 5: "five"}.get(len(letters), str(len(letters)))
     return (
-        f"Given the following question and {count} candidate answers ({named.format('and')}), choose the best answer.\n"
+        f"Given the following question and {count} candidate answers ({named.format('and')}), choose the "
+        f"best answer.\n"
         f"Question: {item.question}\n{lettered(item)}\n"
-        f'Your response should end with "The best answer is [the_answer_letter]" where the [the_answer_letter] is one of '
+        f'Your response should end with "The best answer is [the_answer_letter]" where the '
+        f"[the_answer_letter] is one of "
         f"{named.format('or')}."
     )
 
@@ -219,10 +246,18 @@ def read_turns(path: Path) -> list[Item]:
     items = []
     for where, line in json_lines(path):
         turns = line.get("turns")
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-            raise InputError(f"{where}: field 'turns' must be a list of texts, as in FastChat's question.jsonl.")
+        if (
+            not isinstance(turns, list)
+            or not turns
+            or not all(isinstance(turn, str) and turn.strip() for turn in turns)
+        ):
+            raise InputError(
+                f"{where}: field 'turns' must be a list of texts, as in FastChat's question.jsonl."
+            )
         if type(line.get("question_id")) is not int:
-            raise InputError(f"{where}: field 'question_id' must be a whole number, as in FastChat's question.jsonl.")
+            raise InputError(
+                f"{where}: field 'question_id' must be a whole number, as in FastChat's question.jsonl."
+            )
         items.append(Item(turns[0], "", "", (), str(line.get("category", "")), tuple(turns[1:]), line))
     return items
 
@@ -232,41 +267,68 @@ def user(item: Item) -> str:
 
 
 TURNS = Task(read_turns, user, lambda item: item.question, "none", ("\nUSER:",), max_new_tokens=(1024, 1024))
-CHOICE = Task(read_arc, choice_base, choice_chat, "choice", ("\n",), 25, (16, 256), training=("_test", "_train"))
+CHOICE = Task(
+    read_arc, choice_base, choice_chat, "choice", ("\n",), 25, (16, 256), training=("_test", "_train")
+)
 TASKS = {
-    "gsm8k": Task(read_gsm8k, lambda item: f"Question: {item.question}\nAnswer:", gsm8k_chat, "number", ("Question:",), 5),
+    "gsm8k": Task(
+        read_gsm8k,
+        lambda item: f"Question: {item.question}\nAnswer:",
+        gsm8k_chat,
+        "number",
+        ("Question:",),
+        5,
+    ),
     "humaneval": Task(
-        read_humaneval, lambda item: item.question,
-        lambda item: f"Write a solution to the following problem and make sure that it passes the tests:\n"
-        f"```python\n{item.question}\n```", "code", STOPS,
+        read_humaneval,
+        lambda item: item.question,
+        lambda item: (
+            f"Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{item.question}\n```"
+        ),
+        "code",
+        STOPS,
     ),
     "arc": CHOICE,
     "mmlu": CHOICE._replace(read=read_mmlu, shots=5, header=subject_header, training=("test", "dev")),
     "math500": Task(
-        read_math, lambda item: f"Problem:\n{item.question}\n\nSolution:",
-        lambda item: f"{item.question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-        "math", ("Problem:",), max_new_tokens=(1024, 2048),
+        read_math,
+        lambda item: f"Problem:\n{item.question}\n\nSolution:",
+        lambda item: (
+            f"{item.question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+        ),
+        "math",
+        ("Problem:",),
+        max_new_tokens=(1024, 2048),
     ),
     "mt_bench": TURNS,
     "spec_bench": TURNS,
-}  # fmt: skip
+}
 
 
 def read_task(
-    name: str, path: Path, chat: bool, shots: int | None = None, shots_data: Path | None = None, limit: int | None = None
+    name: str,
+    path: Path,
+    chat: bool,
+    shots: int | None = None,
+    shots_data: Path | None = None,
+    limit: int | None = None,
 ) -> list[Question]:
     """The questions of a task. limit: so many, the groups (subjects, categories) in turn.
 
-    shots: examples before each question; default: those of the table on top for a base model, none with chat. Raises
-    InputError naming file, line and field of whatever is wrong.
+    shots: examples before each question; default: those of the table on top for a base model, none with chat.
+    Raises InputError naming file, line and field of whatever is wrong.
     """
     task = TASKS[name]
     shots = (0 if chat else task.shots) if shots is None else shots
     if shots and task.checker in ("none", "code"):
         raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
     if shots_data and not shots:
-        raise InputError(f"--shots_data {shots_data} names examples, but none are put before a question; give --shots, or "
-                         "leave it out.")  # fmt: skip
+        raise InputError(
+            f"--shots_data {shots_data} names examples, but none are put before a question; "
+            f"give --shots, or "
+            "leave it out."
+        )
     items = task.read(path)
     if not items:
         raise InputError(f"--data {path} holds no questions.")
@@ -319,11 +381,16 @@ def training_path(task: Task, path: Path) -> Path:
 def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dict[str, list[Item]]:
     """For each group its first `shots` examples: its own where the header names it, else the first of all."""
     if not source.exists():
-        raise InputError(f"--shots {shots} needs examples: there is no {source}; name a file with --shots_data, or --shots 0.")
+        raise InputError(
+            f"--shots {shots} needs examples: there is no {source}; name a file with --shots_data, or "
+            f"--shots 0."
+        )
     items, found = task.read(source), {}
     for group in groups:
         own = [item for item in items if not task.header(item) or item.group == group][:shots]
         if len(own) < shots:
-            raise InputError(f"--shots {shots} is too many: {source} has {len(own)} examples{group and ' of ' + group}.")
+            raise InputError(
+                f"--shots {shots} is too many: {source} has {len(own)} examples{group and ' of ' + group}."
+            )
         found[group] = own
     return found

@@ -1,9 +1,10 @@
 """What runs in the two processes by which scripts/sandbox.py checks a program: the answer's, and its tests'.
 
-Started by `python -c` with this very text, one role a process, both locked in alike before they run anything. They speak
-JSON lines over a socket: the tests' process sends the name of a function and its arguments, the answer's process what the
-call gave, or raised, and the arguments afterwards. What crosses is plain data, built again on the other side from exact
-builtin types: no object of the answer's, and none of its code, ever comes to where the comparing is done.
+Started by `python -c` with this very text, one role a process, both locked in alike before they run anything.
+They speak JSON lines over a socket: the tests' process sends the name of a function and its arguments, the
+answer's process what the call gave, or raised, and the arguments afterwards. What crosses is plain data,
+built again on the other side from exact builtin types: no object of the answer's, and none of its code, ever
+comes to where the comparing is done.
 """
 
 import builtins
@@ -23,7 +24,8 @@ class Unspeakable(Exception):
 
 
 class Broken(BaseException):
-    """The answer's process does not answer as it should; no `except Exception` in the tests may take that for an error."""
+    """The answer's process does not answer as it should; no `except Exception` in the tests may take that for
+    an error."""
 
 
 def main() -> None:
@@ -42,7 +44,10 @@ def main() -> None:
         forbid_events(folder, lambda event: send(channel, {"ended": f"it was ended at {event}"}))
         serve(channel, *job)
     else:
-        forbid_events(folder, lambda event: os.write(report, json.dumps(["fail", f"the tests were ended at {event}"]).encode()))
+        forbid_events(
+            folder,
+            lambda event: os.write(report, json.dumps(["fail", f"the tests were ended at {event}"]).encode()),
+        )
         os.write(report, json.dumps(run_tests(channel, *job)).encode())
     os._exit(0)
 
@@ -51,7 +56,8 @@ def main() -> None:
 
 
 def serve(channel: int, sources: list[str]) -> None:
-    """Runs the first of these programs that compiles, then calls its functions as asked, until the asking ends."""
+    """Runs the first of these programs that compiles, then calls its functions as asked, until the asking
+    ends."""
     namespace: dict = {"__name__": "answer"}
     try:
         exec(first_that_compiles(sources), namespace)
@@ -67,8 +73,10 @@ def serve(channel: int, sources: list[str]) -> None:
                 raise NameError(f"the answer defines no {name}")
             value = namespace[name](*arguments, **named)
         except Exception as error:
-            reply = {"raised": [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"],
-                     "text": described(error)}  # fmt: skip
+            reply = {
+                "raised": [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"],
+                "text": described(error),
+            }
         else:
             reply = said(value, arguments)
         try:
@@ -78,7 +86,8 @@ def serve(channel: int, sources: list[str]) -> None:
 
 
 def first_that_compiles(sources: list[str]):
-    """The code of the first program without a syntax error. Raises that of the first program where all have one."""
+    """The code of the first program without a syntax error. Raises that of the first program where all have
+    one."""
     first = None
     for source in sources:
         try:
@@ -110,8 +119,8 @@ def described(error: BaseException) -> str:
 def run_tests(channel: int, prompt: str, tests: str, name: str) -> list[str]:
     """[verdict, reason] of HumanEval's tests on the functions of the answer's process.
 
-    The prompt is trusted, and its helper functions (poly, encode_cyclic) are run here. Names that the tests use and nothing
-    here defines are taken for further functions of the answer's.
+    The prompt is trusted, and its helper functions (poly, encode_cyclic) are run here. Names that the tests
+    use and nothing here defines are taken for further functions of the answer's.
     """
     calls = Calls(channel)
     namespace: dict = {"__name__": "tests"}
@@ -148,7 +157,8 @@ def names_in(code) -> set:
 
 
 class Calls:
-    """Calls into the answer's process. fault: verdict and reason, once a call could not be made or was not answered."""
+    """Calls into the answer's process. fault: verdict and reason, once a call could not be made or was not
+    answered."""
 
     def __init__(self, channel: int):
         self.channel, self.rest, self.fault = channel, bytearray(), ()
@@ -161,7 +171,10 @@ class Calls:
                 try:
                     send(self.channel, [name, encode((arguments, named))])
                 except (Unspeakable, RecursionError, ValueError) as error:
-                    self.fault = "unchecked", f"the tests pass {described(error)}, which cannot leave their process"
+                    self.fault = (
+                        "unchecked",
+                        f"the tests pass {described(error)}, which cannot leave their process",
+                    )
                 except OSError:
                     pass  # its end is noticed when its answer is read
             return self.reply(arguments, named)
@@ -170,7 +183,8 @@ class Calls:
         return candidate
 
     def reply(self, arguments: tuple, named: dict):
-        """What a call gave; what it changed in its arguments is changed here. Raises what it raised, or Broken."""
+        """What a call gave; what it changed in its arguments is changed here. Raises what it raised, or
+        Broken."""
         try:
             reply = self.read()
             merged((arguments, named), decode(reply["arguments"]))
@@ -192,7 +206,10 @@ class Calls:
             elif self.rest:
                 self.fault = "fail", "it sent more than one answer"
             elif "ended" in reply or "unspeakable" in reply:
-                self.fault = "fail", str(reply.get("ended") or f"{reply['unspeakable']}, which is no plain data")[:300]
+                self.fault = (
+                    "fail",
+                    str(reply.get("ended") or f"{reply['unspeakable']}, which is no plain data")[:300],
+                )
         if self.fault:
             raise Broken
         return reply
@@ -235,7 +252,8 @@ def merged(old, new):
 
 
 def encode(value, dict_like: bool = False):
-    """A value as JSON: exact builtin types only, those that JSON lacks as {kind: ...}. Raises Unspeakable for others.
+    """A value as JSON: exact builtin types only, those that JSON lacks as {kind: ...}. Raises Unspeakable for
+    others.
 
     dict_like: take collections' Counter, defaultdict and OrderedDict for the dicts that they equal.
     """
@@ -262,7 +280,8 @@ def encode(value, dict_like: bool = False):
 
 
 def decode(value):
-    """The value of such JSON. Raises ValueError, TypeError, LookupError or RecursionError for what `encode` does not write."""
+    """The value of such JSON. Raises ValueError, TypeError, LookupError or RecursionError for what `encode`
+    does not write."""
     if type(value) is list:
         return [decode(each) for each in value]
     if type(value) is not dict:
@@ -292,7 +311,8 @@ def send(channel: int, message) -> None:
 
 
 def receive(channel: int, rest: bytearray) -> bytes | None:
-    """The next message, None at the end; rest: what was read beyond it. Raises ValueError for one that is too long."""
+    """The next message, None at the end; rest: what was read beyond it. Raises ValueError for one that is too
+    long."""
     start = 0
     while (end := rest.find(b"\n", start)) < 0:
         start = len(rest)
@@ -311,14 +331,21 @@ def receive(channel: int, rest: bytearray) -> bytes | None:
 
 
 def enter_namespaces(folder: str, disk: int) -> None:
-    """Where Linux permits: no network, no sight of other processes, none that outlives this one, and `folder` as a file
-    system in memory, of `disk` bytes, that is gone with the last of them."""
+    """Where Linux permits: no network, no sight of other processes, none that outlives this one, and `folder`
+    as a file system in memory, of `disk` bytes, that is gone with the last of them."""
     try:
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
-        user, others = 0x10000000, 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000  # CLONE_NEWUSER; PID, NET, IPC, NS
-        ids = {"setgroups": "deny", "uid_map": f"{os.getuid()} {os.getuid()} 1", "gid_map": f"{os.getgid()} {os.getgid()} 1"}
+        user, others = (
+            0x10000000,
+            0x20000000 | 0x40000000 | 0x08000000 | 0x00020000,
+        )  # CLONE_NEWUSER; PID, NET, IPC, NS
+        ids = {
+            "setgroups": "deny",
+            "uid_map": f"{os.getuid()} {os.getuid()} 1",
+            "gid_map": f"{os.getgid()} {os.getgid()} 1",
+        }
         if sys.platform != "linux":
             return
         if not libc.unshare(user | others):
@@ -327,9 +354,13 @@ def enter_namespaces(folder: str, disk: int) -> None:
                     file.write(content)
         elif libc.unshare(others):
             return
-        libc.mount(None, b"/", None, 0x40000 | 0x4000, None)  # MS_PRIVATE, MS_REC: what is mounted here stays here
+        libc.mount(
+            None, b"/", None, 0x40000 | 0x4000, None
+        )  # MS_PRIVATE, MS_REC: what is mounted here stays here
         options = f"size={disk},nr_inodes=1000,mode=700".encode()
-        if not libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4 | 8, options):  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+        if not libc.mount(
+            b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4 | 8, options
+        ):  # MS_NOSUID, MS_NODEV, MS_NOEXEC
             os.chdir(folder)
     except (ImportError, OSError, AttributeError):
         return
@@ -341,7 +372,8 @@ def enter_namespaces(folder: str, disk: int) -> None:
 
 
 def lock_files(folder: str) -> None:
-    """Where Linux has Landlock: the kernel itself lets nothing be read but Python and libraries, nor written but `folder`."""
+    """Where Linux has Landlock: the kernel itself lets nothing be read but Python and libraries, nor written
+    but `folder`."""
     import struct
 
     try:
@@ -356,8 +388,18 @@ def lock_files(folder: str) -> None:
     all_rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     read_file, read_dir = 1 << 2, 1 << 3
     rules = libc.syscall(444, struct.pack("Q", all_rights), 8, 0)
-    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache")
-    readable = dict.fromkeys((*sys.path, os.path.join(sys.base_prefix, "lib"), *libraries, "/dev/urandom"), read_file)
+    libraries = (
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/usr/local/lib",
+        "/usr/share/zoneinfo",
+        "/etc/ld.so.cache",
+    )
+    readable = dict.fromkeys(
+        (*sys.path, os.path.join(sys.base_prefix, "lib"), *libraries, "/dev/urandom"), read_file
+    )
     for path, rights in (readable | {os.devnull: read_file | 1 << 1, folder: all_rights}).items():
         if os.path.exists(path):
             beneath = os.open(path, os.O_PATH)
@@ -379,8 +421,8 @@ def set_limits(limits: dict) -> None:
 
 
 def forbid_events(folder: str, tell) -> None:
-    """From here on ends the process at once, where no `except` can hold it, when it reaches out of `folder`, or makes more
-    than MOST_FILES files and folders in it; tell: is given the event before."""
+    """From here on ends the process at once, where no `except` can hold it, when it reaches out of `folder`,
+    or makes more than MOST_FILES files and folders in it; tell: is given the event before."""
     fork_exec = type(sys)("_posixsubprocess")  # asyncio and others import subprocess without using it
     fork_exec.fork_exec = None
     sys.modules["_posixsubprocess"] = fork_exec
@@ -390,7 +432,17 @@ def forbid_events(folder: str, tell) -> None:
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     nameless = getattr(os, "O_TMPFILE", 0)
     harmless = ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk")
-    refused = ("os.", "socket.", "subprocess.", "ctypes.", "signal.", "resource.", "pty.", "sqlite3.", "syslog.")
+    refused = (
+        "os.",
+        "socket.",
+        "subprocess.",
+        "ctypes.",
+        "signal.",
+        "resource.",
+        "pty.",
+        "sqlite3.",
+        "syslog.",
+    )
 
     def within(path, folders: tuple) -> bool:
         path = real(os.fsdecode(path if path is not None else "."))
@@ -403,7 +455,9 @@ def forbid_events(folder: str, tell) -> None:
     def may_open(path, mode: str | None, flags: int) -> bool:
         if type(path) is int or nameless and flags & nameless == nameless:
             return type(path) is int or within(path, ours)
-        if mode is None and is_folder(path):  # by os.open: paths could begin there, which this hook does not see
+        if mode is None and is_folder(
+            path
+        ):  # by os.open: paths could begin there, which this hook does not see
             return False
         return within(path, ours) and few(path) if flags & writing else within(path, readable)
 
@@ -413,7 +467,9 @@ def forbid_events(folder: str, tell) -> None:
         elif event in ("os.listdir", "os.scandir"):
             good = type(args[0]) is int or within(args[0], readable)
         elif event in ("os.mkdir", "os.remove", "os.rmdir"):
-            good = args[-1] == -1 and within(args[0], ours) and (event != "os.mkdir" or few(args[0]))  # -1: of no other folder
+            good = (
+                args[-1] == -1 and within(args[0], ours) and (event != "os.mkdir" or few(args[0]))
+            )  # -1: of no other folder
         elif event == "import":
             good = args[0] != "_posixsubprocess"
         else:

@@ -1,12 +1,14 @@
-"""Questions with reference answers: of the demo, of public benchmarks, of your own files; and the flags that name them.
+"""Questions with reference answers: of the demo, of public benchmarks, of your own files; and the flags that
+name them.
 
     questions = load_questions("mine.jsonl", "number", limit=100)
     CHECKERS[questions[0].checker].is_right(questions[0], "The answer is 18.")
 
---task names a public benchmark, --data its file as published; scripts/public_tasks.py says in what words it is put.
---questions names `demo`, `demo:story`, `demo:list` (scripts/demo_task.py), or a file of your own: JSON lines, gzipped or not,
-with the fields `prompt` (or `question`), `reference` (or `answer`, or `canonical_solution`) and, where lines differ,
-`checker` (scripts/scoring.py). Their prompts are put to the model as they stand.
+--task names a public benchmark, --data its file as published; scripts/public_tasks.py says in what words it
+is put. --questions names `demo`, `demo:story`, `demo:list` (scripts/demo_task.py), or a file of your own:
+JSON lines, gzipped or not, with the fields `prompt` (or `question`), `reference` (or `answer`, or
+`canonical_solution`) and, where lines differ, `checker` (scripts/scoring.py). Their prompts are put to the
+model as they stand.
 """
 
 import hashlib
@@ -16,14 +18,12 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from cli import InputError, whole
 from files import read_bytes
-from scripts.demo_task import FAMILIES, problems
-from scripts.public_tasks import TASKS, json_lines, read_task
-from scripts.sandbox import allow_code_execution, check_allowed
-from scripts.scoring import CHECKERS, Question, final_number
+from scripts.lib.demo_task import FAMILIES, problems
+from scripts.lib.public_tasks import TASKS, json_lines, read_task
+from scripts.lib.sandbox import allow_code_execution, check_allowed
+from scripts.lib.scoring import CHECKERS, Question, final_number
 
 DEMO_LIMIT = 100  # demo problems without --limit: their stream has no end
 MOST = 10_000_000  # questions
@@ -35,15 +35,17 @@ def load_questions(
 ) -> list[Question]:
     """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
 
-    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError naming
-    file, line and field of whatever is wrong, and when code would have to run that is not allowed.
+    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
+    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
     """
     if checker is not None and checker not in CHECKERS:
         raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
     name, _, family = str(source).partition(":")
     if name == "demo":
         if family and family not in FAMILIES or checker not in (None, "demo"):
-            raise InputError(f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo.")
+            raise InputError(
+                f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo."
+            )
         stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
         return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
     lines = islice(json_lines(Path(source), "--questions"), limit)
@@ -67,21 +69,28 @@ def read_question(item: dict, where: str, index: int, checker: str | None) -> Qu
     """The question of one line. Raises InputError beginning with `where`."""
     checker = item.get("checker", checker)
     if checker not in OWN:
-        raise InputError(f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker.")
+        raise InputError(
+            f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker."
+        )
     prompt = read_text(item, ("prompt", "question"), where)
     fields = ("reference", "answer", "canonical_solution")
     if checker == "code":
         check_allowed()
         read_text(item, ("test",), where)
         if not read_text(item, ("entry_point",), where).isidentifier():
-            raise InputError(f"{where}: field 'entry_point' is {item['entry_point']!r}, which is no function's name.")
+            raise InputError(
+                f"{where}: field 'entry_point' is {item['entry_point']!r}, which is no function's name."
+            )
         reference = read_text(item, fields, where) if any(name in item for name in fields) else ""
     else:
         reference = read_text(item, fields, where)
         find = {"number": final_number, "math": str.strip, "choice": choice_of}[checker]
         kind, found = "letter" if checker == "choice" else "number", find(reference)
         if found is None:
-            raise InputError(f"{where}: the reference {reference[-60:]!r} gives no {kind}, which --checker {checker} needs.")
+            raise InputError(
+                f"{where}: the reference {reference[-60:]!r} gives no {kind}, which --checker {checker} "
+                f"needs."
+            )
     group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
     return Question(index, prompt, reference, checker, group, item)
 
@@ -93,7 +102,8 @@ def choice_of(reference: str) -> str | None:
 
 
 def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
-    """The first of these fields that the object has, as valid text that is not empty (a number is taken as text)."""
+    """The first of these fields that the object has, as valid text that is not empty (a number is taken as
+    text)."""
     name = next((name for name in names if name in item), None)
     if name is None:
         raise InputError(f"{where} has no field {' or '.join(repr(name) for name in names)}.")
@@ -109,35 +119,63 @@ def add_question_flags(add: Callable) -> None:
     """Gives a parser (by its add_argument) the flags that name questions; `questions_of` reads them."""
     add("--task", choices=["demo", *TASKS], help="a benchmark, read from --data as published (default: demo)")
     add("--data", type=Path, help="the benchmark's file or folder, see scripts/download.py")
-    add("--shots", type=whole(0, MOST), help="examples before each question (default: as its harness has it, with --chat none)")
+    add(
+        "--shots",
+        type=whole(0, MOST),
+        help="examples before each question (default: as its harness has it, with --chat none)",
+    )
     add("--shots_data", type=Path, help="where examples come from (default: the training file beside --data)")
-    add("--questions", help="instead of --task: demo, demo:story, demo:list, or your own JSON lines (.jsonl, .jsonl.gz)")
-    add("--checker", choices=(*OWN, "demo"), help="what says whether an answer is right, where a line of --questions does not")
-    add("--limit", type=whole(1, MOST), help=f"number of questions (default: all, or {DEMO_LIMIT} demo problems)")
+    add(
+        "--questions",
+        help="instead of --task: demo, demo:story, demo:list, or your own JSON lines (.jsonl, .jsonl.gz)",
+    )
+    add(
+        "--checker",
+        choices=(*OWN, "demo"),
+        help="what says whether an answer is right, where a line of --questions does not",
+    )
+    add(
+        "--limit",
+        type=whole(1, MOST),
+        help=f"number of questions (default: all, or {DEMO_LIMIT} demo problems)",
+    )
     add("--seed", type=whole(-(2**62), 2**62), default=2026, help="another seed, other demo problems")
-    add("--allow_code_execution", action="store_true", help="let humaneval and --checker code run programs that a model wrote")
+    add(
+        "--allow_code_execution",
+        action="store_true",
+        help="let humaneval and --checker code run programs that a model wrote",
+    )
 
 
 def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool = True) -> list[Question]:
     """The questions that a parsed command line names.
 
-    scored: refuse those that have no right and wrong answers. stops: whether the caller ends answers at Question.stops; if
-    not, questions with any are refused.
+    scored: refuse those that have no right and wrong answers. stops: whether the caller ends answers at
+    Question.stops; if not, questions with any are refused.
     """
     if args.allow_code_execution:
         allow_code_execution()
     if args.task in (None, "demo"):
         if args.data or args.shots or args.shots_data:
-            raise InputError("--data, --shots and --shots_data belong to a --task with a file, not to the demo or --questions.")
+            raise InputError(
+                "--data, --shots and --shots_data belong to a --task with a file, not to the demo or "
+                "--questions."
+            )
         if args.task and args.questions not in (None, "demo", *(f"demo:{family}" for family in FAMILIES)):
             raise InputError("Give one of --task and --questions.")
         return load_questions(args.questions or "demo", args.checker, args.limit, args.seed, held_out)
     if args.questions or args.checker or args.data is None:
-        raise InputError(f"--task {args.task} goes with --data, its file, and without --questions and --checker.")
+        raise InputError(
+            f"--task {args.task} goes with --data, its file, and without --questions and --checker."
+        )
     if scored and TASKS[args.task].checker == "none":
-        raise InputError(f"--task {args.task} has no right and wrong answers, which this needs; take another.")
+        raise InputError(
+            f"--task {args.task} has no right and wrong answers, which this needs; take another."
+        )
     if not stops and not args.chat and TASKS[args.task].stops:
-        raise InputError(f"--task {args.task} needs --chat here: a base model's answers do not end by themselves.")
+        raise InputError(
+            f"--task {args.task} needs --chat here: a base model's answers do not end by themselves."
+        )
     return read_task(args.task, args.data, args.chat, args.shots, args.shots_data, args.limit)
 
 
@@ -155,4 +193,9 @@ def question_header(args) -> dict:
         questions = args.questions or "demo"
         data = None if questions.partition(":")[0] == "demo" else digest(Path(questions))
         return {"questions": questions, "data": data, "checker": args.checker, "seed": args.seed}
-    return {"questions": task, "data": digest(args.data), "shots": args.shots, "shots_data": digest(args.shots_data)}
+    return {
+        "questions": task,
+        "data": digest(args.data),
+        "shots": args.shots,
+        "shots_data": digest(args.shots_data),
+    }

@@ -1,9 +1,11 @@
-"""The demo task: word problems with checkable steps, as a slot grammar that writes, checks and labels answers.
+"""The demo task: word problems with checkable steps, as a slot grammar that writes, checks and labels
+answers.
 
-Two families: arithmetic stories, and operations on short lists (standing in for code). The right answer to a problem
-is a fixed sequence of sentences; each sentence is a sequence of slots; each slot offers equally right wordings. One
-grammar therefore (1) writes answers in any style, (2) says whether an answer is right at every step, and (3) says at
-which character an answer first goes wrong. Two styles prefer different wordings, as different model families do.
+Two families: arithmetic stories, and operations on short lists (standing in for code). The right answer to a
+problem is a fixed sequence of sentences; each sentence is a sequence of slots; each slot offers equally right
+wordings. One grammar therefore (1) writes answers in any style, (2) says whether an answer is right at every
+step, and (3) says at which character an answer first goes wrong. Two styles prefer different wordings, as
+different model families do.
 """
 
 import random
@@ -13,16 +15,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-WAIT = " Wait, that is wrong."  # follows a wrong step in the target's training text; the step is then done again
+WAIT = (
+    " Wait, that is wrong."  # follows a wrong step in the target's training text; the step is then done again
+)
 FAMILIES = ("story", "list")
 
-NAMES = {"Mia": "she", "Tom": "he", "Ana": "she", "Ben": "he", "Eva": "she", "Max": "he", "Lea": "she", "Sam": "he"}
+NAMES = {
+    "Mia": "she",
+    "Tom": "he",
+    "Ana": "she",
+    "Ben": "he",
+    "Eva": "she",
+    "Max": "he",
+    "Lea": "she",
+    "Sam": "he",
+}
 ITEMS = ("apples", "coins", "books", "cards", "shells", "stamps", "pens", "beads")
 ASKED = {"+": ("buys", "finds", "wins"), "-": ("sells", "loses", "eats"), "*": ("multiplies it by",)}
 
 
 class Slot(NamedTuple):
-    """Equally right wordings. The target's favourite is the first; the draft's is the second where styles differ."""
+    """Equally right wordings. The target's favourite is the first; the draft's is the second where styles
+    differ."""
 
     wordings: tuple[str, ...]
     differ: bool = False
@@ -93,12 +107,16 @@ def make_list(rng: random.Random) -> Problem:
     numbers = tuple(rng.sample(range(2, 80), rng.randint(4, 5)))
     text, steps, last = [f"The list is {show(numbers)}."], [], ""
     for _ in range(rng.randint(2, 3)):
-        op = rng.choice([o for o in ("sort", "reverse", "drop first", "drop last", "add") if o.split()[0] != last])
+        op = rng.choice(
+            [o for o in ("sort", "reverse", "drop first", "drop last", "add") if o.split()[0] != last]
+        )
         last, number = op.split()[0], rng.randint(2, 19) if op == "add" else 0
         after = apply_list(op, numbers, number)
         steps.append(Step(op, numbers, number, after))
         text.append(
-            {"sort": "Sort it.", "reverse": "Reverse it.", "add": f"Add {number} to each."}.get(op, f"Drop the {op[5:]}.")
+            {"sort": "Sort it.", "reverse": "Reverse it.", "add": f"Add {number} to each."}.get(
+                op, f"Drop the {op[5:]}."
+            )
         )
         numbers = after
     question = rng.choice(["largest", "smallest", "first plus last"])
@@ -139,7 +157,11 @@ def sentence(problem: Problem, index: int, step: Step | None = None) -> list[Slo
     if problem.family == "list":
         return [start, verb, LINK, LISTED, Slot((f" {show(step.after)}",)), Slot((".", " now."))]
     subject = Slot((f" {problem.name}", f" {NAMES[problem.name]}"))
-    amount = Slot((f" {step.number} {problem.item}", f" {step.number} of them") if step.op != "*" else (f" {step.number}",))
+    amount = Slot(
+        (f" {step.number} {problem.item}", f" {step.number} of them")
+        if step.op != "*"
+        else (f" {step.number}",)
+    )
     equation = Slot((f" {step.before}{step.op}{step.number}={step.after}",))
     return [start, subject, verb, amount, LINK, TOTAL, equation, Slot((f" {problem.item}.", ".", " in all."))]
 
@@ -173,8 +195,9 @@ def write_answer_with_errors(
 ) -> tuple[str, list[tuple[int, int]]]:
     """An answer in which steps go wrong with probability `rate`, each noticed (`WAIT`) and done again.
 
-    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the writer
-    notices, which is right after the first wrong character, after the wrong number, or at the end of the sentence.
+    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the
+    writer notices, which is right after the first wrong character, after the wrong number, or at the end of
+    the sentence.
     """
     text, spans = "", []
     for index in range(len(problem.steps) + 1):
@@ -193,20 +216,26 @@ def write_answer_with_errors(
 
 
 def stop_writing(wrong: str, at: int, rng: random.Random) -> int:
-    """Where the writer of a wrong sentence notices: after the wrong digit or word, its number, or the sentence."""
+    """Where the writer of a wrong sentence notices: after the wrong digit or word, its number, or the
+    sentence."""
     number = max(at + 1, re.compile(r"\d*").match(wrong, at).end())
     first = at + 1 if wrong[at].isdigit() else max(at + 1, re.compile(r"[a-z]*").match(wrong, at).end())
     return rng.choices([first, max(first, number), len(wrong)], [0.6, 0.2, 0.2])[0]
 
 
 def corrupt(problem: Problem, index: int, rng: random.Random) -> Step:
-    """A wrong version of step `index`: a wrong digit, operand or operation, a list out of order, a step left out."""
+    """A wrong version of step `index`: a wrong digit, operand or operation, a list out of order, a step left
+    out."""
     if index == len(problem.steps):
         return Step("answer", 0, 0, wrong_number(problem.answer, rng))
     step = problem.steps[index]
     kind = rng.random()
     if isinstance(step.after, tuple):
-        if kind < 0.15 and index + 1 < len(problem.steps) and isinstance(problem.steps[index + 1].after, tuple):
+        if (
+            kind < 0.15
+            and index + 1 < len(problem.steps)
+            and isinstance(problem.steps[index + 1].after, tuple)
+        ):
             return problem.steps[index + 1]  # leaves this step out
         if kind < 0.25:
             other = rng.choice(["sort", "reverse", "drop first", "drop last", "add"])
@@ -257,8 +286,9 @@ def wrong_list(numbers: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` found. right: final answer and every step. first_error: index of the first wrong character that was
-    not taken back (the text's length when its end is missing), None when all is right. taken_back: those that were."""
+    """What `check` found. right: final answer and every step. first_error: index of the first wrong character
+    that was not taken back (the text's length when its end is missing), None when all is right. taken_back:
+    those that were."""
 
     right: bool
     answer_right: bool
@@ -267,7 +297,8 @@ class Verdict:
 
 
 def check(problem: Problem, text: str) -> Verdict:
-    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and redone."""
+    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and
+    redone."""
     at, taken_back, known = 0, [], answer_of(text) == problem.answer
     for index in range(len(problem.steps) + 1):
         slots = sentence(problem, index)
@@ -291,7 +322,9 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
         for at in ends:
             for wording in slot.wordings:
                 shared = 0
-                while shared < len(wording) and at + shared < len(text) and text[at + shared] == wording[shared]:
+                while (
+                    shared < len(wording) and at + shared < len(text) and text[at + shared] == wording[shared]
+                ):
                     shared += 1
                 furthest = max(furthest, at + shared)
                 if shared == len(wording):
@@ -303,7 +336,8 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
 
 
 def answer_of(text: str) -> int | None:
-    """The number that the answer sentence gives, or None; a number of more digits than any problem's is none."""
+    """The number that the answer sentence gives, or None; a number of more digits than any problem's is
+    none."""
     found = re.findall(r"(?:answer is|result is|Answer:) ([0-9]+)\.", text)
     return int(found[-1]) if found and len(found[-1]) <= 300 else None
 
@@ -320,3 +354,15 @@ def problems(seed: int, held_out: bool, family: str | None = None) -> Iterator[P
         problem = make_problem(rng, family)
         if is_held_out(problem) == held_out:
             yield problem
+
+
+def annotated(problem, text: str, source: str) -> dict:
+    """An answer as judge.py reads it: the first wrong word or digit is the error. Its end, too, can be the
+    error."""
+    verdict = check(problem, text)
+    starts = [
+        *verdict.taken_back,
+        *([] if verdict.first_error in (None, len(text)) else [verdict.first_error]),
+    ]
+    errors = [[at, max(at + 1, re.compile(r"[a-z]*").match(text, at).end())] for at in starts]
+    return {"prompt": problem.question, "response": text, "errors": errors, "source": source}

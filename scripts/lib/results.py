@@ -1,14 +1,15 @@
-"""Results files of scripts/evaluate.py: a header, then one JSON line an answer. Resuming, sharing out, merging, exporting.
+"""Results files of scripts/evaluate.py: a header, then one JSON line an answer. Resuming, sharing out,
+merging, exporting.
 
-Each process of `torchrun` keeps its share of the questions in OUT.partRANKofSIZE; `merge` joins the parts. MT-Bench's and
-Spec-Bench's answers are exported as FastChat's `model_answer` files, one a rule, which gen_judgment.py reads.
+Each process of `torchrun` keeps its share of the questions in OUT.partRANKofSIZE; `merge` joins the parts.
+MT-Bench's and Spec-Bench's answers are exported as FastChat's `model_answer` files, one a rule, which
+gen_judgment.py reads.
 """
 
 import argparse
 import glob
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -18,12 +19,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 from cli import InputError, shortened, whole
-from files import Lines, check_folder, check_not_input, check_writable, parse_object, read_bytes, write_file
+from files import (
+    Lines,
+    check_folder,
+    check_not_input,
+    check_writable,
+    is_number,
+    parse_object,
+    read_bytes,
+    write_file,
+)
 from judge import RULES
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
@@ -32,10 +40,6 @@ MOST_PROCESSES = 1_000_000
 
 def is_count(value) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def is_seconds(value) -> bool:
@@ -47,7 +51,9 @@ def is_verdict(value) -> bool:
 
 
 def is_index(value) -> bool:
-    return is_count(value) or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value) is not None)
+    return is_count(value) or (
+        isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value) is not None
+    )
 
 
 def is_rule(value) -> bool:
@@ -63,35 +69,63 @@ def is_counts(value) -> bool:
 
 
 def is_turns(value) -> bool:
-    kinds = {"text": is_text, "new_tokens": is_count, "rounds": is_count, "seconds": is_seconds, "accept_lengths": is_counts}
+    kinds = {
+        "text": is_text,
+        "new_tokens": is_count,
+        "rounds": is_count,
+        "seconds": is_seconds,
+        "accept_lengths": is_counts,
+    }
     return isinstance(value, list) and all(
         isinstance(turn, dict) and all(kind(turn.get(name)) for name, kind in kinds.items()) for turn in value
     )
 
 
 ANSWER = {  # the fields that every answer has, and that are relied on
-    "rule": is_rule, "index": is_index, "family": is_text, "question": is_text, "text": is_text, "right": is_verdict,
-    "answer_right": is_verdict, "tokens": is_counts, "rounds": is_count, "drafted": is_count, "accepted": is_count,
-    "accepted_by_rule": is_count, "seconds_prefill": is_seconds, "seconds_decode": is_seconds,
-}  # fmt: skip
+    "rule": is_rule,
+    "index": is_index,
+    "family": is_text,
+    "question": is_text,
+    "text": is_text,
+    "right": is_verdict,
+    "answer_right": is_verdict,
+    "tokens": is_counts,
+    "rounds": is_count,
+    "drafted": is_count,
+    "accepted": is_count,
+    "accepted_by_rule": is_count,
+    "seconds_prefill": is_seconds,
+    "seconds_decode": is_seconds,
+}
 MAYBE = {  # those that some have
-    "item": is_count, "threshold": lambda value: value is None or is_number(value), "turns": is_turns, "time": is_seconds,
-    "mean_score": lambda value: value is None or is_number(value), "failed": is_text,
-}  # fmt: skip
+    "item": is_count,
+    "threshold": lambda value: value is None or is_number(value),
+    "turns": is_turns,
+    "time": is_seconds,
+    "mean_score": lambda value: value is None or is_number(value),
+    "failed": is_text,
+}
 
 
 def check_answer(record: dict, where: str) -> dict:
-    """The record of an answer. Raises InputError beginning with `where`, and naming the field, for what no run has written."""
+    """The record of an answer. Raises InputError beginning with `where`, and naming the field, for what no
+    run has written."""
     missing = next((name for name in ANSWER if name not in record), None)
     if missing:
-        raise InputError(f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another --out.")
+        raise InputError(
+            f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another "
+            f"--out."
+        )
     fields = ANSWER | {name: kind for name, kind in MAYBE.items() if name in record}
     wrong = next((name for name, kind in fields.items() if not kind(record[name])), None)
     if wrong is None:
         wrong = next((name for name, holds in CONSISTENT.items() if not holds(record)), None)
     if wrong:
         found = shortened(json.dumps(record[wrong]))
-        raise InputError(f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another --out.")
+        raise InputError(
+            f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another "
+            f"--out."
+        )
     return record
 
 
@@ -109,7 +143,9 @@ MADE = ("command", "machine", "commit")  # of a header: how a run was made, whic
 
 def how_made() -> dict:
     """What a header says beside the settings."""
-    command = shlex.join(os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:]))
+    command = shlex.join(
+        os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:])
+    )
     return dict(zip(MADE, (command, machine(), commit())))
 
 
@@ -118,7 +154,11 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     name = names[0].split(":")[1].strip() if names else platform.processor()
     return f"{torch.get_num_threads()} of {os.cpu_count()} cores of {name}, torch {torch.__version__}"
 
@@ -143,12 +183,15 @@ def unlike(header: dict, other: dict) -> list[str]:
 
 
 def check_header(path: Path, lines: list[dict], rest: bytes, header: dict) -> None:
-    """Raises InputError where a file's lines, and the half one after them, are not of a run with this header."""
+    """Raises InputError where a file's lines, and the half one after them, are not of a run with this
+    header."""
     begin = json.dumps(header).encode().removesuffix(b"}")  # how a run was made follows
     if not lines and not (begin.startswith(rest) or rest.startswith(begin)):
         raise InputError(f"{path} is not a results file of this script (no header); name another --out.")
     if lines and (differ := unlike(header, lines[0])):
-        raise InputError(f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it.")
+        raise InputError(
+            f"{path} holds results of other settings ({', '.join(differ)}); name another --out or remove it."
+        )
 
 
 def parse_lines(path: Path, text: bytes) -> list[tuple[str, dict]]:
@@ -157,14 +200,17 @@ def parse_lines(path: Path, text: bytes) -> list[tuple[str, dict]]:
     try:
         return [(f"{path}, line {number}", parse_object(line, f"line {number}")) for number, line in lines]
     except InputError as error:
-        raise InputError(f"{path} is not a results file of this script ({str(error)[:-1]}); name another --out.") from None
+        raise InputError(
+            f"{path} is not a results file of this script ({str(error)[:-1]}); name another --out."
+        ) from None
 
 
 def resume(lines: Lines, header: dict, check: Callable[[dict, str], dict] = check_answer) -> list[dict]:
-    """The answers of an earlier run with the same settings, in a file that this process has locked; nothing is written.
+    """The answers of an earlier run with the same settings, in a file that this process has locked; nothing
+    is written.
 
-    check: raises InputError for a record that no run could have written. Raises InputError, too, when the file is of other
-    settings or foreign.
+    check: raises InputError for a record that no run could have written. Raises InputError, too, when the
+    file is of other settings or foreign.
     """
     found = parse_lines(lines.path, lines.content)
     check_header(lines.path, [line for _, line in found[:1]], lines.rest, header)
@@ -172,12 +218,16 @@ def resume(lines: Lines, header: dict, check: Callable[[dict, str], dict] = chec
 
 
 def by_key(path: Path, records: list[dict], known: dict | None = None) -> dict[tuple, dict]:
-    """Records by (rule, index), beside those known. Raises InputError naming an answer that is there twice."""
+    """Records by (rule, index), beside those known. Raises InputError naming an answer that is there
+    twice."""
     found = dict(known or {})
     for record in records:
         key = record.get("rule"), record.get("index")
         if key in found:
-            raise InputError(f"{path} holds the answer of {key[0]} to question {key[1]} a second time; remove one of the two.")
+            raise InputError(
+                f"{path} holds the answer of {key[0]} to question {key[1]} a second time; remove one of the "
+                f"two."
+            )
         found[key] = record
     return found
 
@@ -187,7 +237,9 @@ def check_same_questions(path: Path, records: dict[tuple, dict], questions: list
     asked = {question.index: question.asked or question.prompt for question in questions}
     for (_, index), record in records.items():
         if index in asked and record.get("question") != asked[index]:
-            raise InputError(f"{path} holds an answer to another question {index} than is asked now; name another --out.")
+            raise InputError(
+                f"{path} holds an answer to another question {index} than is asked now; name another --out."
+            )
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -199,7 +251,9 @@ def rank_and_size() -> tuple[int, int]:
         rank, size = 0, 0
     if rank >= size:
         rank, size = (shortened(text).strip("'") for text in given)
-        raise InputError(f"RANK {rank} and WORLD_SIZE {size} in the environment are not those of a torchrun process.")
+        raise InputError(
+            f"RANK {rank} and WORLD_SIZE {size} in the environment are not those of a torchrun process."
+        )
     return rank, size
 
 
@@ -209,24 +263,31 @@ def part(out: Path, rank: int, size: int) -> Path:
 
 
 def check_parts(out: Path, size: int) -> None:
-    """Raises InputError naming a part that another number of processes left: its answers would be made again."""
+    """Raises InputError naming a part that another number of processes left: its answers would be made
+    again."""
     for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.part*of*")):
         found = re.fullmatch(r"part[0-9]+of([0-9]+)", path.name.removeprefix(f"{out.name}."))
         if found and found[1] != str(size):
-            raise InputError(f"{path} is of a run with {found[1]} processes, and this one has {size}; go on with {found[1]}, "
-                             "or remove it.")  # fmt: skip
+            raise InputError(
+                f"{path} is of a run with {found[1]} processes, and this one has {size}; go on "
+                f"with {found[1]}, "
+                "or remove it."
+            )
 
 
 def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict]:
     """Writes OUT from the parts of `size` processes, in the order of the questions, and returns the records.
 
-    Raises InputError naming a part that is missing or unlike the first, an answer that is there twice, and one that is missing.
+    Raises InputError naming a part that is missing or unlike the first, an answer that is there twice, and
+    one that is missing.
     """
     found, header = {}, None
     for rank in range(size):
         path = part(out, rank, size)
         if not path.is_file():
-            raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
+            raise InputError(
+                f"There is no {path}; run all {size} processes to their end before --merge {size}."
+            )
         (_, first), *records = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
         if "target" not in first:
             raise InputError(f"{path} is not a part of a run, or its run had not begun.")
@@ -238,12 +299,14 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
     keys = [(label, question.index) for question in questions for label in labels]
     if missing := [key for key in keys if key not in found]:
         raise InputError(
-            f"The parts of {out} lack {len(missing)} answers, first that of {missing[0][0]} to question {missing[0][1]}; "
+            f"The parts of {out} lack {len(missing)} answers, first that of {missing[0][0]} to question "
+            f"{missing[0][1]}; "
             "run all processes to their end, and give --verify, --threshold and --limit as for them."
         )
     if extra := [key for key in found if key not in set(keys)]:
         raise InputError(
-            f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} to question {extra[0][1]}; "
+            f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} to question "
+            f"{extra[0][1]}; "
             "give --verify, --threshold and --limit as for them."
         )
     lines = [header, *(found[key] for key in keys)]
@@ -252,7 +315,8 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
 
 
 def check_model_answers(folder: Path, labels: list[str], kept: list[Path]) -> None:
-    """Raises InputError where the answer files of these rules could not be written, or would replace one of `kept`."""
+    """Raises InputError where the answer files of these rules could not be written, or would replace one of
+    `kept`."""
     check_folder(folder, "--model_answers")
     for label in labels:
         path = folder / f"{model_name(label)}.jsonl"
@@ -267,36 +331,52 @@ def model_name(rule: str) -> str:
 
 
 def model_answers(records: list[dict], content: dict) -> dict[str, str]:
-    """FastChat's answer files: {file name: text}, one a rule, sorted by question_id. content: index -> line of question.jsonl.
+    """FastChat's answer files: {file name: text}, one a rule, sorted by question_id. content: index -> line
+    of question.jsonl.
 
-    Spec-Bench's counts are in each choice: new_tokens, wall_time (s, prefill included), decoding_steps and accept_lengths
-    (tokens that each round put out).
+    Spec-Bench's counts are in each choice: new_tokens, wall_time (s, prefill included), decoding_steps and
+    accept_lengths (tokens that each round put out).
     """
     files: dict[str, list] = {}
     for record in records:
         line, model = content[record.get("item", record["index"])], model_name(record["rule"])
         turns = record["turns"]
-        choice = {"index": 0, "turns": [turn["text"].strip() for turn in turns],
-                  "decoding_steps": [turn["rounds"] for turn in turns], "new_tokens": [turn["new_tokens"] for turn in turns],
-                  "wall_time": [turn["seconds"] for turn in turns],
-                  "accept_lengths": [n for turn in turns for n in turn["accept_lengths"]]}  # fmt: skip
+        choice = {
+            "index": 0,
+            "turns": [turn["text"].strip() for turn in turns],
+            "decoding_steps": [turn["rounds"] for turn in turns],
+            "new_tokens": [turn["new_tokens"] for turn in turns],
+            "wall_time": [turn["seconds"] for turn in turns],
+            "accept_lengths": [n for turn in turns for n in turn["accept_lengths"]],
+        }
         known = f"{model} {line['question_id']} {choice['turns']}"
         answer_id = hashlib.sha256(known.encode()).hexdigest()[:22]
-        files.setdefault(model, []).append({
-            "question_id": line["question_id"], "category": line.get("category"), "answer_id": answer_id, "model_id": model,
-            "choices": [choice], "tstamp": record["time"],
-        })  # fmt: skip
+        files.setdefault(model, []).append(
+            {
+                "question_id": line["question_id"],
+                "category": line.get("category"),
+                "answer_id": answer_id,
+                "model_id": model,
+                "choices": [choice],
+                "tstamp": record["time"],
+            }
+        )
     return {
-        f"{model}.jsonl": "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["question_id"]))
+        f"{model}.jsonl": "".join(
+            json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["question_id"])
+        )
         for model, lines in files.items()
     }
 
 
 def write_model_answers(folder: Path, records: list[dict], questions: list) -> None:
-    """Writes one answer file a rule into `folder`, each by rename. Raises InputError for a record without its turns."""
+    """Writes one answer file a rule into `folder`, each by rename. Raises InputError for a record without its
+    turns."""
     for record in records:
         if "turns" not in record or "time" not in record:
-            raise InputError(f"The answer of {record['rule']} to question {record['index']} lacks 'turns' or 'time'.")
+            raise InputError(
+                f"The answer of {record['rule']} to question {record['index']} lacks 'turns' or 'time'."
+            )
     content = {question.index: question.content for question in questions}
     for name, text in model_answers(records, content).items():
         write_file(folder / name, text.encode())

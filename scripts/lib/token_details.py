@@ -1,14 +1,12 @@
-"""What target, draft and judge say of each token of a finished answer; `evaluate.py --details` keeps it for report.py.
+"""What target, draft and judge say of each token of a finished answer; `evaluate.py --details` keeps it for
+report.py.
 
-One more pass of each model over prompt and answer, outside all timing and without the caches. Mind the rows: the target's
-probability and KL(target || draft) are of the row before a token, which predicts it; the judge reads the token's own row.
+One more pass of each model over prompt and answer, outside all timing and without the caches. Mind the rows:
+the target's probability and KL(target || draft) are of the row before a token, which predicts it; the judge
+reads the token's own row.
 """
 
-import sys
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
@@ -40,7 +38,9 @@ def token_details(
     Raises NotFinite where a figure would be NaN or infinite.
     """
     n, ids = len(tokens), torch.tensor([prompt + tokens], device=target.device)
-    hidden, draft_hidden = (model(ids, n_logits=0)[0][0, -n - 1 :] for model in (target, draft))  # (n + 1, dim)
+    hidden, draft_hidden = (
+        model(ids, n_logits=0)[0][0, -n - 1 :] for model in (target, draft)
+    )  # (n + 1, dim)
     p, kl, top = [], [], []
     for at in range(0, n, ROWS):
         rows = slice(at, min(at + ROWS, n))
@@ -49,18 +49,24 @@ def token_details(
             for model, states in ((target, hidden), (draft, draft_hidden))
         )
         p.append(log_p.gather(-1, ids[0, -n:][rows, None]).squeeze(-1).exp())
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))  # rounding may leave it a little below 0
+        kl.append(
+            (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+        )  # rounding may leave it a little below 0
         top.append(log_p.argmax(-1))
     proposing = draft_hidden[:-1] if head is not None and head.draft_weight is not None else None
     score = head.score(hidden[1:], proposing) if head is not None else None
     found = Details(torch.cat(p), torch.cat(kl), score, torch.cat(top))
     if not all(values is None or values.isfinite().all() for values in found):
-        raise NotFinite("The details of an answer are not finite: the models' logits overflow; try --precision fp32 or bf16.")
+        raise NotFinite(
+            "The details of an answer are not finite: the models' logits overflow; try --precision fp32 or "
+            "bf16."
+        )
     return found
 
 
 def as_fields(details: Details, tokenizer: Tokenizer, tokens: list[int]) -> dict:
-    """The fields of a result line: lists p, kl, score, and top, a text where it is not the token, else None."""
+    """The fields of a result line: lists p, kl, score, and top, a text where it is not the token, else
+    None."""
 
     def rounded(values: Tensor | None) -> list[float] | None:
         return None if values is None else [float(f"{x:.4g}") for x in values.tolist()]

@@ -1,10 +1,9 @@
-"""95% intervals of shares, of differences on the same items, and pass@k. Pure arithmetic; sources at each function."""
+"""95% intervals of shares, of differences on the same items, and pass@k. Pure arithmetic; sources at each
+function."""
 
 import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
 from cli import InputError
 
@@ -25,8 +24,8 @@ def interval(right: int, n: int) -> tuple[float, float]:
 def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
     """Newcombe's 95% interval of the difference (won - lost) / n of two shares on the same n items.
 
-    won, lost: right only with the one, only with the other. Source: R. G. Newcombe, Statistics in Medicine 17 (1998),
-    2635-2650, method 10: Wilson's intervals of both shares, joined by their correlation.
+    won, lost: right only with the one, only with the other. Source: R. G. Newcombe, Statistics in Medicine 17
+    (1998), 2635-2650, method 10: Wilson's intervals of both shares, joined by their correlation.
     """
     n = both + won + lost + neither
     if n == 0:
@@ -47,13 +46,15 @@ def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """McNemar's exact two-sided p: how likely so uneven a split of the items that differ is, if neither side is better."""
+    """McNemar's exact two-sided p: how likely so uneven a split of the items that differ is, if neither side
+    is better."""
     n, fewer = won + lost, min(won, lost)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """95% interval of a mean over items, by the normal distribution: for items that are no plain right or wrong."""
+    """95% interval of a mean over items, by the normal distribution: for items that are no plain right or
+    wrong."""
     if not values:
         raise InputError("There is no mean of nothing.")
     n, mean = len(values), sum(values) / len(values)
@@ -69,3 +70,34 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     if not (0 <= right <= n and 1 <= k <= n):
         raise InputError(f"{right} right of {n} samples say nothing about {k} samples.")
     return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def upper_bound(harms: int, n: int, confidence: float) -> float:
+    """Clopper-Pearson's upper bound of a share: the largest p for which at most `harms` of n is not too
+    unlikely."""
+    if harms >= n:
+        return 1.0
+    few = 2 * harms < n  # else the other tail has fewer terms
+    k = (
+        torch.arange(harms + 1, dtype=torch.double)
+        if few
+        else torch.arange(harms + 1, n + 1, dtype=torch.double)
+    )
+    total = torch.tensor(float(n), dtype=torch.double)
+    choose = (total + 1).lgamma() - (k + 1).lgamma() - (total - k + 1).lgamma()
+    low, high = harms / n, 1.0
+    for _ in range(60):  # bisection
+        p = (low + high) / 2
+        tail = (
+            (choose + k * math.log(p) + (total - k) * math.log1p(-p)).exp().sum().item()
+            if p < 1
+            else float(not few)
+        )
+        at_most = tail if few else 1 - tail
+        low, high = (p, high) if at_most > 1 - confidence else (low, p)
+    return high
+
+
+def share_interval(k: int, n: int) -> tuple[float, float]:
+    """Clopper and Pearson's 95% interval of a share k of n; of nothing it is 0 to 1."""
+    return (1 - upper_bound(n - k, n, 0.975), upper_bound(k, n, 0.975)) if n else (0.0, 1.0)

@@ -1,28 +1,37 @@
-"""Answers of one or more turns: the ids of a conversation, an answer up to a stop text, all turns as one record."""
+"""Answers of one or more turns: the ids of a conversation, an answer up to a stop text, all turns as one
+record."""
 
 import json
 import re
-import sys
 import time
 from functools import reduce
 from operator import add
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from generate import Engine, Result, answer_text, as_json, encode_prompt
-from scripts.scoring import Question
-from scripts.token_details import cuts
+from generate import Engine, Result
+from scripts.lib.scoring import Question
+from scripts.lib.terminal import answer_text, as_json, encode_prompt
+from scripts.lib.token_details import cuts
 from tokenizer import Decoder, Tokenizer
 
 SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", "seconds_decode")
-LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")  # of which each turn has one entry a token, or text
+LISTS = (
+    "tokens",
+    "origin",
+    "text",
+    "cuts",
+    "p",
+    "kl",
+    "score",
+    "top",
+)  # of which each turn has one entry a token, or text
 
 
 def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
-    """Ids of the prompt, and for each further turn those that come between the answer before it and its own answer.
+    """Ids of the prompt, and for each further turn those that come between the answer before it and its own
+    answer.
 
-    The answer itself stays as it was decoded: with the chat format this gives the ids of `encode_chat` of the whole.
+    The answer itself stays as it was decoded: with the chat format this gives the ids of `encode_chat` of the
+    whole.
     """
     further = tokenizer.encode_next if args.chat else tokenizer.encode
     return [encode_prompt(args, tokenizer, question.prompt), *map(further, question.more_turns)]
@@ -49,7 +58,9 @@ def decode_turn(
     return result
 
 
-def answer_turn(engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer) -> dict:
+def answer_turn(
+    engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer
+) -> dict:
     """The record of one turn, by our engine or by one of the peers."""
     if isinstance(engine, Engine):
         result = decode_turn(engine, prompt, max_new_tokens, seed, stops, tokenizer)
@@ -63,8 +74,11 @@ def answer_turn(engine, prompt: list[int], max_new_tokens: int, seed: int, stops
     return record | {"cuts": cuts(tokenizer, record["tokens"])}
 
 
-def answer_turns(engine, parts: list[list[int]], question: Question, max_new_tokens: int, seed: int, tokenizer, more) -> dict:
-    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and took.
+def answer_turns(
+    engine, parts: list[list[int]], question: Question, max_new_tokens: int, seed: int, tokenizer, more
+) -> dict:
+    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and
+    took.
 
     parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
     """
@@ -81,7 +95,8 @@ def answer_turns(engine, parts: list[list[int]], question: Question, max_new_tok
 
 
 def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
-    """The record of a question without an answer: what the logits were, instead of a text; all counts are zero."""
+    """The record of a question without an answer: what the logits were, instead of a text; all counts are
+    zero."""
     n = len(parts[0])
     record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
     if isinstance(engine, Engine):
@@ -113,16 +128,25 @@ def join(records: list[dict]) -> dict:
         if whole.get(name) is not None:
             whole[name] = reduce(add, (record[name] for record in records))
     if "mean_accepted" in whole:
-        whole["mean_accepted"] = whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
-        whole["tokens_per_second"] = len(whole["tokens"]) / whole["seconds_decode"] if whole["seconds_decode"] else 0.0
+        whole["mean_accepted"] = (
+            whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
+        )
+        whole["tokens_per_second"] = (
+            len(whole["tokens"]) / whole["seconds_decode"] if whole["seconds_decode"] else 0.0
+        )
         scores = [record["mean_score"] for record in records if record["mean_score"] is not None]
         whole["mean_score"] = sum(scores) / len(scores) if scores else None
     return whole
 
 
 def summary_of(record: dict, stops: tuple[str, ...]) -> dict:
-    """What one turn said, and what it took: new_tokens, rounds, seconds with prefill, tokens that each round put out."""
+    """What one turn said, and what it took: new_tokens, rounds, seconds with prefill, tokens that each round
+    put out."""
     rounds = re.findall("[ar]*[tb]|[ar]+$", record.get("origin", ""))
-    return {"text": cut(record["text"], stops), "new_tokens": len(record["tokens"]), "rounds": record["rounds"],
-            "seconds": record["seconds_prefill"] + record["seconds_decode"],
-            "accept_lengths": [len(tokens) for tokens in rounds]}  # fmt: skip
+    return {
+        "text": cut(record["text"], stops),
+        "new_tokens": len(record["tokens"]),
+        "rounds": record["rounds"],
+        "seconds": record["seconds_prefill"] + record["seconds_decode"],
+        "accept_lengths": [len(tokens) for tokens in rounds],
+    }

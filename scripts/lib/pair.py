@@ -1,0 +1,156 @@
+"""Loading a target, its draft and its judge, after checking that they fit together and into memory."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import tp
+from checkpoint import DEMO, read_config
+from cli import InputError, shortened, whole
+from judge import JudgeHead, load_judge
+from model import PREFILL_ROWS, ModelArgs, Transformer
+from quantize import Scheme, load_model, read_scheme, scheme_of, temporary_bytes, weight_bytes
+from scripts.lib.results import rank_and_size
+from tokenizer import load_tokenizer
+
+
+def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) -> None:
+    """Raises InputError when draft and target do not share a vocabulary, by size or by tokenizer."""
+    if target.vocab_size != draft.vocab_size:
+        raise InputError(
+            f"Draft and target must share a vocabulary: {folders[1]} has {draft.vocab_size} tokens, "
+            f"{folders[0]} has {target.vocab_size}."
+        )
+    sample = "The quick brown fox: 12345 + 67890 = 80235, naïve Übermut 你好 🙂\n\n    def f(x):"
+    ours, theirs = (load_tokenizer(folder).encode(sample) for folder in folders)
+    if ours != theirs:
+        raise InputError(
+            f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} "
+            f"differ."
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on `device`, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def check_memory(
+    models: list[ModelArgs],
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    schemes: list[Scheme | None],
+) -> None:
+    """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on
+    `device`."""
+    weights = sum(weight_bytes(args, dtype, scheme) for args, scheme in zip(models, schemes))
+    rows = PREFILL_ROWS[device.type]
+    extra = max(temporary_bytes(args, dtype, scheme, device, rows) for args, scheme in zip(models, schemes))
+    caches = sum(args.cache_bytes(capacity, dtype) for args in models)
+    free = free_memory(device)
+    if free is not None and weights + caches + extra > free:
+        packing = (
+            f", and {extra / 1e9:.1f} GB for a time while weights are quantised and prompts read"
+            if extra
+            else ""
+        )
+        raise InputError(
+            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of "
+            f"caches{packing}, "
+            f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter "
+            f"--cache_length."
+        )
+
+
+def load_pair(
+    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0,
+    schemes: tuple[Scheme | None, Scheme | None] = (None, None), draft_tp: str | None = None,
+) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
+    """Loads what is named, after checking that draft and target fit together and into memory.
+
+    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where
+    ranks share the target, whether they share the draft as well (default: tp.place_draft).
+    """
+    folders = [folder for folder in (target, draft) if folder is not None]
+    shapes = [read_config(folder) for folder in folders]
+    if draft is not None:
+        check_pair(*shapes, tuple(folders))
+    written = [(read_scheme(folder) or (scheme,))[0] for folder, scheme in zip(folders, schemes)]
+    shards = place(shapes, dtype, written, device, draft_tp)
+    local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
+    check_memory(local, capacity, dtype, device, written)
+    models = [load_model(*each) for each in zip(folders, [device] * 2, [dtype] * 2, schemes, shards)]
+    models = [tp.join(model, shard) if shard else model for model, shard in zip(models, shards)]
+    tp.agree(
+        {f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)}
+    )
+    head = load_judge(judge, *models) if judge is not None else None
+    return models[0], models[1] if draft is not None else None, head
+
+
+def place(
+    shapes: list[ModelArgs],
+    dtype: torch.dtype,
+    schemes: list[Scheme | None],
+    device: torch.device,
+    draft_tp: str | None,
+) -> list[tp.Shard | None]:
+    """For target and draft: this rank's shard, or None for all of it. Says on standard error where the draft
+    goes."""
+    shard = tp.shard()
+    if shard is None or len(shapes) < 2:
+        return [shard] * len(shapes)
+    draft, scheme = shapes[1], schemes[1]
+    size = weight_bytes(draft, dtype, scheme)
+    draft_tp = draft_tp or tp.place_draft(draft, size, shard.world, device.type)
+    print(f"draft: {'sharded' if draft_tp == 'shard' else 'the same on every rank'}", file=sys.stderr)
+    return [shard, shard if draft_tp == "shard" else None]
+
+
+def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
+    """How target and draft are to be quantised."""
+    return scheme_of(args), scheme_of(args, "draft_")
+
+
+def name_models(args: argparse.Namespace) -> None:
+    """Fills in the demo pair and its judge where no target is named. Raises InputError for a target without a
+    draft."""
+    if args.checkpoint_path is None:
+        args.checkpoint_path = DEMO / "target"
+        args.draft_checkpoint_path = args.draft_checkpoint_path or DEMO / "draft"
+        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+    if args.draft_checkpoint_path is None:
+        raise InputError("--checkpoint_path needs a draft beside it; name one with --draft_checkpoint_path.")
+
+
+def own_device(name: str) -> str:
+    """--device of this process: of several with an engine each, the GPU of its number on its machine.
+
+    Raises InputError where torchrun's LOCAL_RANK is no such number.
+    """
+    if tp.LINK is not None or rank_and_size()[1] == 1 or not name.startswith("cuda"):
+        return tp.own_device(name)
+    given, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    try:
+        return f"cuda:{whole(0, count - 1)(given)}"
+    except argparse.ArgumentTypeError:
+        raise InputError(
+            f"LOCAL_RANK {shortened(given)} in the environment names none of the {count} GPUs "
+            f"of this machine; "
+            "start one process a GPU."
+        ) from None
+
+
+def files_in(folders: list[Path]) -> list[Path]:
+    """The files of checkpoint folders, which no output may replace."""
+    return [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
