@@ -170,7 +170,7 @@ def test_default_positions_fit_the_context():
         assert args.positions == [position] and args.prefill == [512] and args.max_new_tokens == 200
 
 
-COMMANDS = {  # of README.md, benchmarks/README.md and the scripts' docstrings: what of each can run here, None: its flags alone
+COMMANDS = {  # of docs/latency.md, benchmarks/README.md and the scripts' docstrings: what of each can run here, None: its flags alone
     "--compile --peers --accept 14": ["--peers", "--accept", "14", "--max_new_tokens", "20"],
     "--compile --peers": None,
     "--compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 20 --accept 17": None,
@@ -181,7 +181,7 @@ COMMANDS = {  # of README.md, benchmarks/README.md and the scripts' docstrings: 
 
 def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
     texts = [
-        (ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md", "scripts/benchmark.py")
+        (ROOT / name).read_text() for name in ("docs/latency.md", "benchmarks/README.md", "scripts/benchmark.py")
     ]
     lines = [
         line
