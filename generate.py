@@ -26,7 +26,7 @@ from torch import Tensor
 
 import kernels
 import tp
-from checkpoint import DEMO, read_config
+from checkpoint import DEMO
 from files import check_writable, write_file
 from judge import RULES, JudgeHead, Markers, check_threshold, make_markers, mixture, rule_mask
 from kernels import Graph, capture, check_compiler, compile_step
@@ -41,7 +41,7 @@ from model import (
     run_dtype,
     whole_pages,
 )
-from quantize import add_mode_flags, memory_line, scheme_of
+from quantize import Checkpoint, add_mode_flags, memory_line, open_checkpoint, scheme_of
 from scripts.lib.flags import MOST_TOKENS, read_k
 from scripts.lib.guarantee import Drift, announce, kind_of, read_calibration, warn_of_drift
 from scripts.lib.pace import Pace
@@ -853,11 +853,13 @@ def name_demo(args: argparse.Namespace) -> None:
         args.prompt, args.compare = DEMO_PROMPT, True
 
 
-def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokenizer) -> Engine:
-    """Loads what the command line names and builds the engine."""
+def load_engine(
+    args: argparse.Namespace, pair: list[Checkpoint | None], prompt_tokens: int, tokenizer: Tokenizer
+) -> Engine:
+    """Loads what the command line names (pair: target and draft, opened) and builds the engine."""
     settings, device = settings_of(args), pick_device(tp.own_device(args.device))
     tp.connect(device, args.all_reduce)
-    dtype, shape = run_dtype(args.precision, device), read_config(args.checkpoint_path)
+    dtype, shape = run_dtype(args.precision, device), pair[0].args
     if tokenizer.vocab_size > shape.vocab_size:
         raise InputError(
             f"{args.checkpoint_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
@@ -866,13 +868,12 @@ def load_engine(args: argparse.Namespace, prompt_tokens: int, tokenizer: Tokeniz
     length = args.cache_length or prompt_tokens + args.max_new_tokens
     if args.interactive and not args.cache_length:
         length = min(shape.max_position, 8192)
-    draft = None if args.verify == "plain" else args.draft_checkpoint_path
     judge = args.judge_path if args.verify == "judge" else None
     capacity, schemes = (
         capacity_for(length, settings.speculate_k),
         (scheme_of(args), scheme_of(args, "draft_")),
     )
-    models = load_pair(args.checkpoint_path, draft, judge, device, dtype, capacity, schemes, args.draft_tp)
+    models = load_pair(*pair, judge, device, dtype, capacity, schemes, args.draft_tp)
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     engine = Engine(*models, settings, tokenizer.stop_ids, length, markers)
     for name, model in (("target", engine.target), ("draft", engine.draft)):
@@ -1005,12 +1006,12 @@ def run(args: argparse.Namespace) -> None:
     if args.chat:
         tokenizer.check_chat()
     prompt = [] if args.interactive else read_prompt(args, tokenizer)
+    draft = args.draft_checkpoint_path if args.verify != "plain" else None
+    pair = [folder and open_checkpoint(folder) for folder in (args.checkpoint_path, draft)]
     if not args.interactive:
-        draft = args.draft_checkpoint_path if args.verify != "plain" else None
-        shapes = [read_config(folder) if folder else None for folder in (args.checkpoint_path, draft)]
-        context, whose = smallest_context(*shapes)
+        context, whose = smallest_context(*(source and source.args for source in pair))
         check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
-    engine = load_engine(args, len(prompt), tokenizer)
+    engine = load_engine(args, pair, len(prompt), tokenizer)
     if engine.head is not None and bool(engine.head.info.get("chat")) != args.chat:
         forms = ["without the chat format", "in the chat format"]
         trained, runs = forms[not args.chat], forms[args.chat]

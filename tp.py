@@ -120,39 +120,19 @@ class Shard:
         each = ceil_div(args.vocab_size, self.world)
         return min(self.rank * each, args.vocab_size), min(self.rank * each + each, args.vocab_size)
 
-    def part(self, args: ModelArgs, name: str) -> tuple[slice, ...]:
-        """The slices of a published tensor that this rank reads; () for all of it."""
-        kind = name.split(".")[-2]
-        if kind in ("q_proj", "o_proj"):
-            span = [head * args.head_dim for head in self.heads(args)]
-        elif kind in ("k_proj", "v_proj"):
-            span = [head * args.head_dim for head in self.kv_heads(args)]
-        elif kind in ("gate_proj", "up_proj", "down_proj"):
-            each = args.intermediate_size // self.world
-            span = [self.rank * each, self.rank * each + each]
-        elif kind in ("embed_tokens", "lm_head"):
-            span = self.vocabulary(args)
-        else:
+    def part(self, args: ModelArgs, row) -> tuple[slice, ...]:
+        """The slices that this rank reads of a tensor of checkpoint.weight_plan; () for all of it."""
+        if row.cut is None:
             return ()
-        return (slice(None), slice(*span)) if kind in ("o_proj", "down_proj") else (slice(*span),)
-
-    def check_columns(self, args: ModelArgs, unit: int) -> None:
-        """Raises InputError where a rank's columns of `wo` or `w2` would begin or end inside a group of
-        `unit` columns."""
-        for rank in range(self.world):
-            other = Shard(rank, self.world)
-            for name, size in (
-                ("o_proj", args.n_head * args.head_dim),
-                ("down_proj", args.intermediate_size),
-            ):
-                span = other.part(args, f"{name}.weight")[1]
-                if span.start % unit or (span.stop % unit and span.stop != size):
-                    raise InputError(
-                        f"{self.world} ranks would cut quantised {name} from column {span.start} to "
-                        f"{span.stop} of {size}, but "
-                        f"its packing and scales need multiples of {unit}; start fewer ranks, or quantise "
-                        f"otherwise."
-                    )
+        each = args.intermediate_size // self.world
+        spans = {
+            "heads": [head * args.head_dim for head in self.heads(args)],
+            "kv_heads": [head * args.head_dim for head in self.kv_heads(args)],
+            "intermediate": (self.rank * each, self.rank * each + each),
+            "vocabulary": self.vocabulary(args),
+        }
+        span = slice(*spans[row.unit])
+        return (slice(None), span) if row.cut == "columns" else (span,)
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, element by element: scales of a row whose columns the ranks

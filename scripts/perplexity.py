@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DEMO, read_config
+from checkpoint import DEMO
 from model import DTYPES, pick_device, run_dtype
-from quantize import MODES, load_model, scheme_named
+from quantize import FORMATS, load_model, open_checkpoint, scheme_named
 from scripts.lib.likelihood import perplexity, read_texts
 from scripts.lib.tasks import MOST
 from tokenizer import load_tokenizer
@@ -33,7 +33,8 @@ from tokenizer import load_tokenizer
 def run(args: argparse.Namespace) -> None:
     """Measures mode after mode."""
     schemes = [scheme_named(name) for name in args.mode]
-    context = read_config(args.checkpoint_path).max_position
+    source = open_checkpoint(args.checkpoint_path)
+    context = source.args.max_position
     window = min(args.window, context)
     if args.limit is not None and args.text != "demo":
         raise InputError(f"--limit {args.limit} counts demo problems; a file is read whole.")
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--text {args.text} holds no text.")
     rows = []
     for name, scheme in zip(args.mode, schemes):
-        model = load_model(args.checkpoint_path, device, run_dtype(args.precision, device), scheme)
+        model = load_model(source, device, run_dtype(args.precision, device), scheme)
         found = perplexity(model, tokenizer.bos_id, texts, window, args.stride, name)
         rows.append({"mode": name, "perplexity": found, "bits_per_token": math.log2(found)})
         row = rows[-1]
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--mode",
         nargs="+",
-        default=["none", *MODES],
+        default=["none", *FORMATS],
         help="none, int8, int4, int4/64, int4/128, fp8; compared with the first",
     )
     add(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import args_of, checkpoint_files, read_config
 from cli import InputError
-from model import PRESETS, ModelArgs, Transformer, preset, random_model, rope_table
+from model import PRESETS, Llama3Rope, ModelArgs, Transformer, preset, random_model, rope_table
 from quantize import load_model
 from scripts.convert_meta_checkpoint import NAMES, TOP, convert
 
@@ -125,7 +125,11 @@ def test_rope_is_read_in_both_spellings():
             "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA31.items()},
         }
     )
-    assert old == new == older and old.rope_scaling == (8.0, 1.0, 4.0, 8192) and old.rope_theta == 500000.0
+    assert (
+        old == new == older
+        and old.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 8192)
+        and old.rope_theta == 500000.0
+    )
 
 
 @pytest.mark.parametrize(
