@@ -331,6 +331,69 @@ def test_decoding_with_quantised_weights(folder, scheme):
         assert result.tokens == plainly and result.mean_accepted > 4
 
 
+def pack_int6(w: torch.Tensor, peaks: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = (peaks / 31).clamp(min=1e-30)
+    a, b, c, d = ((w / scales[:, None]).round() + 32).to(torch.uint8).unflatten(1, (-1, 4)).unbind(2)
+    return torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], 2).flatten(1), scales
+
+
+def unpack_int6(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    x, y, z = weight.unflatten(1, (-1, 3)).unbind(2)
+    q = torch.stack([x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2], 2).flatten(1)
+    return (q.float() - 32) * scales[:, None]
+
+
+def pack_int8_groups(
+    w: torch.Tensor, peaks: torch.Tensor, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = w.unflatten(1, (-1, scheme.group_size))
+    scales = (groups.abs().amax(2) / 127).clamp(min=1e-30)
+    return (groups / scales[..., None]).round().to(torch.int8).flatten(1), scales
+
+
+NEW = {  # what FORMATS might gain, none of it with a kernel
+    "int6": quantize.Format(
+        pack_int6,
+        unpack_int6,
+        lambda n, k, scheme: ((torch.uint8, (n, k * 3 // 4)), (torch.float32, (n,))),
+    ),
+    "e5m2": quantize.format_by_rows(torch.float8_e5m2, 57344.0),
+    "int8 in groups": quantize.Format(
+        pack_int8_groups,
+        lambda weight, scales: (
+            weight.float().unflatten(1, (scales.shape[1], -1)) * scales[..., None]
+        ).flatten(1),
+        lambda n, k, scheme: ((torch.int8, (n, k)), (torch.float32, (n, k // scheme.group_size))),
+        lambda scheme: scheme.group_size,
+        ("group_size",),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", NEW)
+def test_a_format_is_one_entry(mode, folder, tmp_path, monkeypatch):
+    """Without a kernel it is written, loaded, cut among ranks, and decoded with, also compiled."""
+    monkeypatch.setitem(FORMATS, mode, NEW[mode])
+    main(["--checkpoint_path", str(folder), "--out", str(tmp_path / "out"), "--mode", mode])
+    written, meanwhile = load_model(tmp_path / "out"), load_model(folder, scheme=Scheme(mode))
+    assert all(map(torch.equal, written.state_dict().values(), meanwhile.state_dict().values()))
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = load_model(folder)(ids)[1], written(ids)[1]
+    assert 0 < (found - expected).norm() / expected.norm() < 0.15
+    packed = quantize.quantize(weights(48, 256), Scheme(mode))
+    slices = quantize.packed_part((slice(None), slice(64, 192)), (48, 256), Scheme(mode))
+    part = [x[slices[suffix]] if slices[suffix] else x for suffix, x in zip(("", "_scale"), packed)]
+    assert torch.equal(unpacked(part, Scheme(mode)), unpacked(packed, Scheme(mode))[:, 64:192])
+    prompt = ids[0].tolist()
+    plainly = Engine(written, None, None, Settings("plain"), [], 150).generate(prompt, 20).tokens
+    for compiled in (False, mode == "int6"):
+        engine = Engine(
+            written, written, None, Settings("standard", speculate_k=5, compile=compiled), [], 150
+        )
+        assert engine.generate(prompt, 20).tokens == plainly
+
+
 def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
     """Finished files are kept, and the folder appears under its name only when it is whole."""
     written, write = [], quantize.write_shard
