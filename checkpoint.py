@@ -211,31 +211,43 @@ class Row(NamedTuple):
 
 
 def weight_plan(args: ModelArgs) -> dict[str, Row]:
-    """Hugging Face tensor name -> what becomes of it."""
-    q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
-    ffn, dim, vocabulary = args.intermediate_size, args.dim, (args.vocab_size, args.dim)
+    """Hugging Face tensor name -> what becomes of it, from top to bottom."""
+    plan = top_plan(args)
+    for i in range(args.n_layer):
+        plan |= layer_plan(args, i)
+    return plan
+
+
+def top_plan(args: ModelArgs) -> dict[str, Row]:
+    """`weight_plan` of what is in no layer."""
+    shape = (args.vocab_size, args.dim)
     plan = {
-        "model.embed_tokens.weight": Row("tok_embeddings.weight", 0, vocabulary, "rows", "vocabulary"),
-        "model.norm.weight": Row("norm.weight", 0, (dim,)),
+        "model.embed_tokens.weight": Row("tok_embeddings.weight", 0, shape, "rows", "vocabulary"),
+        "model.norm.weight": Row("norm.weight", 0, (args.dim,)),
     }
     if not args.tie_embeddings:
-        plan["lm_head.weight"] = Row("output.weight", 0, vocabulary, "rows", "vocabulary", "with LM head")
-    for i in range(args.n_layer):
-        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-        wqkv, wo = ours + "attention.wqkv.weight", ours + "attention.wo.weight"
-        w13, w2 = ours + "feed_forward.w13.weight", ours + "feed_forward.w2.weight"
-        plan |= {
-            theirs + "self_attn.q_proj.weight": Row(wqkv, 0, (q, dim), "rows", "heads", "always"),
-            theirs + "self_attn.k_proj.weight": Row(wqkv, q, (kv, dim), "rows", "kv_heads", "always"),
-            theirs + "self_attn.v_proj.weight": Row(wqkv, q + kv, (kv, dim), "rows", "kv_heads", "always"),
-            theirs + "self_attn.o_proj.weight": Row(wo, 0, (dim, q), "columns", "heads", "always"),
-            theirs + "mlp.gate_proj.weight": Row(w13, 0, (ffn, dim), "rows", "intermediate", "always"),
-            theirs + "mlp.up_proj.weight": Row(w13, ffn, (ffn, dim), "rows", "intermediate", "always"),
-            theirs + "mlp.down_proj.weight": Row(w2, 0, (dim, ffn), "columns", "intermediate", "always"),
-            theirs + "input_layernorm.weight": Row(ours + "attention_norm.weight", 0, (dim,)),
-            theirs + "post_attention_layernorm.weight": Row(ours + "ffn_norm.weight", 0, (dim,)),
-        }
+        plan["lm_head.weight"] = Row("output.weight", 0, shape, "rows", "vocabulary", "with LM head")
     return plan
+
+
+def layer_plan(args: ModelArgs, i: int) -> dict[str, Row]:
+    """`weight_plan` of layer i."""
+    q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
+    dim, ffn = args.dim, args.intermediate_size
+    theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+    wqkv, wo = ours + "attention.wqkv.weight", ours + "attention.wo.weight"
+    w13, w2 = ours + "feed_forward.w13.weight", ours + "feed_forward.w2.weight"
+    return {
+        theirs + "self_attn.q_proj.weight": Row(wqkv, 0, (q, dim), "rows", "heads", "always"),
+        theirs + "self_attn.k_proj.weight": Row(wqkv, q, (kv, dim), "rows", "kv_heads", "always"),
+        theirs + "self_attn.v_proj.weight": Row(wqkv, q + kv, (kv, dim), "rows", "kv_heads", "always"),
+        theirs + "self_attn.o_proj.weight": Row(wo, 0, (dim, q), "columns", "heads", "always"),
+        theirs + "mlp.gate_proj.weight": Row(w13, 0, (ffn, dim), "rows", "intermediate", "always"),
+        theirs + "mlp.up_proj.weight": Row(w13, ffn, (ffn, dim), "rows", "intermediate", "always"),
+        theirs + "mlp.down_proj.weight": Row(w2, 0, (dim, ffn), "columns", "intermediate", "always"),
+        theirs + "input_layernorm.weight": Row(ours + "attention_norm.weight", 0, (dim,)),
+        theirs + "post_attention_layernorm.weight": Row(ours + "ffn_norm.weight", 0, (dim,)),
+    }
 
 
 def load_published(

@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,10 +34,9 @@ from torch import Tensor
 
 import checkpoint
 import kernels
-import model as plain
-from checkpoint import Row, args_of, weight_plan
+from checkpoint import Row, args_of, layer_plan, top_plan, weight_plan
 from files import check_new_folder, lock, read_json, replacing, write_file
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
 PACKING = 1  # how the numbers lie in the files; a reader refuses any other
@@ -63,6 +62,7 @@ class Scheme:
         return self.mode + group + "".join(word for word, said in words.items() if said)
 
 
+# a scheme's settings that concern some modes alone: their flags
 FLAGS = {"group_size": "group_size", "symmetric": "symmetric", "dynamic": "dynamic_activations"}
 
 
@@ -397,8 +397,7 @@ def is_quantized(row: Row, scheme: Scheme) -> bool:
 def completer(
     args: ModelArgs, scheme: Scheme, shard: Shard | None = None
 ) -> Callable[[Transformer, str], None]:
-    """What quantises a model's layers one by one, as soon as each is filled (`complete` of
-    checkpoint.load_published)."""
+    """What quantises a model's layers, each as soon as it is filled: `complete` of load_published."""
     rows = {row.ours: row for row in weight_plan(args).values()}
 
     def complete(model: Transformer, parameter: str) -> None:
@@ -428,8 +427,7 @@ def prepare(device: torch.device, scheme: Scheme) -> None:
 
 
 def check_device(device: torch.device, scheme: Scheme | None) -> None:
-    """Raises InputError for a scheme whose numbers a GPU does not have: fp8 begins with compute capability
-    8.9."""
+    """Raises InputError for a scheme whose numbers a GPU does not have."""
     if scheme is None or device.type != "cuda":
         return
     found, needed = torch.cuda.get_device_capability(device), FORMATS[scheme.mode].capability
@@ -451,8 +449,8 @@ def check_lm_head(args: ModelArgs, scheme: Scheme) -> None:
 def check_columns(args: ModelArgs, world: int, scheme: Scheme) -> None:
     """Raises InputError where ranks would cut columns that packing and scales keep together."""
     unit = FORMATS[scheme.mode].unit(scheme)
-    rows = weight_plan(replace(args, n_layer=1)).items()  # all layers are alike
-    for name, row in ((name, row) for name, row in rows if row.cut == "columns"):
+    cut = {name: row for name, row in layer_plan(args, 0).items() if row.cut == "columns"}
+    for name, row in cut.items():
         for rank in range(world):
             span, size = Shard(rank, world).part(args, row)[1], row.shape[1]
             if span.start % unit or (span.stop % unit and span.stop != size):
@@ -574,7 +572,7 @@ def load_quantized(
     checkpoint.check_layers(files, args, folder)
     local, groups = shard.local(args) if shard else args, grouped_plan(args)
     reader = checkpoint.Reader(folder, {name: (file, name) for name, file in files.items()})
-    model, places = plain.empty_model(args, local), weight_plan(local)
+    model, places = empty_model(args, local), weight_plan(local)
     progress = Progress(f"loading {folder}", len(groups))
 
     for ours, tensors in groups.items():
@@ -590,7 +588,7 @@ def load_quantized(
                 continue
             tensor = reader.read(name, row.shape, part=part)
             dtype = dtype or tensor.dtype
-            checkpoint.fill(plain.materialise(model, ours, dtype, device), places[name], tensor)
+            checkpoint.fill(materialise(model, ours, dtype, device), places[name], tensor)
         if packed:
             weight, scales = (torch.cat(parts).to(device) for parts in packed.values())
             shape = sum(places[name].shape[0] for name in tensors), places[name].shape[1]
@@ -697,12 +695,10 @@ def is_scrap(name: str) -> bool:
 
 def write_shards(source: Checkpoint, work: Path, files: dict, scheme: Scheme) -> dict[str, str]:
     """One file a layer and one for the rest, unless they are there already -> tensor name to file."""
-    shards: dict[str, dict[str, Row]] = {}
-    for name, row in weight_plan(source.args).items():
-        layer = row.ours.split(".")[1] if row.ours.startswith("layers.") else "other"
-        shards.setdefault(layer, {})[name] = row
+    args = source.args
+    shards = [top_plan(args), *(layer_plan(args, i) for i in range(args.n_layer))]
     progress, index = Progress(f"quantising {source.folder}", len(shards)), {}
-    for number, rows in enumerate(shards.values(), 1):
+    for number, rows in enumerate(shards, 1):
         file = work / f"model-{number:05}-of-{len(shards):05}.safetensors"
         if not file.exists():
             write_shard(file, rows, checkpoint.Reader(source.folder, files), scheme)

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from checkpoint import checkpoint_files, weight_plan
+from checkpoint import checkpoint_files, layer_plan
 from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
 from judge import JudgeHead, load_judge
@@ -501,12 +501,7 @@ class LibraryInt4:
 
 def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     """(N, K) of a layer's product by our name."""
-    ends = f".{name}.weight"
-    found = [
-        row.shape
-        for row in weight_plan(model).values()
-        if row.ours.startswith("layers.0.") and row.ours.endswith(ends)
-    ]
+    found = [row.shape for row in layer_plan(model, 0).values() if row.ours.endswith(f".{name}.weight")]
     return sum(shape[0] for shape in found), found[0][1]
 
 
