@@ -38,7 +38,7 @@ from checkpoint import read_config
 from files import read_json
 from generate import capacity_for
 from model import DTYPES, ModelArgs
-from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_of, weight_bytes
+from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoint, scheme_of, weight_bytes
 from scripts.lib import benchmark_args
 from scripts.lib.benchmark_args import SCHEMA, is_preset, modes_of, shapes_of
 from scripts.lib.flags import FIXED_K, add_flags
@@ -164,15 +164,17 @@ def shape_of(name: str) -> tuple[ModelArgs, Path | None]:
 
 
 def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
-    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.MODES (a quantised
+    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.FORMATS (a quantised
     folder has its own)."""
     args, folder = shape_of(name)
-    scheme = Scheme(mode, group_size if mode == "int4" else 32) if mode in MODES else None
-    if folder is not None and (written := read_scheme(folder)):
-        scheme = written[0]
+    scheme = None
+    if mode in FORMATS:
+        scheme = Scheme(mode, group_size if "group_size" in FORMATS[mode].settings else 32)
+    if folder is not None:
+        scheme = open_checkpoint(folder).scheme or scheme
     if scheme is not None:
         check_scheme(scheme)
-        tp.Shard(0, world).check_columns(args, scheme.group_size if scheme.mode == "int4" else 32)
+        check_columns(args, world, scheme)
     return Role(args, tp.Shard(0, world).local(args), DTYPES.get(mode, torch.bfloat16), scheme, world)
 
 
@@ -430,8 +432,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add, size = parser.add_argument, number(1e-3, 1e9)
     add("--target", help="a preset, DIMxLAYERS, or a folder (default: three plans)")
     add("--draft", help="the same for the draft; without one: plain decoding")
-    add("--mode", choices=[*DTYPES, *MODES], default="bf16", help="how weights are kept")
-    add("--draft_mode", choices=[*DTYPES, *MODES], help="how the draft's are (default: as --mode)")
+    add("--mode", choices=[*DTYPES, *FORMATS], default="bf16", help="how weights are kept")
+    add("--draft_mode", choices=[*DTYPES, *FORMATS], help="how the draft's are (default: as --mode)")
     add("--draft_tp", choices=("shard", "replicate"), help="default: by tp.place_draft")
     add("--gpus", type=whole(1, 4096), default=1, help="ranks, one a GPU")
     add("--gpu", choices=GPUS, default="h100", help="which GPU")

@@ -8,11 +8,19 @@ from pathlib import Path
 import torch
 
 import tp
-from checkpoint import DEMO, read_config
+from checkpoint import DEMO
 from cli import InputError, shortened, whole
 from judge import RULES, JudgeHead, check_threshold, load_judge
 from model import PREFILL_ROWS, ModelArgs, Transformer
-from quantize import Scheme, load_model, read_scheme, scheme_of, temporary_bytes, weight_bytes
+from quantize import (
+    Checkpoint,
+    Scheme,
+    load_model,
+    open_checkpoint,
+    scheme_of,
+    temporary_bytes,
+    weight_bytes,
+)
 from scripts.lib.results import rank_and_size
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -81,7 +89,8 @@ def check_memory(
 
 
 def load_pair(
-    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0,
+    target: Path | Checkpoint, draft: Path | Checkpoint | None, judge: Path | None,
+    device: torch.device, dtype: torch.dtype, capacity: int = 0,
     schemes: tuple[Scheme | None, Scheme | None] = (None, None), draft_tp: str | None = None,
 ) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
     """Loads what is named, after checking that draft and target fit together and into memory.
@@ -89,15 +98,15 @@ def load_pair(
     capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where
     ranks share the target, whether they share the draft as well (default: tp.place_draft).
     """
-    folders = [folder for folder in (target, draft) if folder is not None]
-    shapes = [read_config(folder) for folder in folders]
+    sources = [open_checkpoint(folder) for folder in (target, draft) if folder is not None]
+    shapes = [source.args for source in sources]
     if draft is not None:
-        check_pair(*shapes, tuple(folders))
-    written = [(read_scheme(folder) or (scheme,))[0] for folder, scheme in zip(folders, schemes)]
+        check_pair(*shapes, tuple(source.folder for source in sources))
+    written = [source.scheme or scheme for source, scheme in zip(sources, schemes)]
     shards = place(shapes, dtype, written, device, draft_tp)
     local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
     check_memory(local, capacity, dtype, device, written)
-    models = [load_model(*each) for each in zip(folders, [device] * 2, [dtype] * 2, schemes, shards)]
+    models = [load_model(*each) for each in zip(sources, [device] * 2, [dtype] * 2, schemes, shards)]
     models = [tp.join(model, shard) if shard else model for model, shard in zip(models, shards)]
     tp.agree(
         {f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)}
