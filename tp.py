@@ -65,12 +65,10 @@ class Shard:
 
     def heads(self, args: ModelArgs) -> tuple[int, int]:
         """First and one past the last query head. Ranks that share a KV head share its query heads."""
+        group, sharing = args.n_head // args.n_kv_head, max(1, self.world // args.n_kv_head)
+        first, end = (head * group for head in self.kv_heads(args))
         local = self.local(args).n_head
-        sharing, group = max(1, self.world // args.n_kv_head), args.n_head // args.n_kv_head
-        if sharing == 1:
-            return self.rank * local, self.rank * local + local
-        end = (self.rank // sharing + 1) * group
-        start = end - group + self.rank % sharing * local
+        start = first + self.rank % sharing * local
         return min(start, end), min(start + local, end)
 
     def kv_heads(self, args: ModelArgs) -> tuple[int, int]:
@@ -104,36 +102,20 @@ class Shard:
             for rank in range(self.world):
                 stop = Shard(rank, self.world).part(args, f"{name}.weight")[1].stop
                 if stop % unit and stop != size:
-                    raise InputError(f"{self.world} ranks would cut quantised {name} at column {stop} of {size}, but its "
-                                     f"packing and scales need multiples of {unit}; start fewer.")  # fmt: skip
+                    raise InputError(f"{self.world} ranks would cut quantised {name} at column {stop} of {size}, "
+                                     f"but it is packed by multiples of {unit}; start fewer.")  # fmt: skip
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, one by one: scales of a row whose columns the ranks share."""
         return ops.wait_tensor(ops.all_reduce(rows, "max", GROUP))
 
 
-def traffic(
-    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool
-) -> dict[str, int]:
-    """Collectives of one forward of T rows through L layers: counts, and bytes that each rank puts in.
-
-    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for logits
-    an all-gather, of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
-    ceil(vocabulary / world) fp32 logits where a rule or sampling needs probabilities (gather).
-    """
-    each, reduces = 4 * -(-args.vocab_size // world) if gather else 16, 2 * args.n_layer + 1
-    sent = logit_rows * each if world > 1 else 0
-    return {"all_reduces": reduces, "reduced_bytes": reduces * rows * args.dim * itemsize,
-            "gathers": int(sent > 0), "gathered_bytes": sent}  # fmt: skip
-
-
 def place_draft(args: ModelArgs, step_bytes: int, world: int, device: str) -> str:
     """Whether to `shard` a draft or to `replicate` it, when the command line does not say.
 
-    Replicated, a draft step reads step_bytes a rank; sharded, it reads step_bytes / world and waits for 2 L + 2
-    collectives. So sharding pays when step_bytes (1 - 1 / world) exceeds 2 L + 2 times what a device reads in the
-    time of one: MISSED, 10 us at 3.35 TB/s on a GPU, 100 us at 10 GB/s on a CPU; assumed, not measured. A draft
-    that does not divide is replicated.
+    Replicated, a draft step reads step_bytes a rank; sharded, step_bytes / world, and it waits for 2 L + 2
+    collectives. So sharding pays when step_bytes (1 - 1 / world) exceeds 2 L + 2 times what a device reads in
+    the time of one: MISSED, 10 us at 3.35 TB/s on a GPU, 100 us at 10 GB/s on a CPU; assumed, not measured.
     """
     try:
         Shard(0, world).local(args)
@@ -218,7 +200,7 @@ def most_likely(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     return index.long(), peak
 
 
-# What ranks tell one another beside that, by gloo and torchrun's store: that they run alike, and why they end.
+# What ranks tell one another beside that, by gloo and torchrun's store
 
 HOST: dist.ProcessGroup | None = None  # waits for rank 0 as long as rank 0 waits for a person
 STORE: dist.Store | None = None
@@ -228,8 +210,8 @@ STORE: dist.Store | None = None
 def ranks(name: str):
     """Around a script's body: under torchrun the ranks meet, only rank 0 prints, and all end together.
 
-    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices that a rank
-    has died; where ranks were started by hand, the next collective does. Without torchrun it does nothing.
+    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices a rank that
+    died; where ranks were started by hand, the next collective does. Without torchrun this does nothing.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         yield
@@ -258,14 +240,15 @@ def ranks(name: str):
 
 
 def check_environment() -> tuple[int, int]:
-    """Rank and world size as torchrun sets them. Raises InputError naming a variable that is no such number."""
+    """Rank and world size as torchrun sets them. Raises InputError naming a variable that is wrong."""
     if not os.environ.get("MASTER_ADDR"):
         raise InputError("MASTER_ADDR is not in a rank's environment; start ranks by torchrun.")
-    found = {}
     os.environ.setdefault("LOCAL_RANK", "0")  # ranks that were started by hand may lack it
-    for name, low, high in (("MASTER_PORT", 0, 65535), ("LOCAL_RANK", 0, 2**16), ("WORLD_SIZE", 1, 2**16), ("RANK", 0, 0)):
+    found, limits = {}, {"MASTER_PORT": (0, 65535), "LOCAL_RANK": (0, 65535), "WORLD_SIZE": (1, 65535)}
+    for name in (*limits, "RANK"):
+        low, high = limits.get(name) or (0, found["WORLD_SIZE"] - 1)
         try:
-            found[name] = cli.whole(low, high or found["WORLD_SIZE"] - 1)(os.environ.get(name, ""))
+            found[name] = cli.whole(low, high)(os.environ.get(name, ""))
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{name}={error} in a rank's environment; start ranks by torchrun.") from None
     return found["RANK"], found["WORLD_SIZE"]
@@ -297,7 +280,7 @@ def first_line(error: Exception) -> str:
 
 
 def end(name: str, mistake: str | None = None, code: int = 2) -> None:
-    """Ends this rank, and lets no other wait for it. One says why: rank 0, or another if that is gone or hangs.
+    """Ends this rank, and lets no other wait for it. One says why: rank 0, unless that is gone or hangs.
 
     mistake: this rank's own, which rank 0 has printed by now; None where another rank has ended.
     """
@@ -417,6 +400,8 @@ def check_flags(args) -> None:
     for flag in ("draft_tp", "all_reduce", "check_ranks"):
         if not shard() and getattr(args, flag, None):
             raise InputError(f"--{flag} concerns several ranks; start them with torchrun, or leave it out.")
+    if not shard():
+        return
     code = Path(__file__).resolve().parent.glob("*.[pc]*")
     facts = {"torch": torch.__version__} | {file.name: digest(file, (".py", ".cpp")) for file in code}
     for name, value in vars(args).items():

@@ -33,6 +33,7 @@ import tp
 from cli import InputError
 from judge import JudgeHead
 from model import ModelArgs, preset
+from scripts.plan import traffic
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -408,7 +409,7 @@ def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path)
 
 
 def test_traffic_ties_and_memory(folders, tmp_path):
-    """Counted by PyTorch's dispatcher, against tp.traffic; ties against torch.argmax; memory by the system's counters."""
+    """Counted by PyTorch's dispatcher, against plan.traffic; ties against torch.argmax; memory by the system's counters."""
     todo = [{"count": [str(folders / "gqa" / "target"), verify]} for verify in ("judge", "kl")]
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4096, "head_dim": 64,
              "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
@@ -514,7 +515,7 @@ def count(folder: str, verify: str) -> dict:
     with Count() as counted:
         engine.steps(engine.visible(20), 5)[1]()
     gather = engine.settings.needs_probabilities
-    assert counted.found == tp.traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
+    assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
     return counted.found
 
 
