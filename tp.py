@@ -102,8 +102,8 @@ class Shard:
             for rank in range(self.world):
                 stop = Shard(rank, self.world).part(args, f"{name}.weight")[1].stop
                 if stop % unit and stop != size:
-                    raise InputError(f"{self.world} ranks would cut quantised {name} at column {stop} of {size}, "
-                                     f"but it is packed by multiples of {unit}; start fewer.")  # fmt: skip
+                    raise InputError(f"{self.world} ranks would cut {name} at column {stop} of {size}, but its "
+                                     f"packing needs multiples of {unit}; start fewer.")  # fmt: skip
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, one by one: scales of a row whose columns the ranks share."""
@@ -210,16 +210,13 @@ STORE: dist.Store | None = None
 def ranks(name: str):
     """Around a script's body: under torchrun the ranks meet, only rank 0 prints, and all end together.
 
-    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices a rank that
-    died; where ranks were started by hand, the next collective does. Without torchrun this does nothing.
+    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices a dead rank;
+    where ranks were started by hand, the next collective does. Without torchrun this does nothing.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         yield
         return
-    try:
-        meet(*check_environment())
-    except InputError as error:
-        cli.fail(name, str(error))
+    cli.run_script(name, lambda: meet(*check_environment()))
     signal.signal(signal.SIGTERM, lambda *_: end(name))  # from torchrun, when a rank has ended
     try:
         yield
@@ -234,7 +231,7 @@ def ranks(name: str):
             end(name)
         traceback.print_exc()
         get_error_handler().record_exception(error)  # torchrun prints it
-        end(name, f"{name}: On rank {RANK} {type(error).__name__}: {first_line(error)}.")
+        end(name, f"{name}: On rank {RANK} {type(error).__name__}: {cli.first_line(error)}.")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     dist.destroy_process_group()
 
@@ -244,14 +241,16 @@ def check_environment() -> tuple[int, int]:
     if not os.environ.get("MASTER_ADDR"):
         raise InputError("MASTER_ADDR is not in a rank's environment; start ranks by torchrun.")
     os.environ.setdefault("LOCAL_RANK", "0")  # ranks that were started by hand may lack it
-    found, limits = {}, {"MASTER_PORT": (0, 65535), "LOCAL_RANK": (0, 65535), "WORLD_SIZE": (1, 65535)}
-    for name in (*limits, "RANK"):
-        low, high = limits.get(name) or (0, found["WORLD_SIZE"] - 1)
+    found = {}
+    for name, low in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_PORT", 0)):
         try:
-            found[name] = cli.whole(low, high)(os.environ.get(name, ""))
+            found[name] = cli.whole(low, 65535)(os.environ.get(name, ""))
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{name}={error} in a rank's environment; start ranks by torchrun.") from None
-    return found["RANK"], found["WORLD_SIZE"]
+    rank, world = found["RANK"], found["WORLD_SIZE"]
+    if rank >= world:
+        raise InputError(f"RANK={rank} must be below WORLD_SIZE={world}; start ranks by torchrun.")
+    return rank, world
 
 
 def meet(rank: int, world: int) -> None:
@@ -267,16 +266,12 @@ def meet(rank: int, world: int) -> None:
         dist.init_process_group("gloo", store=STORE, rank=rank, world_size=world, timeout=PATIENCE)
         HOST, RANK = dist.new_group(backend="gloo", timeout=timedelta(days=30)), rank
     except RuntimeError as error:
-        raise InputError(f"The ranks cannot meet: {first_line(error)}.") from None
+        raise InputError(f"The ranks cannot meet: {cli.first_line(error)}.") from None
     finally:
         signal.alarm(0)
     # Two ranks that compile the same at once would read half a file
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/rank{os.environ['LOCAL_RANK']}"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def end(name: str, mistake: str | None = None, code: int = 2) -> None:
@@ -288,7 +283,7 @@ def end(name: str, mistake: str | None = None, code: int = 2) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends it while this waits for the others
         signal.signal(number, signal.SIG_IGN)
     HOST, left = None, [f"left/{rank}" for rank in range(dist.get_world_size())]
-    speaks, text = RANK == 1 or bool(mistake), mistake or f"{name}: Rank 0 died."
+    why = mistake or (f"{name}: Rank 0 died." if RANK == 1 else "")
     with suppress(RuntimeError):  # where the store is gone, with rank 0
         if RANK == 0 and mistake is not None:
             STORE.set("said", "already")
@@ -298,13 +293,13 @@ def end(name: str, mistake: str | None = None, code: int = 2) -> None:
         deadline = time.monotonic() + (4 if RANK else 2)
         while not STORE.check(["said"] if RANK else left) and time.monotonic() < deadline:
             time.sleep(0.02)
-        said = [STORE.get(key).decode() if STORE.check([key]) else None for key in left]
-        dead = ", ".join(str(rank) for rank, text in enumerate(said) if text is None)
-        why = f"Rank {dead} died, or does not answer." if dead else "The ranks were told to end."
-        text = next(filter(None, said), f"{name}: {why}")
+        said = {key: STORE.get(key).decode() for key in left if STORE.check([key])}
+        dead = ", ".join(key.removeprefix("left/") for key in left if key not in said)
+        what = f"Rank {dead} died, or does not answer." if dead else "The ranks were told to end."
         speaks = STORE.compare_set("said", "", str(RANK)) == str(RANK).encode()
-    if speaks:
-        print("\n" * cli.Progress.line_is_open + text, file=sys.__stderr__, flush=True)
+        why = next(filter(None, said.values()), f"{name}: {what}") if speaks else ""
+    if why:
+        print("\n" * cli.Progress.line_is_open + why, file=sys.__stderr__, flush=True)
     sys.stdout.flush()
     time.sleep(0 if RANK else 0.2)  # for the others to hear it, where the store is this rank's
     os._exit(code)
@@ -342,10 +337,7 @@ def agree(facts: dict) -> None:
 
 
 def check_round(pos: int, accepted: int, tokens: list[int]) -> None:
-    """Raises InputError naming the first rank and position where rounds differ (--check_ranks).
-
-    pos: of the last token before the round.
-    """
+    """Raises InputError where the ranks' rounds differ (--check_ranks). pos: of the last token before it."""
     at = {f"token at position {pos + 1 + place}": token for place, token in enumerate(tokens)}
     agree(at | {"number of accepted tokens": accepted})
 
@@ -382,7 +374,7 @@ def connect(device: torch.device, way: str | None) -> None:
                 SYMMETRIC[dtype] = symmetric.empty(MEDIUM // dtype.itemsize, dtype=dtype, device=device)
                 symmetric.rendezvous(SYMMETRIC[dtype], GROUP)
     except (ImportError, RuntimeError) as error:
-        raise InputError(f"--all_reduce {way or 'nccl'} cannot be had here: {first_line(error)}.") from None
+        raise InputError(f"--all_reduce {way or 'nccl'} fails here: {cli.first_line(error)}.") from None
     print(f"{dist.get_world_size()} ranks by {backend}; all-reduce: {way or backend}", file=sys.stderr)
 
 

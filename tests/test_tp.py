@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,7 @@ def test_what_does_not_divide_is_refused_by_name(tmp_path, world, change, words)
 
 def test_columns_are_not_cut_inside_a_group(tmp_path):
     make_folder(tmp_path, **WIDE)
-    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "o_proj at column 64 of 256"),
+    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "cut o_proj at column 64 of 256"),
                                  (quantize.Scheme("int4", 64), 8, "multiples of 64")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             quantize.load_model(tmp_path, "cpu", None, scheme, Shard(0, world))
@@ -205,7 +206,7 @@ def test_flags_of_ranks_need_ranks(flag, capsys):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"RANK": "3"}, "RANK=3 must be a whole number from 0 to 1"), ({"RANK": "x"}, "RANK=x must be"), ({"RANK": "-1"}, "RANK=-1"),
+    ({"RANK": "3"}, "RANK=3 must be below WORLD_SIZE=2"), ({"RANK": "x"}, "RANK=x must be"), ({"RANK": "-1"}, "RANK=-1"),
     ({"RANK": "9" * 500}, "RANK=9999"), ({"RANK": "\u0661"}, "RANK="), ({"RANK": None}, "RANK=''"), ({"RANK": ""}, "RANK=''"),
     ({"WORLD_SIZE": None}, "WORLD_SIZE=''"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"), ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0"),
     ({"MASTER_PORT": None}, "MASTER_PORT=''"), ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999"),
@@ -486,6 +487,18 @@ def test_a_port_in_use_and_ranks_that_never_come(folders, tmp_path):
     assert codes == [2] and "The ranks cannot meet" in errors[0] and "1/2 clients joined" in errors[0], errors
 
 
+def test_a_person_may_think_for_as_long_as_it_takes(tmp_path):
+    """`first` waits without an end, unlike the collectives."""
+    assert Ranks(tmp_path / "r", 2, {"patience": 1}, {"think": 4}).results() == [4]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_all(folders, tmp_path):
+    todo = {"patience": 3}, {"stall": flags(folders, "gqa", "standard", "--max_new_tokens", "3000")}
+    codes, errors = Ranks(tmp_path / "r", 2, *todo).wait()
+    assert codes == [2, 2] and errors[0].splitlines()[-1].startswith("generate.py: Rank 1 died, or does not answer"), errors
+
+
 # What a rank does
 
 
@@ -568,7 +581,10 @@ def disturb(what: str) -> None:
         if len(rounds) == 5:
             if what == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ZeroDivisionError("the defect")
+            if what == "fail":
+                raise ZeroDivisionError("the defect")
+            if tp.RANK == 1:
+                time.sleep(15)
         return collect(engine, slot)
 
     if what == "other_seed":
@@ -581,6 +597,8 @@ def main(todo: list[dict]) -> None:
     if "start_seconds" in todo[0]:
         tp.START, os.environ["WORLD_SIZE"] = todo[0]["start_seconds"], str(todo[0].get("world", os.environ["WORLD_SIZE"]))
         del todo[0]
+    if "patience" in todo[0]:
+        tp.PATIENCE = timedelta(seconds=todo.pop(0)["patience"])
     with tp.ranks("generate.py"):
         for each in todo:
             ((what, given),) = each.items()
@@ -589,6 +607,8 @@ def main(todo: list[dict]) -> None:
                 print(json.dumps(count(*given)))
             elif what == "ties":
                 print(json.dumps(ties()))
+            elif what == "think":
+                print(tp.first(lambda given=given: time.sleep(given) or given))
             elif what == "memory":
                 print(json.dumps(memory(given)))
             else:
