@@ -102,8 +102,8 @@ class Shard:
             for rank in range(self.world):
                 stop = Shard(rank, self.world).part(args, f"{name}.weight")[1].stop
                 if stop % unit and stop != size:
-                    raise InputError(f"{self.world} ranks would cut {name} at column {stop} of {size}, but its "
-                                     f"packing needs multiples of {unit}; start fewer.")  # fmt: skip
+                    raise InputError(f"{self.world} ranks would cut {name} at column {stop} of {size}, but "
+                                     f"its packing needs multiples of {unit}; start fewer.")  # fmt: skip
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, one by one: scales of a row whose columns the ranks share."""
@@ -210,8 +210,8 @@ STORE: dist.Store | None = None
 def ranks(name: str):
     """Around a script's body: under torchrun the ranks meet, only rank 0 prints, and all end together.
 
-    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices a dead rank;
-    where ranks were started by hand, the next collective does. Without torchrun this does nothing.
+    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices a dead
+    rank; where ranks were started by hand, the next collective does. Without torchrun this does nothing.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         yield
