@@ -218,6 +218,7 @@ def ranks(name: str):
         return
     cli.run_script(name, lambda: meet(*check_environment()))
     signal.signal(signal.SIGTERM, lambda *_: end(name))  # from torchrun, when a rank has ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # but in the body; torchrun passes Ctrl-C on again
     try:
         yield
         dist.monitored_barrier(timeout=PATIENCE)  # nobody goes before all have done
@@ -226,6 +227,8 @@ def ranks(name: str):
             raise
         said = sys.stderr.getvalue().splitlines() if RANK and stop.code == 2 else []
         end(name, said[-1] if said else "", stop.code)
+    except KeyboardInterrupt:  # the second one
+        end(name, "", 130)
     except Exception as error:
         if isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE):
             end(name)
