@@ -27,10 +27,12 @@ from files import check_writable
 from judge import RULES, JudgeHead, Rule, mixture, rule_mask
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
+from quantize import open_checkpoint
 from scripts.lib import pair
 from scripts.lib.guarantee import kind_of, take_calibration
 from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
+from scripts.lib.ranks import check_flags, own_device
 from scripts.lib.result import Report, Result, Round
 from scripts.lib.terminal import chat_loop, introduce, parse_args, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
@@ -591,7 +593,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenizer) -> Engine:
     """Loads what the command line names and builds the engine for this prompt (none: for a conversation)."""
-    settings, device = settings_of(args), pick_device(tp.own_device(args.device))
+    settings, device = settings_of(args), pick_device(own_device(args.device))
     tp.connect(device, args.all_reduce)
     target, draft = (
         folder and open_checkpoint(folder) for folder in (args.checkpoint_path, args.draft_checkpoint_path)
@@ -616,7 +618,7 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
 
 def run(args: argparse.Namespace) -> None:
     """From a parsed command line to the output: the answer on standard output, all else on standard error."""
-    tp.check_flags(args)
+    check_flags(args)
     check_args(args)
     tokenizer = load_tokenizer(args.checkpoint_path)
     if args.chat:
