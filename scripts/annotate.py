@@ -45,8 +45,8 @@ from scripts.lib.pair import files_in
 from tokenizer import Tokenizer, load_tokenizer
 
 HELP = """
-Mark every token that makes the answer wrong; an answer without marks counts as right (where the checker calls it wrong,
-enter is asked for a second time).
+Mark every token that makes the answer wrong; an answer without marks counts as right (where the checker
+calls it wrong, enter is asked for a second time).
 
 left right, h l     one token back, on             space, m   mark the token, or the selection; again: unmark
 up down, k j        one line up, down              v          begin a selection, or drop it
@@ -345,6 +345,7 @@ class Session:
         journal: Journal,
         tokenizer: Tokenizer,
         out: Path,
+        *,
         ask_all: bool,
         colour: bool,
     ):
@@ -448,7 +449,8 @@ class Session:
         """The screen: `height` lines of at most `width` columns, with their attributes."""
         body, state = max(height - 2, 1), self.state
         if self.helps or not state:
-            end = f"\nThere is no answer left to mark here: {self.summary()}.\n\np goes back to the last one, q quits."
+            end = f"\nThere is no answer left to mark here: {self.summary()}.\n\n"
+            end += "p goes back to the last one, q quits."
             rows, head = wrap_text(HELP if self.helps else end, width), "annotate.py"
         else:
             rows, answer, item = [], self.answer_rows(width), self.queue[self.key]
@@ -550,9 +552,8 @@ def annotate(args: argparse.Namespace) -> None:
         raise InputError(
             "Marking needs a terminal for input and output, one that can move its cursor (TERM is not dumb)."
         )
-    session = Session(
-        items, Journal(journal_path), tokenizer, args.out, args.all, not os.environ.get("NO_COLOR")
-    )
+    journal, colour = Journal(journal_path), not os.environ.get("NO_COLOR")
+    session = Session(items, journal, tokenizer, args.out, ask_all=args.all, colour=colour)
     session.write_out()  # a kill may have come between the journal and this
     with full_screen(), suppress(OSError):  # of a terminal that is gone
         run(session)

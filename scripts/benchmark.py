@@ -234,38 +234,34 @@ class Workbench:
         return run
 
     def parts(self) -> list[Part]:
-        """What is measured, for every position: plain step, one draft step, draft loop, verification for
-        every M, round."""
-        a, parts, k = self.args, [], self.args.speculate_k
-        target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
-        for position in a.positions:
-            at, read = f" at {position}", self.read_bytes(target, 0, position)
+        """What is measured: steps and rounds at every position, prompts, whole generations."""
+        parts = [part for position in self.args.positions for part in self.parts_at(position)]
+        return parts + [self.prefill_part(length) for length in self.args.prefill] + self.generations()
 
-            def add(
-                name: str, action: Callable, size: float, rows: int = 1, position=position, at=at, **more
-            ) -> None:
-                run = repeated(action, inner, self.device)
-                parts.append(Part(name.format(at=at), run, (position, position + rows - 1), size, **more))
+    def parts_at(self, position: int) -> list[Part]:
+        """Plain step, draft loop, verification for every M, and round, at one position."""
+        k, at, target = self.args.speculate_k, f" at {position}", self.target.args
+        times = BACK_TO_BACK if self.device.type == "cuda" else 1
 
-            add("plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)
-            for length, engine in self.others.items():
-                add(
-                    f"plain step{{at}}, with a cache of {length}",
-                    self.step(engine, k, 0, position),
-                    read,
-                    tokens=1,
-                )
-            if self.fast is None:
-                continue
-            small = self.read_bytes(self.draft.args, 1, position)
-            add(f"draft loop, M = {k}{{at}}", self.step(self.fast, k, 0, position), small * k, k)
-            for m in self.fast.sizes:
-                rows = self.read_bytes(target, 0, position, m + 1)
-                add(f"verify {m + 1} rows{{at}}", self.step(self.fast, m, 1, position), rows, m + 1)
-            add(f"round, M = {k}{{at}}", lambda p=position: self.whole_round(p), read + small * k, k + 1)
-        for length in a.prefill:
-            parts.append(self.prefill_part(length))
-        return parts + self.generations()
+        def part(name: str, action: Callable, size: float, rows: int = 1, **more) -> Part:
+            run = repeated(action, times, self.device)
+            return Part(name, run, (position, position + rows - 1), size, **more)
+
+        read = self.read_bytes(target, 0, position)
+        parts = [part(f"plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)]
+        for length, engine in self.others.items():
+            name = f"plain step{at}, with a cache of {length}"
+            parts.append(part(name, self.step(engine, k, 0, position), read, tokens=1))
+        if self.fast is None:
+            return parts
+
+        small = self.read_bytes(self.draft.args, 1, position)
+        parts.append(part(f"draft loop, M = {k}{at}", self.step(self.fast, k, 0, position), small * k, k))
+        for m in self.fast.sizes:
+            rows = self.read_bytes(target, 0, position, m + 1)
+            parts.append(part(f"verify {m + 1} rows{at}", self.step(self.fast, m, 1, position), rows, m + 1))
+        whole = part(f"round, M = {k}{at}", lambda: self.whole_round(position), read + small * k, k + 1)
+        return [*parts, whole]
 
     def read_bytes(self, shape: ModelArgs, which: int, position: int, rows: int = 1) -> int:
         """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are
@@ -304,7 +300,7 @@ class Workbench:
             self.overheads: list[float] = []
             parts.append(Part(f"generate, {a.verify}", lambda: self.generate_fast(prompt), note=imposed(a)))
         if a.peers:
-            peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, a.speculate_k, a.accept)
+            peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, k=a.speculate_k, accept=a.accept)
             parts.append(Part("transformers generate", peers.plain))
             if a.compile:
                 parts.append(Part("transformers generate, static cache, compiled", peers.static))
@@ -717,14 +713,14 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     """From a parsed command line to the report."""
     args.device = pick_device(args.device)
     check_args(args)
-    read, copy = bandwidth(args.device)
+    speeds = bandwidth(args.device)
     bench, dtype = None, run_dtype(args.precision, args.device)
     if args.attention or args.products:
         parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
     else:
         bench, parts = workbenches(args)
     for _ in measure(parts, args.repeats):
-        report = make_report(args, argv, parts, bench, read, copy)
+        report = make_report(args, argv, parts, bench, speeds)
         if args.out is not None:  # after every turn: a run that is stopped leaves what it has
             write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
             write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
@@ -735,10 +731,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def make_report(
-    args, argv: list[str], parts: list[Part], bench: Workbench | None, read: float, copy: float
+    args, argv: list[str], parts: list[Part], bench: Workbench | None, speeds: tuple[float, float]
 ) -> dict:
-    """All that was measured so far. read, copy: bytes a second."""
-    limit = copy if args.device.type == "cuda" else read
+    """All that was measured so far. speeds: bytes a second of reading and of copying."""
+    limit = "copy" if args.device.type == "cuda" else "read"
+    read, copied = speeds
     report = {
         "schema": SCHEMA,
         "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
@@ -747,9 +744,9 @@ def make_report(
         "commit": commit(),
         **settings_of(args, bench),
         "read_gb_per_s": read / 1e9,
-        "copy_gb_per_s": copy / 1e9,
-        "limit": "copy" if args.device.type == "cuda" else "read",
-        "rows": [summarise(part, limit) for part in parts],
+        "copy_gb_per_s": copied / 1e9,
+        "limit": limit,
+        "rows": [summarise(part, copied if limit == "copy" else read) for part in parts],
     }
     if bench is None:
         return report

@@ -41,6 +41,9 @@ NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+OURS = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)"
+)
 
 
 def open_shards(folder: Path) -> list[dict[str, Tensor]]:
@@ -156,18 +159,21 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
         "eos_token_id": [128001, 128008, 128009] if llama3 else 2,
     }
     if scaled:
-        # Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3
-        factor, low, high, original = (
-            LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
-        )
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
+        config["rope_scaling"] = rope_scaling(dim, n_layers)
     return config
+
+
+def rope_scaling(dim: int, n_layers: int) -> dict:
+    """Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3."""
+    small = (dim, n_layers) in ((2048, 16), (3072, 28))
+    factor, low, high, original = LLAMA32_ROPE if small else LLAMA31_ROPE
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
 
 
 def convert(source: Path, out: Path) -> None:
@@ -193,11 +199,6 @@ def convert(source: Path, out: Path) -> None:
             raise
     finally:
         os.close(held)
-
-
-OURS = re.compile(
-    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)"
-)
 
 
 def clear(beside: Path) -> None:

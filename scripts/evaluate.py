@@ -33,17 +33,16 @@ from files import check_not_input, check_writable
 from generate import check_settings
 from model import pick_device
 from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for, summarise
+from scripts.lib.fastchat import check_model_answers, write_model_answers
 from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
 from scripts.lib.pair import name_models, own_device, schemes_of
 from scripts.lib.public_tasks import TASKS
 from scripts.lib.results import (
     PEERS,
-    check_model_answers,
     check_parts,
     merge,
     part,
     rank_and_size,
-    write_model_answers,
 )
 from scripts.lib.scoring import Question
 from scripts.lib.tasks import add_question_flags, questions_of

@@ -35,21 +35,13 @@ import torch
 from torch import Tensor
 
 from checkpoint import read_config
-from files import Lines, check_not_input, check_writable, read_bytes, write_file
+from files import Lines, check_not_input, check_writable, write_file
 from generate import Engine, NotFinite, Settings, check_prompt
 from model import PAGE, pick_device, run_dtype
+from scripts.lib.fields import check_fields, is_counts, is_seconds, is_text
 from scripts.lib.flags import FIXED_K, add_flags
 from scripts.lib.pair import files_in, load_pair, name_models, own_device
-from scripts.lib.results import (
-    check_parts,
-    is_counts,
-    is_seconds,
-    is_text,
-    parse_lines,
-    part,
-    rank_and_size,
-    resume,
-)
+from scripts.lib.results import check_parts, part, rank_and_size, read_part, resume
 from scripts.lib.scoring import CHECKERS, Question
 from scripts.lib.tasks import add_question_flags, questions_of
 from scripts.lib.terminal import answer_text, encode_prompt
@@ -152,13 +144,7 @@ def check_record(record: dict, where: str) -> dict:
                 and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value)
             ),
         }
-    if wrong := next(
-        (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
-    ):
-        raise InputError(
-            f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out."
-        )
-    return record
+    return check_fields(record, kinds, where)
 
 
 def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
@@ -217,41 +203,33 @@ def run(args: argparse.Namespace) -> None:
 
 
 def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
-    """Loads the pair and mines the questions that `lines` lacks."""
-    pair = load_pair(
-        args.checkpoint_path,
-        args.draft_checkpoint_path,
-        None,
-        args.device,
-        run_dtype(args.precision, args.device),
-    )
+    """Loads the pair and mines the questions that `lines` lacks; each is one line, written whole."""
+    dtype = run_dtype(args.precision, args.device)
+    pair = load_pair(args.checkpoint_path, args.draft_checkpoint_path, None, args.device, dtype)
     header = {"target": pair[0].fingerprint, "draft": pair[1].fingerprint, "chat": args.chat,
               "max_new_tokens": args.max_new_tokens}  # fmt: skip
     done = {record["question"] for record in resume(lines, header, check_record)}
     if not lines.content:
         lines.add(header)
-    if mineable := [question for question in questions if question.id not in done]:
-        length = max(map(len, prompts.values())) + args.max_new_tokens
-        settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
-        engine = Engine(*pair[:2], None, settings, tokenizer.stop_ids, length)
-        print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
-        mine_all(args, engine, tokenizer, mineable, prompts, lines)
+    todo = [question for question in questions if question.id not in done]
+    if not todo:
+        return
 
+    length = max(map(len, prompts.values())) + args.max_new_tokens
+    settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
+    engine = Engine(*pair[:2], None, settings, tokenizer.stop_ids, length)
+    print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
 
-def mine_all(
-    args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines
-) -> None:
-    """Mines questions one by one; each is one line, written whole."""
-    progress = Progress("questions", len(questions))
-    for question in questions:
+    progress = Progress("questions", len(todo))
+    source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
+    for question in todo:
         prompt, began = prompts[question.id], time.monotonic()
         try:
-            record = mine(engine, prompt, question, tokenizer, args.max_new_tokens)
+            found = mine(engine, prompt, question, tokenizer, args.max_new_tokens)
         except NotFinite:
-            record = {"skipped": "not finite"}
-        source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
+            found = {"skipped": "not finite"}
         lines.add(
-            record
+            found
             | {
                 "question": question.id,
                 "group": question.group,
@@ -271,14 +249,7 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     """
     records, headers = {}, set()
     for rank in range(size):
-        path = part(args.out, rank, size)
-        if not path.is_file():
-            raise InputError(
-                f"There is no {path}; run all {size} processes to their end before --merge {size}."
-            )
-        (_, header), *lines = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
-        if "target" not in header:
-            raise InputError(f"{path} is not a part of mining, or its run had not begun.")
+        header, lines = read_part(args.out, rank, size, "mining")
         records |= {check_record(record, where)["question"]: record for where, record in lines}
         headers.add(json.dumps(header))
     if len(headers) > 1:

@@ -83,8 +83,8 @@ def print_table(rows: list[dict]) -> None:
     print("rule            tokens  passed  by the rule alone     m*")
     for row in rows:
         print(
-            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} {row['by_rule']:18.1%} "
-            f"{row['mean_accepted']:6.2f}"
+            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} "
+            f"{row['by_rule']:18.1%} {row['mean_accepted']:6.2f}"
         )
 
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     """From a parsed command line to the table, or its JSON."""
     variants = check_args(args)
     tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
-    texts, letters = score_texts(args, variants, tokenizer, items)
+    texts, letters = score_texts(args, variants, tokenizer, items, str(args.data))
     rows = summarise(letters, variants, args.speculate_k)
     if args.json:
         print(json.dumps({"data": str(args.data), "speculate_k": args.speculate_k, "rows": rows}))

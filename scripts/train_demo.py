@@ -155,7 +155,7 @@ def init_weights(model: Transformer, seed: int) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) -> Transformer:
+def train_model(role: str, sp, state: Path, *, seed: int, device: str, steps: int) -> Transformer:
     """Trains the target or the draft for `steps` batches; `state` is where it resumes from."""
     model = Transformer(PRESETS[role])
     init_weights(model, seed)
@@ -365,7 +365,9 @@ def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
     for role in PRESETS:
         if role in stages:
             steps = args.steps or SCHEDULE[role][0]
-            model = train_model(role, sp, args.work / f"{role}.pt", args.seed, args.device, steps)
+            model = train_model(
+                role, sp, args.work / f"{role}.pt", seed=args.seed, device=args.device, steps=steps
+            )
             save_folder(model, tokenizer, args.out / role)
             print(f"{role}: written to {args.out / role}", file=sys.stderr)
     if "judge" in stages:

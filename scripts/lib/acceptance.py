@@ -19,7 +19,7 @@ Letters = list[str]  # one a token: a(ccepted by the standard test), r(ule alone
 
 
 def score_texts(
-    args: argparse.Namespace, variants: list[Variant], tokenizer: Tokenizer, items: list[dict]
+    args: argparse.Namespace, variants: list[Variant], tokenizer: Tokenizer, items: list[dict], where: str
 ) -> tuple[list[Encoded], list[list[Letters]]]:
     """Reads items (prompt, response, errors) through the models: the texts' ids, and for each text and
     variant its letters. Raises InputError for a text beyond the context, NotFinite for logits that are."""
@@ -32,7 +32,7 @@ def score_texts(
     texts = encode_items(tokenizer, items, args.chat, models[0].args.vocab_size)
     context = models[0].args.max_position
     if too_long := [n for n, text in enumerate(texts, 1) if len(text.prompt) + len(text.ids) > context]:
-        raise InputError(f"{args.data}: text {too_long[0]} is longer than the context of {context} tokens.")
+        raise InputError(f"{where}: text {too_long[0]} is longer than the context of {context} tokens.")
 
     return texts, letters_of(models, variants, texts, args, tokenizer.stop_ids)
 

@@ -3,8 +3,6 @@ that up."""
 
 import argparse
 import hashlib
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,11 +16,12 @@ from judge import RULES, JudgeHead
 from model import Transformer, run_dtype
 from scripts.lib.intervals import interval, mcnemar, mean_interval, paired_interval, pass_at_k
 from scripts.lib.pair import load_pair, schemes_of
+from scripts.lib.peers import peer
 from scripts.lib.results import PEERS, by_key, check_same_questions, how_made, resume
 from scripts.lib.scoring import CHECKERS, Question
 from scripts.lib.tasks import question_header
 from scripts.lib.token_details import as_fields, token_details
-from scripts.lib.turns import answer_turns, cut, failed_turn, turn_ids
+from scripts.lib.turns import Answering, answer_turns, cut, failed_turn, turn_ids
 from tokenizer import load_tokenizer
 
 SEEDS = 1_000_003  # between the samples of a question
@@ -165,7 +164,8 @@ class Bench:
         """The engine for a rule, set to its threshold; made and warmed up at first use."""
         key = rule.name, rule.k
         if key not in self.engines and rule.name in PEERS:
-            self.engines[key] = peer(self.args, rule, self.tokenizer)
+            k = settings_for(self.args, rule).speculate_k
+            self.engines[key] = peer(self.args, self.tokenizer, k if rule.name == "hf-assisted" else None)
         elif key not in self.engines:
             engine = Engine(*self.models, settings_for(self.args, rule), self.tokenizer.stop_ids, self.length)
             note(f"{label(rule)}: warmed up in {engine.warm_up():.1f} s")
@@ -176,12 +176,40 @@ class Bench:
 
     def answer(self, question: Question, rule: Variant) -> dict:
         """The record of one question by one rule: from the file, or decoded now and written to it."""
-        if (label(rule), question.index) not in self.done:
-            parts = self.parts[question.index]
-            record = answer(self.engine(rule), rule, question, parts, self.args, self.tokenizer, self.details)
-            self.done[label(rule), question.index] = record
-            self.write(record)
-        return self.done[label(rule), question.index]
+        key = label(rule), question.index
+        if key not in self.done:
+            self.done[key] = self.decode(question, rule)
+            self.write(self.done[key])
+        return self.done[key]
+
+    def decode(self, question: Question, rule: Variant) -> dict:
+        """The engine's JSON record of one question by one rule, with what the checker says."""
+        item, _, sample = str(question.index).partition(".")
+        seed = int(item) + SEEDS * int(sample or 0)
+        how = Answering(self.engine(rule), self.tokenizer, self.args.max_new_tokens, seed)
+        parts = self.parts[question.index]
+        try:
+            record = answer_turns(how, parts, question, self.details)
+            checker, text = CHECKERS[question.checker], cut(record["text"], question.stops)
+            found, right = tp.first(
+                lambda: (checker.final_answer(question, text), checker.is_right(question, text))
+            )
+        except NotFinite as error:
+            record, found = failed_turn(how.engine, parts, question, str(error)), None
+            right = None if question.checker == "none" else False
+
+        reference = str(question.content.answer) if question.checker == "demo" else None
+        return {
+            "index": question.index,
+            "rule": label(rule),
+            "family": question.group,
+            "right": right,
+            "answer_right": right if reference is None or right is None else found == reference,
+            "final_answer": found,
+            "question": question.asked or question.prompt,
+            **({"item": int(item)} if sample else {}),
+            **record,
+        }
 
     def details(self, prompt: list[int], tokens: list[int]) -> dict:
         """With --details, what the models say of each token of an answer."""
@@ -219,78 +247,6 @@ def settings_for(args: argparse.Namespace, rule: Variant) -> Settings:
     """The settings of the command line for one of its rules."""
     more = {"verify": rule.name, "threshold": rule.threshold, "speculate_k": rule.k or args.speculate_k}
     return settings_of(argparse.Namespace(**vars(args) | more))
-
-
-def peer(args: argparse.Namespace, rule: Variant, tokenizer):
-    """transformers on the same folders: (prompt, max_new_tokens) -> (tokens, seconds of prefill, seconds of
-    decoding)."""
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError:
-        raise InputError(
-            f"--verify {rule.name} needs the package transformers; pip install -r requirements-dev.txt."
-        ) from None
-    disable_progress_bar()
-    load = {"dtype": run_dtype(args.precision, args.device), "local_files_only": True}
-    target = AutoModelForCausalLM.from_pretrained(args.checkpoint_path, **load).to(args.device).eval()
-    more = {"do_sample": False, "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.stop_ids[0]}
-    if rule.name == "hf-assisted":
-        draft = (
-            AutoModelForCausalLM.from_pretrained(args.draft_checkpoint_path, **load).to(args.device).eval()
-        )
-        draft.generation_config.num_assistant_tokens = settings_for(args, rule).speculate_k
-        draft.generation_config.num_assistant_tokens_schedule = "constant"
-        draft.generation_config.assistant_confidence_threshold = 0.0
-        more["assistant_model"] = draft
-
-    @torch.inference_mode()
-    def run(prompt: list[int], max_new_tokens: int) -> tuple[list[int], float, float]:
-        ids, seconds = torch.tensor([prompt], device=args.device), []
-        # the first token alone stands for the prefill, which our figures leave out
-        for length in (1, max_new_tokens):
-            started = time.monotonic()
-            out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **more)
-            seconds.append(time.monotonic() - started)
-        return out[0, len(prompt) :].tolist(), seconds[0], max(seconds[1] - seconds[0], 1e-9)
-
-    return run
-
-
-def answer(
-    engine,
-    rule: Variant,
-    question: Question,
-    parts: list[list[int]],
-    args: argparse.Namespace,
-    tokenizer,
-    more: Callable,
-) -> dict:
-    """One question by one rule: the engine's JSON record with what the checker says. parts, more: see
-    `answer_turns`."""
-    item, _, sample = str(question.index).partition(".")
-    seed = int(item) + SEEDS * int(sample or 0)
-    try:
-        record = answer_turns(engine, parts, question, args.max_new_tokens, seed, tokenizer, more)
-        checker, text = CHECKERS[question.checker], cut(record["text"], question.stops)
-        found, right = tp.first(
-            lambda: (checker.final_answer(question, text), checker.is_right(question, text))
-        )
-    except NotFinite as error:
-        record, found = failed_turn(engine, parts, question, str(error)), None
-        right = None if question.checker == "none" else False
-    reference = str(question.content.answer) if question.checker == "demo" else None
-    return {
-        "index": question.index,
-        "rule": label(rule),
-        "family": question.group,
-        "right": right,
-        "answer_right": right if reference is None or right is None else found == reference,
-        "final_answer": found,
-        "question": question.asked or question.prompt,
-        **({"item": int(item)} if sample else {}),
-        **record,
-    }
 
 
 def summarise(records: list[dict], rules: list[str]) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The command line of benchmark.py and the models that it names, as plan.py reads them again from a report."""
+"""The command line of benchmark.py and the models that it names; plan.py reads both again from a report."""
 
 import argparse
 import re
@@ -122,7 +122,8 @@ def add_round_flags(parser: Parser) -> None:
         "--positions",
         type=many,
         nargs="+",
-        help="where to measure steps and rounds (default: 500, or where the last round ends with the context)",
+        help="where to measure steps and rounds (default: 500, "
+        "or where the last round ends with the context)",
     )
     held = "positions that the cache holds (default: what the run needs); with several, the plain step is "
     add_flags(parser, cache_length={"type": many, "nargs": "+", "help": held + "measured with each"})

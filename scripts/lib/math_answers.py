@@ -92,8 +92,7 @@ WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
 BEGINS_VALUE = re.compile(r"[\w({\[|]|\\(?!cdot|cup|pm|le|ge|ne|in|text|end|\\|\})")
 BEGINS_FACTOR = r"[a-zA-Z({]|\\(?!cdot|cup|rfloor|rceil)[a-zA-Z]"
 RELATION = re.compile(r"(\\(?:le|ge|ne)(?![a-zA-Z])|[<>])")
-# at which formulas are compared, with positive letters; one more with negative ones, where they are real
-# there
+# at which formulas are compared, with positive letters; one more with negative ones, where those are real
 POINTS = 3
 LONGEST = 2000  # characters; what is longer is compared as text
 MOST_STEPS = 3000  # comparisons of parts, likewise
@@ -218,7 +217,8 @@ def joined(word: str, text: str) -> str:
 
 @lru_cache(maxsize=1024)
 def named(text: str) -> tuple[str, str]:
-    r"""("x", "5") of x = 5 and x = 2+3 = 5; ("x", "1, 2") of x = 1, x = 2; ("x", "[2,5)") of 2 \le x < 5; else ("", text)."""
+    r"""("x", "5") of x = 5 and x = 2+3 = 5; ("x", "1, 2") of x = 1, x = 2; ("x", "[2,5)") of 2 \le x < 5;
+    else ("", text)."""
     if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1 or len(parts := split(text, ",")) > 1:
         pairs = [named(part) for part in parts]
         names, inner = {name for name, _ in pairs}, [each for _, each in pairs]

@@ -37,7 +37,8 @@ from scripts.lib.scoring import Question, final_number
 
 LETTERS = "ABCDEFGHIJ"
 # characters of a file and of a line: a gzipped one can hold a thousand times its size
-MOST_TEXT, MOST_LINE = (1 << 30, 1 << 26)
+# characters of a file and of a line: a gzipped one can hold a thousand times its size
+MOST_TEXT, MOST_LINE = 1 << 30, 1 << 26
 
 
 class Item(NamedTuple):
@@ -117,10 +118,10 @@ def read_gsm8k(path: Path) -> list[Item]:
 
 def gsm8k_chat(item: Item) -> str:
     return (
-        f"Given the following problem, reason and give a final answer to the problem.\nProblem: "
-        f"{item.question}\n"
-        'Your response should end with "The final answer is [answer]" where [answer] is the response to the '
-        "problem."
+        "Given the following problem, reason and give a final answer to the problem.\n"
+        f"Problem: {item.question}\n"
+        'Your response should end with "The final answer is [answer]" where [answer] '
+        "is the response to the problem."
     )
 
 
@@ -225,9 +226,9 @@ def choice_base(item: Item) -> str:
 def choice_chat(item: Item) -> str:
     letters = LETTERS[: len(item.choices)]
     named = ", ".join(letters[:-1]) + f" {{}} {letters[-1]}"
-    count = {3: "three", 4: "four", 5: "five"}.get(len(letters), str(len(letters)))
+    how_many = {3: "three", 4: "four", 5: "five"}.get(len(letters), str(len(letters)))
     return (
-        f"Given the following question and {count} candidate answers ({named.format('and')}), choose the "
+        f"Given the following question and {how_many} candidate answers ({named.format('and')}), choose the "
         f"best answer.\n"
         f"Question: {item.question}\n{lettered(item)}\n"
         f'Your response should end with "The best answer is [the_answer_letter]" where the '
@@ -237,7 +238,8 @@ def choice_chat(item: Item) -> str:
 
 
 def subject_header(item: Item) -> str:
-    return f"The following are multiple choice questions (with answers) about {item.group.replace('_', ' ')}.\n\n"
+    subject = item.group.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
 
 def read_turns(path: Path) -> list[Item]:
@@ -311,6 +313,7 @@ def read_task(
     name: str,
     path: Path,
     chat: bool,
+    *,
     shots: int | None = None,
     shots_data: Path | None = None,
     limit: int | None = None,
@@ -332,31 +335,30 @@ def read_task(
     items = task.read(path)
     if not items:
         raise InputError(f"--data {path} holds no questions.")
+
     numbered = in_turn(list(enumerate(items)))[:limit]
     groups = {item.group for _, item in numbered}
     examples = read_examples(task, shots_data or training_path(task, path), shots, groups) if shots else {}
+    return [question_of(task, chat, index, item, examples.get(item.group, [])) for index, item in numbered]
+
+
+def question_of(task: Task, chat: bool, index: int, item: Item, examples: list[Item]) -> Question:
+    """An item in its task's words, after its examples."""
     words = task.chat if chat else task.base
-    questions = []
-    for index, item in numbered:
-        before = "" if chat else task.header(item)
-        for example in examples.get(item.group, []):
-            before += words(example) + ("\n\n" if chat else " ") + example.shown.strip() + "\n\n"
-        turns = [turn if chat else f"\nUSER: {turn}\nASSISTANT:" for turn in item.more_turns]
-        asked = words(item)
-        questions.append(
-            Question(
-                index,
-                before + asked,
-                item.answer,
-                task.checker,
-                item.group,
-                item.content,
-                asked,
-                () if chat else task.stops,
-                tuple(turns),
-            )  # fmt: skip
-        )
-    return questions
+    before = "" if chat else task.header(item)
+    for example in examples:
+        before += words(example) + ("\n\n" if chat else " ") + example.shown.strip() + "\n\n"
+    return Question(
+        index,
+        before + words(item),
+        item.answer,
+        task.checker,
+        item.group,
+        item.content,
+        asked=words(item),
+        stops=() if chat else task.stops,
+        more_turns=tuple(turn if chat else f"\nUSER: {turn}\nASSISTANT:" for turn in item.more_turns),
+    )
 
 
 def in_turn(numbered: list[tuple[int, Item]]) -> list[tuple[int, Item]]:

@@ -4,73 +4,48 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
 from cli import InputError
-from files import is_number, parse_json, read_text
+from files import parse_json, read_text
 from scripts.lib.bench import summarise
+from scripts.lib.fields import (
+    is_count,
+    is_counts,
+    is_figure,
+    is_seconds,
+    is_share,
+    is_text,
+    is_verdict,
+    maybe,
+)
 
 # in result lines, one entry a token; may be missing
-PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")
-
-
-MOST = 10**9  # of a count in a result file
-
-
 MOST_RULES = 40  # in one figure
 
-
-def is_figure(value) -> bool:
-    """Whether a number is of a size that a figure can show."""
-    return is_number(value, -1e12, 1e12)
-
-
-def is_share(value) -> bool:
-    return is_figure(value) and -1e-3 <= value <= 1 + 1e-3  # rounding; intervals of many samples
-
-
-def is_interval(value) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_figure, value))
-
-
-def is_count(value) -> bool:
-    return type(value) is int and 0 <= value <= MOST
-
-
-def is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-def maybe(kind: Callable) -> Callable:
-    """None, too, or missing."""
-    return lambda value: value is None or kind(value)
-
-
-FIELDS = {  # of an answer; `maybe` fields may be missing
+FIELDS = {  # of an answer; those of OPTIONAL may be missing
     "rule": is_text,
     "index": lambda value: is_count(value) or is_text(value),
     "family": is_text,
     "question": is_text,
-    "right": lambda value: value is None or isinstance(value, bool),
+    "right": is_verdict,
     "text": is_text,
-    "answer_right": lambda value: value is None or isinstance(value, bool),
-    "tokens": lambda value: isinstance(value, list) and all(type(token) is int for token in value),
+    "answer_right": is_verdict,
+    "tokens": is_counts,
     "rounds": is_count,
     "drafted": is_count,
     "accepted": is_count,
     "accepted_by_rule": is_count,
-    "seconds_decode": lambda value: is_figure(value) and 0 <= value <= MOST,
+    "seconds_decode": is_seconds,
     "threshold": maybe(is_figure),
     "speculate_k": lambda value: value in (None, "auto") or is_count(value),
     "failed": maybe(is_text),
     "item": maybe(is_count),
     "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
 }
-
-
 OPTIONAL = ("failed", "threshold", "speculate_k", "item", "final_answer")
+PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")  # one entry a token; may be missing
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:

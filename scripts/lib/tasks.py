@@ -174,7 +174,8 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
         raise InputError(
             f"--task {args.task} needs --chat here: a base model's answers do not end by themselves."
         )
-    return read_task(args.task, args.data, args.chat, args.shots, args.shots_data, args.limit)
+    more = {"shots": args.shots, "shots_data": args.shots_data, "limit": args.limit}
+    return read_task(args.task, args.data, args.chat, **more)
 
 
 def question_header(args) -> dict:
