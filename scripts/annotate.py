@@ -149,6 +149,7 @@ class Journal:
                 else f"{self.path} cannot be written: {error.strerror}."
             )
             raise InputError(f"The last change is not kept: {reason}") from None
+
         self.records[key] = record
 
     def is_done(self, key: str) -> bool:
@@ -228,6 +229,7 @@ def edit(state: Marking, key: str, rows: list[Row]) -> Marking:
         marks = frozenset()
     elif key == "u" and state.past:
         marks, past = state.past[-1], state.past[:-1]
+
     return state if marks == state.marks else replace(state, marks=marks, past=past, anchor=None)
 
 
@@ -247,6 +249,7 @@ def moved(state: Marking, key: str, rows: list[Row]) -> int:
         nearest = max((i for i in places if places[i] <= column), default=cursor)
         if nearest != cursor:  # else the row shows no more than the rest of a long token
             return nearest
+
     return cursor
 
 
@@ -316,6 +319,7 @@ def wrap(pieces: tuple[str, ...], starts: tuple[bool, ...], width: int) -> list[
                     text = rows[-1].pop()[1] if rows[-1] and rows[-1][-1][0] == i else ""
                     rows[-1].append((i, text + char))
                     used += width_of(char)
+
     return rows
 
 
@@ -359,6 +363,7 @@ class Session:
         for key, item in self.items:
             if key not in self.known_right:
                 self.queue.setdefault(key, item)
+
         self.keys = list(self.queue)
         self.states: dict[str, Marking] = {}
         self.position, self.top, self.follows, self.helps, self.doubts = -1, 0, True, False, False
@@ -422,6 +427,7 @@ class Session:
             if self.state.marks != before.marks:
                 self.journal.put(self.key, self.state.errors, False)
             self.follows = True
+
         return True
 
     def write_out(self) -> None:
@@ -467,6 +473,7 @@ class Session:
             head = f"answer {self.position + 1} of {len(self.keys)}: {len(state.marks)} marked"
             head += ", done" * self.journal.is_done(self.key) + ", selecting" * (state.anchor is not None)
             head += f", {item['source']}" if item.get("source") else ""
+
         foot = DOUBT if self.doubts else FOOTER
         head, foot = (wrap_text(text.replace("\n", " "), width)[0] for text in (head, foot))
         lines = [head, *rows[:body], *[[]] * (body - len(rows)), foot]
@@ -543,15 +550,18 @@ def annotate(args: argparse.Namespace) -> None:
     for path in (args.out, journal_path):
         check_writable(path, "--out")
         check_not_input(path, [args.data, *files_in([args.checkpoint_path])])
+
     if args.out.exists() and not journal_path.exists():
         raise InputError(
             f"--out {args.out} exists, but not its journal {journal_path}; name another --out or remove it."
         )
+
     tokenizer = load_tokenizer(args.checkpoint_path)
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         raise InputError(
             "Marking needs a terminal for input and output, one that can move its cursor (TERM is not dumb)."
         )
+
     journal, colour = Journal(journal_path), not os.environ.get("NO_COLOR")
     session = Session(items, journal, tokenizer, args.out, ask_all=args.all, colour=colour)
     session.write_out()  # a kill may have come between the journal and this

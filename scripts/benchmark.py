@@ -108,11 +108,13 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
         kernels.use_cpu_kernels()
         row, weight = torch.ones(1, 2**12), source.view(-1, 2**12)
         reads.append(torch.inference_mode()(lambda: kernels.linear(row, weight)))
+
     read = min(timed(action, device) for _ in range(5) for action in reads)
     copy = min(timed(lambda: target.copy_(source), device) for _ in range(5))
     if device.type == "cuda":
         del source, target
         torch.cuda.empty_cache()
+
     return size * dtype_bytes / read, 2 * size * dtype_bytes / copy
 
 
@@ -147,6 +149,7 @@ class Workbench:
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
+
         self.head = self.judge()
         self.plain = self.engine(
             Settings("plain", speculate_k=args.speculate_k, compile=args.compile), "plain"
@@ -162,6 +165,7 @@ class Workbench:
                 prepare(self.device, scheme)
             complete = completer(scheme) if scheme is not None else None
             return random_model(shape_of(name), self.device, self.dtype, complete=complete)
+
         files = sorted(set(checkpoint_files(folder).values()))
         size = sum(file.stat().st_size for file in files)
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": False}
@@ -252,6 +256,7 @@ class Workbench:
         for length, engine in self.others.items():
             name = f"plain step{at}, with a cache of {length}"
             parts.append(part(name, self.step(engine, k, 0, position), read, tokens=1))
+
         if self.fast is None:
             return parts
 
@@ -260,6 +265,7 @@ class Workbench:
         for m in self.fast.sizes:
             rows = self.read_bytes(target, 0, position, m + 1)
             parts.append(part(f"verify {m + 1} rows{at}", self.step(self.fast, m, 1, position), rows, m + 1))
+
         whole = part(f"round, M = {k}{at}", lambda: self.whole_round(position), read + small * k, k + 1)
         return [*parts, whole]
 
@@ -299,6 +305,7 @@ class Workbench:
         if self.fast is not None:
             self.overheads: list[float] = []
             parts.append(Part(f"generate, {a.verify}", lambda: self.generate_fast(prompt), note=imposed(a)))
+
         if a.peers:
             peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, k=a.speculate_k, accept=a.accept)
             parts.append(Part("transformers generate", peers.plain))
@@ -306,6 +313,7 @@ class Workbench:
                 parts.append(Part("transformers generate, static cache, compiled", peers.static))
             if self.draft is not None:
                 parts.append(Part("transformers generate, assisted", peers.assisted, note=imposed(a)))
+
         for part in parts:
             part.tokens, part.at = a.max_new_tokens, (a.prompt_tokens, a.prompt_tokens + a.max_new_tokens - 1)
         return parts
@@ -329,6 +337,7 @@ class Workbench:
             result = engine.generate(prompt, self.args.max_new_tokens)
         finally:
             del engine.steps
+
         self.result = result
         if self.device.type == "cpu":
             self.overheads.append(1 - inside / result.seconds_decode)
@@ -347,6 +356,7 @@ class Workbench:
             at, k = f" at {a.positions[0]}", a.speculate_k
             steps = ms[f"draft loop, M = {k}{at}"] + ms[f"verify {k + 1} rows{at}"]
             overhead = 1 - steps / (ms[f"generate, {a.verify}"] / result.rounds)
+
         whole_ones = re.findall("[ar]*[tb]", "".join(result.origin))
         mean = statistics.mean(map(len, whole_ones)) if whole_ones else None
         return {"host_overhead": overhead, "tokens_a_round": mean, "rounds": len(whole_ones),
@@ -371,16 +381,19 @@ def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
     if not args.modes:
         bench = Workbench(args, (scheme_of(args), draft))
         return bench, bench.parts()
+
     benches = []
     for name in args.modes:
         scheme = scheme_named(name)
         benches.append(
             Workbench(args, (replace(scheme, lm_head=args.quantize_lm_head) if scheme else None, draft))
         )
+
     parts = [bench.parts() for bench in benches]
     for name, some in zip(args.modes, parts):
         for part in some:
             part.name = f"{name}: {part.name}"
+
     return benches[0], [part for some in zip(*parts) for part in some]
 
 
@@ -409,6 +422,7 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
                 action = in_turn([way[name] for way in ways], device)
                 size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
                 parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
+
     return parts
 
 
@@ -462,6 +476,7 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
                 parts.append(
                     Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
                 )
+
     return parts
 
 
@@ -544,6 +559,7 @@ def summarise(part: Part, limit: float) -> dict:
     if n >= QUARTILES_FROM:
         low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
         row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
+
     row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
     row |= {
         "noisy": None if n < 3 else row["spread"] > NOISY,
@@ -555,6 +571,7 @@ def summarise(part: Part, limit: float) -> dict:
             "gb_per_s": part.bytes / median / 1e9,
             "share_of_limit": part.bytes / median / limit,
         }
+
     if part.flops:
         row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
     if part.tokens:
@@ -584,6 +601,7 @@ def as_table(rows: list[dict]) -> str:
         speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
         cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
         lines.append("| " + " | ".join(cells) + " |")
+
     return "\n".join([*lines, "", noise(rows)])
 
 
@@ -606,6 +624,7 @@ def check_args(args: argparse.Namespace) -> None:
     for ours, theirs in (("checkpoint_path", "preset"), ("draft_checkpoint_path", "draft_preset")):
         if getattr(args, ours) and getattr(args, theirs):
             raise InputError(f"--{ours} and --{theirs} both name a model; give one of them.")
+
     modes_of(args)
     if len(set(args.modes or [])) < len(args.modes or []):
         raise InputError("--modes names a mode twice.")
@@ -654,6 +673,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         if path is not None:
             real.append(check_writable(path, flag))
             check_not_input(path, [*set(inputs), *filter(None, [args.judge_path])], flag)
+
     if len(set(real)) < len(real):
         raise InputError(f"--profile {args.profile} names a file that --out writes; name another one.")
 
@@ -688,16 +708,19 @@ def check_lengths(args: argparse.Namespace) -> None:
             f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
             f"there on reach {reached} tokens, but the context is {context}."
         )
+
     for length in args.cache_length or []:
         if length < needed_length(args):
             raise InputError(
                 f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
             )
+
     if draft is not None and target.vocab_size != draft.vocab_size:
         raise InputError(
             "Draft and target have different vocabularies, of "
             f"{draft.vocab_size} and {target.vocab_size} tokens."
         )
+
     if args.checkpoint_path and args.draft_checkpoint_path:
         check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
 
@@ -719,11 +742,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
     else:
         bench, parts = workbenches(args)
+
     for _ in measure(parts, args.repeats):
         report = make_report(args, argv, parts, bench, speeds)
         if args.out is not None:  # after every turn: a run that is stopped leaves what it has
             write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
             write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
+
     if args.profile is not None:
         bench.trace(args.profile)
     print(as_text(report))
@@ -799,6 +824,7 @@ def as_text(report: dict) -> str:
             lines.append(
                 f"- loading {name}: {found['bytes'] / 1e9:.3f} GB at {speed:.2f} GB/s (`cat` {cat:.2f} GB/s)"
             )
+
     if report.get("host_overhead") is not None:
         lines.append(f"- host overhead: {report['host_overhead']:.2%}")
     if report.get("tokens_a_round") is not None:
@@ -806,6 +832,7 @@ def as_text(report: dict) -> str:
             report["rounds_cut"]
         )
         lines.append(f"- tokens a round: {report['tokens_a_round']:.2f} in {report['rounds']} rounds{cut}")
+
     return "\n".join(lines)
 
 

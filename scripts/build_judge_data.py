@@ -287,6 +287,7 @@ def print_summary(args: argparse.Namespace, questions: int, records: list[dict],
         print(
             f"{source:35} {len(mine):7}" + "".join(f"{count[kind]:{max(8, len(kind) + 2)}}" for kind in kinds)
         )
+
     right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
@@ -317,6 +318,7 @@ def check_args(args: argparse.Namespace) -> None:
     for path in (args.out, args.work):
         check_writable(path, "--out")
         check_not_input(path, inputs)
+
     named = args.questions or args.task or "demo"
     if args.annotate_demo and named.partition(":")[0] != "demo":
         raise InputError(f"--annotate_demo knows the demo's problems only, not {named}.")
@@ -332,6 +334,7 @@ def build(args: argparse.Namespace) -> None:
             f"--checkpoint_path names {max(folders, key=folders.count)} "
             "twice; for more answers raise --samples."
         )
+
     sources = [open_source(args, folder, questions) for folder in args.checkpoint_path]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
     with closing(Lines(args.work)) as lines:
@@ -346,6 +349,7 @@ def build(args: argparse.Namespace) -> None:
             )
         demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
         write_chosen(args.out, [line_of(record, demo) for record in chosen])
+
     print_summary(args, len(questions), records, chosen)
 
 

@@ -60,6 +60,7 @@ def open_shards(folder: Path) -> list[dict[str, Tensor]]:
             raise InputError(
                 f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing."
             )
+
     return [open_shard(path) for path in paths]
 
 
@@ -74,11 +75,13 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}."
         ) from None
+
     if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
         raise InputError(f"{path} holds no tensors by name.")
     for name, tensor in shard.items():
         if isinstance(tensor, Tensor) and not (tensor.layout == torch.strided and tensor.is_floating_point()):
             raise InputError(f"{path}: {name} is {tensor.dtype}, but weights are floating-point numbers.")
+
     return shard
 
 
@@ -108,6 +111,7 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
             )
             if others_fit and sum(part.shape[dim] for part in parts[::repeats]) == shape[dim]:
                 return torch.cat(parts[::repeats], dim)
+
     found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
     raise InputError(f"{folder}: the parts of {name} have shapes {found}, which do not make {shape}.")
 
@@ -128,14 +132,17 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
         raise InputError(
             f"{where}: dim={dim} must be a multiple of n_heads={n_heads}, and use_scaled_rope true or false."
         )
+
     first = shards[0]
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         if not isinstance(first.get(name), Tensor) or first[name].dim() != 2:
             raise InputError(f"{folder}/consolidated.00.pth has no matrix {name}.")
+
     if params.get("vocab_size", -1) == -1:  # as Llama 2 says
         vocab = first["output.weight"].shape[0] * len(shards)
     else:
         vocab = read_field(params, "vocab_size", int, where)
+
     llama3 = vocab > 100000
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -261,6 +268,7 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
         write_tensors(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         progress.step()
+
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_file(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 

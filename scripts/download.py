@@ -84,6 +84,7 @@ def fetch(file: File, folder: Path, source: str) -> None:
                 f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away."
             )
         return
+
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,7 @@ def receive(file: File, out, url: str) -> None:
         raise InputError(
             f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}; run it again to go on."
         ) from None
+
     if have < size:
         raise InputError(f"{url} broke off after {have} of {size} bytes; run it again to go on.")
 
@@ -145,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "Name what to fetch, as in: python scripts/download.py gsm8k mmlu; --list shows all."
         )
+
     files = chosen(files, args.names)
     for file in files:
         check_folder((args.out / file.file).parent, "--out")
@@ -154,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
     for file in files:
         fetch(file, args.out, args.source)
         progress.step()
+
     print(f"{len(files)} files, {sum(int(file.bytes) for file in files):,} bytes, verified in {args.out}")
 
 

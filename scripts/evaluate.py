@@ -32,7 +32,7 @@ import tp
 from files import check_not_input, check_writable
 from generate import check_settings
 from model import pick_device
-from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for, summarise
+from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for
 from scripts.lib.fastchat import check_model_answers, write_model_answers
 from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
 from scripts.lib.pair import name_models, own_device, schemes_of
@@ -45,6 +45,7 @@ from scripts.lib.results import (
     rank_and_size,
 )
 from scripts.lib.scoring import Question
+from scripts.lib.summary import summarise
 from scripts.lib.tasks import add_question_flags, questions_of
 
 
@@ -115,6 +116,7 @@ def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         records = merge(args.out, args.merge, labels, questions)
     else:
         records = answer_share(args, rules, questions, rank, size)
+
     if args.model_answers and (args.merge or size == 1) and tp.is_first():
         write_model_answers(args.model_answers, records, questions)
     return records, summarise(records, labels) if records else []
@@ -175,6 +177,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
         raise InputError(
             "--tp is for several processes that run one model together; start them with torchrun."
         )
+
     tp.check_flags(args)
     for rule in rules:
         if rule.name not in PEERS:
@@ -191,6 +194,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
             raise InputError(
                 f"--verify {rule.name} runs the folders as they are; leave --mode and --draft_mode out."
             )
+
     args.device = pick_device(own_device(args.device))
     tp.connect(args.device, args.all_reduce)
 
@@ -203,11 +207,13 @@ def check_outputs(args: argparse.Namespace, labels: list[str], rank: int, size: 
         raise InputError(
             f"--out {args.out} is there already; name the --out of the run, or remove what was merged before."
         )
+
     if args.out and size > 1:
         check_parts(args.out, size)
     for path in filter(None, (args.out, own_out(args, rank, size))):
         check_writable(path, "--out")
         check_not_input(path, inputs)
+
     if args.model_answers:
         check_model_answers(args.model_answers, labels, [*inputs, *filter(None, [args.out])])
 
@@ -218,12 +224,14 @@ def report(args: argparse.Namespace) -> None:
         print(json.dumps({"questions": args.questions or args.task or "demo", "rows": rows}))
     elif rows:
         print_table(rows)
+
     rank, size = share_of(args)
     if size > 1 and (rank == 0 or args.part):
         more = "without --part" if args.part else "without torchrun"
         print(
             f"When all {size} parts are done: the same command, {more}, with --merge {size}", file=sys.stderr
         )
+
     check_failed(records)
 
 

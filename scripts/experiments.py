@@ -44,7 +44,7 @@ from model import pick_device
 from quantize import load_model, scheme_named
 from scripts.lib import acceptance, calibration, figures
 from scripts.lib.answers import encode_answer, encode_items, read_answers
-from scripts.lib.bench import Bench, Variant, difference, label, shares_of, summarise
+from scripts.lib.bench import Bench, Variant, label
 from scripts.lib.demo_task import (
     FAMILIES,
     WAIT,
@@ -65,6 +65,7 @@ from scripts.lib.intervals import interval
 from scripts.lib.likelihood import perplexity, read_pairs
 from scripts.lib.pair import name_models
 from scripts.lib.results import commit, machine
+from scripts.lib.summary import difference, shares_of, summarise
 from scripts.lib.tasks import load_questions
 from scripts.lib.terminal import answer_text
 from scripts.lib.training import (
@@ -107,6 +108,7 @@ def judge_table(args) -> dict:
         # a few problems may all be of one
         if mine := [record for record in records if record["family"] == family]:
             rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
+
     plain, standard, judge = rows[:3]
     return {
         "title": "Plain, standard and judge",
@@ -144,6 +146,7 @@ def m_sweep(args) -> dict:
             f"is fastest at M = {best}; auto reaches {speed['auto'] / speed[best]:.0%} of that "
             f"speed and {speed['auto'] / speed[worst]:.2f} times that of the worst (M = {worst})"
         )
+
     return {
         "title": "Tokens a round against M",
         "n": len(questions),
@@ -176,6 +179,7 @@ def pareto(args) -> dict:
             and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]
         ):
             best[row["name"]] = row
+
     order = sorted(best.values(), key=lambda row: -row["mean_accepted"])
     said = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
     return {
@@ -306,6 +310,7 @@ def out_of_domain(args) -> dict:
                 variants = [Variant("plain"), Variant("judge", DELTA)]
                 row = family_row(args, f"{kind}_{train_family}", test_family, variants, path)
                 rows.append({"kind": kind, "trained_on": train_family, "tested_on": test_family, **row})
+
     for test_family in FAMILIES:
         row = family_row(args, "kl", test_family, [Variant("plain"), Variant("kl", 2.0)], None)
         rows.append({"kind": "kl", "trained_on": "-", "tested_on": test_family, **row})
@@ -318,6 +323,7 @@ def out_of_domain(args) -> dict:
         where = "" if kind == "kl" else " in its family" if same else " on the other family"
         lost, m = mean_of(part, "difference"), mean_of(part, "mean_accepted")
         said.append(f"{kind}{where} loses {0 - lost:.1%} at m* {m:.1f}")
+
     return {
         "title": "Trained on one family, tested on the other",
         "n": args.limit or 150,
@@ -394,6 +400,7 @@ def wrong_start(problem: Problem, rng: random.Random) -> tuple[str, str]:
         wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
         end, at = match(sentence(problem, index), wrong, 0)
         at = at if end is None else None
+
     stop = stop_writing(wrong, at, rng)
     return AT_THE_END if stop == len(wrong) else AFTER_WRONG, before + wrong[:stop]
 
@@ -449,11 +456,13 @@ def ablations(args) -> dict:
                 f"{len(answers)} answers are too few: a side of "
                 "the split lacks right or wrong tokens; give more."
             )
+
     rows = []
     for name, x in features.items():
         rows.append(
             {"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])}
         )
+
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
     wrong = torch.zeros(len(answers), dtype=torch.bool)
     wrong[number[labels == 0].unique()] = True
@@ -464,6 +473,7 @@ def ablations(args) -> dict:
             used = torch.isin(number, chosen)
             figures = fit_and_measure(own, labels, used, test[number])
             rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
+
     auc = {row["name"]: row["auc"] for row in rows}
     sizes = [row for row in rows if row["what"] != "feature"]
     return {
@@ -517,6 +527,7 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
         labels.append(torch.tensor(answer.labels("ignore_after"))[kept])
         number.append(torch.full((int(kept.sum()),), n))
         progress.step()
+
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(x) for name, x in parts.items()}, torch.cat(labels), torch.cat(number)
@@ -538,6 +549,7 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
                 "training_wrong_tokens": int((labels[train] == 0).sum()),
                 "wrong_accepted_at_95": (wrong > cut).float().mean().item(),
             }
+
     return best
 
 
@@ -549,6 +561,7 @@ def autojudge(args) -> dict:
         raise InputError(
             f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote."
         )
+
     found = compare_labels(args, mined, tokenizer)
     head, path = train_head(args, target, tokenizer, mined, "autojudge")
 
@@ -599,6 +612,7 @@ def compare_labels(args, mined: list[dict], tokenizer) -> dict[tuple[bool, int],
                 text = decode(tokenizer, item["tokens"][: place + 1])
                 error = check(problem, text).first_error
                 found[error is None or error >= len(text), mark] += 1
+
     return found
 
 
@@ -618,6 +632,7 @@ def rule_cost(args) -> dict:
                     engine.target, engine.head, buffers, engine.settings, engine.visible(256), engine.markers
                 ).tolist()
             times[name].append(time.perf_counter() - began)
+
     base = torch.tensor(times["standard"]).median()
     rows = [
         {
@@ -659,6 +674,7 @@ def quantised(args) -> dict:
             auc = held_out_auc(head, target, tokenizer, answers, args.work / "features")
             judge = {"judge_trained_on": trained_on, "auc": auc}
             rows.append(known | quantised_row(plain, found, base, judge))
+
     return {"title": "Quantised targets", "n": n, "rows": rows, "finding": what_quantising_does(rows)}
 
 
@@ -765,12 +781,14 @@ def as_markdown(result: dict) -> str:
     for case in result.get("examples", []):
         lines += ["", f"> {case['prompt']} **{case['forced'].strip()}**{case['continued']}"]
         lines += [f"> ({'right' if case['right'] else 'wrong'})"]
+
     made = f"`{result['command']}`; {result['machine']}; commit {result['commit']}."
     lines += ["", f"n {result['n']}, seed {result['seed']}; {made}"]
     if "interval" in names:
         lines[-1] += (
             " Intervals are 95%: `interval` is Wilson's; `difference` is to plain on the same problems."
         )
+
     return "\n".join(lines) + "\n"
 
 

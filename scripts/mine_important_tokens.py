@@ -106,6 +106,7 @@ def mine(
         else:
             important.append([at, token])
         at += 1
+
     return {"tokens": kept, "unimportant": unimportant, "important": important}
 
 
@@ -118,6 +119,7 @@ def training_lines(record: dict) -> list[dict]:
         lines.append(
             {"prompt_tokens": record["prompt_tokens"], "tokens": ids, "labels": [-100] * at + [0], **source}
         )
+
     if record["unimportant"]:
         labels = [-100] * len(record["tokens"])
         for at in record["unimportant"]:
@@ -125,6 +127,7 @@ def training_lines(record: dict) -> list[dict]:
         lines.append(
             {"prompt_tokens": record["prompt_tokens"], "tokens": record["tokens"], "labels": labels, **source}
         )
+
     return lines
 
 
@@ -144,6 +147,7 @@ def check_record(record: dict, where: str) -> dict:
                 and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value)
             ),
         }
+
     return check_fields(record, kinds, where)
 
 
@@ -159,6 +163,7 @@ def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
     for path in (args.out, part(args.out, rank, size)):
         check_writable(path, "--out")
         check_not_input(path, inputs)
+
     if args.out.exists() and not list(args.out.parent.glob(f"{glob.escape(args.out.name)}.part*of*")):
         raise InputError(f"--out {args.out} is there already, and not from mining; name another file.")
     if not args.merge:
@@ -189,6 +194,7 @@ def run(args: argparse.Namespace) -> None:
     if args.merge:
         merge(args, questions, args.merge)
         return
+
     tokenizer = load_tokenizer(args.checkpoint_path)
     prompts = encode_prompts(args, tokenizer, questions[rank::size])
     with closing(Lines(part(args.out, rank, size))) as lines:
@@ -252,6 +258,7 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
         header, lines = read_part(args.out, rank, size, "mining")
         records |= {check_record(record, where)["question"]: record for where, record in lines}
         headers.add(json.dumps(header))
+
     if len(headers) > 1:
         raise InputError(f"The parts of {args.out} are of different models or settings; mine them again.")
     missing = [question for question in questions if question.id not in records]
@@ -260,6 +267,7 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
             f"The parts of {args.out} lack {len(missing)} questions, the first is "
             f"{missing[0].prompt[:60]!r}; give --questions, --limit and --seed as for mining."
         )
+
     found = [records[question.id] for question in questions]
     mined = [record for record in found if "skipped" not in record]
     text = "".join(json.dumps(line) + "\n" for record in mined for line in training_lines(record))

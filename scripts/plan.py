@@ -195,6 +195,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             )
         where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
+
     return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
 
 
@@ -248,6 +249,7 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
             "best_speculate_k": best,
             "best_tokens_per_second": best_speed,
         }
+
     return lines, figures
 
 
@@ -325,6 +327,7 @@ def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | 
         raise InputError(
             f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and {SCHEMA}."
         )
+
     found = {
         name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes
     }
@@ -351,6 +354,7 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
         models, modes = measured_models(report, where)
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+
     dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(
         field_of(report, "dtype", str, where)
     )
@@ -365,6 +369,7 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
             here = f"{where}, row {row_number}"
             seconds = predicted(plan, match, modes, here)
             found.append((part, seconds * 1e3, positive(report["rows"][row_number - 1], "ms", here)))
+
     return found
 
 
@@ -383,12 +388,14 @@ def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], wher
         raise InputError(
             f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
         )
+
     if match["mode"]:
         if match["mode"] not in modes:
             raise InputError(
                 f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
             )
         plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
+
     if plan.draft is None and what != "plain step":
         raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
     m, position = int(count or 0), int(at)
@@ -410,6 +417,7 @@ def check(folder: Path) -> tuple[list[str], dict]:
             lines.append(
                 f"{path.stem:22} {part:34} {expected:6.2f} ms {measured:6.2f} ms  {all_errors[-1]:+.0%}"
             )
+
     if not all_errors:
         raise InputError(f"{folder} holds no report by scripts/benchmark.py to hold predictions against.")
     middle = sorted(all_errors)[len(all_errors) // 2]
@@ -477,6 +485,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     else:
         found = [describe(parse_args([*each, *argv])) for each in DEFAULTS]
         lines, figures = [line for part, _ in found for line in part], [figures for _, figures in found]
+
     print("\n".join(lines))
     print(json.dumps(figures))
 

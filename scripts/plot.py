@@ -46,10 +46,12 @@ def draw_run(file: Path) -> list[Path]:
             if figure := make(records):
                 save(figure, path, f"n = {n}, {caption}")
                 written.append(path)
+
     if not written:
         raise InputError(
             f"{file} has nothing to draw: no rule in it accepts draft tokens, as plain does not."
         )
+
     return written
 
 

@@ -103,10 +103,12 @@ def cells_of(row: dict, threshold: float | None) -> dict[str, str | None]:
         right = (
             f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
         )
+
     if row.get("difference") is not None:
         low, high = (100 * x for x in row["difference_interval"])
         difference = f"{100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
         changed = f"{row['lost']} / {row['won']}" if "lost" in row else None
+
     drafts = row["mean_accepted"] is not None
     return {
         "threshold": None if threshold is None else f"{threshold:g}",
@@ -227,6 +229,7 @@ def pareto_figure(rows: list[dict]) -> str:
     for _, row in drawn:
         place = x.at(row["mean_accepted"]), y.at(100 * row["accuracy"])
         families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append(place)
+
     lines = [
         f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>'
         for points in families.values()
@@ -261,6 +264,7 @@ def pareto_point(number: int, row: dict, x: Axis, y: Axis) -> str:
     if row["threshold"] is not None:
         name = f"{row['threshold']:g}"
         drawn += f'<text class="small" x="{at - 6}" y="{right - 6}" text-anchor="end">{name}</text>'
+
     return drawn
 
 
@@ -286,6 +290,7 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
             point(number, x.at(n), y.at(value), f"{rule}: {value:.1f}% of rounds accepted {n}")
             for n, value in enumerate(values)
         ]
+
     return figure(
         "".join(body),
         "Accepted tokens a round",
@@ -320,6 +325,7 @@ def origin_figure(records: list[dict], rules: list[str]) -> str:
                 )
             body.append("</g>")
             left += share
+
     square = '<rect class="{}" width="12" height="12" stroke="currentColor"/>'
     legend = [
         svg("mark", "0 0 12 12", square.format(letter)) + f" {letter}: {name}"
@@ -361,6 +367,7 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
             "s": [round(1000 * x) for x in record["score"]] if record.get("score") else None,
             "top": {at: pieces(top) for at, top in enumerate(record["top"]) if top is not None},
         }
+
     return answer
 
 
@@ -396,16 +403,19 @@ def notes(records: list[dict]) -> str:
             f"{failed[0]['rule']} to item {failed[0]['index']}: {failed[0]['failed']}"
         )
         records = [record for record in records if not record.get("failed")]
+
     if bare := sum(not (record.get("origin") and record.get("cuts")) for record in records):
         lines.append(
             f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: they are "
             "of transformers, or older than this report; run scripts/evaluate.py anew with another --out."
         )
+
     if bare := sum(not has_details(record) for record in records):
         lines.append(
             f"{bare} of {n} answers come without probability, KL and score of their tokens: "
             "run scripts/evaluate.py with --details and another --out to see them here."
         )
+
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
 
 

@@ -49,6 +49,7 @@ def read_texts(path: Path, limit: int | None) -> list[dict]:
         if not isinstance(prompt, str) or not isinstance(response, str) or not response:
             raise InputError(f"{where}: prompt and response must be text, and the response not empty.")
         items.append({"prompt": prompt, "response": response, "errors": []})
+
     if not items:
         raise InputError(f"{path} holds no texts; give JSON lines with prompt and response.")
     return items
@@ -62,6 +63,7 @@ def check_args(args: argparse.Namespace) -> list[Variant]:
         raise InputError(
             f"--verify {ahead[0]} looks ahead within a round, and a text has no rounds; take another rule."
         )
+
     sizes = (args.speculate_k, *(variant.k for variant in variants))
     if any(variant.name not in RULES for variant in variants) or "auto" in sizes:
         raise InputError(f"--verify takes {', '.join(RULES)} here, and M is a number: the text is the draft.")
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
     for text, marked in list(zip(texts, letters))[: args.show]:
         for variant, mine in zip(variants, marked):
             print(f"{label(variant)}: {coloured(tokenizer, text, mine, paint)}\n")
+
     if args.show:
         print(paint.legend)
     print_table(rows)

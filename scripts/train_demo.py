@@ -74,6 +74,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
     for problem, _ in zip(problems(seed, held_out=False), range(20000)):
         style = rng.choice(["target", "draft"])
         texts.append(problem.question + write_answer_with_errors(problem, style, rng, 0.1)[0])
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -105,6 +106,7 @@ def training_row(
         answer, errors = write_answer_with_errors(problem, style, rng, rate)
     else:
         answer, errors = write_answer(problem, style, rng), []
+
     pieces = sp.encode(problem.question + answer, out_type=str)
     ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
     # characters from the answer's start; SentencePiece puts a space before all
@@ -113,6 +115,7 @@ def training_row(
         begin, end = end, end + len(piece)
         wrong = any(begin < b and end > a for a, b in errors)
         mask.append(int(end > 0 and not wrong))
+
     assert ids[: len(prompt)] == prompt
     return [*ids, sp.eos_id()], [*mask, 1]
 
@@ -202,6 +205,7 @@ def train_model(role: str, sp, state: Path, *, seed: int, device: str, steps: in
             buffer = io.BytesIO()
             torch.save(content, buffer)
             write_file(state, buffer.getvalue())
+
     return model
 
 
@@ -234,6 +238,7 @@ def resume(
         raise InputError(
             f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
         ) from None
+
     return saved["step"]
 
 
@@ -262,6 +267,7 @@ def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
             progress.step()
+
     write_file(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -351,6 +357,7 @@ def check_args(args: argparse.Namespace) -> list[str]:
         check_folder(path.parent, "--work" if path.parent == args.work else "--out")
         if path.parent.is_dir():
             check_writable(path)
+
     if args.device.type == "cpu" and set(PRESETS) & set(stages):
         check_compiler()
     return stages
@@ -370,6 +377,7 @@ def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
             )
             save_folder(model, tokenizer, args.out / role)
             print(f"{role}: written to {args.out / role}", file=sys.stderr)
+
     if "judge" in stages:
         train_demo_judge(args.out, args.work, args.seed, args.device)
 
@@ -385,11 +393,13 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise InputError(
             f"{path} is no SentencePiece model; remove it, and run the stage tokenizer."
         ) from None
+
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
         raise InputError(
             f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with "
             "begin and end; remove it, and run the stage tokenizer."
         )
+
     return pieces
 
 

@@ -65,6 +65,7 @@ def letters_of(
             )
         found.append(letters)
         progress.step()
+
     return found
 
 
@@ -105,4 +106,5 @@ def summarise(letters: list[list[list[str]]], variants: list[Variant], m: int) -
             "by_rule": sum(letter == "r" for text in mine for letter in text) / tokens,
             "mean_accepted": sum(a for a, _ in counted) / sum(r for _, r in counted),
         })  # fmt: skip
+
     return rows

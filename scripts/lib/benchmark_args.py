@@ -96,6 +96,7 @@ def parse_args(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         if not args.draft_checkpoint_path and not args.draft_preset:
             args.draft_checkpoint_path = DEMO / "draft"
         args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+
     if args.verify is None:
         args.verify = "judge" if args.judge_path or args.preset else "standard"
     return args

@@ -99,6 +99,7 @@ def make_story(rng: random.Random) -> Problem:
         verb = rng.choice(ASKED[op])
         text.append(f"{NAMES[name].title()} {verb} {number}.")
         total = after
+
     text.append(f"How many {item} now?")
     return Problem("story", " ".join(text), name, item, tuple(steps), total)
 
@@ -119,6 +120,7 @@ def make_list(rng: random.Random) -> Problem:
             )
         )
         numbers = after
+
     question = rng.choice(["largest", "smallest", "first plus last"])
     if question == "first plus last":
         steps.append(Step("ends", numbers[0], numbers[-1], numbers[0] + numbers[-1]))
@@ -212,6 +214,7 @@ def write_answer_with_errors(
             spans.append((len(text) + at, len(text) + stop))
             text += wrong[:stop] + WAIT
         text += write(slots, choose(slots, style, rng))
+
     return text, spans
 
 
@@ -281,6 +284,7 @@ def wrong_list(numbers: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
         del out[i]
     else:
         out.insert(i, out[i])
+
     return tuple(out)
 
 
@@ -310,6 +314,7 @@ def check(problem: Problem, text: str) -> Verdict:
             taken_back.append(furthest)
             end, furthest = match(slots, text, retry + len(WAIT))
         at = end
+
     complete = text[at:].strip() == ""
     return Verdict(complete, known, None if complete else at, tuple(taken_back))
 
@@ -332,6 +337,7 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
         if not following:
             return None, furthest
         ends = following
+
     return max(ends), furthest
 
 

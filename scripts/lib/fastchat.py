@@ -56,6 +56,7 @@ def model_answers(records: list[dict], content: dict) -> dict[str, str]:
                 "tstamp": record["time"],
             }
         )
+
     return {
         f"{model}.jsonl": "".join(
             json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["question_id"])

@@ -49,6 +49,7 @@ def bars(
             capsize=2,
             label="95% interval",
         )
+
     axis.set_yticks(range(len(names)), [one_line(name)[:60] for name in names])
     axis.invert_yaxis()
     for i, value in enumerate(values):
@@ -125,10 +126,12 @@ def m_sweep(result: dict):
             )
             for row in auto:
                 axis.axhline(row[key], color=line.get_color(), linestyle=":", label=f"{name}, auto")
+
     titles = "tokens a round, the target's own among them", "tokens a second"
     for axis, title in zip(axes, titles):
         axis.set(xlabel="M, draft tokens a round (auto: chosen round by round)", title=title, ylim=(0, None))
         axis.legend()
+
     return figure
 
 
@@ -159,6 +162,7 @@ def pareto(result: dict):
         axis.set(xlim=(0, 1.1 * span[0] or 1), ylim=(None if together else 99 - 1.3 * span[1], 101))
         axis.set_xlabel(M_STAR, fontsize=10 if together else 8)
         axis.set_ylabel(result.get("measure", "right at every step, %"), fontsize=10 if together else 8)
+
     for axis in axes[used:]:
         axis.remove()
     if together:
@@ -166,6 +170,7 @@ def pareto(result: dict):
         axes[0].legend(fontsize=8)
     else:
         shared_legend(figure)
+
     return figure
 
 
@@ -199,6 +204,7 @@ def name_points(
             and abs(y[number] - y[last]) < 0.06 * span[1]
         )
         groups[-1].append(number) if near else groups.append([number])
+
     for place, group in enumerate(groups):
         left = x[group[0]] < span[0] / 2
         text = " to ".join(
@@ -296,6 +302,7 @@ def by_delta(result: dict, key: str):
             (max(x, default=1), max(y, default=0) - min(y, default=0)),
             colour=line.get_color(),
         )
+
     axis.set(xlabel=M_STAR, ylabel="right answers against plain, points")
     axis.margins(0.12)
     axis.set_title(result["title"] + "; number: threshold", fontsize=10)
@@ -333,6 +340,7 @@ def ablations(result: dict):
             errors=errors,
         )
         axis.set_xlim(max(0, min((row["auc"] for row in known), default=0) - 0.05), 1)
+
     shared_legend(figure)
     return figure
 
@@ -413,6 +421,7 @@ def check_result(result: dict, name: str) -> None:
     for field, good in texts.items():
         if not good(result.get(field)):
             raise InputError(f"field {field!r} is missing or of another type than is written.")
+
     rows = result.get("rows")
     if not isinstance(rows, list) or not 0 < len(rows) <= 1000:
         raise InputError("field 'rows' must be a list of 1 to 1000 rows.")
@@ -456,6 +465,7 @@ def run_accepted(records: list[dict]):
         shares = [100 * found[n] / rounds for n in range(most + 1)]
         axis.plot(range(most + 1), shares, marker="os^vDPX*"[number % 8], markersize=4, alpha=0.8,
                   label=f"{rule}: m* {mean:.2f}, {rounds} rounds")  # fmt: skip
+
     axis.set(xlabel="draft tokens that a round accepted", ylabel="rounds, %", ylim=(0, None))
     axis.set_title("m* is their mean; the answer's end cuts its last round", fontsize=10)
     axis.legend(fontsize=8)
@@ -496,6 +506,7 @@ def round_parts(result: dict):
         axis.set(xlabel=f"milliseconds, median; line: {between} of the times")
         axis.set_title(f"a round of {m} draft tokens (M), at position {at}", fontsize=10)
         axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
     return figure
 
 
@@ -545,6 +556,7 @@ def draw(result: dict, path: Path) -> None:
         raise InputError(
             f"There is no figure for {one_line(repr(name))[:60]}; known are {', '.join(FIGURES)}."
         )
+
     check_result(result, "" if measured else name)
     if measured:
         imposed = result.get("imposed_acceptance")
@@ -552,5 +564,6 @@ def draw(result: dict, path: Path) -> None:
         caption += "" if imposed is None else f", imposed acceptance of {imposed}"
     else:
         caption = f"n = {result['n']}, {result['machine']}, commit {result['commit']}"
+
     with drawing():
         save(round_parts(result) if measured else FIGURES[name](result), path, caption)

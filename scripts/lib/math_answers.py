@@ -117,6 +117,7 @@ def final_math(text: str) -> str | None:
         if formula:
             return next(filter(None, formula.groups())).strip()
         return re.split(r"\.(?:\s|$)|\n", rest)[0].strip(" *") or None
+
     numbers = LAST_NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
@@ -250,6 +251,7 @@ def interval(text: str) -> tuple[str, str]:
             {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]),
             pieces[0],
         ]
+
     if len(pieces) == 5 and pieces[1] in (">", "\\ge") and pieces[3] in (">", "\\ge"):
         pieces = [
             pieces[4],
@@ -258,6 +260,7 @@ def interval(text: str) -> tuple[str, str]:
             "<" if pieces[1] == ">" else "\\le",
             pieces[0],
         ]
+
     letter = pieces[2] if len(pieces) == 5 else pieces[0]
     if len(pieces) not in (3, 5) or not re.fullmatch(r"[a-zA-Z]|\\[a-z]+", letter):
         return "", text
@@ -268,6 +271,7 @@ def interval(text: str) -> tuple[str, str]:
             letter,
             f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}",
         )
+
     bound = pieces[2]
     below, above = f"(-\\infty,{bound}", f"{bound},\\infty)"
     return letter, {"<": below + ")", "\\le": below + "]", ">": "(" + above, "\\ge": "[" + above,
@@ -305,6 +309,7 @@ def same(a: str, b: str, left: list[int]) -> bool:
         if found is None:
             return False
         del rest[found]
+
     return True
 
 
@@ -582,6 +587,7 @@ def raised(value: Value, exponent: Value) -> Value:
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
         if abs(exponent) * bits <= MOST_BITS:
             return value ** int(exponent)
+
     if (
         isinstance(value, Fraction)
         and isinstance(exponent, Fraction)
@@ -591,6 +597,7 @@ def raised(value: Value, exponent: Value) -> Value:
         above, below = math.isqrt(value.numerator), math.isqrt(value.denominator)
         if above**2 == value.numerator and below**2 == value.denominator:
             return Fraction(above, below)
+
     return float_of(value) ** float_of(exponent)
 
 

@@ -173,6 +173,7 @@ def twin(model: Transformer):
     if a.rope_scaling is not None:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3"} | dict(zip(names, a.rope_scaling))
+
     config = transformers.LlamaConfig(
         vocab_size=a.vocab_size,
         hidden_size=a.dim,
@@ -194,6 +195,7 @@ def twin(model: Transformer):
         owner, _, leaf = name.rpartition(".")
         view = model.get_parameter(ours)[row : row + shape[0]].detach()
         setattr(theirs.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
+
     if a.tie_embeddings:
         theirs.lm_head.weight = theirs.model.embed_tokens.weight
     with torch.device(model.device):

@@ -149,6 +149,7 @@ def read_humaneval(path: Path) -> list[Item]:
             )
         solution = str(line.get("canonical_solution", ""))
         items.append(Item(line["prompt"], solution, solution, content=line))
+
     return items
 
 
@@ -177,6 +178,7 @@ def read_arc(path: Path) -> list[Item]:
             raise InputError(f"{where} must have an instruction with Answer1: ..., and an answer as answer1.")
         letter = LETTERS[int(answer[1]) - 1]
         items.append(Item(found[1].strip(), letter, letter, choices, content=line))
+
     return items
 
 
@@ -203,6 +205,7 @@ def read_mmlu(path: Path) -> list[Item]:
                     f"{file}, row {number} must be a question, four choices, and 0 to 3 or A to D."
                 )
             items.append(Item(row[0].strip(), letter, letter, tuple(row[1:5]), subject, content=row))
+
     return items
 
 
@@ -260,6 +263,7 @@ def read_turns(path: Path) -> list[Item]:
                 f"{where}: field 'question_id' must be a whole number, as in FastChat's question.jsonl."
             )
         items.append(Item(turns[0], "", "", (), str(line.get("category", "")), tuple(turns[1:]), line))
+
     return items
 
 
@@ -332,6 +336,7 @@ def read_task(
             f"--shots_data {shots_data} names examples, but none are "
             "put before a question; give --shots, or leave it out."
         )
+
     items = task.read(path)
     if not items:
         raise InputError(f"--data {path} holds no questions.")
@@ -387,6 +392,7 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
             f"--shots {shots} needs examples: there is no {source}; "
             "name a file with --shots_data, or --shots 0."
         )
+
     items, found = task.read(source), {}
     for group in groups:
         own = [item for item in items if not task.header(item) or item.group == group][:shots]
@@ -395,4 +401,5 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
                 f"--shots {shots} is too many: {source} has {len(own)} examples{group and ' of ' + group}."
             )
         found[group] = own
+
     return found

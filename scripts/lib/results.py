@@ -100,6 +100,7 @@ def check_answer(record: dict, where: str) -> dict:
             f"{where} has no field {missing!r}, so it is no whole "
             "answer; remove the line, or name another --out."
         )
+
     fields = ANSWER | {name: kind for name, kind in MAYBE.items() if name in record}
     wrong = next((name for name, kind in fields.items() if not kind(record[name])), None)
     if wrong is None:
@@ -110,6 +111,7 @@ def check_answer(record: dict, where: str) -> dict:
             f"{where}: field {wrong!r} cannot be {found} in an "
             "answer; remove the line, or name another --out."
         )
+
     return record
 
 
@@ -288,6 +290,7 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
             f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} "
             f"to question {extra[0][1]}; give --verify, --threshold and --limit as for them."
         )
+
     lines = [header, *(found[key] for key in keys)]
     write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines[1:]

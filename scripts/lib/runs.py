@@ -9,7 +9,6 @@ from pathlib import Path
 
 from cli import InputError
 from files import parse_json, read_text
-from scripts.lib.bench import summarise
 from scripts.lib.fields import (
     is_count,
     is_counts,
@@ -21,7 +20,8 @@ from scripts.lib.fields import (
     maybe,
 )
 
-# in result lines, one entry a token; may be missing
+from scripts.lib.summary import summarise
+
 MOST_RULES = 40  # in one figure
 
 FIELDS = {  # of an answer; those of OPTIONAL may be missing
@@ -57,14 +57,17 @@ def read_run(path: Path) -> tuple[dict, list[dict]]:
             f"{path}: the last line is cut off and left out; the same evaluate.py command goes on there.",
             file=sys.stderr,
         )
+
     parsed = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     if not parsed or not isinstance(parsed[0], dict) or "target" not in parsed[0] or "rule" in parsed[0]:
         raise InputError(
             f"{path} is not a results file of scripts/evaluate.py: its first line is no header of a run."
         )
+
     for name, value in parsed[0].items():
         if depth(value) > 3 or not finite(value):
             raise InputError(f"{path}, line 1: field {name!r} is no setting that scripts/evaluate.py writes.")
+
     seen: set = set()
     for number, record in enumerate(parsed[1:], 2):
         check_record(record, f"{path}, line {number}")
@@ -73,6 +76,7 @@ def read_run(path: Path) -> tuple[dict, list[dict]]:
                 f"{path}, line {number}: item {record['index']} was answered by {record['rule']} before."
             )
         seen.add((record["rule"], record["index"]))
+
     if not seen:
         raise InputError(f"{path} holds no answers yet; run scripts/evaluate.py with this --out.")
     check_together(path, parsed[1:])
@@ -105,6 +109,7 @@ def check_record(record, where: str) -> None:
             raise InputError(
                 f"{where}: field {name!r} is missing or of another type than scripts/evaluate.py writes."
             )
+
     if record["accepted_by_rule"] > record["accepted"]:
         raise InputError(
             f"{where}: field 'accepted_by_rule' is "
@@ -136,6 +141,7 @@ def check_tokens(record: dict, where: str) -> None:
                 else "number"
             )
             raise InputError(f"{where}: field {name!r} holds what is no {what}.")
+
     if set(record.get("origin") or "") - set("artb"):
         raise InputError(f"{where}: field 'origin' must be of the letters a, r, t and b.")
     cuts = record.get("cuts")
@@ -144,6 +150,7 @@ def check_tokens(record: dict, where: str) -> None:
             f"{where}: field 'cuts' must be whole numbers that "
             f"add up to the {len(record['text'])} characters."
         )
+
     turns = record.get("turns") or []
     good = isinstance(turns, list) and all(
         isinstance(turn, dict) and is_count(turn.get("new_tokens")) for turn in turns
@@ -161,6 +168,7 @@ def check_together(path: Path, records: list[dict]) -> None:
             raise InputError(
                 f"{path}, line {number}: field 'right' is known for some answers of {record['rule']} alone."
             )
+
     for rule in scored:
         mine = [record for record in records if record["rule"] == rule]
         if any("failed" in record for record in mine):

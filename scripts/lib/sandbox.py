@@ -141,6 +141,7 @@ def outcome_of(prompt: str, tests: str, name: str, text: str) -> Outcome:
             report = read_report(*started, deadline)
         finally:
             spent = [process.end(1.0 if time.monotonic() < deadline else 0.0) for process in started]
+
     if report is not None and report[0] in ("pass", "unchecked"):
         return Outcome(*report)
     if any(spent):
@@ -167,10 +168,12 @@ def read_report(answer: Process, tests: Process, deadline: float) -> list[str] |
         data += chunk
         if not chunk:
             break
+
     try:
         verdict, reason = json.loads(data)
     except ValueError:
         return None
+
     return [str(verdict), str(reason)]
 
 
@@ -244,6 +247,7 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
     if indented:
         yield from completed(prompt, without_prose(cut(text, 0)))
         yield from completed(prompt, cut(text, 0))
+
     for at in reversed(range(len(blocks))):
         if any(map(defines.search, blocks[at])):
             before = [block for block in (blocks[i][0] for i in range(at)) if not defines.search(block)]
@@ -253,6 +257,7 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
                         prompt, name, "\n".join([*map(textwrap.dedent, before), textwrap.dedent(code)])
                     )
                 yield defined(prompt, name, code)
+
     for block in blocks:
         yield from completed(prompt, block[0])
     if defines.search(text):
@@ -281,6 +286,7 @@ def blocks_of(text: str) -> list[list[str]]:
         inside = [re.sub(r"^[ \t]*> ?", "", line) if ">" in opening[1] else line for line in lines]
         blocks.append(["\n".join(inside[begin + 1 : end]) for end in ends[:8] or [len(lines)]])
         at = ends[0] + 1 if ends else len(lines)
+
     return blocks[-MOST_SOURCES:]
 
 
@@ -348,6 +354,7 @@ def check_allowed() -> None:
         raise InputError(
             "Checking code needs Linux or another POSIX system, where it can limit what a program does."
         )
+
     found = outcome_of(
         "def f():\n", "def check(candidate):\n    assert candidate() == (1, 'a')", "f", "    return 1, 'a'"
     )

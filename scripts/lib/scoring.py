@@ -164,9 +164,11 @@ def number_after(text: str, mark: re.Match) -> re.Match | None:
         end = blank.start() if blank else end
     elif sentence := SENTENCE_END.search(text, NEXT_TO.match(text, begin).end()):
         end = sentence.start()
+
     if not (first := NUMBER.match(text, NEXT_TO.match(text, begin, end).end(), end)):
         last = deque(NUMBER.finditer(text, begin, end), maxlen=1)
         return last[0] if last else None
+
     clause = CLAUSE_END.search(text, first.end(), end)
     equals = re.compile("[=≈]").finditer(text, first.end(), clause.start() if clause else end)
     values = [

@@ -47,6 +47,7 @@ def load_questions(
             )
         stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
         return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
+
     lines = islice(json_lines(Path(source), "--questions"), limit)
     questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
     if not questions:
@@ -71,6 +72,7 @@ def read_question(item: dict, where: str, index: int, checker: str | None) -> Qu
         raise InputError(
             f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker."
         )
+
     prompt = read_text(item, ("prompt", "question"), where)
     fields = ("reference", "answer", "canonical_solution")
     if checker == "code":
@@ -90,6 +92,7 @@ def read_question(item: dict, where: str, index: int, checker: str | None) -> Qu
                 f"{where}: the reference {reference[-60:]!r} gives "
                 f"no {kind}, which --checker {checker} needs."
             )
+
     group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
     return Question(index, prompt, reference, checker, group, item)
 
@@ -174,6 +177,7 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
         raise InputError(
             f"--task {args.task} needs --chat here: a base model's answers do not end by themselves."
         )
+
     more = {"shots": args.shots, "shots_data": args.shots_data, "limit": args.limit}
     return read_task(args.task, args.data, args.chat, **more)
 
@@ -192,6 +196,7 @@ def question_header(args) -> dict:
         questions = args.questions or "demo"
         data = None if questions.partition(":")[0] == "demo" else digest(Path(questions))
         return {"questions": questions, "data": data, "checker": args.checker, "seed": args.seed}
+
     return {
         "questions": task,
         "data": digest(args.data),

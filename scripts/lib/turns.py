@@ -59,6 +59,7 @@ def decode_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> Re
         if any(stop in text for stop in stops):
             result.stop_reason = "text"
             break
+
     return result
 
 
@@ -78,6 +79,7 @@ def answer_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> di
             "seconds_decode": seconds,
             **dict.fromkeys(("rounds", "accepted", "accepted_by_rule", "drafted"), 0),
         }
+
     return record | {"cuts": cuts(how.tokenizer, record["tokens"])}
 
 
@@ -133,6 +135,7 @@ def join(records: list[dict]) -> dict:
     for name in LISTS:
         if whole.get(name) is not None:
             whole[name] = reduce(add, (record[name] for record in records))
+
     if "mean_accepted" in whole:
         whole["mean_accepted"] = (
             whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
@@ -142,6 +145,7 @@ def join(records: list[dict]) -> dict:
         )
         scores = [record["mean_score"] for record in records if record["mean_score"] is not None]
         whole["mean_score"] = sum(scores) / len(scores) if scores else None
+
     return whole
 
 
