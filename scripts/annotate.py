@@ -67,16 +67,12 @@ ESCAPE_BEGUN = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|O)?")
 KEYS = {b"\r": "n", b"\n": "n", b" ": "m", b"\x03": "q", b"\x1b[5~": "page up", b"\x1b[6~": "page down"}
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|\Z)|[。！？]+|(?=\n)|\Z")
 TEXT, HEADING = -1, -2  # stand where a row of an answer has the number of a token
-
 Row = list[tuple[int, str]]  # (number of the token, what is shown of it), from left to right
 
 
-def read_items(path: Path) -> list[dict]:
-    """The answers to mark. Raises InputError naming file, line and field of whatever is wrong."""
-    items = [read_item(item, where) for where, item in read_json_lines(path, "--data")]
-    if not items:
-        raise InputError(f"--data {path} holds no answers; give JSON lines with prompt and response.")
-    return items
+def are_spans(errors: object, length: float = float("inf")) -> bool:
+    """Whether this is a list of [start, end] with 0 <= start < end <= length."""
+    return isinstance(errors, list) and all(is_span(span, length) for span in errors)
 
 
 def read_item(item: dict, where: str) -> dict:
@@ -94,9 +90,12 @@ def read_item(item: dict, where: str) -> dict:
     return item
 
 
-def are_spans(errors: object, length: float = float("inf")) -> bool:
-    """Whether this is a list of [start, end] with 0 <= start < end <= length."""
-    return isinstance(errors, list) and all(is_span(span, length) for span in errors)
+def read_items(path: Path) -> list[dict]:
+    """The answers to mark. Raises InputError naming file, line and field of whatever is wrong."""
+    items = [read_item(item, where) for where, item in read_json_lines(path, "--data")]
+    if not items:
+        raise InputError(f"--data {path} holds no answers; give JSON lines with prompt and response.")
+    return items
 
 
 def answer_key(item: dict) -> str:
@@ -211,26 +210,26 @@ def open_answer(tokenizer: Tokenizer, item: dict, errors: list[list[int]]) -> Ma
     return Marking(response, units, starts, marks)
 
 
-def edit(state: Marking, key: str, rows: list[Row]) -> Marking:
-    """The state after a key that moves or marks; `rows` is the answer as shown, for moving by line."""
-    if key in ("h", "l", "k", "j", "w", "b"):
-        return replace(state, cursor=moved(state, key, rows))
-    if key == "v":
-        return replace(state, anchor=state.cursor if state.anchor is None else None)
-    marks, past = state.marks, (*state.past, state.marks)
-    if key == "m":
-        chosen = state.selection
-        marks = marks - chosen if chosen <= marks else marks | chosen
-    elif key == "e":
-        begin = state.units[state.cursor][0]
-        end = max(SENTENCE_END.search(state.response, begin).end(), begin + 1)
-        marks = marks | {i for i, (start, _) in enumerate(state.units) if begin <= start < end}
-    elif key == "c":
-        marks = frozenset()
-    elif key == "u" and state.past:
-        marks, past = state.past[-1], state.past[:-1]
+def row_of(rows: list[Row], unit: int) -> int:
+    """The row in which a unit begins."""
+    return next(number for number, row in enumerate(rows) if any(i == unit for i, _ in row))
 
-    return state if marks == state.marks else replace(state, marks=marks, past=past, anchor=None)
+
+@cache
+def width_of(char: str) -> int:
+    """Columns that a character takes: none for a combining mark, two for a wide one."""
+    if char == "\n" or unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+
+
+def columns(row: Row) -> dict[int, int]:
+    """{unit: the column at which it begins}"""
+    places, column = {}, 0
+    for i, text in row:
+        places[i] = column
+        column += sum(map(width_of, text))
+    return places
 
 
 def moved(state: Marking, key: str, rows: list[Row]) -> int:
@@ -253,26 +252,26 @@ def moved(state: Marking, key: str, rows: list[Row]) -> int:
     return cursor
 
 
-def row_of(rows: list[Row], unit: int) -> int:
-    """The row in which a unit begins."""
-    return next(number for number, row in enumerate(rows) if any(i == unit for i, _ in row))
+def edit(state: Marking, key: str, rows: list[Row]) -> Marking:
+    """The state after a key that moves or marks; `rows` is the answer as shown, for moving by line."""
+    if key in ("h", "l", "k", "j", "w", "b"):
+        return replace(state, cursor=moved(state, key, rows))
+    if key == "v":
+        return replace(state, anchor=state.cursor if state.anchor is None else None)
+    marks, past = state.marks, (*state.past, state.marks)
+    if key == "m":
+        chosen = state.selection
+        marks = marks - chosen if chosen <= marks else marks | chosen
+    elif key == "e":
+        begin = state.units[state.cursor][0]
+        end = max(SENTENCE_END.search(state.response, begin).end(), begin + 1)
+        marks = marks | {i for i, (start, _) in enumerate(state.units) if begin <= start < end}
+    elif key == "c":
+        marks = frozenset()
+    elif key == "u" and state.past:
+        marks, past = state.past[-1], state.past[:-1]
 
-
-def columns(row: Row) -> dict[int, int]:
-    """{unit: the column at which it begins}"""
-    places, column = {}, 0
-    for i, text in row:
-        places[i] = column
-        column += sum(map(width_of, text))
-    return places
-
-
-@cache
-def width_of(char: str) -> int:
-    """Columns that a character takes: none for a combining mark, two for a wide one."""
-    if char == "\n" or unicodedata.category(char) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+    return state if marks == state.marks else replace(state, marks=marks, past=past, anchor=None)
 
 
 @cache

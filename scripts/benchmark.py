@@ -118,15 +118,20 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
     return size * dtype_bytes / read, 2 * size * dtype_bytes / copy
 
 
-def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
-    """An action that runs several times back to back, after once that does not count, and returns the seconds
-    of one."""
+def imposed(args: argparse.Namespace) -> str:
+    return "" if args.accept is None else f"imposed acceptance of {args.accept}"
 
-    def run() -> float:
-        action()
-        return timed(lambda: [action() for _ in range(times)], device) / times
 
-    return run
+def synthetic(n: int, vocab_size: int) -> list[int]:
+    """A prompt of n random ids."""
+    return torch.randint(3, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def needed_length(args: argparse.Namespace) -> int:
+    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
+    position."""
+    ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
+    return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
 
 
 class Workbench:
@@ -397,13 +402,39 @@ def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
     return benches[0], [part for some in zip(*parts) for part in some]
 
 
-def imposed(args: argparse.Namespace) -> str:
-    return "" if args.accept is None else f"imposed acceptance of {args.accept}"
+def attention_ways(
+    q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int
+) -> dict[str, Callable]:
+    """The candidates by name, each a call without arguments."""
+    n_kv = caches[0].shape[1]
+    k, v = (cache[:, :, :length] for cache in caches)
+    by_head, by_row = q.transpose(1, 2), heads_as_rows(q, n_kv)
+    masks = mask, mask.repeat(q.shape[2] // n_kv, 1)
+    ways = {
+        "SDPA": lambda: F.scaled_dot_product_attention(by_head, k, v, attn_mask=masks[0], enable_gqa=True),
+        "SDPA, heads as rows": lambda: F.scaled_dot_product_attention(by_row, k, v, attn_mask=masks[1]),
+    }
+    if q.device.type == "cuda":
+        ways["attend"] = lambda: kernels.attend(by_row[0], *caches, pos)
+    return ways
 
 
-def synthetic(n: int, vocab_size: int) -> list[int]:
-    """A prompt of n random ids."""
-    return torch.randint(3, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
+    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
+    as a graph."""
+
+    @torch.inference_mode()
+    def all_of_them() -> None:
+        for action in actions:
+            action()
+
+    if device.type == "cuda":
+        all_of_them()  # compiles
+        torch.cuda.synchronize()
+        with torch.inference_mode():
+            captured = capture(all_of_them, torch.cuda.graph_pool_handle())
+        return lambda: timed(lambda: [captured.graph.replay() for _ in range(5)], device) / 5 / len(actions)
+    return lambda: timed(all_of_them, device) / len(actions)
 
 
 def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
@@ -422,60 +453,6 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
                 action = in_turn([way[name] for way in ways], device)
                 size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
                 parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
-
-    return parts
-
-
-def attention_ways(
-    q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int
-) -> dict[str, Callable]:
-    """The candidates by name, each a call without arguments."""
-    n_kv = caches[0].shape[1]
-    k, v = (cache[:, :, :length] for cache in caches)
-    by_head, by_row = q.transpose(1, 2), heads_as_rows(q, n_kv)
-    masks = mask, mask.repeat(q.shape[2] // n_kv, 1)
-    ways = {
-        "SDPA": lambda: F.scaled_dot_product_attention(by_head, k, v, attn_mask=masks[0], enable_gqa=True),
-        "SDPA, heads as rows": lambda: F.scaled_dot_product_attention(by_row, k, v, attn_mask=masks[1]),
-    }
-    if q.device.type == "cuda":
-        ways["attend"] = lambda: kernels.attend(by_row[0], *caches, pos)
-    return ways
-
-
-def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
-    weights alone)."""
-    parts, device = [], args.device
-    kernels.use_cpu_kernels()
-    schemes = [
-        Scheme("int8"),
-        Scheme("fp8"),
-        Scheme("fp8", dynamic=True),
-        Scheme("int4"),
-        Scheme("int4", 128),
-    ]
-    for name in ("wqkv", "wo", "w13", "w2"):
-        shape = linear_shape(model, name)
-        weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
-        packed = {}
-        for scheme in schemes:
-            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme.dynamic)
-            packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
-        packed["PyTorch's int4/128"] = [LibraryInt4(weights[0]) for _ in range(COPIES)]
-        for rows in (1, 2, 17, 33):
-            x = torch.randn(1, rows, shape[1], device=device).to(dtype)
-            what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
-            library = in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
-            ours = in_turn([lambda w=w, x=x: kernels.linear(x, w) for w in weights], device)
-            parts.append(Part(f"{what}: PyTorch", library, weights[0].nbytes))
-            if device.type == "cpu":
-                parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
-            for mode, layers in packed.items():
-                action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
-                parts.append(
-                    Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
-                )
 
     return parts
 
@@ -518,22 +495,41 @@ def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     return sum(shape[0] for shape in found), found[0][1]
 
 
-def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
-    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
-    as a graph."""
+def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
+    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
+    weights alone)."""
+    parts, device = [], args.device
+    kernels.use_cpu_kernels()
+    schemes = [
+        Scheme("int8"),
+        Scheme("fp8"),
+        Scheme("fp8", dynamic=True),
+        Scheme("int4"),
+        Scheme("int4", 128),
+    ]
+    for name in ("wqkv", "wo", "w13", "w2"):
+        shape = linear_shape(model, name)
+        weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
+        packed = {}
+        for scheme in schemes:
+            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme.dynamic)
+            packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
+        packed["PyTorch's int4/128"] = [LibraryInt4(weights[0]) for _ in range(COPIES)]
+        for rows in (1, 2, 17, 33):
+            x = torch.randn(1, rows, shape[1], device=device).to(dtype)
+            what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
+            library = in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
+            ours = in_turn([lambda w=w, x=x: kernels.linear(x, w) for w in weights], device)
+            parts.append(Part(f"{what}: PyTorch", library, weights[0].nbytes))
+            if device.type == "cpu":
+                parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
+            for mode, layers in packed.items():
+                action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
+                parts.append(
+                    Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
+                )
 
-    @torch.inference_mode()
-    def all_of_them() -> None:
-        for action in actions:
-            action()
-
-    if device.type == "cuda":
-        all_of_them()  # compiles
-        torch.cuda.synchronize()
-        with torch.inference_mode():
-            captured = capture(all_of_them, torch.cuda.graph_pool_handle())
-        return lambda: timed(lambda: [captured.graph.replay() for _ in range(5)], device) / 5 / len(actions)
-    return lambda: timed(all_of_them, device) / len(actions)
+    return parts
 
 
 def measure(parts: list[Part], repeats: int) -> Iterator[None]:
@@ -550,73 +546,74 @@ def measure(parts: list[Part], repeats: int) -> Iterator[None]:
             yield
 
 
-def summarise(part: Part, limit: float) -> dict:
-    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
-    repeats."""
-    n, median = len(part.seconds), statistics.median(part.seconds)
-    row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
-           "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
-    if n >= QUARTILES_FROM:
-        low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
-        row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
-
-    row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
-    row |= {
-        "noisy": None if n < 3 else row["spread"] > NOISY,
-        "samples_ms": [1e3 * second for second in part.seconds],
-    }
-    if part.bytes:
-        row |= {
-            "bytes": part.bytes,
-            "gb_per_s": part.bytes / median / 1e9,
-            "share_of_limit": part.bytes / median / limit,
-        }
-
-    if part.flops:
-        row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
-    if part.tokens:
-        row["tokens_per_second"] = part.tokens / median
-    return row | ({"note": part.note} if part.note else {})
-
-
-def as_table(rows: list[dict]) -> str:
-    """A Markdown table."""
-    n = rows[0]["n"]
-    between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
-    lines = [
-        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
-        "|" + "---|" * 9,
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError where a file that is to be written cannot be, is an input, or is named twice."""
+    if args.out is not None and args.out.suffix != ".json":
+        raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
+    outputs = [
+        (args.out, "--out"),
+        (args.out and args.out.with_suffix(".md"), "--out, its table"),
+        (args.profile, "--profile"),
     ]
-    for row in rows:
-        low, high = range_of(row)
-        first, last = row["positions"] or ("", "")
-        cells = [row["part"], f"{first}" if first == last else f"{first} to {last}", f"{row['ms']:.3f}",
-                 f"{low:.3f} to {high:.3f}"]  # fmt: skip
-        cells += (
-            [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
-            if "bytes" in row
-            else [""] * 3
+    folders = [folder for folder in (args.checkpoint_path, args.draft_checkpoint_path) if folder is not None]
+    inputs = [
+        file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]
+    ]
+    real: list[Path] = []
+    for path, flag in outputs:
+        if path is not None:
+            real.append(check_writable(path, flag))
+            check_not_input(path, [*set(inputs), *filter(None, [args.judge_path])], flag)
+
+    if len(set(real)) < len(real):
+        raise InputError(f"--profile {args.profile} names a file that --out writes; name another one.")
+
+
+def rows_ahead(args: argparse.Namespace) -> int:
+    """Rows that a step or a verification reads from its position on."""
+    return max([args.speculate_k + 1, *args.rows]) if has_draft(args) else 1
+
+
+def fit_lengths(args: argparse.Namespace) -> int:
+    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context;
+    returns it."""
+    context = min(shape.max_position for shape in shapes_of(args) if shape is not None)
+    args.positions = list(dict.fromkeys(args.positions or [max(1, min(500, context - rows_ahead(args)))]))
+    args.prefill = list(dict.fromkeys([min(512, context)] if args.prefill is None else args.prefill))
+    args.prompt_tokens = args.prompt_tokens or max(1, min(64, context // 8))
+    args.max_new_tokens = args.max_new_tokens or max(1, min(200, context - args.prompt_tokens))
+    return context
+
+
+def check_lengths(args: argparse.Namespace) -> None:
+    """Raises InputError where positions, prompts or caches do not fit the models, or the models one
+    another."""
+    context, (target, draft) = fit_lengths(args), shapes_of(args)
+    longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
+    if longest > context:
+        raise InputError(
+            f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}."
         )
-        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
-        speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
-        cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
-        lines.append("| " + " | ".join(cells) + " |")
+    if (reached := max(args.positions) + rows_ahead(args)) > context:
+        raise InputError(
+            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
+            f"there on reach {reached} tokens, but the context is {context}."
+        )
 
-    return "\n".join([*lines, "", noise(rows)])
+    for length in args.cache_length or []:
+        if length < needed_length(args):
+            raise InputError(
+                f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
+            )
 
+    if draft is not None and target.vocab_size != draft.vocab_size:
+        raise InputError(
+            "Draft and target have different vocabularies, of "
+            f"{draft.vocab_size} and {target.vocab_size} tokens."
+        )
 
-def noise(rows: list[dict]) -> str:
-    """A sentence on how far the times can be trusted."""
-    n, noisy = rows[0]["n"], sum(bool(row["noisy"]) for row in rows)
-    if n < 3:
-        return f"How noisy these times are is not known: {n} of at least 3 repeats."
-    between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
-    if not noisy:
-        return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
-    return (
-        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
-        "their median. Measure them again on an idle machine before anything is built on a difference."
-    )
+    if args.checkpoint_path and args.draft_checkpoint_path:
+        check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -655,129 +652,33 @@ def check_args(args: argparse.Namespace) -> None:
     check_outputs(args)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raises InputError where a file that is to be written cannot be, is an input, or is named twice."""
-    if args.out is not None and args.out.suffix != ".json":
-        raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
-    outputs = [
-        (args.out, "--out"),
-        (args.out and args.out.with_suffix(".md"), "--out, its table"),
-        (args.profile, "--profile"),
-    ]
-    folders = [folder for folder in (args.checkpoint_path, args.draft_checkpoint_path) if folder is not None]
-    inputs = [
-        file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]
-    ]
-    real: list[Path] = []
-    for path, flag in outputs:
-        if path is not None:
-            real.append(check_writable(path, flag))
-            check_not_input(path, [*set(inputs), *filter(None, [args.judge_path])], flag)
+def summarise(part: Part, limit: float) -> dict:
+    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
+    repeats."""
+    n, median = len(part.seconds), statistics.median(part.seconds)
+    row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
+           "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
+    if n >= QUARTILES_FROM:
+        low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
+        row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
 
-    if len(set(real)) < len(real):
-        raise InputError(f"--profile {args.profile} names a file that --out writes; name another one.")
-
-
-def fit_lengths(args: argparse.Namespace) -> int:
-    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context;
-    returns it."""
-    context = min(shape.max_position for shape in shapes_of(args) if shape is not None)
-    args.positions = list(dict.fromkeys(args.positions or [max(1, min(500, context - rows_ahead(args)))]))
-    args.prefill = list(dict.fromkeys([min(512, context)] if args.prefill is None else args.prefill))
-    args.prompt_tokens = args.prompt_tokens or max(1, min(64, context // 8))
-    args.max_new_tokens = args.max_new_tokens or max(1, min(200, context - args.prompt_tokens))
-    return context
-
-
-def rows_ahead(args: argparse.Namespace) -> int:
-    """Rows that a step or a verification reads from its position on."""
-    return max([args.speculate_k + 1, *args.rows]) if has_draft(args) else 1
-
-
-def check_lengths(args: argparse.Namespace) -> None:
-    """Raises InputError where positions, prompts or caches do not fit the models, or the models one
-    another."""
-    context, (target, draft) = fit_lengths(args), shapes_of(args)
-    longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
-    if longest > context:
-        raise InputError(
-            f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}."
-        )
-    if (reached := max(args.positions) + rows_ahead(args)) > context:
-        raise InputError(
-            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
-            f"there on reach {reached} tokens, but the context is {context}."
-        )
-
-    for length in args.cache_length or []:
-        if length < needed_length(args):
-            raise InputError(
-                f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
-            )
-
-    if draft is not None and target.vocab_size != draft.vocab_size:
-        raise InputError(
-            "Draft and target have different vocabularies, of "
-            f"{draft.vocab_size} and {target.vocab_size} tokens."
-        )
-
-    if args.checkpoint_path and args.draft_checkpoint_path:
-        check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
-
-
-def needed_length(args: argparse.Namespace) -> int:
-    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
-    position."""
-    ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
-    return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
-
-
-def run(args: argparse.Namespace, argv: list[str]) -> None:
-    """From a parsed command line to the report."""
-    args.device = pick_device(args.device)
-    check_args(args)
-    speeds = bandwidth(args.device)
-    bench, dtype = None, run_dtype(args.precision, args.device)
-    if args.attention or args.products:
-        parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
-    else:
-        bench, parts = workbenches(args)
-
-    for _ in measure(parts, args.repeats):
-        report = make_report(args, argv, parts, bench, speeds)
-        if args.out is not None:  # after every turn: a run that is stopped leaves what it has
-            write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
-            write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
-
-    if args.profile is not None:
-        bench.trace(args.profile)
-    print(as_text(report))
-    print(json.dumps(report))
-
-
-def make_report(
-    args, argv: list[str], parts: list[Part], bench: Workbench | None, speeds: tuple[float, float]
-) -> dict:
-    """All that was measured so far. speeds: bytes a second of reading and of copying."""
-    limit = "copy" if args.device.type == "cuda" else "read"
-    read, copied = speeds
-    report = {
-        "schema": SCHEMA,
-        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": machine(),
-        "commit": commit(),
-        **settings_of(args, bench),
-        "read_gb_per_s": read / 1e9,
-        "copy_gb_per_s": copied / 1e9,
-        "limit": limit,
-        "rows": [summarise(part, copied if limit == "copy" else read) for part in parts],
+    row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
+    row |= {
+        "noisy": None if n < 3 else row["spread"] > NOISY,
+        "samples_ms": [1e3 * second for second in part.seconds],
     }
-    if bench is None:
-        return report
-    # with several modes there are several of each
-    figures = {} if args.modes else bench.round_figures(report["rows"])
-    return report | {"startup": bench.startup} | figures
+    if part.bytes:
+        row |= {
+            "bytes": part.bytes,
+            "gb_per_s": part.bytes / median / 1e9,
+            "share_of_limit": part.bytes / median / limit,
+        }
+
+    if part.flops:
+        row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
+    if part.tokens:
+        row["tokens_per_second"] = part.tokens / median
+    return row | ({"note": part.note} if part.note else {})
 
 
 def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
@@ -807,6 +708,71 @@ def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
     }
 
 
+def make_report(
+    args, argv: list[str], parts: list[Part], bench: Workbench | None, speeds: tuple[float, float]
+) -> dict:
+    """All that was measured so far. speeds: bytes a second of reading and of copying."""
+    limit = "copy" if args.device.type == "cuda" else "read"
+    read, copied = speeds
+    report = {
+        "schema": SCHEMA,
+        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine(),
+        "commit": commit(),
+        **settings_of(args, bench),
+        "read_gb_per_s": read / 1e9,
+        "copy_gb_per_s": copied / 1e9,
+        "limit": limit,
+        "rows": [summarise(part, copied if limit == "copy" else read) for part in parts],
+    }
+    if bench is None:
+        return report
+    # with several modes there are several of each
+    figures = {} if args.modes else bench.round_figures(report["rows"])
+    return report | {"startup": bench.startup} | figures
+
+
+def noise(rows: list[dict]) -> str:
+    """A sentence on how far the times can be trusted."""
+    n, noisy = rows[0]["n"], sum(bool(row["noisy"]) for row in rows)
+    if n < 3:
+        return f"How noisy these times are is not known: {n} of at least 3 repeats."
+    between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
+    if not noisy:
+        return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
+    return (
+        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
+        "their median. Measure them again on an idle machine before anything is built on a difference."
+    )
+
+
+def as_table(rows: list[dict]) -> str:
+    """A Markdown table."""
+    n = rows[0]["n"]
+    between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
+    lines = [
+        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
+        "|" + "---|" * 9,
+    ]
+    for row in rows:
+        low, high = range_of(row)
+        first, last = row["positions"] or ("", "")
+        cells = [row["part"], f"{first}" if first == last else f"{first} to {last}", f"{row['ms']:.3f}",
+                 f"{low:.3f} to {high:.3f}"]  # fmt: skip
+        cells += (
+            [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
+            if "bytes" in row
+            else [""] * 3
+        )
+        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
+        speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
+        cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
+        lines.append("| " + " | ".join(cells) + " |")
+
+    return "\n".join([*lines, "", noise(rows)])
+
+
 def as_text(report: dict) -> str:
     """The report as Markdown."""
     made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
@@ -834,6 +800,40 @@ def as_text(report: dict) -> str:
         lines.append(f"- tokens a round: {report['tokens_a_round']:.2f} in {report['rounds']} rounds{cut}")
 
     return "\n".join(lines)
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """From a parsed command line to the report."""
+    args.device = pick_device(args.device)
+    check_args(args)
+    speeds = bandwidth(args.device)
+    bench, dtype = None, run_dtype(args.precision, args.device)
+    if args.attention or args.products:
+        parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
+    else:
+        bench, parts = workbenches(args)
+
+    for _ in measure(parts, args.repeats):
+        report = make_report(args, argv, parts, bench, speeds)
+        if args.out is not None:  # after every turn: a run that is stopped leaves what it has
+            write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
+            write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
+
+    if args.profile is not None:
+        bench.trace(args.profile)
+    print(as_text(report))
+    print(json.dumps(report))
+
+
+def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
+    """An action that runs several times back to back, after once that does not count, and returns the seconds
+    of one."""
+
+    def run() -> float:
+        action()
+        return timed(lambda: [action() for _ in range(times)], device) / times
+
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -164,6 +164,10 @@ WHY_NOT = {"length": "cut off", "not finite": "not finite"}  # stop reason -> wh
 DROPPED = ("cut off", "no answer", "not finite", *UNDECIDED)
 
 
+def source_of(args: argparse.Namespace, job: Job) -> str:
+    return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
+
+
 def record(args: argparse.Namespace, job: Job, tokens: int, text: str, stop_reason: str) -> dict:
     """A line of OUT.all: the answer and what its checker says of it."""
     question, checker = job.question, CHECKERS[job.question.checker]
@@ -191,10 +195,6 @@ def check_record(record: dict, where: str) -> dict:
         "source": is_text,
     }
     return check_fields(record, kinds, where)
-
-
-def source_of(args: argparse.Namespace, job: Job) -> str:
-    return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
 
 
 def answer_all(
@@ -324,10 +324,27 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--annotate_demo knows the demo's problems only, not {named}.")
 
 
+def all_records(
+    args: argparse.Namespace, jobs: list[Job], sources: list[Source], lines: Lines, header: dict
+) -> list:
+    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of
+    another run."""
+    records = resume(lines, header, check_record)
+    if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
+        raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
+    if len(records) < len(jobs) and args.out.exists():
+        raise InputError(
+            f"{args.out} exists, but is not the output of this run; move it, or name another --out."
+        )
+    begin = [] if lines.content else [header]
+    return records + answer_all(args, jobs[len(records) :], sources, lines, begin)
+
+
 def build(args: argparse.Namespace) -> None:
     """From a parsed command line to --out and the summary."""
     check_args(args)
     questions = questions_of(args, held_out=False, stops=False)
+    sources = [open_source(args, folder, questions) for folder in args.checkpoint_path]
     folders = [folder.resolve() for folder in args.checkpoint_path]
     if len(set(folders)) < len(folders):
         raise InputError(
@@ -335,7 +352,6 @@ def build(args: argparse.Namespace) -> None:
             "twice; for more answers raise --samples."
         )
 
-    sources = [open_source(args, folder, questions) for folder in args.checkpoint_path]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
     with closing(Lines(args.work)) as lines:
         records = all_records(args, jobs, sources, lines, header)
@@ -351,22 +367,6 @@ def build(args: argparse.Namespace) -> None:
         write_chosen(args.out, [line_of(record, demo) for record in chosen])
 
     print_summary(args, len(questions), records, chosen)
-
-
-def all_records(
-    args: argparse.Namespace, jobs: list[Job], sources: list[Source], lines: Lines, header: dict
-) -> list:
-    """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of
-    another run."""
-    records = resume(lines, header, check_record)
-    if [record["question"] for record in records] != [job.question.id for job in jobs[: len(records)]]:
-        raise InputError(f"{args.work} is not in this run's order; remove it, or name another --out.")
-    if len(records) < len(jobs) and args.out.exists():
-        raise InputError(
-            f"{args.out} exists, but is not the output of this run; move it, or name another --out."
-        )
-    begin = [] if lines.content else [header]
-    return records + answer_all(args, jobs[len(records) :], sources, lines, begin)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,24 +46,6 @@ OURS = re.compile(
 )
 
 
-def open_shards(folder: Path) -> list[dict[str, Tensor]]:
-    """Meta's shards in order, memory-mapped, without running any pickled code."""
-    paths = sorted(
-        checkpoint_folder(folder, "Meta's folder with consolidated.00.pth").glob("consolidated.*.pth")
-    )
-    if not paths:
-        raise InputError(f"{folder} has no consolidated.*.pth; name a folder as Meta publishes it.")
-    if len(paths) > 16:
-        raise InputError(f"{folder} has {len(paths)} shards; Meta publishes at most 16.")
-    for number, path in enumerate(paths):
-        if path.name != f"consolidated.{number:02}.pth":
-            raise InputError(
-                f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing."
-            )
-
-    return [open_shard(path) for path in paths]
-
-
 def open_shard(path: Path) -> dict[str, Tensor]:
     """One shard: tensors by name."""
     with opened(path):
@@ -83,6 +65,24 @@ def open_shard(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: {name} is {tensor.dtype}, but weights are floating-point numbers.")
 
     return shard
+
+
+def open_shards(folder: Path) -> list[dict[str, Tensor]]:
+    """Meta's shards in order, memory-mapped, without running any pickled code."""
+    paths = sorted(
+        checkpoint_folder(folder, "Meta's folder with consolidated.00.pth").glob("consolidated.*.pth")
+    )
+    if not paths:
+        raise InputError(f"{folder} has no consolidated.*.pth; name a folder as Meta publishes it.")
+    if len(paths) > 16:
+        raise InputError(f"{folder} has {len(paths)} shards; Meta publishes at most 16.")
+    for number, path in enumerate(paths):
+        if path.name != f"consolidated.{number:02}.pth":
+            raise InputError(
+                f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing."
+            )
+
+    return [open_shard(path) for path in paths]
 
 
 def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
@@ -121,6 +121,19 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
     head."""
     heads = weight.shape[0] // head_dim
     return weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def rope_scaling(dim: int, n_layers: int) -> dict:
+    """Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3."""
+    small = (dim, n_layers) in ((2048, 16), (3072, 28))
+    factor, low, high, original = LLAMA32_ROPE if small else LLAMA31_ROPE
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
 
 
 def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> dict:
@@ -168,44 +181,6 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
     if scaled:
         config["rope_scaling"] = rope_scaling(dim, n_layers)
     return config
-
-
-def rope_scaling(dim: int, n_layers: int) -> dict:
-    """Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3."""
-    small = (dim, n_layers) in ((2048, 16), (3072, 28))
-    factor, low, high, original = LLAMA32_ROPE if small else LLAMA31_ROPE
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
-
-
-def convert(source: Path, out: Path) -> None:
-    """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or
-    broken."""
-    beside = out.with_name(out.name + ".tmp")
-    check_new_folder(out, "--out", beside)
-    shards, params = open_shards(source), read_json(source / "params.json")
-    config = make_config(params, shards, source)
-    check_names(shards, config, source)
-    beside.mkdir(parents=True, exist_ok=True)
-    held = os.open(beside, os.O_RDONLY)
-    try:
-        lock(held, beside)
-        clear(beside)
-        try:
-            write_weights(shards, config, source, beside)
-            write_file(beside / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-            copy_tokenizer(source, beside)
-            os.replace(beside, out)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-    finally:
-        os.close(held)
 
 
 def clear(beside: Path) -> None:
@@ -271,6 +246,31 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
 
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_file(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+def convert(source: Path, out: Path) -> None:
+    """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or
+    broken."""
+    beside = out.with_name(out.name + ".tmp")
+    check_new_folder(out, "--out", beside)
+    shards, params = open_shards(source), read_json(source / "params.json")
+    config = make_config(params, shards, source)
+    check_names(shards, config, source)
+    beside.mkdir(parents=True, exist_ok=True)
+    held = os.open(beside, os.O_RDONLY)
+    try:
+        lock(held, beside)
+        clear(beside)
+        try:
+            write_weights(shards, config, source, beside)
+            write_file(beside / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+            copy_tokenizer(source, beside)
+            os.replace(beside, out)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    finally:
+        os.close(held)
 
 
 def main(argv: list[str] | None = None) -> None:

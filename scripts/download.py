@@ -57,6 +57,10 @@ def read_table() -> list[File]:
         return [File(**row) for row in csv.DictReader(file, delimiter="\t")]
 
 
+def is_below(file: File, name: str) -> bool:
+    return file.file == name or file.file.startswith(name.rstrip("/") + "/")
+
+
 def chosen(files: list[File], names: list[str]) -> list[File]:
     """The files whose path is a name or lies below it; InputError for a name that fits none."""
     for name in names:
@@ -66,12 +70,39 @@ def chosen(files: list[File], names: list[str]) -> list[File]:
     return [file for file in files if any(name == "all" or is_below(file, name) for name in names)]
 
 
-def is_below(file: File, name: str) -> bool:
-    return file.file == name or file.file.startswith(name.rstrip("/") + "/")
-
-
 def digest_of(path: Path) -> str:
     return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def receive(file: File, out, url: str) -> None:
+    """Appends what is missing of a file to `out`. Raises InputError when not all came."""
+    size, have = int(file.bytes), out.seek(0, os.SEEK_END)
+    if have >= size:
+        return
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            have = have if answer.status == 206 else 0
+            out.truncate(have)  # a server may not know of ranges, and begin anew
+            while have <= size and (block := answer.read(BLOCK)):
+                have += out.write(block)
+            out.flush()
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{url} cannot be had: the server answers {error.code} {error.reason}.") from None
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ValueError,
+    ) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(
+            f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}; run it again to go on."
+        ) from None
+
+    if have < size:
+        raise InputError(f"{url} broke off after {have} of {size} bytes; run it again to go on.")
 
 
 def fetch(file: File, folder: Path, source: str) -> None:
@@ -104,37 +135,6 @@ def fetch(file: File, folder: Path, source: str) -> None:
             os.replace(part, path)
     except OSError as error:
         raise InputError(f"{part} cannot be written: {error.strerror or error}.") from None
-
-
-def receive(file: File, out, url: str) -> None:
-    """Appends what is missing of a file to `out`. Raises InputError when not all came."""
-    size, have = int(file.bytes), out.seek(0, os.SEEK_END)
-    if have >= size:
-        return
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            have = have if answer.status == 206 else 0
-            out.truncate(have)  # a server may not know of ranges, and begin anew
-            while have <= size and (block := answer.read(BLOCK)):
-                have += out.write(block)
-            out.flush()
-    except urllib.error.HTTPError as error:
-        raise InputError(f"{url} cannot be had: the server answers {error.code} {error.reason}.") from None
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        ConnectionError,
-        TimeoutError,
-        ValueError,
-    ) as error:
-        reason = getattr(error, "reason", None) or error
-        raise InputError(
-            f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}; run it again to go on."
-        ) from None
-
-    if have < size:
-        raise InputError(f"{url} broke off after {have} of {size} bytes; run it again to go on.")
 
 
 def run(args: argparse.Namespace) -> None:

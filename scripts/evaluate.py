@@ -99,27 +99,9 @@ def check_failed(records: list[dict]) -> None:
         )
 
 
-def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their
-    summary rows.
-
-    As one of several processes only its share, into its own part of --out, and rows of that; with --merge
-    nothing is answered.
-    """
-    rules = parse_rules(args.verify, args.threshold)
-    labels = [label(rule) for rule in rules]
-    rank, size = share_of(args)
-    check_args(args, rules, size)
-    check_outputs(args, labels, rank, size)
-    questions = with_samples(questions_of(args, scored=False), args.samples)
-    if args.merge:
-        records = merge(args.out, args.merge, labels, questions)
-    else:
-        records = answer_share(args, rules, questions, rank, size)
-
-    if args.model_answers and (args.merge or size == 1) and tp.is_first():
-        write_model_answers(args.model_answers, records, questions)
-    return records, summarise(records, labels) if records else []
+def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
+    """Where this process writes: --out, or its part of it."""
+    return part(args.out, rank, size) if size > 1 else args.out
 
 
 def answer_share(
@@ -130,11 +112,6 @@ def answer_share(
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
     with closing(Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)) as bench:
         return bench.answer_all(questions, rules)
-
-
-def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
-    """Where this process writes: --out, or its part of it."""
-    return part(args.out, rank, size) if size > 1 else args.out
 
 
 def share_of(args: argparse.Namespace) -> tuple[int, int]:
@@ -216,6 +193,29 @@ def check_outputs(args: argparse.Namespace, labels: list[str], rank: int, size: 
 
     if args.model_answers:
         check_model_answers(args.model_answers, labels, [*inputs, *filter(None, [args.out])])
+
+
+def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their
+    summary rows.
+
+    As one of several processes only its share, into its own part of --out, and rows of that; with --merge
+    nothing is answered.
+    """
+    rules = parse_rules(args.verify, args.threshold)
+    labels = [label(rule) for rule in rules]
+    rank, size = share_of(args)
+    check_args(args, rules, size)
+    check_outputs(args, labels, rank, size)
+    questions = with_samples(questions_of(args, scored=False), args.samples)
+    if args.merge:
+        records = merge(args.out, args.merge, labels, questions)
+    else:
+        records = answer_share(args, rules, questions, rank, size)
+
+    if args.model_answers and (args.merge or size == 1) and tp.is_first():
+        write_model_answers(args.model_answers, records, questions)
+    return records, summarise(records, labels) if records else []
 
 
 def report(args: argparse.Namespace) -> None:

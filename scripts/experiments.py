@@ -297,6 +297,20 @@ def family_of(item: dict, tokenizer) -> str:
     return "list" if prompt.lstrip().startswith("The list is") else "story"
 
 
+def mean_of(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def family_row(args, name: str, family: str, variants: list[Variant], judge: Path | None) -> dict:
+    """A rule (the second variant, beside plain) tested on one family."""
+    questions = load_questions(f"demo:{family}", None, args.limit or 150, args.seed)
+    more = {"judge_path": judge} if judge else {}
+    bench = bench_of(
+        args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more
+    )
+    return summary_rows(bench.answer_all(questions, variants), variants)[1]
+
+
 def out_of_domain(args) -> dict:
     """Experiment 5."""
     (target, tokenizer), rows = load_target(args), []
@@ -332,21 +346,24 @@ def out_of_domain(args) -> dict:
     }
 
 
-def mean_of(rows: list[dict], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
-
-
-def family_row(args, name: str, family: str, variants: list[Variant], judge: Path | None) -> dict:
-    """A rule (the second variant, beside plain) tested on one family."""
-    questions = load_questions(f"demo:{family}", None, args.limit or 150, args.seed)
-    more = {"judge_path": judge} if judge else {}
-    bench = bench_of(
-        args, questions, f"out_of_domain_{name}_{family}", bool(judge), questions=f"demo:{family}", **more
-    )
-    return summary_rows(bench.answer_all(questions, variants), variants)[1]
-
-
 AFTER_WRONG, AT_THE_END = "right after the wrong characters", "at the end of the sentence"
+
+
+def wrong_start(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """(where it stops, an answer's beginning whose last step goes wrong), in the target's wording."""
+    index = rng.randrange(len(problem.steps) + 1)
+    before = "".join(
+        write(slots, choose(slots, "target", rng)) for slots in (sentence(problem, i) for i in range(index))
+    )
+    picks = choose(sentence(problem, index), "target", rng)
+    at = None
+    while at is None:  # not every corruption is wrong after all
+        wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
+        end, at = match(sentence(problem, index), wrong, 0)
+        at = at if end is None else None
+
+    stop = stop_writing(wrong, at, rng)
+    return AT_THE_END if stop == len(wrong) else AFTER_WRONG, before + wrong[:stop]
 
 
 def self_correction(args) -> dict:
@@ -388,23 +405,6 @@ def self_correction(args) -> dict:
     }
 
 
-def wrong_start(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """(where it stops, an answer's beginning whose last step goes wrong), in the target's wording."""
-    index = rng.randrange(len(problem.steps) + 1)
-    before = "".join(
-        write(slots, choose(slots, "target", rng)) for slots in (sentence(problem, i) for i in range(index))
-    )
-    picks = choose(sentence(problem, index), "target", rng)
-    at = None
-    while at is None:  # not every corruption is wrong after all
-        wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
-        end, at = match(sentence(problem, index), wrong, 0)
-        at = at if end is None else None
-
-    stop = stop_writing(wrong, at, rng)
-    return AT_THE_END if stop == len(wrong) else AFTER_WRONG, before + wrong[:stop]
-
-
 DELTAS = (0.5, 0.8, 0.9, 0.95)
 
 
@@ -437,54 +437,6 @@ def label_policies(args) -> dict:
         "rows": rows,
         "finding": f"{best} accepts most over the four thresholds, within 2 points "
         f"of plain ({said}, at delta {', '.join(map(str, DELTAS))}).",
-    }
-
-
-def ablations(args) -> dict:
-    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right
-    ones are."""
-    target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
-    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
-    answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
-    answers = answers[: args.limit]
-    features, labels, number = read_variants(target, draft, answers)
-    keys = torch.tensor([answer.key for answer in answers])
-    test = split_prompts(keys, args.seed, 0.15)[0]
-    for side in (test[number], ~test[number]):
-        if not 0 < labels[side].sum() < side.sum():
-            raise InputError(
-                f"{len(answers)} answers are too few: a side of "
-                "the split lacks right or wrong tokens; give more."
-            )
-
-    rows = []
-    for name, x in features.items():
-        rows.append(
-            {"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])}
-        )
-
-    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
-    wrong = torch.zeros(len(answers), dtype=torch.bool)
-    wrong[number[labels == 0].unique()] = True
-    own, pool = next(iter(features.values())), order[~test[order]]
-    for size in (50, 100, 200, 500, 1000, 2000):
-        chosen = torch.cat([pool[wrong[pool]][:size], pool[~wrong[pool]][:size]])
-        if len(chosen) == 2 * size:
-            used = torch.isin(number, chosen)
-            figures = fit_and_measure(own, labels, used, test[number])
-            rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
-
-    auc = {row["name"]: row["auc"] for row in rows}
-    sizes = [row for row in rows if row["what"] != "feature"]
-    return {
-        "title": "Ablations of feature and data",
-        "n": len(answers),
-        "rows": rows,
-        "finding": "AUC by feature: "
-        + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
-        + "; by pairs of answers: "
-        + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few")
-        + ".",
     }
 
 
@@ -553,6 +505,75 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
     return best
 
 
+def ablations(args) -> dict:
+    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right
+    ones are."""
+    target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
+    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
+    answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
+    answers = answers[: args.limit]
+    features, labels, number = read_variants(target, draft, answers)
+    keys = torch.tensor([answer.key for answer in answers])
+    test = split_prompts(keys, args.seed, 0.15)[0]
+    for side in (test[number], ~test[number]):
+        if not 0 < labels[side].sum() < side.sum():
+            raise InputError(
+                f"{len(answers)} answers are too few: a side of "
+                "the split lacks right or wrong tokens; give more."
+            )
+
+    rows = []
+    for name, x in features.items():
+        rows.append(
+            {"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])}
+        )
+
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
+    wrong = torch.zeros(len(answers), dtype=torch.bool)
+    wrong[number[labels == 0].unique()] = True
+    own, pool = next(iter(features.values())), order[~test[order]]
+    for size in (50, 100, 200, 500, 1000, 2000):
+        chosen = torch.cat([pool[wrong[pool]][:size], pool[~wrong[pool]][:size]])
+        if len(chosen) == 2 * size:
+            used = torch.isin(number, chosen)
+            figures = fit_and_measure(own, labels, used, test[number])
+            rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
+
+    auc = {row["name"]: row["auc"] for row in rows}
+    sizes = [row for row in rows if row["what"] != "feature"]
+    return {
+        "title": "Ablations of feature and data",
+        "n": len(answers),
+        "rows": rows,
+        "finding": "AUC by feature: "
+        + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
+        + "; by pairs of answers: "
+        + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few")
+        + ".",
+    }
+
+
+def compare_labels(args, mined: list[dict], tokenizer) -> dict[tuple[bool, int], int]:
+    """How many mined tokens are (right by the grammar, unimportant by mining). Raises InputError for answers
+    to other problems than those of --mined_seed."""
+    problem_of, found = {}, {(truth, mark): 0 for truth in (True, False) for mark in (0, 1)}
+    for seed in args.mined_seed:
+        problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
+    for item in mined:
+        problem = problem_of.get(decode(tokenizer, item["prompt_tokens"][1:], at_start=True).strip())
+        if problem is None:
+            raise InputError(
+                f"{args.mined} is of other problems than those of --mined_seed {args.mined_seed}."
+            )
+        for place, mark in enumerate(item["labels"]):
+            if mark >= 0:
+                text = decode(tokenizer, item["tokens"][: place + 1])
+                error = check(problem, text).first_error
+                found[error is None or error >= len(text), mark] += 1
+
+    return found
+
+
 def autojudge(args) -> dict:
     """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
     target, tokenizer = load_target(args)
@@ -595,27 +616,6 @@ def autojudge(args) -> dict:
     }
 
 
-def compare_labels(args, mined: list[dict], tokenizer) -> dict[tuple[bool, int], int]:
-    """How many mined tokens are (right by the grammar, unimportant by mining). Raises InputError for answers
-    to other problems than those of --mined_seed."""
-    problem_of, found = {}, {(truth, mark): 0 for truth in (True, False) for mark in (0, 1)}
-    for seed in args.mined_seed:
-        problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
-    for item in mined:
-        problem = problem_of.get(decode(tokenizer, item["prompt_tokens"][1:], at_start=True).strip())
-        if problem is None:
-            raise InputError(
-                f"{args.mined} is of other problems than those of --mined_seed {args.mined_seed}."
-            )
-        for place, mark in enumerate(item["labels"]):
-            if mark >= 0:
-                text = decode(tokenizer, item["tokens"][: place + 1])
-                error = check(problem, text).first_error
-                found[error is None or error >= len(text), mark] += 1
-
-    return found
-
-
 def rule_cost(args) -> dict:
     """What judge and rule cost inside the verification graph: every rule's graph in turn, at one position;
     medians."""
@@ -648,34 +648,6 @@ def rule_cost(args) -> dict:
 
 
 TRIED = ("none", "int8", "fp8", "int4", "int4/128")
-
-
-def quantised(args) -> dict:
-    """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
-    tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 300
-    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
-    pairs = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", args.seed, 300)]
-    questions, base = load_questions("demo", None, n, args.seed), None
-    for name in TRIED:
-        scheme = scheme_named(name)
-        target, _ = load_target(args, scheme)
-        known = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, pairs)}
-        _, own = train_head(args, target, tokenizer, answers, f"quantised_{name.replace('/', '_')}")
-        heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
-        if name == "none":
-            del heads["the unquantised target"]
-
-        plain = None  # with what stands for standard: another head changes neither
-        for trained_on, path in heads.items():
-            found = answer_quantised(args, questions, name, path, plain)
-            plain = plain or found
-            base = base or plain["shares"]
-            head = load_judge(path, target)
-            auc = held_out_auc(head, target, tokenizer, answers, args.work / "features")
-            judge = {"judge_trained_on": trained_on, "auc": auc}
-            rows.append(known | quantised_row(plain, found, base, judge))
-
-    return {"title": "Quantised targets", "n": n, "rows": rows, "finding": what_quantising_does(rows)}
 
 
 def answer_quantised(args, questions, name: str, judge: Path, plain: dict | None) -> dict:
@@ -740,6 +712,34 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
         shards.answer
     ] & (labels >= 0)
     return area_under_curve(torch.cat([head.score(x) for x in shards])[test], labels[test])
+
+
+def quantised(args) -> dict:
+    """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
+    tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 300
+    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
+    pairs = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", args.seed, 300)]
+    questions, base = load_questions("demo", None, n, args.seed), None
+    for name in TRIED:
+        scheme = scheme_named(name)
+        target, _ = load_target(args, scheme)
+        known = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, pairs)}
+        _, own = train_head(args, target, tokenizer, answers, f"quantised_{name.replace('/', '_')}")
+        heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
+        if name == "none":
+            del heads["the unquantised target"]
+
+        plain = None  # with what stands for standard: another head changes neither
+        for trained_on, path in heads.items():
+            found = answer_quantised(args, questions, name, path, plain)
+            plain = plain or found
+            base = base or plain["shares"]
+            head = load_judge(path, target)
+            auc = held_out_auc(head, target, tokenizer, answers, args.work / "features")
+            judge = {"judge_trained_on": trained_on, "auc": auc}
+            rows.append(known | quantised_row(plain, found, base, judge))
+
+    return {"title": "Quantised targets", "n": n, "rows": rows, "finding": what_quantising_does(rows)}
 
 
 EXPERIMENTS = {

@@ -186,28 +186,6 @@ def encode_prompts(
     return prompts
 
 
-def run(args: argparse.Namespace) -> None:
-    """Mines this process's share of the questions; alone, it also merges."""
-    rank, size = rank_and_size()
-    check_args(args, rank, size)
-    questions = questions_of(args, held_out=args.held_out, stops=False)
-    if args.merge:
-        merge(args, questions, args.merge)
-        return
-
-    tokenizer = load_tokenizer(args.checkpoint_path)
-    prompts = encode_prompts(args, tokenizer, questions[rank::size])
-    with closing(Lines(part(args.out, rank, size))) as lines:
-        mine_share(args, tokenizer, questions[rank::size], prompts, lines)
-    if size == 1:
-        merge(args, questions, 1)
-    elif rank == 0:
-        print(
-            f"When all {size} processes are done: the same command, without torchrun, with --merge {size}",
-            file=sys.stderr,
-        )
-
-
 def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
     """Loads the pair and mines the questions that `lines` lacks; each is one line, written whole."""
     dtype = run_dtype(args.precision, args.device)
@@ -281,6 +259,28 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     print(f"{args.out}: {len(mined)} questions mined, {len(found) - len(mined)} "
           f"skipped{why}, in {sum(r['seconds'] for r in found):.0f} s: "
           f"{important + others} mismatches, {important} important ({share:.1%})")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Mines this process's share of the questions; alone, it also merges."""
+    rank, size = rank_and_size()
+    check_args(args, rank, size)
+    questions = questions_of(args, held_out=args.held_out, stops=False)
+    if args.merge:
+        merge(args, questions, args.merge)
+        return
+
+    tokenizer = load_tokenizer(args.checkpoint_path)
+    prompts = encode_prompts(args, tokenizer, questions[rank::size])
+    with closing(Lines(part(args.out, rank, size))) as lines:
+        mine_share(args, tokenizer, questions[rank::size], prompts, lines)
+    if size == 1:
+        merge(args, questions, 1)
+    elif rank == 0:
+        print(
+            f"When all {size} processes are done: the same command, without torchrun, with --merge {size}",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

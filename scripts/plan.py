@@ -302,6 +302,26 @@ def scheme_written(text: str | None, where: str) -> Scheme | None:
     return scheme
 
 
+def parsed_command(command: str, where: str) -> argparse.Namespace:
+    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
+    none."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            return benchmark_args.parse_args(Parser(None), shlex.split(command)[2:])
+    except (SystemExit, ValueError):
+        reason = said.getvalue().strip() or "no command line"
+        raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
+
+
+def parts_of(report: dict, where: str) -> list[str]:
+    """The names of a report's parts."""
+    for row_number, row in enumerate(field_of(report, "rows", list, where), 1):
+        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
+            raise InputError(f"{where}, row {row_number}: field 'part' is missing or no text.")
+    return [row["part"] for row in report["rows"]]
+
+
 def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | None]]:
     """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report
     by benchmark.py. One of schema 1 says so in its command and its parts alone."""
@@ -334,16 +354,28 @@ def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | 
     return [shape and (shape, scheme) for shape, scheme in zip(shapes, schemes)], found
 
 
-def parsed_command(command: str, where: str) -> argparse.Namespace:
-    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
-    none."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            return benchmark_args.parse_args(Parser(None), shlex.split(command)[2:])
-    except (SystemExit, ValueError):
-        reason = said.getvalue().strip() or "no command line"
-        raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
+def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], where: str) -> float:
+    """Seconds of a part of a report."""
+    what, count, at = match["what"], match["number"], match["at"]
+    if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
+        raise InputError(
+            f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
+        )
+
+    if match["mode"]:
+        if match["mode"] not in modes:
+            raise InputError(
+                f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
+            )
+        plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
+
+    if plan.draft is None and what != "plain step":
+        raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
+    m, position = int(count or 0), int(at)
+    if what == "verify":
+        return plan.target.seconds(plan.gpu, position, m, m)
+    whole_round = plan.round(m, position)
+    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
 
 
 def predictions(report: dict, where: str = "The report") -> list[tuple[str, float, float]]:
@@ -371,38 +403,6 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
             found.append((part, seconds * 1e3, positive(report["rows"][row_number - 1], "ms", here)))
 
     return found
-
-
-def parts_of(report: dict, where: str) -> list[str]:
-    """The names of a report's parts."""
-    for row_number, row in enumerate(field_of(report, "rows", list, where), 1):
-        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
-            raise InputError(f"{where}, row {row_number}: field 'part' is missing or no text.")
-    return [row["part"] for row in report["rows"]]
-
-
-def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], where: str) -> float:
-    """Seconds of a part of a report."""
-    what, count, at = match["what"], match["number"], match["at"]
-    if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
-        raise InputError(
-            f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
-        )
-
-    if match["mode"]:
-        if match["mode"] not in modes:
-            raise InputError(
-                f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
-            )
-        plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
-
-    if plan.draft is None and what != "plain step":
-        raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
-    m, position = int(count or 0), int(at)
-    if what == "verify":
-        return plan.target.seconds(plan.gpu, position, m, m)
-    whole_round = plan.round(m, position)
-    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
 
 
 def check(folder: Path) -> tuple[list[str], dict]:

@@ -83,13 +83,13 @@ def svg(kind: str, place: str, body: str) -> str:
     return f'<svg class="{kind}" viewBox="{place}" aria-hidden="true">{body}</svg>'
 
 
+def fill(rule: int) -> str:
+    return f"fill:var(--c{rule % COLOURS})"
+
+
 def mark(rule: int) -> str:
     """The shape of a rule."""
     return svg("mark", "-6 -6 12 12", f'<path d="{SHAPES[rule % len(SHAPES)]}" style="{fill(rule)}"/>')
-
-
-def fill(rule: int) -> str:
-    return f"fill:var(--c{rule % COLOURS})"
 
 
 def percent(share: float) -> str:
@@ -212,6 +212,26 @@ def legend_of(rules: list[str], numbers: list[int]) -> list[str]:
     return [f"{mark(number)} {html.escape(rules[number])}" for number in numbers]
 
 
+def pareto_point(number: int, row: dict, x: Axis, y: Axis) -> str:
+    """A rule's point with its interval and threshold; of plain, which has no m*, a line across."""
+    right = y.at(100 * row["accuracy"])
+    if row["mean_accepted"] is None:
+        if row["rule"] != "plain":
+            return ""
+        return f'<path d="M{LEFT} {right}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>'
+
+    at, (top, bottom) = x.at(row["mean_accepted"]), (y.at(100 * share) for share in reversed(row["interval"]))
+    low, high = map(percent, row["interval"])
+    title = f"{row['rule']}: {percent(row['accuracy'])} right, {low} to {high}, m* {row['mean_accepted']:.2f}"
+    drawn = f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>'
+    drawn += point(number, at, right, title)
+    if row["threshold"] is not None:
+        name = f"{row['threshold']:g}"
+        drawn += f'<text class="small" x="{at - 6}" y="{right - 6}" text-anchor="end">{name}</text>'
+
+    return drawn
+
+
 def pareto_figure(rows: list[dict]) -> str:
     """Accuracy against m*, in percent, with intervals; a line joins the thresholds of a rule. Empty without
     accuracies."""
@@ -246,26 +266,6 @@ def pareto_figure(rows: list[dict]) -> str:
         "Upright lines: 95% intervals; numbers: thresholds; up and right is better.",
         legend,
     )
-
-
-def pareto_point(number: int, row: dict, x: Axis, y: Axis) -> str:
-    """A rule's point with its interval and threshold; of plain, which has no m*, a line across."""
-    right = y.at(100 * row["accuracy"])
-    if row["mean_accepted"] is None:
-        if row["rule"] != "plain":
-            return ""
-        return f'<path d="M{LEFT} {right}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>'
-
-    at, (top, bottom) = x.at(row["mean_accepted"]), (y.at(100 * share) for share in reversed(row["interval"]))
-    low, high = map(percent, row["interval"])
-    title = f"{row['rule']}: {percent(row['accuracy'])} right, {low} to {high}, m* {row['mean_accepted']:.2f}"
-    drawn = f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>'
-    drawn += point(number, at, right, title)
-    if row["threshold"] is not None:
-        name = f"{row['threshold']:g}"
-        drawn += f'<text class="small" x="{at - 6}" y="{right - 6}" text-anchor="end">{name}</text>'
-
-    return drawn
 
 
 def accepted_figure(records: list[dict], rules: list[str]) -> str:
@@ -345,6 +345,15 @@ class Pieces:
         return self.number.setdefault(text, len(self.number))
 
 
+def has_details(record: dict) -> bool:
+    return all(record.get(name) for name in ("p", "kl", "top"))
+
+
+def thousandths(share: float) -> float | int:
+    """A probability in few characters, with 3 digits where it is small: those are what one looks for."""
+    return round(1000 * share) if share >= 0.1 else float(f"{1000 * share:.3g}")
+
+
 def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
     """An answer for the page's script: r(ule), ok, f(inal answer), m*, t(okens), where further turns
     begin, o(rigin); and, where the run kept them,
@@ -369,15 +378,6 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
         }
 
     return answer
-
-
-def has_details(record: dict) -> bool:
-    return all(record.get(name) for name in ("p", "kl", "top"))
-
-
-def thousandths(share: float) -> float | int:
-    """A probability in few characters, with 3 digits where it is small: those are what one looks for."""
-    return round(1000 * share) if share >= 0.1 else float(f"{1000 * share:.3g}")
 
 
 def page_data(records: list[dict], rules: list[str]) -> str:

@@ -158,6 +158,50 @@ def init_weights(model: Transformer, seed: int) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where what an optimizer remembers of a weight is not of its shape, or no number."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim()]
+            if not kept or any(x.shape != weight.shape for x in kept):
+                raise ValueError("an optimizer's state is not of its weights")
+            if not all(x.isfinite().all() for x in (weight, *kept)):
+                raise ValueError("it holds numbers that are not finite")
+
+
+def resume(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
+) -> int:
+    """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
+
+    Raises InputError for a file of another run, and for one that no run has saved.
+    """
+    content = read_bytes(state)
+    try:
+        saved = torch.load(
+            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
+        )
+        if (saved["seed"], saved["steps"]) != (seed, steps):
+            raise InputError(
+                f"{state} is of another seed or number of steps; remove it, or name another --work."
+            )
+        if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
+            raise ValueError(f"step is {saved['step']!r}")
+        model.load_state_dict(saved["model"])
+        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+            check_moments(optimizer)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged pickle raises has no end
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
+        ) from None
+
+    return saved["step"]
+
+
 def train_model(role: str, sp, state: Path, *, seed: int, device: str, steps: int) -> Transformer:
     """Trains the target or the draft for `steps` batches; `state` is where it resumes from."""
     model = Transformer(PRESETS[role])
@@ -207,50 +251,6 @@ def train_model(role: str, sp, state: Path, *, seed: int, device: str, steps: in
             write_file(state, buffer.getvalue())
 
     return model
-
-
-def resume(
-    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
-) -> int:
-    """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
-
-    Raises InputError for a file of another run, and for one that no run has saved.
-    """
-    content = read_bytes(state)
-    try:
-        saved = torch.load(
-            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
-        )
-        if (saved["seed"], saved["steps"]) != (seed, steps):
-            raise InputError(
-                f"{state} is of another seed or number of steps; remove it, or name another --work."
-            )
-        if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
-            raise ValueError(f"step is {saved['step']!r}")
-        model.load_state_dict(saved["model"])
-        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
-            check_moments(optimizer)
-    except InputError:
-        raise
-    except Exception as error:  # what a damaged pickle raises has no end
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
-        ) from None
-
-    return saved["step"]
-
-
-def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError where what an optimizer remembers of a weight is not of its shape, or no number."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim()]
-            if not kept or any(x.shape != weight.shape for x in kept):
-                raise ValueError("an optimizer's state is not of its weights")
-            if not all(x.isfinite().all() for x in (weight, *kept)):
-                raise ValueError("it holds numbers that are not finite")
 
 
 def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
@@ -331,18 +331,6 @@ def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
         write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def train_all(args: argparse.Namespace) -> None:
-    """Runs the stages that are asked for, each from where it stopped."""
-    stages = check_args(args)
-    args.work.mkdir(parents=True, exist_ok=True)
-    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
-    try:
-        lock(held, args.work)
-        run_stages(args, stages)
-    finally:
-        os.close(held)
-
-
 def check_args(args: argparse.Namespace) -> list[str]:
     """The stages. Raises InputError for what cannot run or be written, before there is any work."""
     stages = args.stages.split(",")
@@ -361,25 +349,6 @@ def check_args(args: argparse.Namespace) -> list[str]:
     if args.device.type == "cpu" and set(PRESETS) & set(stages):
         check_compiler()
     return stages
-
-
-def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
-    """Tokenizer, target, draft, judge: those of `stages`, with the files of the earlier ones."""
-    tokenizer = args.work / "tokenizer.model"
-    if "tokenizer" in stages and not tokenizer.exists():
-        train_tokenizer(tokenizer, args.seed)
-    sp = load_pieces(tokenizer) if set(PRESETS) & set(stages) else None
-    for role in PRESETS:
-        if role in stages:
-            steps = args.steps or SCHEDULE[role][0]
-            model = train_model(
-                role, sp, args.work / f"{role}.pt", seed=args.seed, device=args.device, steps=steps
-            )
-            save_folder(model, tokenizer, args.out / role)
-            print(f"{role}: written to {args.out / role}", file=sys.stderr)
-
-    if "judge" in stages:
-        train_demo_judge(args.out, args.work, args.seed, args.device)
 
 
 def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -401,6 +370,37 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         )
 
     return pieces
+
+
+def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
+    """Tokenizer, target, draft, judge: those of `stages`, with the files of the earlier ones."""
+    tokenizer = args.work / "tokenizer.model"
+    if "tokenizer" in stages and not tokenizer.exists():
+        train_tokenizer(tokenizer, args.seed)
+    sp = load_pieces(tokenizer) if set(PRESETS) & set(stages) else None
+    for role in PRESETS:
+        if role in stages:
+            steps = args.steps or SCHEDULE[role][0]
+            model = train_model(
+                role, sp, args.work / f"{role}.pt", seed=args.seed, device=args.device, steps=steps
+            )
+            save_folder(model, tokenizer, args.out / role)
+            print(f"{role}: written to {args.out / role}", file=sys.stderr)
+
+    if "judge" in stages:
+        train_demo_judge(args.out, args.work, args.seed, args.device)
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Runs the stages that are asked for, each from where it stopped."""
+    stages = check_args(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
+    try:
+        lock(held, args.work)
+        run_stages(args, stages)
+    finally:
+        os.close(held)
 
 
 def main(argv: list[str] | None = None) -> None:

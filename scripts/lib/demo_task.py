@@ -19,7 +19,6 @@ WAIT = (
     " Wait, that is wrong."  # follows a wrong step in the target's training text; the step is then done again
 )
 FAMILIES = ("story", "list")
-
 NAMES = {
     "Mia": "she",
     "Tom": "he",
@@ -81,12 +80,6 @@ class Problem:
     answer: int
 
 
-def make_problem(rng: random.Random, family: str | None = None) -> Problem:
-    """A problem of `family` (or of either, by turns of the die)."""
-    family = family or rng.choice(FAMILIES)
-    return make_story(rng) if family == "story" else make_list(rng)
-
-
 def make_story(rng: random.Random) -> Problem:
     name, item = rng.choice(list(NAMES)), rng.choice(ITEMS)
     total = rng.randint(11, 99)
@@ -102,6 +95,21 @@ def make_story(rng: random.Random) -> Problem:
 
     text.append(f"How many {item} now?")
     return Problem("story", " ".join(text), name, item, tuple(steps), total)
+
+
+def apply_list(op: str, numbers: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """The list after one operation."""
+    return {
+        "sort": lambda: tuple(sorted(numbers)),
+        "reverse": lambda: numbers[::-1],
+        "drop first": lambda: numbers[1:],
+        "drop last": lambda: numbers[:-1],
+        "add": lambda: tuple(n + number for n in numbers),
+    }[op]()
+
+
+def show(value: int | tuple[int, ...]) -> str:
+    return str(value) if isinstance(value, int) else "[" + ",".join(map(str, value)) + "]"
 
 
 def make_list(rng: random.Random) -> Problem:
@@ -129,19 +137,10 @@ def make_list(rng: random.Random) -> Problem:
     return Problem("list", " ".join(text), "", question, tuple(steps), answer)
 
 
-def apply_list(op: str, numbers: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """The list after one operation."""
-    return {
-        "sort": lambda: tuple(sorted(numbers)),
-        "reverse": lambda: numbers[::-1],
-        "drop first": lambda: numbers[1:],
-        "drop last": lambda: numbers[:-1],
-        "add": lambda: tuple(n + number for n in numbers),
-    }[op]()
-
-
-def show(value: int | tuple[int, ...]) -> str:
-    return str(value) if isinstance(value, int) else "[" + ",".join(map(str, value)) + "]"
+def make_problem(rng: random.Random, family: str | None = None) -> Problem:
+    """A problem of `family` (or of either, by turns of the die)."""
+    family = family or rng.choice(FAMILIES)
+    return make_story(rng) if family == "story" else make_list(rng)
 
 
 def sentence(problem: Problem, index: int, step: Step | None = None) -> list[Slot]:
@@ -192,68 +191,12 @@ def write_answer(problem: Problem, style: str, rng: random.Random) -> str:
     return "".join(parts)
 
 
-def write_answer_with_errors(
-    problem: Problem, style: str, rng: random.Random, rate: float
-) -> tuple[str, list[tuple[int, int]]]:
-    """An answer in which steps go wrong with probability `rate`, each noticed (`WAIT`) and done again.
-
-    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the
-    writer notices, which is right after the first wrong character, after the wrong number, or at the end of
-    the sentence.
-    """
-    text, spans = "", []
-    for index in range(len(problem.steps) + 1):
-        slots = sentence(problem, index)
-        while rng.random() < rate:
-            picks = choose(slots, style, rng)
-            wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
-            end, at = match(slots, wrong, 0)
-            if end is not None:
-                continue  # not wrong after all
-            stop = stop_writing(wrong, at, rng)
-            spans.append((len(text) + at, len(text) + stop))
-            text += wrong[:stop] + WAIT
-        text += write(slots, choose(slots, style, rng))
-
-    return text, spans
-
-
 def stop_writing(wrong: str, at: int, rng: random.Random) -> int:
     """Where the writer of a wrong sentence notices: after the wrong digit or word, its number, or the
     sentence."""
     number = max(at + 1, re.compile(r"\d*").match(wrong, at).end())
     first = at + 1 if wrong[at].isdigit() else max(at + 1, re.compile(r"[a-z]*").match(wrong, at).end())
     return rng.choices([first, max(first, number), len(wrong)], [0.6, 0.2, 0.2])[0]
-
-
-def corrupt(problem: Problem, index: int, rng: random.Random) -> Step:
-    """A wrong version of step `index`: a wrong digit, operand or operation, a list out of order, a step left
-    out."""
-    if index == len(problem.steps):
-        return Step("answer", 0, 0, wrong_number(problem.answer, rng))
-    step = problem.steps[index]
-    kind = rng.random()
-    if isinstance(step.after, tuple):
-        if (
-            kind < 0.15
-            and index + 1 < len(problem.steps)
-            and isinstance(problem.steps[index + 1].after, tuple)
-        ):
-            return problem.steps[index + 1]  # leaves this step out
-        if kind < 0.25:
-            other = rng.choice(["sort", "reverse", "drop first", "drop last", "add"])
-            number = step.number or rng.randint(2, 19)
-            return Step(other, step.before, number, apply_list(other, step.before, number))
-        return replace(step, after=wrong_list(step.after, rng))
-    if kind < 0.6:
-        return replace(step, after=wrong_number(step.after, rng))
-    if kind < 0.8:
-        return replace(step, before=wrong_number(step.before, rng))
-    if kind < 0.9 or step.op == "ends":
-        return replace(step, number=wrong_number(step.number, rng))
-    if index + 1 < len(problem.steps) and rng.random() < 0.5:
-        return replace(problem.steps[index + 1], before=step.before)
-    return replace(step, op=rng.choice("+-" if step.op != "*" else "+*"))
 
 
 def wrong_number(n: int, rng: random.Random) -> int:
@@ -288,35 +231,34 @@ def wrong_list(numbers: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
     return tuple(out)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What `check` found. right: final answer and every step. first_error: index of the first wrong character
-    that was not taken back (the text's length when its end is missing), None when all is right. taken_back:
-    those that were."""
-
-    right: bool
-    answer_right: bool
-    first_error: int | None
-    taken_back: tuple[int, ...] = ()
-
-
-def check(problem: Problem, text: str) -> Verdict:
-    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and
-    redone."""
-    at, taken_back, known = 0, [], answer_of(text) == problem.answer
-    for index in range(len(problem.steps) + 1):
-        slots = sentence(problem, index)
-        end, furthest = match(slots, text, at)
-        while end is None:
-            retry = text.find(WAIT, furthest)
-            if retry < 0:
-                return Verdict(False, known, furthest, tuple(taken_back))
-            taken_back.append(furthest)
-            end, furthest = match(slots, text, retry + len(WAIT))
-        at = end
-
-    complete = text[at:].strip() == ""
-    return Verdict(complete, known, None if complete else at, tuple(taken_back))
+def corrupt(problem: Problem, index: int, rng: random.Random) -> Step:
+    """A wrong version of step `index`: a wrong digit, operand or operation, a list out of order, a step left
+    out."""
+    if index == len(problem.steps):
+        return Step("answer", 0, 0, wrong_number(problem.answer, rng))
+    step = problem.steps[index]
+    kind = rng.random()
+    if isinstance(step.after, tuple):
+        if (
+            kind < 0.15
+            and index + 1 < len(problem.steps)
+            and isinstance(problem.steps[index + 1].after, tuple)
+        ):
+            return problem.steps[index + 1]  # leaves this step out
+        if kind < 0.25:
+            other = rng.choice(["sort", "reverse", "drop first", "drop last", "add"])
+            number = step.number or rng.randint(2, 19)
+            return Step(other, step.before, number, apply_list(other, step.before, number))
+        return replace(step, after=wrong_list(step.after, rng))
+    if kind < 0.6:
+        return replace(step, after=wrong_number(step.after, rng))
+    if kind < 0.8:
+        return replace(step, before=wrong_number(step.before, rng))
+    if kind < 0.9 or step.op == "ends":
+        return replace(step, number=wrong_number(step.number, rng))
+    if index + 1 < len(problem.steps) and rng.random() < 0.5:
+        return replace(problem.steps[index + 1], before=step.before)
+    return replace(step, op=rng.choice("+-" if step.op != "*" else "+*"))
 
 
 def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
@@ -341,11 +283,68 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
     return max(ends), furthest
 
 
+def write_answer_with_errors(
+    problem: Problem, style: str, rng: random.Random, rate: float
+) -> tuple[str, list[tuple[int, int]]]:
+    """An answer in which steps go wrong with probability `rate`, each noticed (`WAIT`) and done again.
+
+    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the
+    writer notices, which is right after the first wrong character, after the wrong number, or at the end of
+    the sentence.
+    """
+    text, spans = "", []
+    for index in range(len(problem.steps) + 1):
+        slots = sentence(problem, index)
+        while rng.random() < rate:
+            picks = choose(slots, style, rng)
+            wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
+            end, at = match(slots, wrong, 0)
+            if end is not None:
+                continue  # not wrong after all
+            stop = stop_writing(wrong, at, rng)
+            spans.append((len(text) + at, len(text) + stop))
+            text += wrong[:stop] + WAIT
+        text += write(slots, choose(slots, style, rng))
+
+    return text, spans
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` found. right: final answer and every step. first_error: index of the first wrong character
+    that was not taken back (the text's length when its end is missing), None when all is right. taken_back:
+    those that were."""
+
+    right: bool
+    answer_right: bool
+    first_error: int | None
+    taken_back: tuple[int, ...] = ()
+
+
 def answer_of(text: str) -> int | None:
     """The number that the answer sentence gives, or None; a number of more digits than any problem's is
     none."""
     found = re.findall(r"(?:answer is|result is|Answer:) ([0-9]+)\.", text)
     return int(found[-1]) if found and len(found[-1]) <= 300 else None
+
+
+def check(problem: Problem, text: str) -> Verdict:
+    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and
+    redone."""
+    at, taken_back, known = 0, [], answer_of(text) == problem.answer
+    for index in range(len(problem.steps) + 1):
+        slots = sentence(problem, index)
+        end, furthest = match(slots, text, at)
+        while end is None:
+            retry = text.find(WAIT, furthest)
+            if retry < 0:
+                return Verdict(False, known, furthest, tuple(taken_back))
+            taken_back.append(furthest)
+            end, furthest = match(slots, text, retry + len(WAIT))
+        at = end
+
+    complete = text[at:].strip() == ""
+    return Verdict(complete, known, None if complete else at, tuple(taken_back))
 
 
 def is_held_out(problem: Problem) -> bool:

@@ -9,6 +9,11 @@ from cli import InputError
 from files import check_folder, check_not_input, check_writable, write_file
 
 
+def model_name(rule: str) -> str:
+    """A rule's label as the name of a file and of a model."""
+    return re.sub(r"[^\w.@=-]", "_", rule)
+
+
 def check_model_answers(folder: Path, labels: list[str], kept: list[Path]) -> None:
     """Raises InputError where the answer files of these rules could not be written, or would replace one of
     `kept`."""
@@ -18,11 +23,6 @@ def check_model_answers(folder: Path, labels: list[str], kept: list[Path]) -> No
         if folder.is_dir():
             check_writable(path, "--model_answers")
         check_not_input(path, kept, "--model_answers")
-
-
-def model_name(rule: str) -> str:
-    """A rule's label as the name of a file and of a model."""
-    return re.sub(r"[^\w.@=-]", "_", rule)
 
 
 def model_answers(records: list[dict], content: dict) -> dict[str, str]:

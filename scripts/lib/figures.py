@@ -135,6 +135,53 @@ def m_sweep(result: dict):
     return figure
 
 
+def name_points(
+    axis, rows: list[dict], x: list[float], y: list[float], span: tuple[float, float], *, colour="black"
+) -> None:
+    """Writes each point's threshold beside it, and of points that follow one another closely the first and
+    the last. span: of the axes."""
+    groups: list[list[int]] = []
+    for number, row in enumerate(rows):
+        if row.get("threshold") is None:
+            continue
+        last = groups[-1][-1] if groups else None
+        near = (
+            last is not None
+            and abs(x[number] - x[last]) < 0.05 * span[0]
+            and abs(y[number] - y[last]) < 0.06 * span[1]
+        )
+        groups[-1].append(number) if near else groups.append([number])
+
+    for place, group in enumerate(groups):
+        left = x[group[0]] < span[0] / 2
+        text = " to ".join(
+            f"{rows[number]['threshold']:g}" for number in dict.fromkeys((group[0], group[-1]))
+        )
+        axis.annotate(
+            text,
+            (x[group[0]], y[group[0]]),
+            fontsize=7,
+            textcoords="offset points",
+            color=colour,
+            ha="left" if left else "right",
+            xytext=(4 if left else -4, -20 if place % 2 else -11),
+        )
+
+
+def draw_rule(axis, mine: list[dict], others: list[dict], span: tuple[float, float], number: int) -> None:
+    """A rule's points, named by their thresholds, before those of the others, where it has an axis alone."""
+    name, label, colour = mine[0]["name"], mine[0]["name"], f"C{number % 10}"
+    if others:
+        x, y = column(others, "mean_accepted"), [100 * row["accuracy"] for row in others]
+        axis.plot(x, y, ".", color="lightgrey", label="the other rules", zorder=0)
+        axis.set_title(name, fontsize=10)
+        label, colour = "the rule; line: 95% interval; number: its threshold", "tab:blue"
+    x, y = column(mine, "mean_accepted"), [100 * row["accuracy"] for row in mine]
+    style = {"marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.8}
+    axis.errorbar(x, y, yerr=spread(mine), color=colour, label=label, **style)
+    name_points(axis, mine, x, y, span)
+
+
 def pareto(result: dict):
     """Accuracy against m*: one axis, or with more than three rules an axis each, the others in grey."""
     rows = [row for row in result["rows"] if row.get("accuracy") is not None]
@@ -172,53 +219,6 @@ def pareto(result: dict):
         shared_legend(figure)
 
     return figure
-
-
-def draw_rule(axis, mine: list[dict], others: list[dict], span: tuple[float, float], number: int) -> None:
-    """A rule's points, named by their thresholds, before those of the others, where it has an axis alone."""
-    name, label, colour = mine[0]["name"], mine[0]["name"], f"C{number % 10}"
-    if others:
-        x, y = column(others, "mean_accepted"), [100 * row["accuracy"] for row in others]
-        axis.plot(x, y, ".", color="lightgrey", label="the other rules", zorder=0)
-        axis.set_title(name, fontsize=10)
-        label, colour = "the rule; line: 95% interval; number: its threshold", "tab:blue"
-    x, y = column(mine, "mean_accepted"), [100 * row["accuracy"] for row in mine]
-    style = {"marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.8}
-    axis.errorbar(x, y, yerr=spread(mine), color=colour, label=label, **style)
-    name_points(axis, mine, x, y, span)
-
-
-def name_points(
-    axis, rows: list[dict], x: list[float], y: list[float], span: tuple[float, float], *, colour="black"
-) -> None:
-    """Writes each point's threshold beside it, and of points that follow one another closely the first and
-    the last. span: of the axes."""
-    groups: list[list[int]] = []
-    for number, row in enumerate(rows):
-        if row.get("threshold") is None:
-            continue
-        last = groups[-1][-1] if groups else None
-        near = (
-            last is not None
-            and abs(x[number] - x[last]) < 0.05 * span[0]
-            and abs(y[number] - y[last]) < 0.06 * span[1]
-        )
-        groups[-1].append(number) if near else groups.append([number])
-
-    for place, group in enumerate(groups):
-        left = x[group[0]] < span[0] / 2
-        text = " to ".join(
-            f"{rows[number]['threshold']:g}" for number in dict.fromkeys((group[0], group[-1]))
-        )
-        axis.annotate(
-            text,
-            (x[group[0]], y[group[0]]),
-            fontsize=7,
-            textcoords="offset points",
-            color=colour,
-            ha="left" if left else "right",
-            xytext=(4 if left else -4, -20 if place % 2 else -11),
-        )
 
 
 def equal_risk(result: dict):
@@ -282,6 +282,15 @@ def rule_cost(result: dict):
     )
 
 
+def threshold_of(rule: str) -> float | None:
+    """The threshold in a rule's label."""
+    found = re.search(r"=(-?[0-9.]{1,12}(?:e-?[0-9]{1,2})?)(?:@|$)", rule)
+    try:
+        return float(found[1]) if found else None
+    except ValueError:
+        return None
+
+
 def by_delta(result: dict, key: str):
     """Accuracy against m*, a line for each value of `key`."""
     figure, (axis,) = new_figure()
@@ -308,15 +317,6 @@ def by_delta(result: dict, key: str):
     axis.set_title(result["title"] + "; number: threshold", fontsize=10)
     axis.legend()
     return figure
-
-
-def threshold_of(rule: str) -> float | None:
-    """The threshold in a rule's label."""
-    found = re.search(r"=(-?[0-9.]{1,12}(?:e-?[0-9]{1,2})?)(?:@|$)", rule)
-    try:
-        return float(found[1]) if found else None
-    except ValueError:
-        return None
 
 
 def ablations(result: dict):
@@ -359,17 +359,9 @@ FIGURES = {
     "label_policies": lambda result: by_delta(result, "policy"),
     "autojudge": lambda result: by_delta(result, "head"),
 }
-
-
 SPEED = {"mean_accepted": maybe(is_figure), "tokens_per_second": is_figure}
-
-
 SCORED = {"accuracy": maybe(is_share), "interval": maybe(is_interval)}
-
-
 CHANGE = {"rule": is_text, "mean_accepted": maybe(is_figure), "difference": maybe(is_figure)}
-
-
 ROW_FIELDS = {  # what a figure needs of each row
     "judge_table": {"rule": is_text, "family": is_text} | SPEED | SCORED,
     "m_sweep": {
@@ -475,6 +467,16 @@ def run_accepted(records: list[dict]):
 RUN_FIGURES = {"pareto": run_pareto, "accepted": run_accepted, "m_sweep": run_m_sweep}
 
 
+def stack(axis, place: int, pieces: list[tuple[str, dict]]) -> None:
+    """One bar of a report's rows, one after the other."""
+    left = 0.0
+    for label, row in pieces:
+        ms, (low, high) = row["ms"], range_of(row)
+        errors = [[max(ms - low, 0)], [max(high - ms, 0)]]
+        axis.barh(place, ms, left=left, xerr=errors, capsize=2, alpha=0.8, label=f"{label}: {shown(ms)} ms")
+        left += ms
+
+
 def round_parts(result: dict):
     """Of a result of benchmark.py, for each M and position: the plain step, the draft loop with the
     verification after it, each timed alone, and the round as a whole, with what its times lie between."""
@@ -508,16 +510,6 @@ def round_parts(result: dict):
         axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
     return figure
-
-
-def stack(axis, place: int, pieces: list[tuple[str, dict]]) -> None:
-    """One bar of a report's rows, one after the other."""
-    left = 0.0
-    for label, row in pieces:
-        ms, (low, high) = row["ms"], range_of(row)
-        errors = [[max(ms - low, 0)], [max(high - ms, 0)]]
-        axis.barh(place, ms, left=left, xerr=errors, capsize=2, alpha=0.8, label=f"{label}: {shown(ms)} ms")
-        left += ms
 
 
 def save(figure, path: Path, caption: str) -> None:

@@ -75,6 +75,45 @@ def peer(args: argparse.Namespace, tokenizer: Tokenizer, k: int | None) -> Calla
     return run
 
 
+def twin(model: Transformer):
+    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further
+    memory."""
+    transformers, a = transformers_for("--peers"), model.args
+    rope = {"rope_type": "default", "rope_theta": a.rope_theta}
+    if a.rope_scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3"} | dict(zip(names, a.rope_scaling))
+
+    config = transformers.LlamaConfig(
+        vocab_size=a.vocab_size,
+        hidden_size=a.dim,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.n_layer,
+        num_attention_heads=a.n_head,
+        num_key_value_heads=a.n_kv_head,
+        head_dim=a.head_dim,
+        rms_norm_eps=a.norm_eps,
+        max_position_embeddings=a.max_position,
+        rope_parameters=rope,
+        tie_word_embeddings=a.tie_embeddings,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(config)
+    for name, (ours, row, shape) in weight_plan(a).items():
+        owner, _, leaf = name.rpartition(".")
+        view = model.get_parameter(ours)[row : row + shape[0]].detach()
+        setattr(theirs.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
+
+    if a.tie_embeddings:
+        theirs.lm_head.weight = theirs.model.embed_tokens.weight
+    with torch.device(model.device):
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its table is no weight
+    theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+    return theirs.eval()
+
+
 class Peers:
     """Decodes n tokens after a prompt; each way returns the seconds of decoding alone, without prefill.
 
@@ -163,42 +202,3 @@ class Peers:
             yield
         finally:
             AssistedCandidateGenerator.get_candidates, self.target.forward = original, forward
-
-
-def twin(model: Transformer):
-    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further
-    memory."""
-    transformers, a = transformers_for("--peers"), model.args
-    rope = {"rope_type": "default", "rope_theta": a.rope_theta}
-    if a.rope_scaling is not None:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3"} | dict(zip(names, a.rope_scaling))
-
-    config = transformers.LlamaConfig(
-        vocab_size=a.vocab_size,
-        hidden_size=a.dim,
-        intermediate_size=a.intermediate_size,
-        num_hidden_layers=a.n_layer,
-        num_attention_heads=a.n_head,
-        num_key_value_heads=a.n_kv_head,
-        head_dim=a.head_dim,
-        rms_norm_eps=a.norm_eps,
-        max_position_embeddings=a.max_position,
-        rope_parameters=rope,
-        tie_word_embeddings=a.tie_embeddings,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.device("meta"):
-        theirs = transformers.LlamaForCausalLM(config)
-    for name, (ours, row, shape) in weight_plan(a).items():
-        owner, _, leaf = name.rpartition(".")
-        view = model.get_parameter(ours)[row : row + shape[0]].detach()
-        setattr(theirs.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
-
-    if a.tie_embeddings:
-        theirs.lm_head.weight = theirs.model.embed_tokens.weight
-    with torch.device(model.device):
-        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its table is no weight
-    theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
-    return theirs.eval()

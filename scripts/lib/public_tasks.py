@@ -182,6 +182,15 @@ def read_arc(path: Path) -> list[Item]:
     return items
 
 
+def read_rows(file: Path) -> list[list[str]]:
+    """The rows of a CSV file. Raises InputError naming the line where it is none."""
+    reader = csv.reader(read_lines(file))
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num} is no CSV: {error}.") from None
+
+
 def read_mmlu(path: Path) -> list[Item]:
     """A folder of ..._test.csv (or its parent), or one such file; with a header and numbers, or without and
     with letters."""
@@ -207,15 +216,6 @@ def read_mmlu(path: Path) -> list[Item]:
             items.append(Item(row[0].strip(), letter, letter, tuple(row[1:5]), subject, content=row))
 
     return items
-
-
-def read_rows(file: Path) -> list[list[str]]:
-    """The rows of a CSV file. Raises InputError naming the line where it is none."""
-    reader = csv.reader(read_lines(file))
-    try:
-        return list(reader)
-    except csv.Error as error:
-        raise InputError(f"{file}, line {reader.line_num} is no CSV: {error}.") from None
 
 
 def lettered(item: Item) -> str:
@@ -313,40 +313,6 @@ TASKS = {
 }
 
 
-def read_task(
-    name: str,
-    path: Path,
-    chat: bool,
-    *,
-    shots: int | None = None,
-    shots_data: Path | None = None,
-    limit: int | None = None,
-) -> list[Question]:
-    """The questions of a task. limit: so many, the groups (subjects, categories) in turn.
-
-    shots: examples before each question; default: those of the table on top for a base model, none with chat.
-    Raises InputError naming file, line and field of whatever is wrong.
-    """
-    task = TASKS[name]
-    shots = (0 if chat else task.shots) if shots is None else shots
-    if shots and task.checker in ("none", "code"):
-        raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
-    if shots_data and not shots:
-        raise InputError(
-            f"--shots_data {shots_data} names examples, but none are "
-            "put before a question; give --shots, or leave it out."
-        )
-
-    items = task.read(path)
-    if not items:
-        raise InputError(f"--data {path} holds no questions.")
-
-    numbered = in_turn(list(enumerate(items)))[:limit]
-    groups = {item.group for _, item in numbered}
-    examples = read_examples(task, shots_data or training_path(task, path), shots, groups) if shots else {}
-    return [question_of(task, chat, index, item, examples.get(item.group, [])) for index, item in numbered]
-
-
 def question_of(task: Task, chat: bool, index: int, item: Item, examples: list[Item]) -> Question:
     """An item in its task's words, after its examples."""
     words = task.chat if chat else task.base
@@ -403,3 +369,37 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
         found[group] = own
 
     return found
+
+
+def read_task(
+    name: str,
+    path: Path,
+    chat: bool,
+    *,
+    shots: int | None = None,
+    shots_data: Path | None = None,
+    limit: int | None = None,
+) -> list[Question]:
+    """The questions of a task. limit: so many, the groups (subjects, categories) in turn.
+
+    shots: examples before each question; default: those of the table on top for a base model, none with chat.
+    Raises InputError naming file, line and field of whatever is wrong.
+    """
+    task = TASKS[name]
+    shots = (0 if chat else task.shots) if shots is None else shots
+    if shots and task.checker in ("none", "code"):
+        raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
+    if shots_data and not shots:
+        raise InputError(
+            f"--shots_data {shots_data} names examples, but none are "
+            "put before a question; give --shots, or leave it out."
+        )
+
+    items = task.read(path)
+    if not items:
+        raise InputError(f"--data {path} holds no questions.")
+
+    numbered = in_turn(list(enumerate(items)))[:limit]
+    groups = {item.group for _, item in numbered}
+    examples = read_examples(task, shots_data or training_path(task, path), shots, groups) if shots else {}
+    return [question_of(task, chat, index, item, examples.get(item.group, [])) for index, item in numbered]

@@ -80,8 +80,6 @@ MAYBE = {  # those that some have
     "mean_score": maybe(is_figure),
     "failed": is_text,
 }
-
-
 CONSISTENT: dict[str, Callable[[dict], bool]] = {
     "answer_right": lambda r: (r["right"] is None) == (r["answer_right"] is None),
     "accepted": lambda r: r["accepted_by_rule"] <= r["accepted"] <= r["drafted"],
@@ -118,14 +116,6 @@ def check_answer(record: dict, where: str) -> dict:
 MADE = ("command", "machine", "commit")  # of a header: how a run was made, which another run may do otherwise
 
 
-def how_made() -> dict:
-    """What a header says beside the settings."""
-    command = shlex.join(
-        os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:])
-    )
-    return dict(zip(MADE, (command, machine(), commit())))
-
-
 def machine() -> str:
     """Processor or GPU, cores, torch."""
     if torch.cuda.is_available():
@@ -152,6 +142,14 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def how_made() -> dict:
+    """What a header says beside the settings."""
+    command = shlex.join(
+        os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:])
+    )
+    return dict(zip(MADE, (command, machine(), commit())))
 
 
 def unlike(header: dict, other: dict) -> list[str]:

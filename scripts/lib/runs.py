@@ -19,11 +19,9 @@ from scripts.lib.fields import (
     is_verdict,
     maybe,
 )
-
 from scripts.lib.summary import summarise
 
 MOST_RULES = 40  # in one figure
-
 FIELDS = {  # of an answer; those of OPTIONAL may be missing
     "rule": is_text,
     "index": lambda value: is_count(value) or is_text(value),
@@ -48,41 +46,6 @@ OPTIONAL = ("failed", "threshold", "speculate_k", "item", "final_answer")
 PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")  # one entry a token; may be missing
 
 
-def read_run(path: Path) -> tuple[dict, list[dict]]:
-    """The header and the answers of a results file of scripts/evaluate.py. A last line that was cut off is
-    left out, with a note. Raises InputError naming file, line and field of whatever else is wrong."""
-    *lines, rest = read_text(path).split("\n")
-    if rest and lines:
-        print(
-            f"{path}: the last line is cut off and left out; the same evaluate.py command goes on there.",
-            file=sys.stderr,
-        )
-
-    parsed = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    if not parsed or not isinstance(parsed[0], dict) or "target" not in parsed[0] or "rule" in parsed[0]:
-        raise InputError(
-            f"{path} is not a results file of scripts/evaluate.py: its first line is no header of a run."
-        )
-
-    for name, value in parsed[0].items():
-        if depth(value) > 3 or not finite(value):
-            raise InputError(f"{path}, line 1: field {name!r} is no setting that scripts/evaluate.py writes.")
-
-    seen: set = set()
-    for number, record in enumerate(parsed[1:], 2):
-        check_record(record, f"{path}, line {number}")
-        if (record["rule"], record["index"]) in seen:
-            raise InputError(
-                f"{path}, line {number}: item {record['index']} was answered by {record['rule']} before."
-            )
-        seen.add((record["rule"], record["index"]))
-
-    if not seen:
-        raise InputError(f"{path} holds no answers yet; run scripts/evaluate.py with this --out.")
-    check_together(path, parsed[1:])
-    return parsed[0], parsed[1:]
-
-
 def depth(value) -> int:
     """How deeply lists and objects are nested, up to 4."""
     level, found = [value], 0
@@ -98,28 +61,11 @@ def finite(value) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def check_record(record, where: str) -> None:
-    """Raises InputError beginning with `where` for what scripts/evaluate.py did not write."""
-    for name, good in FIELDS.items():
-        if (
-            not isinstance(record, dict)
-            or (name not in record and name not in OPTIONAL)
-            or not good(record.get(name))
-        ):
-            raise InputError(
-                f"{where}: field {name!r} is missing or of another type than scripts/evaluate.py writes."
-            )
-
-    if record["accepted_by_rule"] > record["accepted"]:
-        raise InputError(
-            f"{where}: field 'accepted_by_rule' is "
-            f"{record['accepted_by_rule']}, more than were accepted at all."
-        )
-    if record["drafted"] and not record["rounds"]:
-        raise InputError(f"{where}: field 'rounds' is 0, but 'drafted' is {record['drafted']}.")
-    if record["right"] is not None and record["answer_right"] is None:
-        raise InputError(f"{where}: field 'answer_right' is missing, though 'right' is there.")
-    check_tokens(record, where)
+def turn_ends(record: dict) -> list[int]:
+    """Up to which token each turn of an answer goes."""
+    return list(accumulate(turn["new_tokens"] for turn in record.get("turns") or [])) or [
+        len(record["tokens"])
+    ]
 
 
 def check_tokens(record: dict, where: str) -> None:
@@ -159,6 +105,30 @@ def check_tokens(record: dict, where: str) -> None:
         raise InputError(f"{where}: field 'turns' must name new_tokens that add up to the {n} tokens.")
 
 
+def check_record(record, where: str) -> None:
+    """Raises InputError beginning with `where` for what scripts/evaluate.py did not write."""
+    for name, good in FIELDS.items():
+        if (
+            not isinstance(record, dict)
+            or (name not in record and name not in OPTIONAL)
+            or not good(record.get(name))
+        ):
+            raise InputError(
+                f"{where}: field {name!r} is missing or of another type than scripts/evaluate.py writes."
+            )
+
+    if record["accepted_by_rule"] > record["accepted"]:
+        raise InputError(
+            f"{where}: field 'accepted_by_rule' is "
+            f"{record['accepted_by_rule']}, more than were accepted at all."
+        )
+    if record["drafted"] and not record["rounds"]:
+        raise InputError(f"{where}: field 'rounds' is 0, but 'drafted' is {record['drafted']}.")
+    if record["right"] is not None and record["answer_right"] is None:
+        raise InputError(f"{where}: field 'answer_right' is missing, though 'right' is there.")
+    check_tokens(record, where)
+
+
 def check_together(path: Path, records: list[dict]) -> None:
     """Raises InputError where answers do not go together: some of a rule scored and some not, or none of any
     length."""
@@ -180,6 +150,41 @@ def check_together(path: Path, records: list[dict]) -> None:
             )
 
 
+def read_run(path: Path) -> tuple[dict, list[dict]]:
+    """The header and the answers of a results file of scripts/evaluate.py. A last line that was cut off is
+    left out, with a note. Raises InputError naming file, line and field of whatever else is wrong."""
+    *lines, rest = read_text(path).split("\n")
+    if rest and lines:
+        print(
+            f"{path}: the last line is cut off and left out; the same evaluate.py command goes on there.",
+            file=sys.stderr,
+        )
+
+    parsed = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    if not parsed or not isinstance(parsed[0], dict) or "target" not in parsed[0] or "rule" in parsed[0]:
+        raise InputError(
+            f"{path} is not a results file of scripts/evaluate.py: its first line is no header of a run."
+        )
+
+    for name, value in parsed[0].items():
+        if depth(value) > 3 or not finite(value):
+            raise InputError(f"{path}, line 1: field {name!r} is no setting that scripts/evaluate.py writes.")
+
+    seen: set = set()
+    for number, record in enumerate(parsed[1:], 2):
+        check_record(record, f"{path}, line {number}")
+        if (record["rule"], record["index"]) in seen:
+            raise InputError(
+                f"{path}, line {number}: item {record['index']} was answered by {record['rule']} before."
+            )
+        seen.add((record["rule"], record["index"]))
+
+    if not seen:
+        raise InputError(f"{path} holds no answers yet; run scripts/evaluate.py with this --out.")
+    check_together(path, parsed[1:])
+    return parsed[0], parsed[1:]
+
+
 def accepted_a_round(origin: str) -> list[int]:
     """How many draft tokens each round accepted: a round ends with the target's own token, t or b, or with
     the answer."""
@@ -199,13 +204,6 @@ def run_rows(records: list[dict]) -> list[dict]:
             "tokens_a_round": 1 + (row["mean_accepted"] or 0),
         }
     return rows
-
-
-def turn_ends(record: dict) -> list[int]:
-    """Up to which token each turn of an answer goes."""
-    return list(accumulate(turn["new_tokens"] for turn in record.get("turns") or [])) or [
-        len(record["tokens"])
-    ]
 
 
 def accepted_counts(records: list[dict]) -> dict[str, Counter]:

@@ -117,23 +117,6 @@ SPACED_GROUPS = re.compile(r"(?<![\w.,/^])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")
 DOTTED_GROUPS = re.compile(
     r"(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]{1,2}(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3})(?![.,]?[0-9]))"
 )
-LETTER_AFTER_MARK = re.compile(
-    r"(?:(?i:\banswer[*_\s]*(?:is\b|:)|\b(?:option|choice) is\b)|\\boxed(?=\s*\{))(?:\\[a-z]+\{|\W){0,60}"
-    r"(?i:(?:option|choice)\W+)?(?:([A-J])(?![\w'])|(?<=\()([a-j])(?=\)))"
-)
-BOLD_LETTER = re.compile(r"\*\*\(?([A-J])(?:[).:]+\s|[).:]*\*\*)")
-LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
-
-
-def final_number(text: str) -> str | None:
-    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on
-    top."""
-    text = plain(text)
-    for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
-        if found := number_after(text, mark):
-            return one_spelling(found)
-    last = deque(NUMBER.finditer(text), maxlen=1)
-    return one_spelling(last[0]) if last else None
 
 
 def plain(text: str) -> str:
@@ -150,6 +133,24 @@ def plain(text: str) -> str:
         lambda found: f"{found[1] or ''}\0{found[2] or found[3]}/{found[4] or found[5]}", text
     )
     return re.sub(r"(?<=[0-9])\0", " ", mixed).replace("\0", "")
+
+
+LETTER_AFTER_MARK = re.compile(
+    r"(?:(?i:\banswer[*_\s]*(?:is\b|:)|\b(?:option|choice) is\b)|\\boxed(?=\s*\{))(?:\\[a-z]+\{|\W){0,60}"
+    r"(?i:(?:option|choice)\W+)?(?:([A-J])(?![\w'])|(?<=\()([a-j])(?=\)))"
+)
+BOLD_LETTER = re.compile(r"\*\*\(?([A-J])(?:[).:]+\s|[).:]*\*\*)")
+LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
+
+
+def closing(text: str, at: int) -> int:
+    """Where the braces that opened before `at` close."""
+    depth = 1
+    for brace in re.compile(r"(?<!\\)[{}]").finditer(text, at):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return brace.start()
+    return len(text)
 
 
 def number_after(text: str, mark: re.Match) -> re.Match | None:
@@ -180,14 +181,27 @@ def number_after(text: str, mark: re.Match) -> re.Match | None:
     )
 
 
-def closing(text: str, at: int) -> int:
-    """Where the braces that opened before `at` close."""
-    depth = 1
-    for brace in re.compile(r"(?<!\\)[{}]").finditer(text, at):
-        depth += 1 if brace[0] == "{" else -1
-        if not depth:
-            return brace.start()
-    return len(text)
+def as_written(digits: str, below: str, exponent: str, power: str) -> str:
+    """Without zeros that say nothing."""
+    whole, _, places = digits.partition(".")
+    text = (whole.lstrip("0") or "0") + ("." + places.rstrip("0")).rstrip(".")
+    for mark, value in (("/", below.lstrip("0")), ("e", exponent), ("^", power)):
+        text += mark + value if value not in ("0", "1") else ""
+    return text
+
+
+def decimal(value: Fraction) -> str:
+    """A number with an end as a decimal as that, others as a fraction."""
+    below, twos, fives = value.denominator, 0, 0
+    while below % 2 == 0:
+        below, twos = below // 2, twos + 1
+    while below % 5 == 0:
+        below, fives = below // 5, fives + 1
+    places = max(twos, fives)
+    if below > 1 or not places:
+        return str(value)
+    digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
+    return ("-" if value < 0 else "") + f"{digits[:-places]}.{digits[-places:]}"
 
 
 def one_spelling(number: re.Match) -> str:
@@ -210,27 +224,15 @@ def one_spelling(number: re.Match) -> str:
     return decimal(-value if sign else value)
 
 
-def as_written(digits: str, below: str, exponent: str, power: str) -> str:
-    """Without zeros that say nothing."""
-    whole, _, places = digits.partition(".")
-    text = (whole.lstrip("0") or "0") + ("." + places.rstrip("0")).rstrip(".")
-    for mark, value in (("/", below.lstrip("0")), ("e", exponent), ("^", power)):
-        text += mark + value if value not in ("0", "1") else ""
-    return text
-
-
-def decimal(value: Fraction) -> str:
-    """A number with an end as a decimal as that, others as a fraction."""
-    below, twos, fives = value.denominator, 0, 0
-    while below % 2 == 0:
-        below, twos = below // 2, twos + 1
-    while below % 5 == 0:
-        below, fives = below // 5, fives + 1
-    places = max(twos, fives)
-    if below > 1 or not places:
-        return str(value)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
-    return ("-" if value < 0 else "") + f"{digits[:-places]}.{digits[-places:]}"
+def final_number(text: str) -> str | None:
+    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on
+    top."""
+    text = plain(text)
+    for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
+        if found := number_after(text, mark):
+            return one_spelling(found)
+    last = deque(NUMBER.finditer(text), maxlen=1)
+    return one_spelling(last[0]) if last else None
 
 
 def final_letter(text: str) -> str | None:

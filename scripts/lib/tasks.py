@@ -29,32 +29,6 @@ DEMO_LIMIT = 100  # demo problems without --limit: their stream has no end
 OWN = ("number", "math", "choice", "code")  # the checkers for files of one's own
 
 
-def load_questions(
-    source: str, checker: str | None, limit: int | None = None, seed: int = 2026, held_out: bool = True
-) -> list[Question]:
-    """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
-
-    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
-    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
-    """
-    if checker is not None and checker not in CHECKERS:
-        raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
-    name, _, family = str(source).partition(":")
-    if name == "demo":
-        if family and family not in FAMILIES or checker not in (None, "demo"):
-            raise InputError(
-                f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo."
-            )
-        stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
-        return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
-
-    lines = islice(json_lines(Path(source), "--questions"), limit)
-    questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
-    if not questions:
-        raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
-    return distinct(questions)
-
-
 def distinct(questions: list[Question]) -> list[Question]:
     """Each question once, the first of equals: two of the same are not two observations."""
     kept: dict[str, Question] = {}
@@ -63,6 +37,26 @@ def distinct(questions: list[Question]) -> list[Question]:
     if len(kept) < len(questions):
         print(f"left out {len(questions) - len(kept)} questions that come more than once", file=sys.stderr)
     return list(kept.values())
+
+
+def choice_of(reference: str) -> str | None:
+    """The letter of a reference that is nothing else: B, (B), B."""
+    found = re.fullmatch(r"\(?([A-J])[).]*", reference.strip())
+    return found[1] if found else None
+
+
+def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
+    """The first of these fields that the object has, as valid text that is not empty (a number is taken as
+    text)."""
+    name = next((name for name in names if name in item), None)
+    if name is None:
+        raise InputError(f"{where} has no field {' or '.join(repr(name) for name in names)}.")
+    value = item[name]
+    if type(value) in (int, float):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: field {name!r} must be text that is not empty.")
+    return value
 
 
 def read_question(item: dict, where: str, index: int, checker: str | None) -> Question:
@@ -97,24 +91,30 @@ def read_question(item: dict, where: str, index: int, checker: str | None) -> Qu
     return Question(index, prompt, reference, checker, group, item)
 
 
-def choice_of(reference: str) -> str | None:
-    """The letter of a reference that is nothing else: B, (B), B."""
-    found = re.fullmatch(r"\(?([A-J])[).]*", reference.strip())
-    return found[1] if found else None
+def load_questions(
+    source: str, checker: str | None, limit: int | None = None, seed: int = 2026, held_out: bool = True
+) -> list[Question]:
+    """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
 
+    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
+    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
+    """
+    if checker is not None and checker not in CHECKERS:
+        raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
+    name, _, family = str(source).partition(":")
+    if name == "demo":
+        if family and family not in FAMILIES or checker not in (None, "demo"):
+            raise InputError(
+                f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo."
+            )
+        stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
+        return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
 
-def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
-    """The first of these fields that the object has, as valid text that is not empty (a number is taken as
-    text)."""
-    name = next((name for name in names if name in item), None)
-    if name is None:
-        raise InputError(f"{where} has no field {' or '.join(repr(name) for name in names)}.")
-    value = item[name]
-    if type(value) in (int, float):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: field {name!r} must be text that is not empty.")
-    return value
+    lines = islice(json_lines(Path(source), "--questions"), limit)
+    questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
+    if not questions:
+        raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
+    return distinct(questions)
 
 
 def add_question_flags(parser) -> None:

@@ -83,38 +83,6 @@ def answer_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> di
     return record | {"cuts": cuts(how.tokenizer, record["tokens"])}
 
 
-def answer_turns(how: Answering, parts: list[list[int]], question: Question, more: Callable) -> dict:
-    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and
-    took.
-
-    parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
-    """
-    context, records = [], []
-    for part in parts:
-        context = context + part
-        record = answer_turn(how, context, question.stops)
-        records.append(record | more(context, record["tokens"]))
-        context = context + said_ids(record, question.stops)
-
-    whole = join(records)
-    if question.checker == "none":
-        whole |= {"turns": [summary_of(record, question.stops) for record in records], "time": time.time()}
-    return whole
-
-
-def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
-    """The record of a question without an answer: what the logits were, instead of a text; all counts are
-    zero."""
-    n = len(parts[0])
-    record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
-    if isinstance(engine, Engine):
-        record = json.loads(as_json(engine, Result(n), "")) | {"origin": ""} | record
-    record |= {"cuts": [], "stop_reason": "failed"}
-    if question.checker == "none":
-        record |= {"turns": [summary_of(record, ()) for _ in parts], "time": time.time()}
-    return record
-
-
 def said_ids(record: dict, stops: tuple[str, ...]) -> list[int]:
     """The tokens of an answer that lie before its stop text or stop token."""
     room, ids = len(cut(record["text"], stops)), []
@@ -160,3 +128,35 @@ def summary_of(record: dict, stops: tuple[str, ...]) -> dict:
         "seconds": record["seconds_prefill"] + record["seconds_decode"],
         "accept_lengths": [len(tokens) for tokens in rounds],
     }
+
+
+def answer_turns(how: Answering, parts: list[list[int]], question: Question, more: Callable) -> dict:
+    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and
+    took.
+
+    parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
+    """
+    context, records = [], []
+    for part in parts:
+        context = context + part
+        record = answer_turn(how, context, question.stops)
+        records.append(record | more(context, record["tokens"]))
+        context = context + said_ids(record, question.stops)
+
+    whole = join(records)
+    if question.checker == "none":
+        whole |= {"turns": [summary_of(record, question.stops) for record in records], "time": time.time()}
+    return whole
+
+
+def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
+    """The record of a question without an answer: what the logits were, instead of a text; all counts are
+    zero."""
+    n = len(parts[0])
+    record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
+    if isinstance(engine, Engine):
+        record = json.loads(as_json(engine, Result(n), "")) | {"origin": ""} | record
+    record |= {"cuts": [], "stop_reason": "failed"}
+    if question.checker == "none":
+        record |= {"turns": [summary_of(record, ()) for _ in parts], "time": time.time()}
+    return record
