@@ -134,6 +134,17 @@ def needed_length(args: argparse.Namespace) -> int:
     return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
 
 
+def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
+    """An action that runs several times back to back, after once that does not count, and returns the seconds
+    of one."""
+
+    def run() -> float:
+        action()
+        return timed(lambda: [action() for _ in range(times)], device) / times
+
+    return run
+
+
 class Workbench:
     """The models and engines of one benchmark, and its parts."""
 
@@ -823,17 +834,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         bench.trace(args.profile)
     print(as_text(report))
     print(json.dumps(report))
-
-
-def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
-    """An action that runs several times back to back, after once that does not count, and returns the seconds
-    of one."""
-
-    def run() -> float:
-        action()
-        return timed(lambda: [action() for _ in range(times)], device) / times
-
-    return run
 
 
 def main(argv: list[str] | None = None) -> None:

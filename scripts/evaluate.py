@@ -37,13 +37,7 @@ from scripts.lib.fastchat import check_model_answers, write_model_answers
 from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
 from scripts.lib.pair import name_models, own_device, schemes_of
 from scripts.lib.public_tasks import TASKS
-from scripts.lib.results import (
-    PEERS,
-    check_parts,
-    merge,
-    part,
-    rank_and_size,
-)
+from scripts.lib.results import PEERS, check_parts, merge, part, rank_and_size
 from scripts.lib.scoring import Question
 from scripts.lib.summary import summarise
 from scripts.lib.tasks import add_question_flags, questions_of

@@ -19,12 +19,7 @@ from pathlib import Path
 import torch
 
 from cli import InputError, shortened, whole
-from files import (
-    Lines,
-    parse_object,
-    read_bytes,
-    write_file,
-)
+from files import Lines, parse_object, read_bytes, write_file
 from judge import RULES
 from scripts.lib.fields import is_count, is_counts, is_figure, is_seconds, is_text, is_verdict, maybe
 from scripts.lib.flags import MOST_PROCESSES
