@@ -346,7 +346,7 @@ def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypat
         "generate.py": generate.main,
     }
     smaller = {
-        "--limit 200": "--limit 9",
+        "--limit 200": "--limit 6 --seed 1",
         "--limit 300": "--limit 3",
         "--max_harm 0.02": "--max_harm 0.7 --walk 0.9,0.5",
         "--compile": "",
