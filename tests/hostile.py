@@ -816,9 +816,9 @@ def call(case: Case) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before, code = (sys.stdin, sys.stdout, sys.stderr), 0
     sys.stdin, sys.stdout = (
-        open(0, encoding="utf-8", closefd=False),
-        open(1, "w", encoding="utf-8", closefd=False),
-    )  # noqa: SIM115
+        open(0, encoding="utf-8", closefd=False),  # noqa: SIM115
+        open(1, "w", encoding="utf-8", closefd=False),  # noqa: SIM115
+    )
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     try:
         call_main(case.script, case.argv)

@@ -101,7 +101,7 @@ def test_debug_numerics_says_where_it_begins(pair):
             engine_of(pair, "standard", debug_numerics=True).generate(PROMPT, 5)
 
 
-@pytest.mark.parametrize("verify", ["plain", "standard"])
+@pytest.mark.parametrize("verify", ["plain", pytest.param("standard", marks=pytest.mark.slow)])  # compiles for seconds
 def test_compiled_steps_see_it_too(pair, verify):
     target, _ = pair
     engine = engine_of(pair, verify, compile=True)
