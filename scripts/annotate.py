@@ -37,8 +37,10 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
+from checkpoint import DEMO
 from files import Lines, check_not_input, check_writable, read_json_lines, write_file
 from scripts.lib.answers import encode_answer, is_span
+from scripts.lib.flags import add_flags
 from scripts.lib.pair import files_in
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -415,9 +417,8 @@ class Session:
         elif self.state:
             before = self.state
             self.states[self.key] = edit(before, key, self.answer_rows(width))
-            if (
-                self.state.marks != before.marks
-            ):  # also of an answer that was done: it is open again until it is confirmed
+            # also of an answer that was done: it is open again until it is confirmed
+            if self.state.marks != before.marks:
                 self.journal.put(self.key, self.state.errors, False)
             self.follows = True
         return True
@@ -562,12 +563,13 @@ def annotate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="answers to mark, JSON lines")
-    add("--out", type=Path, required=True, help="answers that are done, JSON lines; goes on where it stopped")
-    demo = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "target"
-    add("--checkpoint_path", type=Path, default=demo, help="folder whose tokenizer splits the answers")
-    add("--all", action="store_true", help="ask about answers known to be right, too")
+    add_flags(
+        parser,
+        data={"help": "answers to mark, JSON lines"},
+        out={"required": True, "help": "answers that are done, JSON lines; goes on where it stopped"},
+        checkpoint_path={"default": DEMO / "target", "help": "folder whose tokenizer splits the answers"},
+    )
+    parser.add_argument("--all", action="store_true", help="ask about answers known to be right, too")
     args = parser.parse_args(argv)
     run_script("annotate.py", lambda: annotate(args))
 

@@ -1,10 +1,9 @@
 """Speed, and how far it is from the physical limit: the bytes that a step must read over the measured
 bandwidth.
 
-    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside
-    transformers python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17
-    --speculate_k 20 --compile python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2
-    --compile --out benchmarks/mine.json
+    python scripts/benchmark.py --compile --peers                   # the demo pair, beside transformers
+    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --compile
+    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out mine.json
 
 Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see
 the machine in the same state; a step is timed right after one that is not, as in decoding, where the step
@@ -21,7 +20,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import copy
@@ -44,7 +43,7 @@ import kernels
 from checkpoint import checkpoint_files, weight_plan
 from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
-from judge import JudgeHead, load_judge
+from judge import JudgeHead, load_judge, needs_judge
 from kernels import capture
 from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_device, random_model, run_dtype
 from quantize import (
@@ -58,12 +57,7 @@ from quantize import (
     scheme_of,
     weight_bytes,
 )
-from scripts.lib.pace import Pace
-from scripts.lib.pair import check_memory, check_pair
-from scripts.lib.peers import Peers, timed
-from scripts.lib.results import commit, machine
-from scripts.lib.runs import range_of
-from scripts.lib.speed_report import (
+from scripts.lib.benchmark_args import (
     SCHEMA,
     has_draft,
     model_name,
@@ -73,6 +67,11 @@ from scripts.lib.speed_report import (
     shape_of,
     shapes_of,
 )
+from scripts.lib.pace import Pace
+from scripts.lib.pair import check_memory, check_pair
+from scripts.lib.peers import Peers, timed
+from scripts.lib.results import commit, machine
+from scripts.lib.runs import range_of
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
@@ -193,7 +192,7 @@ class Workbench:
     def judge(self) -> JudgeHead | None:
         """The judge of the command line, or, for random weights, a head of the right size that is computed
         all the same."""
-        if self.args.verify != "judge":
+        if not needs_judge(self.args.verify):
             return None
         if self.args.judge_path is not None:
             return load_judge(self.args.judge_path, self.target, self.draft)
@@ -481,9 +480,8 @@ class LibraryInt4:
         low, high = groups.amin(-1), groups.amax(-1)
         step = ((high - low) / 15).clamp(min=1e-30)
         q = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).to(torch.int32).flatten(1)
-        self.scales = (
-            torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)
-        )  # (groups, N, 2)
+        # (groups, N, 2)
+        self.scales = torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)
         if weight.device.type == "cpu":
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
             self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -603,8 +601,7 @@ def noise(rows: list[dict]) -> str:
         return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
     return (
         f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
-        f"their median. "
-        "Measure them again on an idle machine before anything is built on a difference."
+        "their median. Measure them again on an idle machine before anything is built on a difference."
     )
 
 
@@ -626,16 +623,18 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--judge_path: random weights have no judge; leave it out, and one of zeros is computed."
         )
-    if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
-        raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
+    if needs_judge(args.verify) and args.draft_checkpoint_path and not args.judge_path:
+        raise InputError(
+            f"--verify {args.verify} needs a judge; name one with --judge_path, or another rule."
+        )
     if args.modes and (args.mode or args.attention or args.products):
         raise InputError(
             "--modes names how the target is quantised; leave --mode, --attention and --products out."
         )
     if args.peers and (args.max_new_tokens == 1 or args.mode or args.draft_mode or args.modes):
         raise InputError(
-            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, "
-            "--max_new_tokens."
+            "--peers runs transformers on unquantised weights for at "
+            "least 2 tokens; mind --mode, --modes, --max_new_tokens."
         )
     if (args.attention or args.products) and (args.profile or args.peers):
         raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
@@ -692,9 +691,8 @@ def check_lengths(args: argparse.Namespace) -> None:
         )
     if (reached := max(args.positions) + rows_ahead(args)) > context:
         raise InputError(
-            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach "
-            f"{reached} tokens, "
-            f"but the context is {context}."
+            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
+            f"there on reach {reached} tokens, but the context is {context}."
         )
     for length in args.cache_length or []:
         if length < needed_length(args):
@@ -703,8 +701,8 @@ def check_lengths(args: argparse.Namespace) -> None:
             )
     if draft is not None and target.vocab_size != draft.vocab_size:
         raise InputError(
-            f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} "
-            f"tokens."
+            "Draft and target have different vocabularies, of "
+            f"{draft.vocab_size} and {target.vocab_size} tokens."
         )
     if args.checkpoint_path and args.draft_checkpoint_path:
         check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
@@ -757,9 +755,8 @@ def make_report(
     }
     if bench is None:
         return report
-    figures = (
-        {} if args.modes else bench.round_figures(report["rows"])
-    )  # with several modes there are several of each
+    # with several modes there are several of each
+    figures = {} if args.modes else bench.round_figures(report["rows"])
     return report | {"startup": bench.startup} | figures
 
 
@@ -795,9 +792,8 @@ def as_text(report: dict) -> str:
     made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
     lines = [f"`{report['command']}`; {made}.", ""]
     lines.append(
-        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} "
-        f"GB/s (reads and "
-        f"writes); the limit is {report['limit']}."
+        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy "
+        f"{report['copy_gb_per_s']:.1f} GB/s (reads and writes); the limit is {report['limit']}."
     )
     lines += ["", as_table(report["rows"]), ""]
     for name, found in report.get("startup", {}).items():
@@ -819,7 +815,7 @@ def as_text(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__)
+    args = parse_args(Parser(__doc__), argv)
     run_script("benchmark.py", lambda: run(args, sys.argv[1:] if argv is None else argv))
 
 

@@ -37,12 +37,14 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import read_config
-from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Result, Settings, check_prompt, check_settings
-from model import DTYPES, pick_device, run_dtype
+from files import Lines, check_not_input, check_writable, digest, read_bytes, write_file
+from generate import Engine, NotFinite, Settings
+from model import pick_device, run_dtype
 from quantize import load_model
 from scripts.lib.demo_task import annotated
-from scripts.lib.pair import files_in
+from scripts.lib.flags import add_flags
+from scripts.lib.pair import check_prompt, check_settings, files_in
+from scripts.lib.result import Result
 from scripts.lib.results import is_count, is_text, is_verdict, resume
 from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
 from scripts.lib.tasks import add_question_flags, questions_of
@@ -101,23 +103,11 @@ def encode_prompts(
     return prompts
 
 
-def folder_digest(folder: Path) -> str:
-    """What tells one checkpoint from another without reading it whole: names, sizes and ends of its files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".jinja", ".model", ".safetensors") and path.is_file():
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 65536))
-                digest.update(repr((path.relative_to(folder).as_posix(), size, file.read())).encode())
-    return digest.hexdigest()[:16]
-
-
 def make_header(args: argparse.Namespace, questions: list[Question]) -> dict:
     """What OUT.all must agree on for a run to go on with it."""
     asked = json.dumps([(question.id, question.reference) for question in questions])
     return {"questions": hashlib.sha256(asked.encode()).hexdigest()[:16],
-            "models": [folder_digest(folder) for folder in args.checkpoint_path],
+            "models": [digest(folder) for folder in args.checkpoint_path],
             "temperature": args.temperature, "samples": args.samples, "seed": args.seed, "chat": args.chat,
             "max_new_tokens": args.max_new_tokens, "precision": str(args.dtype), "compile": args.compile,
             "device": str(args.device), "torch": torch.__version__}  # fmt: skip
@@ -272,8 +262,8 @@ def write_chosen(out: Path, lines: list[str]) -> None:
     content = ("\n".join(lines) + "\n").encode()
     if out.exists() and read_bytes(out) != content:
         raise InputError(
-            f"{out} holds other lines than were chosen now (annotated, perhaps); move it, or name another "
-            f"--out."
+            f"{out} holds other lines than were chosen now "
+            "(annotated, perhaps); move it, or name another --out."
         )
     write_file(out, content)
 
@@ -294,9 +284,9 @@ def print_summary(args: argparse.Namespace, questions: int, records: list[dict],
     right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
-        f"{args.out}: {tuples}{len(chosen)} answers ({right} right, {len(chosen) - right} wrong), "
-        f"{sum(r['tokens'] for r in chosen)} tokens; from {questions} questions, {len(records)} answers, "
-        f"{dropped} dropped."
+        f"{args.out}: {tuples}{len(chosen)} answers ({right} right, "
+        f"{len(chosen) - right} wrong), {sum(r['tokens'] for r in chosen)} tokens; "
+        f"from {questions} questions, {len(records)} answers, {dropped} dropped."
     )
     texts = len(different(records))
     others = {
@@ -334,8 +324,8 @@ def build(args: argparse.Namespace) -> None:
     folders = [folder.resolve() for folder in args.checkpoint_path]
     if len(set(folders)) < len(folders):
         raise InputError(
-            f"--checkpoint_path names {max(folders, key=folders.count)} twice; for more answers raise "
-            f"--samples."
+            f"--checkpoint_path names {max(folders, key=folders.count)} "
+            "twice; for more answers raise --samples."
         )
     prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
     header, jobs = make_header(args, questions), list_jobs(args, questions)
@@ -345,9 +335,9 @@ def build(args: argparse.Namespace) -> None:
         chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
         if not chosen:
             raise InputError(
-                "There is nothing to choose: no question has both a right and a wrong answer; ask more "
-                "questions, add a "
-                f"weaker checkpoint or a higher --temperature, or see {args.work} for what was dropped."
+                "There is nothing to choose: no question has both a right and a "
+                "wrong answer; ask more questions, add a weaker checkpoint or a "
+                f"higher --temperature, or see {args.work} for what was dropped."
             )
         demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
         write_chosen(args.out, [line_of(record, demo) for record in chosen])
@@ -372,27 +362,26 @@ def all_records(
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--checkpoint_path",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="the models' folders; they are loaded in turn",
+    add, several = parser.add_argument, whole(1, 10_000)
+    add_flags(
+        parser,
+        checkpoint_path={
+            "nargs": "+",
+            "required": True,
+            "help": "the models' folders; they are loaded in turn",
+        },
     )
-    add_question_flags(add)
-    add("--temperature", default="0,0.8", help="each model answers at each of these")
-    add("--samples", type=whole(1, 10_000), default=1, help="answers a question at each temperature above 0")
-    add(
-        "--max_new_tokens",
-        type=whole(1, 10_000_000),
-        default=400,
-        help="after which an answer is cut off, and dropped",
-    )
-    add(
-        "--chat",
-        action="store_true",
-        help="put questions into the folder's chat format, as judge.py train --chat will",
+    add_question_flags(parser)
+    add_flags(
+        parser,
+        temperature={"type": str, "default": "0,0.8", "help": "each model answers at each of these"},
+        samples={"help": "answers a question at each temperature above 0"},
+        max_new_tokens={
+            "type": whole(1, 10_000_000),
+            "default": 400,
+            "help": "after which an answer is cut off, and dropped",
+        },
+        chat={"help": "put questions into the folder's chat format, as judge.py train --chat will"},
     )
     add(
         "--tuples",
@@ -400,21 +389,19 @@ def main(argv: list[str] | None = None) -> None:
         default=True,
         help="keep right and wrong pairs, not all answers",
     )
-    add("--right", type=whole(1, 10_000), default=1, help="right answers in a tuple, at most")
-    add("--wrong", type=whole(1, 10_000), default=1, help="wrong answers in a tuple, at most")
+    add("--right", type=several, default=1, help="right answers in a tuple, at most")
+    add("--wrong", type=several, default=1, help="wrong answers in a tuple, at most")
     add(
         "--annotate_demo",
         action="store_true",
         help="mark errors by the demo's grammar instead of leaving that open",
     )
-    add("--compile", action="store_true", help="compile the step functions with torch.compile")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        help="the chosen answers, JSON lines; OUT.all beside it holds all of them",
+    add_flags(
+        parser,
+        "compile",
+        "device",
+        "precision",
+        out={"required": True, "help": "the chosen answers, JSON lines; OUT.all beside it holds all of them"},
     )
     args = parser.parse_args(argv)
     run_script("build_judge_data.py", lambda: build(args))

@@ -27,6 +27,7 @@ from checkpoint import args_of, read_field, weight_plan
 from files import check_new_folder, checkpoint_folder, is_file, lock, opened, read_json, write_file
 from model import LLAMA31_ROPE, LLAMA32_ROPE
 from quantize import is_scrap, write_tensors
+from scripts.lib.flags import add_flags
 
 NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -266,7 +267,7 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Meta's folder")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    add_flags(parser, out={"required": True, "help": "the folder to write"})
     args = parser.parse_args(argv)
     run_script("convert_meta_checkpoint.py", lambda: convert(args.checkpoint_dir, args.out))
 

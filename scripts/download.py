@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files import check_folder, check_writable, lock, read_bytes
+from scripts.lib.flags import add_flags
 
 TABLE = Path(__file__).with_suffix(".tsv")
 SOURCE = "https://raw.githubusercontent.com"
@@ -96,9 +97,8 @@ def fetch(file: File, folder: Path, source: str) -> None:
             if digest_of(part) != file.sha256:
                 part.unlink()
                 raise InputError(
-                    f"{file.url(source)} gave another file than the one in download.tsv (its "
-                    f"sha256 differs); "
-                    "nothing is kept."
+                    f"{file.url(source)} gave another file than the one in "
+                    "download.tsv (its sha256 differs); nothing is kept."
                 )
             os.replace(part, path)
     except OSError as error:
@@ -161,12 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", help="folders or files of --list, or all")
-    add(
-        "--out",
-        type=Path,
-        default=Path(os.environ.get("JUDGE_FAST_DATA", "data")),
-        help="where they go (default: data)",
-    )
+    out = {
+        "default": Path(os.environ.get("JUDGE_FAST_DATA", "data")),
+        "help": "where they go (default: data)",
+    }
+    add_flags(parser, out=out)
     add("--list", action="store_true", help="print every file, its size, licence and address")
     add("--source", default=SOURCE, help="a mirror of raw.githubusercontent.com")
     args = parser.parse_args(argv)

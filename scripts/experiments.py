@@ -3,17 +3,18 @@
     python scripts/experiments.py judge_table          # or another of the names below, or all
     python scripts/experiments.py pareto --limit 50 --results trial
 
-    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309, its
-    main table) m_sweep         tokens a round and tokens/s against M, for standard and judge, and
-    --speculate_k auto pareto          accuracy against m* over thresholds, for every rule equal_risk
-    every rule calibrated to the same bound on harm, then compared other_text      how much of somebody else's
-    text passes, standard and judge out_of_domain   judge and AutoJudge head trained on one family, tested on
-    the other, beside training-free kl self_correction the target made to go on after a wrong span: how often
-    it puts it right label_policies  the three ways to label what follows an error, trained and decoded
-    ablations       feature, row, layer, size of the training set, target+draft autojudge       mining: share
-    of important tokens, AUC, agreement with the true labels rule_cost       what each rule adds to the
-    verification's time (needs --compile) quantised       the target in int8, fp8 and int4: perplexity,
-    accuracy, m*, and the judge as it is and trained anew
+    judge_table     plain, standard and judge: m*, tokens/s, accuracy, on both families (arXiv 2501.19309)
+    m_sweep         tokens a round and tokens/s against M, for standard and judge, and --speculate_k auto
+    pareto          accuracy against m* over thresholds, for every rule
+    equal_risk      every rule calibrated to the same bound on harm, then compared
+    other_text      how much of somebody else's text passes, standard and judge
+    out_of_domain   judge and AutoJudge head trained on one family, tested on the other, beside kl
+    self_correction the target made to go on after a wrong span: how often it puts it right
+    label_policies  the three ways to label what follows an error, trained and decoded
+    ablations       feature, row, layer, size of the training set, target+draft
+    autojudge       mining: share of important tokens, AUC, agreement with the true labels
+    rule_cost       what each rule adds to the verification's time (needs --compile)
+    quantised       the target in int8, fp8 and int4: perplexity, accuracy, m*, the judge as it is and anew
 
 Each writes NAME.json, NAME.md and NAME.png, with n, seed, 95% intervals (paired where runs share problems),
 command, machine and commit, and one sentence that says what was found. Answers are kept in --work; a killed
@@ -38,7 +39,7 @@ import torch
 from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable, write_file
 from generate import Engine, Settings
-from judge import LABEL_POLICIES, RULES, load_judge
+from judge import LABEL_POLICIES, RELAXED, RULES, load_judge, needs_judge
 from model import pick_device
 from quantize import load_model, scheme_named
 from scripts.lib import calibration, figures, scored_text
@@ -58,12 +59,12 @@ from scripts.lib.demo_task import (
     write_answer,
 )
 from scripts.lib.features import RowReader, extract_features
-from scripts.lib.flags import add_engine_flags
+from scripts.lib.flags import add_engine_flags, add_flags
 from scripts.lib.intervals import interval
-from scripts.lib.likelihood import perplexity, read_texts
+from scripts.lib.likelihood import perplexity, read_pairs
 from scripts.lib.pair import name_models
 from scripts.lib.results import commit, machine
-from scripts.lib.tasks import MOST, load_questions
+from scripts.lib.tasks import load_questions
 from scripts.lib.terminal import answer_text
 from scripts.lib.training import (
     TrainSettings,
@@ -84,10 +85,10 @@ def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:
     return summarise(records, [label(variant) for variant in variants])
 
 
-def bench_of(args, asked, name: str, needs_judge: bool = True, largest_k: int = 0, **more) -> Bench:
+def bench_of(args, asked, name: str, with_judge: bool = True, largest_k: int = 0, **more) -> Bench:
     """A Bench whose answers are kept in the work folder under `name`."""
     fixed = {"out": args.work / f"{name}.jsonl", "task": None, "questions": "demo", "checker": None}
-    return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, needs_judge, largest_k)
+    return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, with_judge, largest_k)
 
 
 def times(value: float | None, base: float | None) -> str:
@@ -102,22 +103,19 @@ def judge_table(args) -> dict:
     records = bench_of(args, questions, "judge_table").answer_all(questions, variants)
     rows = [{"family": "both", **row} for row in summary_rows(records, variants)]
     for family in FAMILIES:
-        if mine := [
-            record for record in records if record["family"] == family
-        ]:  # a few problems may all be of one
+        # a few problems may all be of one
+        if mine := [record for record in records if record["family"] == family]:
             rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
     plain, standard, judge = rows[:3]
     return {
         "title": "Plain, standard and judge",
         "n": len(questions),
         "rows": rows,
-        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} times as "
-        f"many tokens a round "
-        f"as standard ({judge['mean_accepted']:.2f} against {standard['mean_accepted']:.2f}) and decodes "
-        f"{judge['ratio']:.2f} "
-        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} that plain has right and "
-        f"wins "
-        f"{judge['won']} that plain has wrong.",
+        "finding": f"The judge accepts {times(judge['mean_accepted'], standard['mean_accepted'])} "
+        f"times as many tokens a round as standard ({judge['mean_accepted']:.2f} "
+        f"against {standard['mean_accepted']:.2f}) and decodes {judge['ratio']:.2f} "
+        f"times as fast as plain; of {judge['n']} problems it loses {judge['lost']} "
+        f"that plain has right and wins {judge['won']} that plain has wrong.",
     }
 
 
@@ -141,11 +139,9 @@ def m_sweep(args) -> dict:
         best, worst = (pick((k for k in speed if k != "auto"), key=speed.get) for pick in (max, min))
         parts.append(
             f"{name} goes from {mine[8]['mean_accepted']:.1f} accepted tokens at M = 8 to "
-            f"{mine[16]['mean_accepted']:.1f} "
-            f"at 16 and {mine[32]['mean_accepted']:.1f} at 32 and is fastest at M = {best}; auto reaches "
-            f"{speed['auto'] / speed[best]:.0%} of that speed and {speed['auto'] / speed[worst]:.2f} times "
-            f"that of the worst "
-            f"(M = {worst})"
+            f"{mine[16]['mean_accepted']:.1f} at 16 and {mine[32]['mean_accepted']:.1f} at 32 and "
+            f"is fastest at M = {best}; auto reaches {speed['auto'] / speed[best]:.0%} of that "
+            f"speed and {speed['auto'] / speed[worst]:.2f} times that of the worst (M = {worst})"
         )
     return {
         "title": "Tokens a round against M",
@@ -156,12 +152,7 @@ def m_sweep(args) -> dict:
 
 
 def all_thresholds() -> list[Variant]:
-    return [
-        Variant(name, threshold)
-        for name, rule in RULES.items()
-        if name != "standard"
-        for threshold in rule.walk
-    ]
+    return [Variant(name, threshold) for name in RELAXED for threshold in RULES[name].walk]
 
 
 def pareto(args) -> dict:
@@ -191,9 +182,8 @@ def pareto(args) -> dict:
 
 def equal_risk(args) -> dict:
     """Experiment 3, second half: thresholds from other problems than those that are then answered."""
-    names, n = [name for name in RULES if name != "standard"], args.limit or 250
-    found = {}
-    for name in names:
+    n, found = args.limit or 250, {}
+    for name in RELAXED:
         command = [
             "--verify",
             name,
@@ -204,10 +194,9 @@ def equal_risk(args) -> dict:
             "--seed",
             str(args.seed + 1),
         ]
-        out = args.work / ("calibrated.safetensors" if name == "judge" else f"calibrated_{name}.json")
-        kept = args.work / (
-            "calibration_judge.jsonl" if name == "judge" else "calibration.jsonl"
-        )  # its runs name the judge
+        out = args.work / ("calibrated.safetensors" if needs_judge(name) else f"calibrated_{name}.json")
+        # its runs name the judge
+        kept = args.work / ("calibration_judge.jsonl" if needs_judge(name) else "calibration.jsonl")
         command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
         found[name] = calibration.calibrate(calibration.parse_args(command))
     variants = [Variant("plain"), Variant("standard")]
@@ -231,7 +220,7 @@ def equal_risk(args) -> dict:
         "calibrated_on": n,
         "rows": rows + failed,
         "seed_of_calibration": args.seed + 1,
-        "finding": f"At the same bound the rules accept m* "
+        "finding": "At the same bound the rules accept m* "
         f"{found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
     }
 
@@ -274,10 +263,9 @@ def other_text(args) -> dict:
         "n": n,
         "rows": rows,
         "finding": "Of right answers in wordings picked at random, standard verification accepts "
-        f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, "
-        f"the judge {random_rows['judge']['mean_accepted']:.1f} "
-        f"({random_rows['standard']['passed']:.0%} and {random_rows['judge']['passed']:.0%} of the "
-        f"tokens).",
+        f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, the judge "
+        f"{random_rows['judge']['mean_accepted']:.1f} ({random_rows['standard']['passed']:.0%} "
+        f"and {random_rows['judge']['passed']:.0%} of the tokens).",
     }
 
 
@@ -330,8 +318,8 @@ def out_of_domain(args) -> dict:
     }
     mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
     said = [
-        f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} at m* "
-        f"{mean(part, 'mean_accepted'):.1f}"
+        f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} "
+        f"at m* {mean(part, 'mean_accepted'):.1f}"
         for key, part in found.items()
     ]
     return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
@@ -380,9 +368,8 @@ def self_correction(args) -> dict:
         progress.step()
     rows = []
     for where in ("right after the wrong characters", "at the end of the sentence", "all"):
-        if mine := [
-            case for case in cases if where in ("all", case["where"])
-        ]:  # of few problems none may be of a kind
+        # of few problems none may be of a kind
+        if mine := [case for case in cases if where in ("all", case["where"])]:
             shares = {
                 field: sum(case[field] for case in mine) / len(mine)
                 for field in ("at_once", "right", "answer_right")
@@ -397,9 +384,8 @@ def self_correction(args) -> dict:
         "n": n,
         "rows": rows,
         "examples": [case for case in examples if case],
-        "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once and ends "
-        f"right at every "
-        f"step in {rows[-1]['right']:.0%} ({', '.join(parts)}).",
+        "finding": f"The target takes back {rows[-1]['at_once']:.0%} of the wrong spans at once "
+        f"and ends right at every step in {rows[-1]['right']:.0%} ({', '.join(parts)}).",
     }
 
 
@@ -439,8 +425,8 @@ def label_policies(args) -> dict:
         lost[row["policy"]].append(f"{0 - row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}")
     said = "; ".join(f"{policy}: {', '.join(parts)}" for policy, parts in lost.items())
     return {"title": "Label policies", "n": len(questions), "rows": rows,
-            "finding": f"{best} accepts most over the four thresholds, within 2 points of plain "
-            f"({said}, at delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
+            "finding": f"{best} accepts most over the four thresholds, within 2 "
+                       f"points of plain ({said}, at delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
 
 
 def ablations(args) -> dict:
@@ -456,8 +442,8 @@ def ablations(args) -> dict:
     for side in (test[number], ~test[number]):
         if not 0 < labels[side].sum() < side.sum():
             raise InputError(
-                f"{len(answers)} answers are too few: a side of the split lacks right or wrong tokens; give "
-                f"more."
+                f"{len(answers)} answers are too few: a side of "
+                "the split lacks right or wrong tokens; give more."
             )
     rows = []
     for name, x in features.items():
@@ -604,11 +590,10 @@ def autojudge(args) -> dict:
         "mismatches": total,
         "important": important / total,
         "agreement": agree,
-        "finding": f"{important / total:.1%} of {total} mismatches are important; the head's AUC on "
-        f"mined labels is "
-        f"{auc:.3f}; mined labels agree with the grammar's on {agree:.1%}: of {wrong} wrong tokens "
-        f"{counts[False, 1]} "
-        f"changed no final answer, of {total - wrong} right ones {counts[True, 0]} did.",
+        "finding": f"{important / total:.1%} of {total} mismatches are important; the head's "
+        f"AUC on mined labels is {auc:.3f}; mined labels agree with the grammar's "
+        f"on {agree:.1%}: of {wrong} wrong tokens {counts[False, 1]} changed no "
+        f"final answer, of {total - wrong} right ones {counts[True, 0]} did.",
     }
 
 
@@ -649,7 +634,7 @@ def quantised(args) -> dict:
     """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
     tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 300
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
-    texts = [[tokenizer.encode(part) for part in pair] for pair in read_texts("demo", args.seed, 300)]
+    texts = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", args.seed, 300)]
     questions, base = load_questions("demo", None, n, args.seed), None
     for name in TRIED:
         scheme = scheme_named(name)
@@ -698,9 +683,8 @@ def quantised(args) -> dict:
             )
     first, others = rows[0], [row for row in rows[1:] if row["judge_trained_on"] != "this target"]
     said = [
-        f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, {100 * row['change']:+.1f} "
-        f"points and m* "
-        f"{row['judge_m']:.1f}"
+        f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, "
+        f"{100 * row['change']:+.1f} points and m* {row['judge_m']:.1f}"
         for row in others
     ]
     as_it_is, anew = ([row["auc"] for row in rows[1:] if row["judge_trained_on"] == which] for which in heads)
@@ -708,13 +692,11 @@ def quantised(args) -> dict:
         "title": "Quantised targets",
         "n": n,
         "rows": rows,
-        "finding": f"Perplexity, accuracy and the judge's m* beside the unquantised target's "
-        f"({first['perplexity']:.4f}, "
-        f"{first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. Its head has AUC "
-        f"{first['auc']:.4f} there, "
-        f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where heads of their own "
-        f"reach {min(anew):.4f} "
-        f"to {max(anew):.4f}.",
+        "finding": "Perplexity, accuracy and the judge's m* beside the unquantised target's "
+        f"({first['perplexity']:.4f}, {first['plain']:.1%}, {first['judge_m']:.1f}): "
+        f"{'; '.join(said)}. Its head has AUC {first['auc']:.4f} there, "
+        f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where "
+        f"heads of their own reach {min(anew):.4f} to {max(anew):.4f}.",
     }
 
 
@@ -723,9 +705,7 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
     s = TrainSettings()
     encoded = encode_items(tokenizer, answers, False, target.args.vocab_size)
     shards = extract_features([target], encoded, s.rows, cache)
-    labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
-    starts = torch.tensor([0, *map(len, labels)]).cumsum(0)
-    labels = torch.cat(labels)[starts[shards.answer] + shards.place]
+    labels = shards.labels(encoded, s.policy)
     test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][
         shards.answer
     ] & (labels >= 0)
@@ -753,9 +733,8 @@ EXPERIMENTS = {
 
 def as_markdown(result: dict) -> str:
     """Title, finding, table, and how it was made."""
-    hidden = (
-        {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()
-    )  # a rule's label says it all
+    # a rule's label says it all
+    hidden = {"by_family", "name"} if any("rule" in row for row in result["rows"]) else set()
     names = [
         name for name in dict.fromkeys(key for row in result["rows"] for key in row) if name not in hidden
     ]
@@ -816,16 +795,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: {result['finding']}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=[*EXPERIMENTS, "all"], help="which, see above")
-    add(
-        "--limit",
-        type=whole(1, MOST),
-        help="fewer problems, for a trial (default: as many as each experiment names)",
+    add_flags(
+        parser,
+        limit={"help": "fewer problems, for a trial (default: as many as each experiment names)"},
+        seed={"type": whole(0, 2**62), "help": "another seed, other problems"},
     )
-    add("--seed", type=whole(0, 2**62), default=2026, help="another seed, other problems")
     add("--max_harm", type=number(0, 1), default=0.02, help="of equal_risk")
     training = DEMO.with_name("demo-training")
     made = sorted(training.glob("judge_data_*.jsonl"))
@@ -849,14 +827,17 @@ def main(argv: list[str] | None = None) -> None:
         default=[2026],
         help="the --seed that they were mined with",
     )
-    add(
-        "--work", type=Path, default=training / "experiments", help="where answers are kept, and resumed from"
-    )
+    kept = {"default": training / "experiments", "help": "where answers are kept, and resumed from"}
+    add_flags(parser, work=kept)
     add("--results", type=Path, default=ROOT / "benchmarks", help="where NAME.json, NAME.md and NAME.png go")
     add_engine_flags(parser)
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.flags = " ".join(word for word in argv if word != args.name)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     run_script("experiments.py", lambda: run(args))
 
 

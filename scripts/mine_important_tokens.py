@@ -1,8 +1,8 @@
 """AutoJudge's mining (arXiv 2504.20039): finds by trial which of the draft's tokens change the final answer.
 
     python scripts/mine_important_tokens.py --limit 200 --compile --out mined.jsonl
-    python scripts/mine_important_tokens.py --questions gsm8k/train.jsonl --checker number --checkpoint_path BIG \\
-        --draft_checkpoint_path SMALL --out mined.jsonl
+    python scripts/mine_important_tokens.py --questions gsm8k/train.jsonl --checker number \\
+        --checkpoint_path BIG --draft_checkpoint_path SMALL --out mined.jsonl
     torchrun --nproc_per_node 8 scripts/mine_important_tokens.py ... --out mined.jsonl     # then once:
     python scripts/mine_important_tokens.py ... --out mined.jsonl --merge 8
 
@@ -36,9 +36,10 @@ from torch import Tensor
 
 from checkpoint import read_config
 from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Settings, check_prompt
-from model import DTYPES, PAGE, pick_device, run_dtype
-from scripts.lib.pair import files_in, load_pair, name_models, own_device
+from generate import Engine, NotFinite, Settings
+from model import PAGE, pick_device, run_dtype
+from scripts.lib.flags import FIXED_K, add_flags
+from scripts.lib.pair import check_prompt, files_in, load_pair, name_models, own_device
 from scripts.lib.results import (
     check_parts,
     is_counts,
@@ -96,9 +97,8 @@ def mine(
     choices = draft_choices(engine, prompt + kept, before, known)
     while at < len(kept):
         token = choices[at]
-        if (
-            token == kept[at] or token in tokenizer.stop_ids
-        ):  # no rule may let a stop token through: nothing to learn
+        # no rule may let a stop token through: nothing to learn
+        if token == kept[at] or token in tokenizer.stop_ids:
             at += 1
             continue
         trial = kept[:at] + [token]
@@ -299,41 +299,34 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     share = important / max(1, important + others)
     reasons = Counter(record["skipped"] for record in found if "skipped" in record)
     why = f" ({', '.join(f'{n} {reason}' for reason, n in reasons.items())})" if reasons else ""
-    print(f"{args.out}: {len(mined)} questions mined, {len(found) - len(mined)} skipped{why}, in "
-          f"{sum(r['seconds'] for r in found):.0f} s: {important + others} mismatches, {important} important "
-          f"({share:.1%})")  # fmt: skip
+    print(f"{args.out}: {len(mined)} questions mined, {len(found) - len(mined)} "
+          f"skipped{why}, in {sum(r['seconds'] for r in found):.0f} s: "
+          f"{important + others} mismatches, {important} important ({share:.1%})")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add_question_flags(add)
-    add("--held_out", action="store_true", help="of the demo: take the problems that are kept for evaluation")
-    add("--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft)")
-    add("--draft_checkpoint_path", type=Path, help="the draft")
+    add_question_flags(parser)
+    parser.add_argument(
+        "--held_out", action="store_true", help="of the demo: take the problems that are kept for evaluation"
+    )
+    add_flags(
+        parser,
+        "checkpoint_path",
+        "draft_checkpoint_path",
+        "chat",
+        speculate_k=FIXED_K | {"default": 8, "help": "M; short, since drafts derail after a wrong token"},
+        max_new_tokens={
+            "type": whole(1, 10_000_000),
+            "help": "after which an answer is cut off, and skipped",
+        },
+        compile={},
+        device={},
+        precision={},
+        out={"required": True, "help": "training data for judge.py, JSON lines"},
+        merge={},
+    )
     parser.set_defaults(judge_path=None)
-    add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format")
-    add(
-        "--speculate_k",
-        type=whole(1, 1024),
-        default=8,
-        help="M; short, since drafts derail after a wrong token",
-    )
-    add(
-        "--max_new_tokens",
-        type=whole(1, 10_000_000),
-        default=200,
-        help="after which an answer is cut off, and skipped",
-    )
-    add("--compile", action="store_true", help="compile the step functions with torch.compile")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
-    add("--out", type=Path, required=True, help="training data for judge.py, JSON lines")
-    add(
-        "--merge",
-        type=whole(1, 1_000_000),
-        help="merge the parts of so many processes into --out, and do nothing else",
-    )
     args = parser.parse_args(argv)
     run_script("mine_important_tokens.py", lambda: run(args))
 

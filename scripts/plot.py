@@ -1,8 +1,7 @@
 """Figures from result files, written as PNG beside each; the names are printed.
 
-    python scripts/plot.py results.jsonl                                        # of scripts/evaluate.py
-    python scripts/plot.py benchmarks/latency_1b.json benchmarks/pareto.json    # of benchmark.py, of
-    experiments.py
+    python scripts/plot.py results.jsonl                   # of scripts/evaluate.py
+    python scripts/plot.py benchmarks/latency_1b.json      # of benchmark.py or experiments.py
 
 Of evaluate.py's results: accuracy against m* (NAME.pareto.png; a line joins the thresholds of a rule), how
 many draft tokens the rounds accepted (NAME.accepted.png), and tokens a round and a second against M

@@ -30,6 +30,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from files import check_not_input, check_writable, write_file
+from scripts.lib.flags import add_flags
 from scripts.lib.runs import accepted_counts, read_run, run_rows, turn_ends
 
 HERE = Path(__file__).resolve().parent
@@ -387,22 +388,18 @@ def notes(records: list[dict]) -> str:
     if failed := [record for record in records if record.get("failed")]:
         lines.append(
             f"{len(failed)} of {n} answers failed and count as wrong, the first that of "
-            f"{failed[0]['rule']} to item "
-            f"{failed[0]['index']}: {failed[0]['failed']}"
+            f"{failed[0]['rule']} to item {failed[0]['index']}: {failed[0]['failed']}"
         )
         records = [record for record in records if not record.get("failed")]
     if bare := sum(not (record.get("origin") and record.get("cuts")) for record in records):
         lines.append(
-            f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: "
-            f"they are of "
-            "transformers, or older than this report; run scripts/evaluate.py anew with another "
-            "--out."
+            f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: they are "
+            "of transformers, or older than this report; run scripts/evaluate.py anew with another --out."
         )
     if bare := sum(not has_details(record) for record in records):
         lines.append(
-            f"{bare} of {n} answers come without probability, KL and score of their tokens: run "
-            f"scripts/evaluate.py "
-            "with --details and another --out to see them here."
+            f"{bare} of {n} answers come without probability, KL and score of their tokens: "
+            "run scripts/evaluate.py with --details and another --out to see them here."
         )
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
 
@@ -424,9 +421,8 @@ def make_page(header: dict, records: list[dict], title: str, written: float) -> 
         "data": page_data(records, rules),
     }
     page = (HERE / "report_page.html").read_text(encoding="utf-8")
-    return re.sub(
-        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page
-    )  # in one pass: what is put in is not looked at
+    # in one pass: what is put in is not looked at
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -439,17 +435,15 @@ def report(args: argparse.Namespace) -> None:
     write_file(args.out, content)
     questions = len({record["index"] for record in records})
     print(
-        f"{one_line(str(args.out))}: {len(records)} answers to {questions} questions, "
-        f"{len(content) / 1e6:.1f} MB"
+        f"{one_line(str(args.out))}: {len(records)} answers to "
+        f"{questions} questions, {len(content) / 1e6:.1f} MB"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("results", type=Path, help="JSON lines of scripts/evaluate.py")
-    parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)"
-    )
+    add_flags(parser, out={"default": Path("report.html"), "help": "the page to write"})
     args = parser.parse_args(argv)
     run_script("report.py", lambda: report(args))
 

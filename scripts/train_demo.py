@@ -5,9 +5,9 @@ checkpoints/demo.
     python scripts/train_demo.py --stages judge       # only the judge, from the trained pair
 
 The judge is trained on answers that the trained draft and target gave to training problems, the
-wrong ones marked at their first wrong word or digit by the grammar of scripts/demo_task.py.
+wrong ones marked at their first wrong word or digit by the grammar of scripts/lib/demo_task.py.
 
-The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go
+The text is that of scripts/lib/demo_task.py. The target reads answers in its own style in which some steps go
 wrong and are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not
 to make them. The draft reads right answers in the other style, and is too small to calculate without slips.
 """
@@ -40,6 +40,7 @@ from model import ModelArgs, Transformer, pick_device
 from quantize import load_model
 from scripts.lib.answers import read_answers
 from scripts.lib.demo_task import annotated, problems, write_answer, write_answer_with_errors
+from scripts.lib.flags import add_flags
 from scripts.lib.terminal import answer_text
 from scripts.lib.training import TrainSettings, print_figures, train_judge
 from tokenizer import load_tokenizer
@@ -62,11 +63,8 @@ FOLDER = (
     "tokenizer_config.json",
 )
 STAGES = ("tokenizer", "target", "draft", "judge")
-JUDGE_ANSWERS = (
-    ("draft", 0.0, 1000),
-    ("draft", 1.0, 1000),
-    ("target", 1.0, 200),
-)  # model, temperature, answers
+# model, temperature, answers
+JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))
 JUDGE_THRESHOLD = 0.8  # chosen on held-out problems of another seed than the results' (--seed 7)
 
 
@@ -109,9 +107,8 @@ def training_row(
         answer, errors = write_answer(problem, style, rng), []
     pieces = sp.encode(problem.question + answer, out_type=str)
     ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
-    end = (
-        -len(problem.question) - 1
-    )  # characters from the answer's start; SentencePiece puts a space before all
+    # characters from the answer's start; SentencePiece puts a space before all
+    end = -len(problem.question) - 1
     for piece in pieces:
         begin, end = end, end + len(piece)
         wrong = any(begin < b and end > a for a, b in errors)
@@ -388,26 +385,21 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         ) from None
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
         raise InputError(
-            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove "
-            f"it, and run the "
-            "stage tokenizer."
+            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with "
+            "begin and end; remove it, and run the stage tokenizer."
         )
     return pieces
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from"
+    add_flags(
+        parser,
+        out={"help": "default: checkpoints/demo of this repository, whose pair is replaced"},
+        work={"default": DEMO.with_name("demo-training")},
     )
     parser.add_argument("--stages", default=",".join(STAGES), help="which to make, with commas between")
-    parser.add_argument("--seed", type=whole(0, 2**62), default=1, help="of everything random")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
-    )
+    add_flags(parser, seed={"type": whole(0, 2**62), "default": 1, "help": "of everything random"}, device={})
     parser.add_argument(
         "--steps", type=whole(1, 1_000_000), help="batches a model, for a quick trial; needs --out"
     )

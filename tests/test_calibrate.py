@@ -334,15 +334,16 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
 
 
 def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypatch):
-    """README's lines for the demo pair alone, each as it stands there but for smaller numbers."""
+    """The lines of docs/judges.md for the demo pair alone, each as it stands there but for smaller numbers."""
     import generate
-    from scripts import build_judge_data
+    from scripts import build_judge_data, train_judge
 
-    block = (ROOT / "README.md").read_text().partition("**On the demo pair alone**")[2].split("```")[1]
+    block = (ROOT / "docs" / "judges.md").read_text().split("```")[1]
     lines = block.replace("\\\n", "").strip().splitlines()
     mains = {
         "scripts/build_judge_data.py": build_judge_data.main,
-        "judge.py": judge.main,
+        "scripts/train_judge.py": train_judge.main,
+        "scripts/calibrate.py": calibrate.main,
         "generate.py": generate.main,
     }
     smaller = {

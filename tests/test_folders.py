@@ -307,7 +307,7 @@ def test_damaged_weights_have_their_true_name(made, tmp_path, case):
     content, sentence = DAMAGED[case]
     shutil.copy(made / "one" / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    from model import open_safetensors
+    from checkpoint import open_safetensors
 
     with pytest.raises(InputError, match=sentence) as caught:
         open_safetensors(tmp_path / "model.safetensors")

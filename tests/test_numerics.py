@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import make_folder
 
-import generate
 from checkpoint import DEMO
 from generate import Engine, NotFinite, Settings, main
 from judge import JudgeHead
 from quantize import load_model
+from scripts.lib.result import Result
 
 PROMPT = [5, 17, 40, 8]
 RUNS = [
@@ -82,7 +82,7 @@ def test_what_becomes_infinite_midway_stops_there(pair):
     at = next(
         i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i] and token not in PROMPT
     )
-    result = generate.Result(len(PROMPT))
+    result = Result(len(PROMPT))
     after = f"after {len(PROMPT) + at + 1} tokens"
     with (
         spoiled(target.tok_embeddings.weight, tokens[at], float("inf")),

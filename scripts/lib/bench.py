@@ -14,7 +14,7 @@ from checkpoint import read_config
 from cli import InputError, Progress, note, whole
 from files import Lines
 from generate import Engine, NotFinite, Settings, capacity_for, settings_of
-from judge import RULES, JudgeHead
+from judge import RULES, JudgeHead, needs_judge
 from model import Transformer, run_dtype
 from scripts.lib.intervals import interval, mcnemar, mean_interval, paired_interval, pass_at_k
 from scripts.lib.pair import load_pair, schemes_of
@@ -93,7 +93,7 @@ class Bench:
     """
 
     def __init__(
-        self, args: argparse.Namespace, questions: list[Question], needs_judge: bool, largest_k: int = 0
+        self, args: argparse.Namespace, questions: list[Question], with_judge: bool, largest_k: int = 0
     ):
         self.args, self.tokenizer, self.engines = args, load_tokenizer(args.checkpoint_path), {}
         self.parts = {question.index: turn_ids(args, self.tokenizer, question) for question in questions}
@@ -101,11 +101,10 @@ class Bench:
         needs = (sum(map(len, parts)) + len(parts) * args.max_new_tokens for parts in self.parts.values())
         self.length = max(needs, default=args.max_new_tokens + 1)
         check_context(args, self.parts, self.length)
-        self.lines = (
-            Lines(args.out) if args.out and tp.is_first() else None
-        )  # locked before there is any work
+        # locked before there is any work
+        self.lines = Lines(args.out) if args.out and tp.is_first() else None
         try:
-            self.load(args, needs_judge, largest_k)
+            self.load(args, with_judge, largest_k)
             records = tp.first(lambda: resume(self.lines, self.header)) if args.out else []
             self.begun = self.lines is not None and bool(self.lines.content)
             self.done = by_key(args.out, records)
@@ -115,12 +114,10 @@ class Bench:
             self.close()
             raise
 
-    def load(self, args: argparse.Namespace, needs_judge: bool, largest_k: int) -> None:
+    def load(self, args: argparse.Namespace, with_judge: bool, largest_k: int) -> None:
         """Loads the models, with caches for the largest M: engines come one by one, and share them."""
-        judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
-        capacity = capacity_for(
-            self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k)
-        )
+        judge, dtype = args.judge_path if with_judge else None, run_dtype(args.precision, args.device)
+        capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("plain")).speculate_k))
         self.models = load_pair(
             args.checkpoint_path,
             args.draft_checkpoint_path,
@@ -140,13 +137,14 @@ class Bench:
         """Raises InputError for answers of the judge at another threshold than its own of now."""
         head = self.models[2]
         mine = [
-            r.get("threshold") for (rule, _), r in self.done.items() if head and rule.split("@")[0] == "judge"
+            r.get("threshold")
+            for (rule, _), r in self.done.items()
+            if head and needs_judge(rule.split("@")[0])
         ]
         if stale := [threshold for threshold in mine if threshold != head.threshold]:
             raise InputError(
-                f"{self.args.out} holds answers at the judge's threshold {stale[0]}, which is "
-                f"now "
-                f"{head.threshold}; remove it."
+                f"{self.args.out} holds answers at the judge's threshold "
+                f"{stale[0]}, which is now {head.threshold}; remove it."
             )
 
     def close(self) -> None:
@@ -212,8 +210,8 @@ def check_context(args: argparse.Namespace, parts: dict[int | str, list[list[int
         room = min((context - sum(map(len, each))) // len(each) for each in parts.values()) if parts else 0
         most = f"; with {room} the longest fits" if room > 0 else ""
         raise InputError(
-            f"A prompt and --max_new_tokens {args.max_new_tokens} need {needed} tokens, but the context is "
-            f"{context}{most}."
+            f"A prompt and --max_new_tokens {args.max_new_tokens} need "
+            f"{needed} tokens, but the context is {context}{most}."
         )
 
 
@@ -249,10 +247,8 @@ def peer(args: argparse.Namespace, rule: Variant, tokenizer):
     @torch.inference_mode()
     def run(prompt: list[int], max_new_tokens: int) -> tuple[list[int], float, float]:
         ids, seconds = torch.tensor([prompt], device=args.device), []
-        for length in (
-            1,
-            max_new_tokens,
-        ):  # the first token alone stands for the prefill, which our figures leave out
+        # the first token alone stands for the prefill, which our figures leave out
+        for length in (1, max_new_tokens):
             started = time.monotonic()
             out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **more)
             seconds.append(time.monotonic() - started)

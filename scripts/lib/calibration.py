@@ -13,7 +13,6 @@ import torch
 from checkpoint import read_safetensors
 from cli import InputError, Parser, Progress, note, number, shortened
 from files import check_folder, check_not_input, check_writable, write_file
-from generate import Result, check_settings
 from judge import LABEL_POLICIES, RULES, JudgeHead, check_threshold, load_judge
 from model import pick_device, run_dtype
 from quantize import load_model
@@ -23,7 +22,8 @@ from scripts.lib.features import extract_features
 from scripts.lib.flags import add_engine_flags
 from scripts.lib.guarantee import MOST_SHOWN, conditions, kind_of, live_statistics, read_calibration
 from scripts.lib.intervals import upper_bound
-from scripts.lib.pair import files_in, name_models, schemes_of
+from scripts.lib.pair import check_settings, files_in, name_models, schemes_of
+from scripts.lib.result import Result
 from scripts.lib.scoring import Question
 from scripts.lib.tasks import add_question_flags, questions_of
 from scripts.lib.training import TrainSettings
@@ -396,6 +396,6 @@ def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Names
         help="what to write: a judge (default: --judge_path itself) or, for another rule, JSON",
     )
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
-    add_question_flags(add)
+    add_question_flags(parser)
     add_engine_flags(parser)
     return parser.parse_args(argv)

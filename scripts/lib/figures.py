@@ -536,9 +536,8 @@ def round_parts(result: dict):
 
 def save(figure, path: Path, caption: str) -> None:
     """Writes the PNG, beside and renamed."""
-    lines = textwrap.fill(
-        one_line(caption)[:400], int(17 * figure.get_figwidth())
-    )  # matplotlib's wrap reads $ as a formula
+    # matplotlib's wrap reads $ as a formula
+    lines = textwrap.fill(one_line(caption)[:400], int(17 * figure.get_figwidth()))
     figure.suptitle(lines, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as fresh, warnings.catch_warnings():

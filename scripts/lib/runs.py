@@ -12,14 +12,8 @@ from cli import InputError
 from files import is_number, parse_json, read_text
 from scripts.lib.bench import summarise
 
-PER_TOKEN = (
-    "origin",
-    "cuts",
-    "p",
-    "kl",
-    "score",
-    "top",
-)  # in result lines, one entry a token; may be missing
+# in result lines, one entry a token; may be missing
+PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")
 
 
 MOST = 10**9  # of a count in a result file
@@ -138,8 +132,8 @@ def check_record(record, where: str) -> None:
             )
     if record["accepted_by_rule"] > record["accepted"]:
         raise InputError(
-            f"{where}: field 'accepted_by_rule' is {record['accepted_by_rule']}, more than were accepted at "
-            f"all."
+            f"{where}: field 'accepted_by_rule' is "
+            f"{record['accepted_by_rule']}, more than were accepted at all."
         )
     if record["drafted"] and not record["rounds"]:
         raise InputError(f"{where}: field 'rounds' is 0, but 'drafted' is {record['drafted']}.")
@@ -172,8 +166,8 @@ def check_tokens(record: dict, where: str) -> None:
     cuts = record.get("cuts")
     if cuts is not None and (not all(map(is_count, cuts)) or sum(cuts) != len(record["text"])):
         raise InputError(
-            f"{where}: field 'cuts' must be whole numbers that add up to the {len(record['text'])} "
-            f"characters."
+            f"{where}: field 'cuts' must be whole numbers that "
+            f"add up to the {len(record['text'])} characters."
         )
     turns = record.get("turns") or []
     good = isinstance(turns, list) and all(
@@ -198,8 +192,8 @@ def check_together(path: Path, records: list[dict]) -> None:
             continue  # such answers have neither
         if sum(r["seconds_decode"] for r in mine) < 1e-9 or not any(r["tokens"] for r in mine):
             raise InputError(
-                f"{path}: the answers of {rule} hold no tokens, or took no time; there is nothing to show of "
-                f"it."
+                f"{path}: the answers of {rule} hold no tokens, "
+                "or took no time; there is nothing to show of it."
             )
 
 

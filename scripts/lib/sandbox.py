@@ -5,8 +5,8 @@
     code_passes(item, "    return x + 1")    # True
 
 Nothing runs before `allow_code_execution()`. Two fresh interpreters work for each program
-(scripts/sandbox_child.py), alike locked in, each with an empty environment and an empty folder: one runs the
-program, the other the tests. What the tests call is asked of the first as plain data, and compared in the
+(scripts/lib/sandbox_child.py), alike locked in, each with an empty environment and an empty folder: one runs
+the program, the other the tests. What the tests call is asked of the first as plain data, and compared in the
 second, which never holds an object of the program's nor any of its code. So an `__eq__` that says yes, a
 subclass of int, a look at frames or at the checker's code, and what is written to any open file win nothing:
 the expected values are not in the program's process. What still can be won without solving the problem: a
@@ -48,25 +48,13 @@ from cli import InputError
 
 CPU_S, WALL_S = 10, 60.0  # of one program with all its tests
 MOST_SOURCES = 100  # ways to read a text that are tried
-LIMITS = {
-    "AS": 1 << 30,
-    "FSIZE": 1 << 20,
-    "NPROC": 0,
-    "NOFILE": 64,
-    "CORE": 0,
-    "DISK": 64 << 20,
-}  # RLIMIT_*, bytes
+# RLIMIT_*, bytes
+LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0, "DISK": 64 << 20}
 CHILD = (Path(__file__).parent / "sandbox_child.py").read_text(encoding="utf-8")
 
 
-STOPS = (
-    "\ndef ",
-    "\nclass ",
-    "\nif __name__",
-    "\nprint(",
-    "\n#",
-    "\n```",
-)  # where a plain completion has left the function
+# where a plain completion has left the function
+STOPS = ("\ndef ", "\nclass ", "\nif __name__", "\nprint(", "\n#", "\n```")
 GLUED_FENCE = re.compile(r"^(.*\S:)[ \t]*(```[ \t]*(?:python3?|py)[ \t]*)$", re.IGNORECASE | re.MULTILINE)
 LINE_OF_CODE = re.compile(
     r"(?:def|class|async|import|from|if|elif|else|for|while|try|except|finally|with|return|raise|assert|global|pass)\b"
@@ -132,9 +120,8 @@ class Process:
             self.note(*os.wait4(self.child.pid, 0)[1:])
         self.child.stdout.close()
         killed = self.child.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
-        return (
-            by_itself and killed and self.seconds > CPU_S / 2
-        )  # the kernel counts otherwise for its limit than here
+        # the kernel counts otherwise for its limit than here
+        return by_itself and killed and self.seconds > CPU_S / 2
 
 
 @lru_cache(maxsize=1024)

@@ -5,19 +5,22 @@ problems.
 
 The checkers, and what each takes for a text's final answer:
 
-`number`  the number next to the last "####" (with nothing but a unit behind it), "answer is", "answer:", heading "Answer" or
-          "\\boxed{"; of 2+3=5 that after the last "=", of 6=2*3 that before it; where words come first, the last number of
-          that sentence, or of the paragraph under "Answer:". A mark without a number, and "answer is not", leave it to the
-          mark before, and last to the last number of the text. 1,234, 1 234, 1,00,000, 1'234 and 1.234.567 are one number;
-          currency, %, units and ordinals are ignored; 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac12 and 0.5,
-          2 1/2 and 2.5, 1.5e3, 1.5 x 10^3 and 1500. (-5), negative 5 and "is minus 5" are -5, (5) is 5. Exponents are no
-          numbers of their own (25 m^2). Words are not read.
-`math`    what scripts/math_answers.py says: the last \\boxed{...}, else what follows "answer is"; right when it means the same.
-`choice`  the letter A to J after the last "answer is", "answer:", "option is" or "choice is", or in "\\boxed{"; without
-          one the last bold letter (**B**, **B. Paris**); without one the last letter that stands alone ("A train" and
-          "I think" begin with words).
-`code`    "pass", "fail", "timeout" or, where the tests cannot be held here, "unchecked": runs HumanEval's tests on the program
-          that the text gives for the prompt, see scripts/sandbox.py. Only "pass" is right.
+`number`  the number next to the last "####" (with nothing but a unit behind it), "answer is", "answer:",
+          heading "Answer" or "\\boxed{"; of 2+3=5 that after the last "=", of 6=2*3 that before it; where
+          words come first, the last number of that sentence, or of the paragraph under "Answer:". A mark
+          without a number, and "answer is not", leave it to the mark before, and last to the last number of
+          the text. 1,234, 1 234, 1,00,000, 1'234 and 1.234.567 are one number; currency, %, units and
+          ordinals are ignored; 18, 18.0 and 18.00 are the same, and so are 1/2, \\frac12 and 0.5, 2 1/2 and
+          2.5, 1.5e3, 1.5 x 10^3 and 1500. (-5), negative 5 and "is minus 5" are -5, (5) is 5. Exponents are
+          no numbers of their own (25 m^2). Words are not read.
+`math`    what scripts/lib/math_answers.py says: the last \\boxed{...}, else what follows "answer is"; right
+          when it means the same.
+`choice`  the letter A to J after the last "answer is", "answer:", "option is" or "choice is", or in
+          "\\boxed{"; without one the last bold letter (**B**, **B. Paris**); without one the last letter that
+          stands alone ("A train" and "I think" begin with words).
+`code`    "pass", "fail", "timeout" or, where the tests cannot be held here, "unchecked": runs HumanEval's
+          tests on the program that the text gives for the prompt, see scripts/lib/sandbox.py. Only "pass" is
+          right.
 `demo`    the number that the answer sentence gives; right is an answer with every step right.
 `none`    nothing: the answer is for a judge elsewhere (MT-Bench), or only its speed counts (Spec-Bench).
 """
@@ -92,9 +95,8 @@ NEXT_TO = re.compile(
 CLAUSE_END = re.compile(
     r"[,;:](?!\d)|(?<=[\w%.}])\s+\(|\b(?:because|since|as|so|for|from|or|and)\b|[.!?](?!\d)|\n"
 )
-OPERATOR = re.compile(
-    r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]"
-)  # the number before is part of a calculation
+# the number before is part of a calculation
+OPERATOR = re.compile(r"\s?(?:[-+*/×·÷]|\\(?:times|cdot|div)\b)\s?[0-9(]")
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 MOST_DIGITS = 1000  # beyond, numbers are compared as they are written
 TYPOGRAPHY = {
@@ -257,10 +259,8 @@ def math_is_right(question: Question, text: str) -> bool:
     return found is not None and same_math(found, question.reference)
 
 
-UNDECIDED = (
-    "timeout",
-    "unchecked",
-)  # of the checker `code`: not right, but a program that no test has found wrong
+# of the checker `code`: not right, but a program that no test has found wrong
+UNDECIDED = ("timeout", "unchecked")
 CHECKERS = {
     "number": compared_by(final_number),
     "math": Checker(lambda question, text: final_math(text), math_is_right),

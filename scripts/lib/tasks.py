@@ -4,29 +4,28 @@ name them.
     questions = load_questions("mine.jsonl", "number", limit=100)
     CHECKERS[questions[0].checker].is_right(questions[0], "The answer is 18.")
 
---task names a public benchmark, --data its file as published; scripts/public_tasks.py says in what words it
-is put. --questions names `demo`, `demo:story`, `demo:list` (scripts/demo_task.py), or a file of your own:
-JSON lines, gzipped or not, with the fields `prompt` (or `question`), `reference` (or `answer`, or
-`canonical_solution`) and, where lines differ, `checker` (scripts/scoring.py). Their prompts are put to the
-model as they stand.
+--task names a public benchmark, --data its file as published; scripts/lib/public_tasks.py says in what words
+it is put. --questions names `demo`, `demo:story`, `demo:list` (scripts/lib/demo_task.py), or a file of your
+own: JSON lines, gzipped or not, with the fields `prompt` (or `question`), `reference` (or `answer`, or
+`canonical_solution`) and, where lines differ, `checker` (scripts/lib/scoring.py). Their prompts are put to
+the model as they stand.
 """
 
 import hashlib
 import re
 import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 from cli import InputError, whole
 from files import read_bytes
 from scripts.lib.demo_task import FAMILIES, problems
+from scripts.lib.flags import MOST_QUESTIONS, add_flags
 from scripts.lib.public_tasks import TASKS, json_lines, read_task
 from scripts.lib.sandbox import allow_code_execution, check_allowed
 from scripts.lib.scoring import CHECKERS, Question, final_number
 
 DEMO_LIMIT = 100  # demo problems without --limit: their stream has no end
-MOST = 10_000_000  # questions
 OWN = ("number", "math", "choice", "code")  # the checkers for files of one's own
 
 
@@ -88,8 +87,8 @@ def read_question(item: dict, where: str, index: int, checker: str | None) -> Qu
         kind, found = "letter" if checker == "choice" else "number", find(reference)
         if found is None:
             raise InputError(
-                f"{where}: the reference {reference[-60:]!r} gives no {kind}, which --checker {checker} "
-                f"needs."
+                f"{where}: the reference {reference[-60:]!r} gives "
+                f"no {kind}, which --checker {checker} needs."
             )
     group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
     return Question(index, prompt, reference, checker, group, item)
@@ -115,13 +114,16 @@ def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
     return value
 
 
-def add_question_flags(add: Callable) -> None:
-    """Gives a parser (by its add_argument) the flags that name questions; `questions_of` reads them."""
+def add_question_flags(parser) -> None:
+    """The flags that name questions; `questions_of` reads them."""
+    add = parser.add_argument
     add("--task", choices=["demo", *TASKS], help="a benchmark, read from --data as published (default: demo)")
-    add("--data", type=Path, help="the benchmark's file or folder, see scripts/download.py")
+    add_flags(
+        parser, data={"required": False, "help": "the benchmark's file or folder, see scripts/download.py"}
+    )
     add(
         "--shots",
-        type=whole(0, MOST),
+        type=whole(0, MOST_QUESTIONS),
         help="examples before each question (default: as its harness has it, with --chat none)",
     )
     add("--shots_data", type=Path, help="where examples come from (default: the training file beside --data)")
@@ -134,12 +136,8 @@ def add_question_flags(add: Callable) -> None:
         choices=(*OWN, "demo"),
         help="what says whether an answer is right, where a line of --questions does not",
     )
-    add(
-        "--limit",
-        type=whole(1, MOST),
-        help=f"number of questions (default: all, or {DEMO_LIMIT} demo problems)",
-    )
-    add("--seed", type=whole(-(2**62), 2**62), default=2026, help="another seed, other demo problems")
+    limit = f"number of questions (default: all, or {DEMO_LIMIT} demo problems)"
+    add_flags(parser, limit={"help": limit}, seed={})
     add(
         "--allow_code_execution",
         action="store_true",
@@ -158,8 +156,8 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
     if args.task in (None, "demo"):
         if args.data or args.shots or args.shots_data:
             raise InputError(
-                "--data, --shots and --shots_data belong to a --task with a file, not to the demo or "
-                "--questions."
+                "--data, --shots and --shots_data belong to a "
+                "--task with a file, not to the demo or --questions."
             )
         if args.task and args.questions not in (None, "demo", *(f"demo:{family}" for family in FAMILIES)):
             raise InputError("Give one of --task and --questions.")

@@ -7,23 +7,16 @@ import time
 from functools import reduce
 from operator import add
 
-from generate import Engine, Result
+from generate import Engine
+from scripts.lib.result import Result
 from scripts.lib.scoring import Question
 from scripts.lib.terminal import answer_text, as_json, encode_prompt
 from scripts.lib.token_details import cuts
 from tokenizer import Decoder, Tokenizer
 
 SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", "seconds_decode")
-LISTS = (
-    "tokens",
-    "origin",
-    "text",
-    "cuts",
-    "p",
-    "kl",
-    "score",
-    "top",
-)  # of which each turn has one entry a token, or text
+# of which each turn has one entry a token, or text
+LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")
 
 
 def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
