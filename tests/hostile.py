@@ -406,15 +406,13 @@ def call_main(script: str, argv: list[str]) -> None:
 
 
 def scripts() -> list[str]:
-    """All scripts: what begins by cli.run_script."""
+    """All scripts: what begins by cli.run_script; judge.py runs two of them."""
     found = [
-        path
+        path.name
         for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
         if "run_script(" in path.read_text(encoding="utf-8")
     ]
-    return sorted(
-        path.name for path in found if path.name not in ("cli.py", "calibrate.py")
-    )  # judge.py runs calibrate.py
+    return sorted({"judge.py", *found} - {"cli.py", "calibrate.py", "train_judge.py"})
 
 
 def spoilt_flag(

@@ -16,7 +16,7 @@ from safetensors.torch import save
 import judge
 from cli import InputError
 from scripts import calibrate
-from scripts.lib import answers, calibration, guarantee
+from scripts.lib import answers, calibration, guarantee, terminal
 from scripts.lib.calibration import figures, fixed_sequence, is_harmed, least_n, most_harms
 from scripts.lib.intervals import upper_bound
 from scripts.lib.scoring import Question
@@ -319,7 +319,7 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
         (["--speculate_k", "8"], "No guarantee: calibrated with speculate_k 16"), (["--temperature", "1"], "with temperature 0"),
     ):  # fmt: skip
         # a prompt, so that nothing is decoded plainly to compare
-        generate.main(["--judge_path", str(out), "--device", "cpu", "--prompt", generate.DEMO_PROMPT, *more])
+        generate.main(["--judge_path", str(out), "--device", "cpu", "--prompt", terminal.DEMO_PROMPT, *more])
         assert word in "\n" + capsys.readouterr().err, more
     # calibrated again in place: the answers are the same judge's, and still serve
     judge.main(
@@ -354,7 +354,7 @@ def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypat
     }
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "COMPARED", 1)
+    monkeypatch.setattr(terminal, "COMPARED", 1)
     said = []
     for line in lines:
         for written, small in smaller.items():
