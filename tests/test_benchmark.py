@@ -181,8 +181,7 @@ COMMANDS = {  # of docs/latency.md, benchmarks/README.md and the scripts' docstr
 
 def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
     texts = [
-        (ROOT / name).read_text()
-        for name in ("docs/latency.md", "benchmarks/README.md", "scripts/benchmark.py")
+        (ROOT / name).read_text() for name in ("docs/latency.md", "benchmarks/README.md", "scripts/benchmark.py")
     ]
     lines = [
         line
