@@ -984,7 +984,8 @@ def said_badly(case: Case, done: Done) -> Iterator[str]:
         yield f"exit code {done.code}"
     elif done.code == 2 and "2>" not in case.streams:
         *notices, last = [line for line in done.err.split("\n") if line.strip()] or [""]
-        sentence = rf"{re.escape(case.script)}[ \w]*: ."
+        name = re.escape(case.script).replace("judge", "(train_)?judge", case.script == "judge.py")  # it forwards
+        sentence = rf"{name}[ \w]*: ."
         if not re.match(sentence, last) or not last.endswith("."):
             yield "no sentence that begins with the script's name and ends in a full stop"
         elif any(re.match(sentence, line) for line in notices):
