@@ -118,7 +118,9 @@ def test_every_command_runs_or_says_what_it_needs(document, workplace, monkeypat
     text, judge = (ROOT / document).read_text(), (DEMO / "judge.safetensors").read_bytes()
     for command, comment in commands_of(text):
         line = re.sub(r"(python )|(scripts/)", "", command) + " "
-        if needs(command, comment, text) or any(one.startswith(line) for one in RAN):  # the same, or shortened
+        if needs(command, comment, text) or any(
+            one.startswith(line) for one in RAN
+        ):  # the same, or shortened
             continue
         words = shlex.split(command.partition("python ")[2] or command)  # without OMP_NUM_THREADS=1
         name, argv = words[0].rpartition("/")[2], words[1:]

@@ -17,7 +17,11 @@ from checkpoint import DEMO
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md",
              DEMO / "README.md"]  # fmt: skip
-DIFFS = {"rule": "judge.py", "variant": "checkpoint.py", "format": "quantize.py"}  # name -> the one file that it changes
+DIFFS = {
+    "rule": "judge.py",
+    "variant": "checkpoint.py",
+    "format": "quantize.py",
+}  # name -> the one file that it changes
 README = (ROOT / "README.md").read_text()
 
 
@@ -63,8 +67,14 @@ def files_of_the_tree() -> set[str]:
 
 
 def test_the_file_tree_names_each_file_and_no_other():
-    here = [path for folder in (ROOT, ROOT / "scripts", ROOT / "scripts" / "lib") for path in folder.iterdir()]
-    code = {str(path.relative_to(ROOT)) for path in here if path.suffix in (".py", ".cpp", ".sh", ".tsv", ".html", ".js")}
+    here = [
+        path for folder in (ROOT, ROOT / "scripts", ROOT / "scripts" / "lib") for path in folder.iterdir()
+    ]
+    code = {
+        str(path.relative_to(ROOT))
+        for path in here
+        if path.suffix in (".py", ".cpp", ".sh", ".tsv", ".html", ".js")
+    }
     assert files_of_the_tree() == {name for name in code if not name.endswith("__init__.py")}
 
 
@@ -75,7 +85,9 @@ def test_the_picture_shows_the_real_answer(capsys):
     spans = ET.parse(ROOT / "docs" / "answer.svg").getroot().findall(".//*[@id='answer']//{*}tspan")
     marks = {"a": "{}", "r": "{{{}}}", "t": "<{}>"}
     runs = groupby(spans, key=lambda span: span.get("class"))
-    assert "".join(marks[kind].format("".join(span.text for span in run)) for kind, run in runs) == out.rstrip("\n")
+    assert "".join(
+        marks[kind].format("".join(span.text for span in run)) for kind, run in runs
+    ) == out.rstrip("\n")
     shown = " ".join("".join(ET.parse(ROOT / "docs" / "answer.svg").getroot().itertext()).split())
     assert re.search(r"question: .*\?", err)[0] in shown and re.search(r"m\* \S+ \(.*?\)", err)[0] in shown
 
@@ -91,7 +103,7 @@ def test_a_diff_is_short_applies_and_is_the_one_on_the_page(name, tmp_path):
     assert all(len(line) <= 111 for line in diff.splitlines())  # of 110 after the sign
 
 
-CHECK = '''
+CHECK = """
 import sys, torch, generate
 from quantize import Scheme, load_model
 folder, expected = sys.argv[1], torch.load(sys.argv[1] + "/expected.pt")
@@ -105,7 +117,7 @@ for mode in ("int4", "int6", "int8"):
         errors.append((model(expected["ids"])[1] - expected["logits"]).abs().mean().item())
 print("format", errors[0] > errors[1] > errors[2])
 generate.main(["--verify", "bild", "--device", "cpu", "--marks", "--max_new_tokens", "40"])
-'''
+"""
 
 
 def test_the_diffs_and_the_rule_of_the_readme_do_what_they_say(tmp_path, capsys, monkeypatch):
@@ -132,5 +144,7 @@ def test_the_diffs_and_the_rule_of_the_readme_do_what_they_say(tmp_path, capsys,
     assert len(lines.splitlines()) == 5
     monkeypatch.setitem(judge.RULES, "bild", None)
     exec(lines, dict(vars(judge)))
-    generate.main(["--verify", "bild", "--threshold", "3", "--device", "cpu", "--marks", "--max_new_tokens", "40"])
+    generate.main(
+        ["--verify", "bild", "--threshold", "3", "--device", "cpu", "--marks", "--max_new_tokens", "40"]
+    )
     assert capsys.readouterr().out.strip() == answer.strip()
