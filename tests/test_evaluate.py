@@ -75,6 +75,8 @@ def run(out, *more: str) -> list[str]:
         "plain,standard,judge",
         "--device",
         "cpu",
+        "--max_new_tokens",
+        "40",
         "--out",
         str(out),
         "--json",
