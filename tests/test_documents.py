@@ -17,7 +17,7 @@ from checkpoint import DEMO
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md",
              DEMO / "README.md"]  # fmt: skip
-DIFFS = {"rule": "judge.py", "variant": "checkpoint.py", "format": "quantize.py"}  # name -> the one file that it changes
+DIFFS = {"rule": "judge.py", "variant": "model.py", "format": "quantize.py"}  # name -> the one file that it changes
 README = (ROOT / "README.md").read_text()
 
 
