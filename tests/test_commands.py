@@ -33,7 +33,6 @@ QUICK = {  # script -> the flags that make it quick, and that write nothing into
     "build_judge_data.py": "--limit 4 --temperature 1 --device cpu",
     "mine_important_tokens.py": "--limit 1 --max_new_tokens 90 --device cpu",
     "train_judge.py": "--device cpu",
-    "train_judge.py --data": "--data annotated.jsonl --device cpu",  # four answers hold too few wrong tokens
     "judge.py": "--limit 3 --max_harm 0.6 --confidence 0.6 --out copy/judge.safetensors --device cpu",
     "calibrate.py": "--limit 4 --max_harm 0.6 --confidence 0.6 --walk 0.9 --device cpu",
     "score_text.py": "--limit 1 --device cpu",
@@ -44,7 +43,13 @@ QUICK = {  # script -> the flags that make it quick, and that write nothing into
     "train_demo.py": "--stages tokenizer,target,draft --steps 1 --out pair --work work --device cpu",
     "train_demo.py --stages": "--out copy --work work --device cpu",
 }  # fmt: skip
-RAN: list[str] = []  # commands, of all documents
+RAN: list[str] = []  # commands of all documents
+ELSEWHERE = (
+    "build_judge_data.py --checkpoint_path checkpoints/demo/target",
+    "train_judge.py --data answers.jsonl",
+    "calibrate.py --judge_path",
+    "generate.py --judge_path",
+)  # in tests/test_calibrate.py, one after the other
 
 
 def commands_of(text: str) -> list[tuple[str, str]]:
@@ -85,7 +90,9 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("Mia has 47 apples. She buys 38. " * 20)
     (tmp_path / "data" / "gsm8k").mkdir(parents=True)
     for name, seed in (("train", 5), ("test", 6)):
-        asked = sorted(islice(problems(seed, held_out=False), 30), key=lambda problem: len(problem.steps))
+        asked = sorted(
+            islice(problems(seed, held_out=False, family="story"), 30), key=lambda problem: len(problem.steps)
+        )
         lines = [json.dumps({"question": p.question, "answer": f"#### {p.answer}"}) + "\n" for p in asked]
         (tmp_path / "data" / "gsm8k" / f"{name}.jsonl").write_text("".join(lines))
     for name in ("humaneval", "mmlu"):
@@ -119,9 +126,8 @@ def test_every_command_runs_or_says_what_it_needs(document, workplace, monkeypat
     text, judge = (ROOT / document).read_text(), (DEMO / "judge.safetensors").read_bytes()
     for command, comment in commands_of(text):
         line = re.sub(r"(python )|(scripts/)", "", command) + " "
-        if needs(command, comment, text) or any(
-            one.startswith(line) for one in RAN
-        ):  # the same, or shortened
+        ran = any(one.startswith(line) for one in RAN)  # the same, or shortened
+        if ran or needs(command, comment, text) or line.startswith(ELSEWHERE):
             continue
         words = shlex.split(command.partition("python ")[2] or command)  # without OMP_NUM_THREADS=1
         name, argv = words[0].rpartition("/")[2], words[1:]
