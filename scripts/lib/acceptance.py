@@ -48,7 +48,7 @@ def letters_of(
             raise NotFinite(f"The logits of text {number} are not finite; try --precision fp32 or bf16.")
 
         tokens = torch.tensor(text.ids, device=target.device)
-        standard = logits[0].argmax(-1) == tokens.tolist()
+        standard = (logits[0].argmax(-1) == tokens).tolist()
         letters = []
         for s in settings:
             threshold = torch.tensor(s.resolved(head).threshold or 0.0)
