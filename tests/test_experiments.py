@@ -169,8 +169,8 @@ def test_the_plot_refuses_what_it_does_not_know(tmp_path, capsys):
 def test_the_auc_of_a_head_is_that_of_its_training(tmp_path):
     """The same held-out prompts, labels and features as `train_judge` measures by."""
     from checkpoint import DEMO
-    from judge import TrainSettings, train_judge
     from quantize import load_model
+    from scripts.lib.training import TrainSettings, train_judge
     from tokenizer import load_tokenizer
 
     answers = [{"prompt": f"Mia has {n} apples. She buys {i}.", "response": f"So Mia has {n}+{i}={n + i + wrong}.",
@@ -183,7 +183,7 @@ def test_the_auc_of_a_head_is_that_of_its_training(tmp_path):
 
 @torch.inference_mode()
 def test_ablations_read_the_rows_and_layers_that_they_name(pair):
-    from judge import Encoded
+    from scripts.lib.answers import Encoded
 
     target, draft = pair
     ids = list(range(10, 40))
