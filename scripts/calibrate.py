@@ -36,14 +36,13 @@ from pathlib import Path
 
 from checkpoint import read_safetensors
 from files import check_folder, check_not_input, check_writable, write_file
-from generate import check_settings
 from judge import LABEL_POLICIES, RELAXED, RULES, check_threshold, needs_judge
 from model import pick_device
 from scripts.lib.bench import Variant, settings_for
 from scripts.lib.calibration import by_generating, by_labels, least_n
 from scripts.lib.flags import add_engine_flags
 from scripts.lib.guarantee import read_calibration
-from scripts.lib.pair import files_in, name_models
+from scripts.lib.pair import check_settings, files_in, name_models
 from scripts.lib.tasks import add_question_flags, questions_of
 from scripts.lib.training import TrainSettings
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from cli import InputError, Progress, note
-from generate import Result
 from judge import RULES, JudgeHead, load_judge, needs_judge
 from model import run_dtype
 from quantize import load_model
@@ -24,6 +23,7 @@ from scripts.lib.features import extract_features
 from scripts.lib.guarantee import MOST_SHOWN, conditions, kind_of, live_statistics
 from scripts.lib.intervals import upper_bound
 from scripts.lib.pair import schemes_of
+from scripts.lib.result import Result
 from scripts.lib.scoring import Question
 from tokenizer import load_tokenizer
 
