@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, help="a judge (default: --judge_path itself) or, for another rule, JSON")
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
-    add_question_flags(add)
+    add_question_flags(parser)
     add_engine_flags(parser)
     return parser.parse_args(argv)
 

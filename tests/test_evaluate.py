@@ -456,7 +456,7 @@ def test_pick_device_names_a_gpu_and_makes_it_current(monkeypatch):
     assert model.pick_device("cpu") == torch.device("cpu") and not asked
 
 
-TAKES_THE_DEVICE = ("acceptance.py", "bench.py", "peers.py")  # modules whose callers have picked it
+TAKES_THE_DEVICE = ("acceptance.py", "bench.py", "calibration.py", "peers.py")  # whose callers have picked it
 
 
 def test_every_script_picks_its_device_by_pick_device():
