@@ -40,10 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from checkpoint import checkpoint_files, weight_plan
+from checkpoint import checkpoint_files, layer_plan
 from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
-from judge import JudgeHead, load_judge
+from judge import JudgeHead, load_judge, needs_judge
 from kernels import capture
 from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_device, random_model, run_dtype
 from quantize import (
@@ -179,9 +179,9 @@ class Workbench:
         if folder is None:
             if scheme is not None:
                 prepare(self.device, scheme)
-            complete = completer(scheme) if scheme is not None else None
-            return random_model(shape_of(name), self.device, self.dtype, complete=complete)
-
+            args = shape_of(name)
+            complete = completer(args, scheme) if scheme is not None else None
+            return random_model(args, self.device, self.dtype, complete=complete)
         files = sorted(set(checkpoint_files(folder).values()))
         size = sum(file.stat().st_size for file in files)
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": False}
@@ -212,7 +212,7 @@ class Workbench:
     def judge(self) -> JudgeHead | None:
         """The judge of the command line, or, for random weights, a head of the right size that is computed
         all the same."""
-        if self.args.verify != "judge":
+        if not needs_judge(self.args.verify):
             return None
         if self.args.judge_path is not None:
             return load_judge(self.args.judge_path, self.target, self.draft)
@@ -497,12 +497,7 @@ class LibraryInt4:
 
 def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     """(N, K) of a layer's product by our name."""
-    ends = f".{name}.weight"
-    found = [
-        shape
-        for ours, _, shape in weight_plan(model).values()
-        if ours.startswith("layers.0.") and ours.endswith(ends)
-    ]
+    found = [row.shape for row in layer_plan(model, 0).values() if row.ours.endswith(f".{name}.weight")]
     return sum(shape[0] for shape in found), found[0][1]
 
 
@@ -523,7 +518,7 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
         weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
         packed = {}
         for scheme in schemes:
-            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme.dynamic)
+            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme)
             packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
         packed["PyTorch's int4/128"] = [LibraryInt4(weights[0]) for _ in range(COPIES)]
         for rows in (1, 2, 17, 33):
@@ -646,8 +641,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--judge_path: random weights have no judge; leave it out, and one of zeros is computed."
         )
-    if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
-        raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
+    if needs_judge(args.verify) and args.draft_checkpoint_path and not args.judge_path:
+        raise InputError(
+            f"--verify {args.verify} needs a judge; name one with --judge_path, or another rule."
+        )
     if args.modes and (args.mode or args.attention or args.products):
         raise InputError(
             "--modes names how the target is quantised; leave --mode, --attention and --products out."

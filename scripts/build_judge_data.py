@@ -37,14 +37,15 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import read_config
-from files import Lines, check_not_input, check_writable, read_bytes, write_file
-from generate import Engine, NotFinite, Result, Settings, check_settings
+from files import Lines, check_not_input, check_writable, digest, read_bytes, write_file
+from generate import Engine, NotFinite, Settings
 from model import pick_device, run_dtype
 from quantize import load_model
 from scripts.lib.demo_task import annotated
 from scripts.lib.fields import check_fields, is_count, is_text, is_verdict
 from scripts.lib.flags import add_flags
-from scripts.lib.pair import files_in
+from scripts.lib.pair import check_settings, files_in
+from scripts.lib.result import Result
 from scripts.lib.results import resume
 from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
 from scripts.lib.tasks import add_question_flags, question_files, questions_of
@@ -104,23 +105,11 @@ def open_source(args: argparse.Namespace, folder: Path, questions: list[Question
     return Source(folder, tokenizer, prompts)
 
 
-def folder_digest(folder: Path) -> str:
-    """What tells one checkpoint from another without reading it whole: names, sizes and ends of its files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".jinja", ".model", ".safetensors") and path.is_file():
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 65536))
-                digest.update(repr((path.relative_to(folder).as_posix(), size, file.read())).encode())
-    return digest.hexdigest()[:16]
-
-
 def make_header(args: argparse.Namespace, questions: list[Question]) -> dict:
     """What OUT.all must agree on for a run to go on with it."""
     asked = json.dumps([(question.id, question.reference) for question in questions])
     return {"questions": hashlib.sha256(asked.encode()).hexdigest()[:16],
-            "models": [folder_digest(folder) for folder in args.checkpoint_path],
+            "models": [digest(folder) for folder in args.checkpoint_path],
             "temperature": args.temperature, "samples": args.samples, "seed": args.seed, "chat": args.chat,
             "max_new_tokens": args.max_new_tokens, "precision": str(args.dtype), "compile": args.compile,
             "device": str(args.device), "torch": torch.__version__}  # fmt: skip

@@ -18,6 +18,7 @@ from cli import InputError, Parser, Progress, run_script  # isort: skip  (first:
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -126,14 +127,7 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
 def rope_scaling(dim: int, n_layers: int) -> dict:
     """Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3."""
     small = (dim, n_layers) in ((2048, 16), (3072, 28))
-    factor, low, high, original = LLAMA32_ROPE if small else LLAMA31_ROPE
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    return {"rope_type": "llama3"} | asdict(LLAMA32_ROPE if small else LLAMA31_ROPE)
 
 
 def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> dict:
@@ -230,7 +224,7 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
     """One safetensors file a layer and one for the rest, and their index."""
     groups, weight_map, total = names_of(config), {}, 0
     progress = Progress(f"converting {source}", len(groups))
-    shapes = {name: shape for name, (_, _, shape) in weight_plan(args_of(config)).items()}
+    shapes = {name: row.shape for name, row in weight_plan(args_of(config)).items()}
     for number, names in enumerate(groups, 1):
         tensors = {}
         for ours, theirs in names.items():

@@ -30,13 +30,14 @@ from pathlib import Path
 
 import tp
 from files import check_not_input, check_writable
-from generate import check_settings
+from judge import needs_judge
 from model import pick_device
 from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for
 from scripts.lib.fastchat import check_model_answers, write_model_answers
 from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
-from scripts.lib.pair import name_models, own_device, schemes_of
+from scripts.lib.pair import check_settings, name_models, schemes_of
 from scripts.lib.public_tasks import TASKS
+from scripts.lib.ranks import add_rank_flags, check_flags, own_device
 from scripts.lib.results import PEERS, check_parts, merge, part, rank_and_size
 from scripts.lib.scoring import Question
 from scripts.lib.summary import summarise
@@ -104,7 +105,7 @@ def answer_share(
     """The records of every `size`-th question from `rank` on."""
     args.out, questions = own_out(args, rank, size), questions[rank::size]
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
-    with closing(Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)) as bench:
+    with closing(Bench(args, questions, any(needs_judge(rule.name) for rule in rules), largest)) as bench:
         return bench.answer_all(questions, rules)
 
 
@@ -144,12 +145,11 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
         )
     if args.model_answers and (args.task not in TASKS or TASKS[args.task].checker != "none"):
         raise InputError("--model_answers is FastChat's form, for --task mt_bench and spec_bench.")
-    if args.tp and tp.LINK is None:
+    if args.tp and not tp.shard():
         raise InputError(
             "--tp is for several processes that run one model together; start them with torchrun."
         )
-
-    tp.check_flags(args)
+    check_flags(args)
     for rule in rules:
         if rule.name not in PEERS:
             check_settings(settings_for(args, rule), True, args.judge_path is not None)
@@ -207,7 +207,7 @@ def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     else:
         records = answer_share(args, rules, questions, rank, size)
 
-    if args.model_answers and (args.merge or size == 1) and tp.is_first():
+    if args.model_answers and (args.merge or size == 1) and tp.RANK == 0:
         write_model_answers(args.model_answers, records, questions)
     return records, summarise(records, labels) if records else []
 
@@ -265,7 +265,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="I/N",
         help="answer every N-th question from the I-th on (0 to N - 1): one of N runs, for --merge N",
     )
-    tp.add_flags(parser)
+    add_rank_flags(parser)
     add_flags(parser, "merge", "json")
     return parser.parse_args(argv)
 

@@ -39,7 +39,7 @@ import torch
 from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable, write_file
 from generate import Engine, Settings
-from judge import LABEL_POLICIES, RULES, JudgeHead, load_judge
+from judge import LABEL_POLICIES, RELAXED, RULES, JudgeHead, load_judge, needs_judge
 from model import pick_device
 from quantize import load_model, scheme_named
 from scripts.lib import acceptance, calibration, figures
@@ -87,10 +87,10 @@ def summary_rows(records: list[dict], variants: list[Variant]) -> list[dict]:
     return summarise(records, [label(variant) for variant in variants])
 
 
-def bench_of(args, asked, name: str, needs_judge: bool = True, largest_k: int = 0, **more) -> Bench:
+def bench_of(args, asked, name: str, with_judge: bool = True, largest_k: int = 0, **more) -> Bench:
     """A Bench whose answers are kept in the work folder under `name`."""
     fixed = {"out": args.work / f"{name}.jsonl", "task": None, "questions": "demo", "checker": None}
-    return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, needs_judge, largest_k)
+    return Bench(argparse.Namespace(**vars(args) | fixed | more), asked, with_judge, largest_k)
 
 
 def times(value: float | None, base: float | None) -> str:
@@ -156,12 +156,7 @@ def m_sweep(args) -> dict:
 
 
 def all_thresholds() -> list[Variant]:
-    return [
-        Variant(name, threshold)
-        for name, rule in RULES.items()
-        if name != "standard"
-        for threshold in rule.walk
-    ]
+    return [Variant(name, threshold) for name in RELAXED for threshold in RULES[name].walk]
 
 
 def pareto(args) -> dict:
@@ -192,20 +187,15 @@ def pareto(args) -> dict:
 
 def equal_risk(args) -> dict:
     """Experiment 3, second half: thresholds from other problems than those that are then answered."""
-    n, found = args.limit or 250, {}
-    for name in [name for name in RULES if name != "standard"]:
-        judge = name == "judge"  # its runs name the judge
-        flags = {
-            "verify": name,
-            "max_harm": args.max_harm,
-            "limit": n,
-            "seed": args.seed + 1,
-            "out": args.work / ("calibrated.safetensors" if judge else f"calibrated_{name}.json"),
-            "answers": args.work / ("calibration_judge.jsonl" if judge else "calibration.jsonl"),
-        }
-        command = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        found[name] = calibration.calibrate(calibration.parse_args(command + ["--compile"] * args.compile))
-
+    n, seed, found = args.limit or 250, args.seed + 1, {}
+    asked = load_questions("demo", None, n, seed)
+    demo = {"task": None, "questions": "demo", "checker": None, "data": None, "seed": seed}
+    for name in RELAXED:
+        # A file of answers names the judge, if one was loaded.
+        kept = args.work / ("calibration_judge.jsonl" if needs_judge(name) else "calibration.jsonl")
+        walked = {"verify": name, "max_harm": args.max_harm, "confidence": 0.95, "answers": kept}
+        each = argparse.Namespace(**vars(args) | demo | walked)
+        found[name], _ = calibration.by_generating(each, list(RULES[name].walk), asked)
     variants = [Variant("plain"), Variant("standard")]
     variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
     questions = load_questions("demo", None, args.limit or 200, args.seed)
@@ -224,7 +214,7 @@ def equal_risk(args) -> dict:
         "n": len(questions),
         "calibrated_on": n,
         "rows": rows + failed,
-        "seed_of_calibration": args.seed + 1,
+        "seed_of_calibration": seed,
         "finding": "At the same bound the rules accept m* "
         f"{said or 'nowhere'}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
     }
@@ -705,9 +695,7 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
     s = TrainSettings()
     encoded = encode_items(tokenizer, answers, False, target.args.vocab_size)
     shards = extract_features([target], encoded, s.rows, cache)
-    labels = [torch.tensor(answer.labels(s.policy)) for answer in encoded]
-    starts = torch.tensor([0, *map(len, labels)]).cumsum(0)
-    labels = torch.cat(labels)[starts[shards.answer] + shards.place]
+    labels = shards.labels(encoded, s.policy)
     test = split_prompts(torch.tensor([answer.key for answer in encoded]), s.seed, s.held_out)[0][
         shards.answer
     ] & (labels >= 0)

@@ -39,7 +39,8 @@ from generate import Engine, NotFinite, Settings
 from model import PAGE, pick_device, run_dtype
 from scripts.lib.fields import check_fields, is_counts, is_seconds, is_text
 from scripts.lib.flags import FIXED_K, add_flags
-from scripts.lib.pair import files_in, load_pair, name_models, own_device
+from scripts.lib.pair import files_in, load_pair, name_models
+from scripts.lib.ranks import own_device
 from scripts.lib.results import check_parts, part, rank_and_size, read_part, resume
 from scripts.lib.scoring import CHECKERS, Question
 from scripts.lib.tasks import add_question_flags, question_files, questions_of

@@ -23,14 +23,13 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from generate import check_settings
 from judge import RULES
 from model import pick_device
 from scripts.lib.acceptance import Letters, score_texts, summarise
 from scripts.lib.answers import Encoded
 from scripts.lib.bench import Variant, label, parse_rules, settings_for
 from scripts.lib.flags import MOST_QUESTIONS, add_engine_flags, add_flags
-from scripts.lib.pair import name_models
+from scripts.lib.pair import check_settings, name_models
 from scripts.lib.public_tasks import json_lines
 from scripts.lib.terminal import Paint
 from tokenizer import Decoder, Tokenizer, load_tokenizer

@@ -18,7 +18,7 @@ from files import Lines
 from scripts.evaluate import main, print_table, share_of
 from scripts.lib import bench, turns
 from scripts.lib.bench import parse_rules
-from scripts.lib.pair import own_device
+from scripts.lib.ranks import own_device
 from scripts.lib.results import by_key, check_parts, check_same_questions, merge, part, rank_and_size, resume
 from scripts.lib.scoring import Question
 from scripts.lib.summary import summarise
@@ -75,6 +75,8 @@ def run(out, *more: str) -> list[str]:
         "plain,standard,judge",
         "--device",
         "cpu",
+        "--max_new_tokens",
+        "40",
         "--out",
         str(out),
         "--json",

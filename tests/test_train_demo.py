@@ -157,7 +157,7 @@ def test_damaged_states_and_tokenizers_are_one_sentence(tmp_path, monkeypatch, c
 
 
 def test_the_judge_alone_needs_no_tokenizer_of_the_training(tmp_path, monkeypatch):
-    """As README has it: only the judge, from a pair that is there."""
+    """As docs/experiments.md has it: only the judge, from a pair that is there."""
     trained = []
     monkeypatch.setattr(train_demo, "train_demo_judge", lambda *args: trained.append(args))
     train_demo.main(["--stages", "judge", "--work", str(tmp_path / "work"), "--device", "cpu"])

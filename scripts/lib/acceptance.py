@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cli import InputError, Progress
-from generate import NotFinite, threshold_of
-from judge import RULES, JudgeHead, rule_mask
+from generate import NotFinite
+from judge import JudgeHead, rule_mask
 from model import run_dtype
 from scripts.lib.answers import Encoded, encode_items
 from scripts.lib.bench import Variant, label, settings_for
@@ -48,10 +48,10 @@ def letters_of(
             raise NotFinite(f"The logits of text {number} are not finite; try --precision fp32 or bf16.")
 
         tokens = torch.tensor(text.ids, device=target.device)
-        standard = RULES["standard"].accept(tokens, logits[0], None, None, None).tolist()
+        standard = (logits[0].argmax(-1) == tokens).tolist()
         letters = []
         for s in settings:
-            threshold = torch.tensor(threshold_of(s, head) or 0.0)
+            threshold = torch.tensor(s.resolved(head).threshold or 0.0)
             rule = rule_mask(s.verify, tokens, logits[0], logits[-1], scores, threshold, stops, s.min_prob)
             letters.append(
                 ["a" if own else "r" if mine else "t" for own, mine in zip(standard, rule.tolist())]

@@ -11,7 +11,7 @@ from checkpoint import read_config
 from cli import InputError, Progress, note, whole
 from files import Lines
 from generate import Engine, NotFinite, Settings, capacity_for, settings_of
-from judge import RULES, JudgeHead
+from judge import RULES, JudgeHead, needs_judge
 from model import Transformer, run_dtype
 from scripts.lib.pair import load_pair, schemes_of
 from scripts.lib.peers import peer
@@ -143,7 +143,7 @@ class Bench:
     """
 
     def __init__(
-        self, args: argparse.Namespace, questions: list[Question], needs_judge: bool, largest_k: int = 0
+        self, args: argparse.Namespace, questions: list[Question], with_judge: bool, largest_k: int = 0
     ):
         self.args, self.tokenizer, self.engines = args, load_tokenizer(args.checkpoint_path), {}
         self.parts = {question.index: turn_ids(args, self.tokenizer, question) for question in questions}
@@ -152,9 +152,9 @@ class Bench:
         self.length = max(needs, default=args.max_new_tokens + 1)
         check_context(args, self.parts, self.length)
         # locked before there is any work
-        self.lines = Lines(args.out) if args.out and tp.is_first() else None
+        self.lines = Lines(args.out) if args.out and tp.RANK == 0 else None
         try:
-            self.load(args, needs_judge, largest_k)
+            self.load(args, with_judge, largest_k)
             records = tp.first(lambda: resume(self.lines, self.header)) if args.out else []
             self.begun = self.lines is not None and bool(self.lines.content)
             self.done = by_key(args.out, records)
@@ -164,12 +164,10 @@ class Bench:
             self.close()
             raise
 
-    def load(self, args: argparse.Namespace, needs_judge: bool, largest_k: int) -> None:
+    def load(self, args: argparse.Namespace, with_judge: bool, largest_k: int) -> None:
         """Loads the models, with caches for the largest M: engines come one by one, and share them."""
-        judge, dtype = args.judge_path if needs_judge else None, run_dtype(args.precision, args.device)
-        capacity = capacity_for(
-            self.length, max(largest_k, settings_for(args, Variant("standard")).speculate_k)
-        )
+        judge, dtype = args.judge_path if with_judge else None, run_dtype(args.precision, args.device)
+        capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("plain")).speculate_k))
         self.models = load_pair(
             args.checkpoint_path,
             args.draft_checkpoint_path,
@@ -190,7 +188,9 @@ class Bench:
         """Raises InputError for answers of the judge at another threshold than its own of now."""
         head = self.models[2]
         mine = [
-            r.get("threshold") for (rule, _), r in self.done.items() if head and rule.split("@")[0] == "judge"
+            r.get("threshold")
+            for (rule, _), r in self.done.items()
+            if head and needs_judge(rule.split("@")[0])
         ]
         if stale := [threshold for threshold in mine if threshold != head.threshold]:
             raise InputError(

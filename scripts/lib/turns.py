@@ -10,7 +10,9 @@ from operator import add
 from typing import NamedTuple
 
 from cli import InputError
-from generate import Engine, Result, check_prompt
+from generate import Engine
+from scripts.lib.pair import check_prompt
+from scripts.lib.result import Result
 from scripts.lib.scoring import Question
 from scripts.lib.terminal import answer_text, as_json, encode_prompt
 from scripts.lib.token_details import cuts
