@@ -5,6 +5,7 @@ and renamed, or line by line under a lock. Nothing else opens a file of a user's
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -388,3 +389,16 @@ def let_go(file, path: Path, made: bool) -> None:
         if made and not os.fstat(file.fileno()).st_size:
             path.unlink()
     file.close()
+
+
+def digest(path: Path, kinds: tuple[str, ...] = (".json", ".jinja", ".model", ".safetensors")) -> str:
+    """What tells a checkpoint from another without reading it whole: names, sizes and ends of its files;
+    "none" of none."""
+    found, files = hashlib.sha256(), [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in files if file.suffix in kinds and file.is_file()]
+    for each in files:
+        with each.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 65536))
+            found.update(repr((each.relative_to(path).as_posix(), size, file.read())).encode())
+    return found.hexdigest()[:16] if files else "none"

@@ -1,10 +1,9 @@
 """Speed, and how far it is from the physical limit: the bytes that a step must read over the measured
 bandwidth.
 
-    python scripts/benchmark.py --compile --peers                                 # the demo pair, beside
-    transformers python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17
-    --speculate_k 20 --compile python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2
-    --compile --out benchmarks/mine.json
+    python scripts/benchmark.py --compile --peers                   # the demo pair, beside transformers
+    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --compile
+    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out mine.json
 
 Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see
 the machine in the same state; a step is timed right after one that is not, as in decoding, where the step
@@ -21,7 +20,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import copy
@@ -44,7 +43,7 @@ import kernels
 from checkpoint import checkpoint_files, layer_plan
 from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
-from judge import JudgeHead, load_judge
+from judge import JudgeHead, load_judge, needs_judge
 from kernels import capture
 from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_device, random_model, run_dtype
 from quantize import (
@@ -58,12 +57,7 @@ from quantize import (
     scheme_of,
     weight_bytes,
 )
-from scripts.lib.pace import Pace
-from scripts.lib.pair import check_memory, check_pair
-from scripts.lib.peers import Peers, timed
-from scripts.lib.results import commit, machine
-from scripts.lib.runs import range_of
-from scripts.lib.speed_report import (
+from scripts.lib.benchmark_args import (
     SCHEMA,
     has_draft,
     model_name,
@@ -73,6 +67,11 @@ from scripts.lib.speed_report import (
     shape_of,
     shapes_of,
 )
+from scripts.lib.pace import Pace
+from scripts.lib.pair import check_memory, check_pair
+from scripts.lib.peers import Peers, timed
+from scripts.lib.results import commit, machine
+from scripts.lib.runs import range_of
 
 BACK_TO_BACK = 10  # calls that are timed as one on a GPU
 COPIES = 6  # of weights or caches that take turns when a kernel is timed alone
@@ -109,12 +108,30 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
         kernels.use_cpu_kernels()
         row, weight = torch.ones(1, 2**12), source.view(-1, 2**12)
         reads.append(torch.inference_mode()(lambda: kernels.linear(row, weight)))
+
     read = min(timed(action, device) for _ in range(5) for action in reads)
     copy = min(timed(lambda: target.copy_(source), device) for _ in range(5))
     if device.type == "cuda":
         del source, target
         torch.cuda.empty_cache()
+
     return size * dtype_bytes / read, 2 * size * dtype_bytes / copy
+
+
+def imposed(args: argparse.Namespace) -> str:
+    return "" if args.accept is None else f"imposed acceptance of {args.accept}"
+
+
+def synthetic(n: int, vocab_size: int) -> list[int]:
+    """A prompt of n random ids."""
+    return torch.randint(3, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def needed_length(args: argparse.Namespace) -> int:
+    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
+    position."""
+    ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
+    return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
 
 
 def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
@@ -148,6 +165,7 @@ class Workbench:
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
+
         self.head = self.judge()
         self.plain = self.engine(
             Settings("plain", speculate_k=args.speculate_k, compile=args.compile), "plain"
@@ -194,7 +212,7 @@ class Workbench:
     def judge(self) -> JudgeHead | None:
         """The judge of the command line, or, for random weights, a head of the right size that is computed
         all the same."""
-        if self.args.verify != "judge":
+        if not needs_judge(self.args.verify):
             return None
         if self.args.judge_path is not None:
             return load_judge(self.args.judge_path, self.target, self.draft)
@@ -236,38 +254,36 @@ class Workbench:
         return run
 
     def parts(self) -> list[Part]:
-        """What is measured, for every position: plain step, one draft step, draft loop, verification for
-        every M, round."""
-        a, parts, k = self.args, [], self.args.speculate_k
-        target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
-        for position in a.positions:
-            at, read = f" at {position}", self.read_bytes(target, 0, position)
+        """What is measured: steps and rounds at every position, prompts, whole generations."""
+        parts = [part for position in self.args.positions for part in self.parts_at(position)]
+        return parts + [self.prefill_part(length) for length in self.args.prefill] + self.generations()
 
-            def add(
-                name: str, action: Callable, size: float, rows: int = 1, position=position, at=at, **more
-            ) -> None:
-                run = repeated(action, inner, self.device)
-                parts.append(Part(name.format(at=at), run, (position, position + rows - 1), size, **more))
+    def parts_at(self, position: int) -> list[Part]:
+        """Plain step, draft loop, verification for every M, and round, at one position."""
+        k, at, target = self.args.speculate_k, f" at {position}", self.target.args
+        times = BACK_TO_BACK if self.device.type == "cuda" else 1
 
-            add("plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)
-            for length, engine in self.others.items():
-                add(
-                    f"plain step{{at}}, with a cache of {length}",
-                    self.step(engine, k, 0, position),
-                    read,
-                    tokens=1,
-                )
-            if self.fast is None:
-                continue
-            small = self.read_bytes(self.draft.args, 1, position)
-            add(f"draft loop, M = {k}{{at}}", self.step(self.fast, k, 0, position), small * k, k)
-            for m in self.fast.sizes:
-                rows = self.read_bytes(target, 0, position, m + 1)
-                add(f"verify {m + 1} rows{{at}}", self.step(self.fast, m, 1, position), rows, m + 1)
-            add(f"round, M = {k}{{at}}", lambda p=position: self.whole_round(p), read + small * k, k + 1)
-        for length in a.prefill:
-            parts.append(self.prefill_part(length))
-        return parts + self.generations()
+        def part(name: str, action: Callable, size: float, rows: int = 1, **more) -> Part:
+            run = repeated(action, times, self.device)
+            return Part(name, run, (position, position + rows - 1), size, **more)
+
+        read = self.read_bytes(target, 0, position)
+        parts = [part(f"plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)]
+        for length, engine in self.others.items():
+            name = f"plain step{at}, with a cache of {length}"
+            parts.append(part(name, self.step(engine, k, 0, position), read, tokens=1))
+
+        if self.fast is None:
+            return parts
+
+        small = self.read_bytes(self.draft.args, 1, position)
+        parts.append(part(f"draft loop, M = {k}{at}", self.step(self.fast, k, 0, position), small * k, k))
+        for m in self.fast.sizes:
+            rows = self.read_bytes(target, 0, position, m + 1)
+            parts.append(part(f"verify {m + 1} rows{at}", self.step(self.fast, m, 1, position), rows, m + 1))
+
+        whole = part(f"round, M = {k}{at}", lambda: self.whole_round(position), read + small * k, k + 1)
+        return [*parts, whole]
 
     def read_bytes(self, shape: ModelArgs, which: int, position: int, rows: int = 1) -> int:
         """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are
@@ -305,13 +321,15 @@ class Workbench:
         if self.fast is not None:
             self.overheads: list[float] = []
             parts.append(Part(f"generate, {a.verify}", lambda: self.generate_fast(prompt), note=imposed(a)))
+
         if a.peers:
-            peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, a.speculate_k, a.accept)
+            peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, k=a.speculate_k, accept=a.accept)
             parts.append(Part("transformers generate", peers.plain))
             if a.compile:
                 parts.append(Part("transformers generate, static cache, compiled", peers.static))
             if self.draft is not None:
                 parts.append(Part("transformers generate, assisted", peers.assisted, note=imposed(a)))
+
         for part in parts:
             part.tokens, part.at = a.max_new_tokens, (a.prompt_tokens, a.prompt_tokens + a.max_new_tokens - 1)
         return parts
@@ -335,6 +353,7 @@ class Workbench:
             result = engine.generate(prompt, self.args.max_new_tokens)
         finally:
             del engine.steps
+
         self.result = result
         if self.device.type == "cpu":
             self.overheads.append(1 - inside / result.seconds_decode)
@@ -353,6 +372,7 @@ class Workbench:
             at, k = f" at {a.positions[0]}", a.speculate_k
             steps = ms[f"draft loop, M = {k}{at}"] + ms[f"verify {k + 1} rows{at}"]
             overhead = 1 - steps / (ms[f"generate, {a.verify}"] / result.rounds)
+
         whole_ones = re.findall("[ar]*[tb]", "".join(result.origin))
         mean = statistics.mean(map(len, whole_ones)) if whole_ones else None
         return {"host_overhead": overhead, "tokens_a_round": mean, "rounds": len(whole_ones),
@@ -377,26 +397,55 @@ def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
     if not args.modes:
         bench = Workbench(args, (scheme_of(args), draft))
         return bench, bench.parts()
+
     benches = []
     for name in args.modes:
         scheme = scheme_named(name)
         benches.append(
             Workbench(args, (replace(scheme, lm_head=args.quantize_lm_head) if scheme else None, draft))
         )
+
     parts = [bench.parts() for bench in benches]
     for name, some in zip(args.modes, parts):
         for part in some:
             part.name = f"{name}: {part.name}"
+
     return benches[0], [part for some in zip(*parts) for part in some]
 
 
-def imposed(args: argparse.Namespace) -> str:
-    return "" if args.accept is None else f"imposed acceptance of {args.accept}"
+def attention_ways(
+    q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int
+) -> dict[str, Callable]:
+    """The candidates by name, each a call without arguments."""
+    n_kv = caches[0].shape[1]
+    k, v = (cache[:, :, :length] for cache in caches)
+    by_head, by_row = q.transpose(1, 2), heads_as_rows(q, n_kv)
+    masks = mask, mask.repeat(q.shape[2] // n_kv, 1)
+    ways = {
+        "SDPA": lambda: F.scaled_dot_product_attention(by_head, k, v, attn_mask=masks[0], enable_gqa=True),
+        "SDPA, heads as rows": lambda: F.scaled_dot_product_attention(by_row, k, v, attn_mask=masks[1]),
+    }
+    if q.device.type == "cuda":
+        ways["attend"] = lambda: kernels.attend(by_row[0], *caches, pos)
+    return ways
 
 
-def synthetic(n: int, vocab_size: int) -> list[int]:
-    """A prompt of n random ids."""
-    return torch.randint(3, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
+    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
+    as a graph."""
+
+    @torch.inference_mode()
+    def all_of_them() -> None:
+        for action in actions:
+            action()
+
+    if device.type == "cuda":
+        all_of_them()  # compiles
+        torch.cuda.synchronize()
+        with torch.inference_mode():
+            captured = capture(all_of_them, torch.cuda.graph_pool_handle())
+        return lambda: timed(lambda: [captured.graph.replay() for _ in range(5)], device) / 5 / len(actions)
+    return lambda: timed(all_of_them, device) / len(actions)
 
 
 def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
@@ -415,24 +464,41 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
                 action = in_turn([way[name] for way in ways], device)
                 size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
                 parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
+
     return parts
 
 
-def attention_ways(
-    q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int
-) -> dict[str, Callable]:
-    """The candidates by name, each a call without arguments."""
-    n_kv = caches[0].shape[1]
-    k, v = (cache[:, :, :length] for cache in caches)
-    by_head, by_row = q.transpose(1, 2), heads_as_rows(q, n_kv)
-    masks = mask, mask.repeat(q.shape[2] // n_kv, 1)
-    ways = {
-        "SDPA": lambda: F.scaled_dot_product_attention(by_head, k, v, attn_mask=masks[0], enable_gqa=True),
-        "SDPA, heads as rows": lambda: F.scaled_dot_product_attention(by_row, k, v, attn_mask=masks[1]),
-    }
-    if q.device.type == "cuda":
-        ways["attend"] = lambda: kernels.attend(by_row[0], *caches, pos)
-    return ways
+class LibraryInt4:
+    """PyTorch's own product with int4 weights in groups of 128, for comparison; weight (N, K) in bf16 or
+    fp32."""
+
+    GROUP = 128
+
+    def __init__(self, weight: Tensor):
+        groups = weight.float().unflatten(1, (-1, self.GROUP))
+        low, high = groups.amin(-1), groups.amax(-1)
+        step = ((high - low) / 15).clamp(min=1e-30)
+        q = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).to(torch.int32).flatten(1)
+        # (groups, N, 2)
+        self.scales = torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)
+        if weight.device.type == "cpu":
+            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        else:
+            self.weight = torch.ops.aten._convert_weight_to_int4pack(
+                (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8
+            )
+            self.product = torch.ops.aten._weight_int4pack_mm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (1, T, K) -> (T, N)."""
+        return self.product(x[0], self.weight, self.GROUP, self.scales)
+
+
+def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
+    """(N, K) of a layer's product by our name."""
+    found = [row.shape for row in layer_plan(model, 0).values() if row.ours.endswith(f".{name}.weight")]
+    return sum(shape[0] for shape in found), found[0][1]
 
 
 def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
@@ -468,59 +534,8 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
                 parts.append(
                     Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
                 )
+
     return parts
-
-
-class LibraryInt4:
-    """PyTorch's own product with int4 weights in groups of 128, for comparison; weight (N, K) in bf16 or
-    fp32."""
-
-    GROUP = 128
-
-    def __init__(self, weight: Tensor):
-        groups = weight.float().unflatten(1, (-1, self.GROUP))
-        low, high = groups.amin(-1), groups.amax(-1)
-        step = ((high - low) / 15).clamp(min=1e-30)
-        q = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).to(torch.int32).flatten(1)
-        self.scales = (
-            torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous().to(weight.dtype)
-        )  # (groups, N, 2)
-        if weight.device.type == "cpu":
-            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
-        else:
-            self.weight = torch.ops.aten._convert_weight_to_int4pack(
-                (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8
-            )
-            self.product = torch.ops.aten._weight_int4pack_mm
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (1, T, K) -> (T, N)."""
-        return self.product(x[0], self.weight, self.GROUP, self.scales)
-
-
-def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
-    """(N, K) of a layer's product by our name."""
-    found = [row.shape for row in layer_plan(model, 0).values() if row.ours.endswith(f".{name}.weight")]
-    return sum(shape[0] for shape in found), found[0][1]
-
-
-def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
-    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
-    as a graph."""
-
-    @torch.inference_mode()
-    def all_of_them() -> None:
-        for action in actions:
-            action()
-
-    if device.type == "cuda":
-        all_of_them()  # compiles
-        torch.cuda.synchronize()
-        with torch.inference_mode():
-            captured = capture(all_of_them, torch.cuda.graph_pool_handle())
-        return lambda: timed(lambda: [captured.graph.replay() for _ in range(5)], device) / 5 / len(actions)
-    return lambda: timed(all_of_them, device) / len(actions)
 
 
 def measure(parts: list[Part], repeats: int) -> Iterator[None]:
@@ -535,108 +550,6 @@ def measure(parts: list[Part], repeats: int) -> Iterator[None]:
             progress.step()
         if turn:
             yield
-
-
-def summarise(part: Part, limit: float) -> dict:
-    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
-    repeats."""
-    n, median = len(part.seconds), statistics.median(part.seconds)
-    row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
-           "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
-    if n >= QUARTILES_FROM:
-        low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
-        row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
-    row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
-    row |= {
-        "noisy": None if n < 3 else row["spread"] > NOISY,
-        "samples_ms": [1e3 * second for second in part.seconds],
-    }
-    if part.bytes:
-        row |= {
-            "bytes": part.bytes,
-            "gb_per_s": part.bytes / median / 1e9,
-            "share_of_limit": part.bytes / median / limit,
-        }
-    if part.flops:
-        row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
-    if part.tokens:
-        row["tokens_per_second"] = part.tokens / median
-    return row | ({"note": part.note} if part.note else {})
-
-
-def as_table(rows: list[dict]) -> str:
-    """A Markdown table."""
-    n = rows[0]["n"]
-    between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
-    lines = [
-        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
-        "|" + "---|" * 9,
-    ]
-    for row in rows:
-        low, high = range_of(row)
-        first, last = row["positions"] or ("", "")
-        cells = [row["part"], f"{first}" if first == last else f"{first} to {last}", f"{row['ms']:.3f}",
-                 f"{low:.3f} to {high:.3f}"]  # fmt: skip
-        cells += (
-            [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
-            if "bytes" in row
-            else [""] * 3
-        )
-        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
-        speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
-        cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", noise(rows)])
-
-
-def noise(rows: list[dict]) -> str:
-    """A sentence on how far the times can be trusted."""
-    n, noisy = rows[0]["n"], sum(bool(row["noisy"]) for row in rows)
-    if n < 3:
-        return f"How noisy these times are is not known: {n} of at least 3 repeats."
-    between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
-    if not noisy:
-        return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
-    return (
-        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
-        f"their median. "
-        "Measure them again on an idle machine before anything is built on a difference."
-    )
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for a command line that cannot run."""
-    for ours, theirs in (("checkpoint_path", "preset"), ("draft_checkpoint_path", "draft_preset")):
-        if getattr(args, ours) and getattr(args, theirs):
-            raise InputError(f"--{ours} and --{theirs} both name a model; give one of them.")
-    modes_of(args)
-    if len(set(args.modes or [])) < len(args.modes or []):
-        raise InputError("--modes names a mode twice.")
-    if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
-        raise InputError(
-            "--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset."
-        )
-    if args.accept is not None and args.accept > args.speculate_k:
-        raise InputError(f"--accept {args.accept} must be between 0 and --speculate_k {args.speculate_k}.")
-    if args.judge_path and args.preset:
-        raise InputError(
-            "--judge_path: random weights have no judge; leave it out, and one of zeros is computed."
-        )
-    if args.verify == "judge" and args.draft_checkpoint_path and not args.judge_path:
-        raise InputError("--verify judge needs a judge; name one with --judge_path, or another rule.")
-    if args.modes and (args.mode or args.attention or args.products):
-        raise InputError(
-            "--modes names how the target is quantised; leave --mode, --attention and --products out."
-        )
-    if args.peers and (args.max_new_tokens == 1 or args.mode or args.draft_mode or args.modes):
-        raise InputError(
-            "--peers runs transformers on unquantised weights for at least 2 tokens; mind --mode, --modes, "
-            "--max_new_tokens."
-        )
-    if (args.attention or args.products) and (args.profile or args.peers):
-        raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
-    check_lengths(args)
-    check_outputs(args)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -657,8 +570,14 @@ def check_outputs(args: argparse.Namespace) -> None:
         if path is not None:
             real.append(check_writable(path, flag))
             check_not_input(path, [*set(inputs), *filter(None, [args.judge_path])], flag)
+
     if len(set(real)) < len(real):
         raise InputError(f"--profile {args.profile} names a file that --out writes; name another one.")
+
+
+def rows_ahead(args: argparse.Namespace) -> int:
+    """Rows that a step or a verification reads from its position on."""
+    return max([args.speculate_k + 1, *args.rows]) if has_draft(args) else 1
 
 
 def fit_lengths(args: argparse.Namespace) -> int:
@@ -672,11 +591,6 @@ def fit_lengths(args: argparse.Namespace) -> int:
     return context
 
 
-def rows_ahead(args: argparse.Namespace) -> int:
-    """Rows that a step or a verification reads from its position on."""
-    return max([args.speculate_k + 1, *args.rows]) if has_draft(args) else 1
-
-
 def check_lengths(args: argparse.Namespace) -> None:
     """Raises InputError where positions, prompts or caches do not fit the models, or the models one
     another."""
@@ -688,75 +602,91 @@ def check_lengths(args: argparse.Namespace) -> None:
         )
     if (reached := max(args.positions) + rows_ahead(args)) > context:
         raise InputError(
-            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from there on reach "
-            f"{reached} tokens, "
-            f"but the context is {context}."
+            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
+            f"there on reach {reached} tokens, but the context is {context}."
         )
+
     for length in args.cache_length or []:
         if length < needed_length(args):
             raise InputError(
                 f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
             )
+
     if draft is not None and target.vocab_size != draft.vocab_size:
         raise InputError(
-            f"Draft and target have different vocabularies, of {draft.vocab_size} and {target.vocab_size} "
-            f"tokens."
+            "Draft and target have different vocabularies, of "
+            f"{draft.vocab_size} and {target.vocab_size} tokens."
         )
+
     if args.checkpoint_path and args.draft_checkpoint_path:
         check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
 
 
-def needed_length(args: argparse.Namespace) -> int:
-    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
-    position."""
-    ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
-    return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for a command line that cannot run."""
+    for ours, theirs in (("checkpoint_path", "preset"), ("draft_checkpoint_path", "draft_preset")):
+        if getattr(args, ours) and getattr(args, theirs):
+            raise InputError(f"--{ours} and --{theirs} both name a model; give one of them.")
+
+    modes_of(args)
+    if len(set(args.modes or [])) < len(args.modes or []):
+        raise InputError("--modes names a mode twice.")
+    if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
+        raise InputError(
+            "--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset."
+        )
+    if args.accept is not None and args.accept > args.speculate_k:
+        raise InputError(f"--accept {args.accept} must be between 0 and --speculate_k {args.speculate_k}.")
+    if args.judge_path and args.preset:
+        raise InputError(
+            "--judge_path: random weights have no judge; leave it out, and one of zeros is computed."
+        )
+    if needs_judge(args.verify) and args.draft_checkpoint_path and not args.judge_path:
+        raise InputError(
+            f"--verify {args.verify} needs a judge; name one with --judge_path, or another rule."
+        )
+    if args.modes and (args.mode or args.attention or args.products):
+        raise InputError(
+            "--modes names how the target is quantised; leave --mode, --attention and --products out."
+        )
+    if args.peers and (args.max_new_tokens == 1 or args.mode or args.draft_mode or args.modes):
+        raise InputError(
+            "--peers runs transformers on unquantised weights for at "
+            "least 2 tokens; mind --mode, --modes, --max_new_tokens."
+        )
+    if (args.attention or args.products) and (args.profile or args.peers):
+        raise InputError("--attention and --products measure nothing else; leave --profile and --peers out.")
+    check_lengths(args)
+    check_outputs(args)
 
 
-def run(args: argparse.Namespace, argv: list[str]) -> None:
-    """From a parsed command line to the report."""
-    args.device = pick_device(args.device)
-    check_args(args)
-    read, copy = bandwidth(args.device)
-    bench, dtype = None, run_dtype(args.precision, args.device)
-    if args.attention or args.products:
-        parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
-    else:
-        bench, parts = workbenches(args)
-    for _ in measure(parts, args.repeats):
-        report = make_report(args, argv, parts, bench, read, copy)
-        if args.out is not None:  # after every turn: a run that is stopped leaves what it has
-            write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
-            write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
-    if args.profile is not None:
-        bench.trace(args.profile)
-    print(as_text(report))
-    print(json.dumps(report))
+def summarise(part: Part, limit: float) -> dict:
+    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
+    repeats."""
+    n, median = len(part.seconds), statistics.median(part.seconds)
+    row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
+           "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
+    if n >= QUARTILES_FROM:
+        low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
+        row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
 
-
-def make_report(
-    args, argv: list[str], parts: list[Part], bench: Workbench | None, read: float, copy: float
-) -> dict:
-    """All that was measured so far. read, copy: bytes a second."""
-    limit = copy if args.device.type == "cuda" else read
-    report = {
-        "schema": SCHEMA,
-        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": machine(),
-        "commit": commit(),
-        **settings_of(args, bench),
-        "read_gb_per_s": read / 1e9,
-        "copy_gb_per_s": copy / 1e9,
-        "limit": "copy" if args.device.type == "cuda" else "read",
-        "rows": [summarise(part, limit) for part in parts],
+    row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
+    row |= {
+        "noisy": None if n < 3 else row["spread"] > NOISY,
+        "samples_ms": [1e3 * second for second in part.seconds],
     }
-    if bench is None:
-        return report
-    figures = (
-        {} if args.modes else bench.round_figures(report["rows"])
-    )  # with several modes there are several of each
-    return report | {"startup": bench.startup} | figures
+    if part.bytes:
+        row |= {
+            "bytes": part.bytes,
+            "gb_per_s": part.bytes / median / 1e9,
+            "share_of_limit": part.bytes / median / limit,
+        }
+
+    if part.flops:
+        row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
+    if part.tokens:
+        row["tokens_per_second"] = part.tokens / median
+    return row | ({"note": part.note} if part.note else {})
 
 
 def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
@@ -786,14 +716,78 @@ def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
     }
 
 
+def make_report(
+    args, argv: list[str], parts: list[Part], bench: Workbench | None, speeds: tuple[float, float]
+) -> dict:
+    """All that was measured so far. speeds: bytes a second of reading and of copying."""
+    limit = "copy" if args.device.type == "cuda" else "read"
+    read, copied = speeds
+    report = {
+        "schema": SCHEMA,
+        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine(),
+        "commit": commit(),
+        **settings_of(args, bench),
+        "read_gb_per_s": read / 1e9,
+        "copy_gb_per_s": copied / 1e9,
+        "limit": limit,
+        "rows": [summarise(part, copied if limit == "copy" else read) for part in parts],
+    }
+    if bench is None:
+        return report
+    # with several modes there are several of each
+    figures = {} if args.modes else bench.round_figures(report["rows"])
+    return report | {"startup": bench.startup} | figures
+
+
+def noise(rows: list[dict]) -> str:
+    """A sentence on how far the times can be trusted."""
+    n, noisy = rows[0]["n"], sum(bool(row["noisy"]) for row in rows)
+    if n < 3:
+        return f"How noisy these times are is not known: {n} of at least 3 repeats."
+    between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
+    if not noisy:
+        return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
+    return (
+        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
+        "their median. Measure them again on an idle machine before anything is built on a difference."
+    )
+
+
+def as_table(rows: list[dict]) -> str:
+    """A Markdown table."""
+    n = rows[0]["n"]
+    between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
+    lines = [
+        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
+        "|" + "---|" * 9,
+    ]
+    for row in rows:
+        low, high = range_of(row)
+        first, last = row["positions"] or ("", "")
+        cells = [row["part"], f"{first}" if first == last else f"{first} to {last}", f"{row['ms']:.3f}",
+                 f"{low:.3f} to {high:.3f}"]  # fmt: skip
+        cells += (
+            [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
+            if "bytes" in row
+            else [""] * 3
+        )
+        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
+        speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
+        cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
+        lines.append("| " + " | ".join(cells) + " |")
+
+    return "\n".join([*lines, "", noise(rows)])
+
+
 def as_text(report: dict) -> str:
     """The report as Markdown."""
     made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
     lines = [f"`{report['command']}`; {made}.", ""]
     lines.append(
-        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy {report['copy_gb_per_s']:.1f} "
-        f"GB/s (reads and "
-        f"writes); the limit is {report['limit']}."
+        f"Bandwidth measured: read {report['read_gb_per_s']:.1f} GB/s, copy "
+        f"{report['copy_gb_per_s']:.1f} GB/s (reads and writes); the limit is {report['limit']}."
     )
     lines += ["", as_table(report["rows"]), ""]
     for name, found in report.get("startup", {}).items():
@@ -804,6 +798,7 @@ def as_text(report: dict) -> str:
             lines.append(
                 f"- loading {name}: {found['bytes'] / 1e9:.3f} GB at {speed:.2f} GB/s (`cat` {cat:.2f} GB/s)"
             )
+
     if report.get("host_overhead") is not None:
         lines.append(f"- host overhead: {report['host_overhead']:.2%}")
     if report.get("tokens_a_round") is not None:
@@ -811,11 +806,35 @@ def as_text(report: dict) -> str:
             report["rounds_cut"]
         )
         lines.append(f"- tokens a round: {report['tokens_a_round']:.2f} in {report['rounds']} rounds{cut}")
+
     return "\n".join(lines)
 
 
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """From a parsed command line to the report."""
+    args.device = pick_device(args.device)
+    check_args(args)
+    speeds = bandwidth(args.device)
+    bench, dtype = None, run_dtype(args.precision, args.device)
+    if args.attention or args.products:
+        parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
+    else:
+        bench, parts = workbenches(args)
+
+    for _ in measure(parts, args.repeats):
+        report = make_report(args, argv, parts, bench, speeds)
+        if args.out is not None:  # after every turn: a run that is stopped leaves what it has
+            write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
+            write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
+
+    if args.profile is not None:
+        bench.trace(args.profile)
+    print(as_text(report))
+    print(json.dumps(report))
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__)
+    args = parse_args(Parser(__doc__), argv)
     run_script("benchmark.py", lambda: run(args, sys.argv[1:] if argv is None else argv))
 
 

@@ -1,18 +1,18 @@
 """Accuracy, accepted tokens and speed of several verification rules on the same questions, in one run.
 
-    python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile python
-    scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl ... --verify topk --threshold
-    topk=2,topk=3,topk=5 torchrun --nproc_per_node 8 scripts/evaluate.py --task mmlu --data mmlu ... --out
-    results.jsonl     # then once: python scripts/evaluate.py --task mmlu --data mmlu ... --out results.jsonl
-    --merge 8
+    python scripts/evaluate.py --limit 500 --verify plain,standard,judge,kl,topk,typical --compile
+    python scripts/evaluate.py --task gsm8k --data gsm8k/test.jsonl --verify topk --threshold topk=2,topk=3
+
+    torchrun --nproc_per_node 8 scripts/evaluate.py --task mmlu --data mmlu --out results.jsonl
+    python scripts/evaluate.py --task mmlu --data mmlu --out results.jsonl --merge 8        # then, once
 
 Every question is answered by every rule before the next question, so that all rules see the machine in the
 same state. One JSON line an answer goes to --out and is flushed; a killed run resumes from there. What
-questions may be is in scripts/tasks.py, how they are put in scripts/public_tasks.py, and how they are checked
-in scripts/scoring.py. Of several processes (torchrun) each has its own engine, answers every so-many-th
-question and keeps its part beside --out. An answer whose logits are not finite is recorded as failed (no
-text, not right) and the run goes on: the table counts it, a line on standard error says how many there were,
-and the exit code is then 2.
+questions may be is in scripts/lib/tasks.py, how they are put in scripts/lib/public_tasks.py, and how they are
+checked in scripts/lib/scoring.py. Of several processes (torchrun) each has its own engine, answers every
+so-many-th question and keeps its part beside --out. An answer whose logits are not finite is recorded as
+failed (no text, not right) and the run goes on: the table counts it, a line on standard error says how many
+there were, and the exit code is then 2.
 """
 
 import os
@@ -30,26 +30,18 @@ from pathlib import Path
 
 import tp
 from files import check_not_input, check_writable
-from generate import check_settings
+from judge import needs_judge
 from model import pick_device
-from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for, summarise
-from scripts.lib.flags import add_engine_flags
-from scripts.lib.pair import name_models, own_device, schemes_of
+from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for
+from scripts.lib.fastchat import check_model_answers, write_model_answers
+from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
+from scripts.lib.pair import check_settings, name_models, schemes_of
 from scripts.lib.public_tasks import TASKS
-from scripts.lib.results import (
-    MOST_PROCESSES,
-    PEERS,
-    check_model_answers,
-    check_parts,
-    merge,
-    part,
-    rank_and_size,
-    write_model_answers,
-)
+from scripts.lib.ranks import add_rank_flags, check_flags, own_device
+from scripts.lib.results import PEERS, check_parts, merge, part, rank_and_size
 from scripts.lib.scoring import Question
+from scripts.lib.summary import summarise
 from scripts.lib.tasks import add_question_flags, questions_of
-
-MOST_TOKENS = 10_000_000  # of an answer, and of a vocabulary
 
 
 def print_table(rows: list[dict]) -> None:
@@ -97,32 +89,14 @@ def check_failed(records: list[dict]) -> None:
             f"{n} of {rule}" for rule, n in Counter(record["rule"] for record in failed).items()
         )
         raise InputError(
-            f"{len(failed)} of {len(records)} answers failed ({rules}) and count as not right; "
-            f"the first, to "
-            f"question {failed[0]['index']}: {failed[0]['failed']}"
+            f"{len(failed)} of {len(records)} answers failed ({rules}) and count as not "
+            f"right; the first, to question {failed[0]['index']}: {failed[0]['failed']}"
         )
 
 
-def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their
-    summary rows.
-
-    As one of several processes only its share, into its own part of --out, and rows of that; with --merge
-    nothing is answered.
-    """
-    rules = parse_rules(args.verify, args.threshold)
-    labels = [label(rule) for rule in rules]
-    rank, size = share_of(args)
-    check_args(args, rules, size)
-    check_outputs(args, labels, rank, size)
-    questions = with_samples(questions_of(args, scored=False), args.samples)
-    if args.merge:
-        records = merge(args.out, args.merge, labels, questions)
-    else:
-        records = answer_share(args, rules, questions, rank, size)
-    if args.model_answers and (args.merge or size == 1) and tp.is_first():
-        write_model_answers(args.model_answers, records, questions)
-    return records, summarise(records, labels) if records else []
+def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
+    """Where this process writes: --out, or its part of it."""
+    return part(args.out, rank, size) if size > 1 else args.out
 
 
 def answer_share(
@@ -131,13 +105,8 @@ def answer_share(
     """The records of every `size`-th question from `rank` on."""
     args.out, questions = own_out(args, rank, size), questions[rank::size]
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
-    with closing(Bench(args, questions, any(rule.name == "judge" for rule in rules), largest)) as bench:
+    with closing(Bench(args, questions, any(needs_judge(rule.name) for rule in rules), largest)) as bench:
         return bench.answer_all(questions, rules)
-
-
-def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
-    """Where this process writes: --out, or its part of it."""
-    return part(args.out, rank, size) if size > 1 else args.out
 
 
 def share_of(args: argparse.Namespace) -> tuple[int, int]:
@@ -176,11 +145,11 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
         )
     if args.model_answers and (args.task not in TASKS or TASKS[args.task].checker != "none"):
         raise InputError("--model_answers is FastChat's form, for --task mt_bench and spec_bench.")
-    if args.tp and tp.LINK is None:
+    if args.tp and not tp.shard():
         raise InputError(
             "--tp is for several processes that run one model together; start them with torchrun."
         )
-    tp.check_flags(args)
+    check_flags(args)
     for rule in rules:
         if rule.name not in PEERS:
             check_settings(settings_for(args, rule), True, args.judge_path is not None)
@@ -196,6 +165,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
             raise InputError(
                 f"--verify {rule.name} runs the folders as they are; leave --mode and --draft_mode out."
             )
+
     args.device = pick_device(own_device(args.device))
     tp.connect(args.device, args.all_reduce)
 
@@ -208,13 +178,38 @@ def check_outputs(args: argparse.Namespace, labels: list[str], rank: int, size: 
         raise InputError(
             f"--out {args.out} is there already; name the --out of the run, or remove what was merged before."
         )
+
     if args.out and size > 1:
         check_parts(args.out, size)
     for path in filter(None, (args.out, own_out(args, rank, size))):
         check_writable(path, "--out")
         check_not_input(path, inputs)
+
     if args.model_answers:
         check_model_answers(args.model_answers, labels, [*inputs, *filter(None, [args.out])])
+
+
+def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their
+    summary rows.
+
+    As one of several processes only its share, into its own part of --out, and rows of that; with --merge
+    nothing is answered.
+    """
+    rules = parse_rules(args.verify, args.threshold)
+    labels = [label(rule) for rule in rules]
+    rank, size = share_of(args)
+    check_args(args, rules, size)
+    check_outputs(args, labels, rank, size)
+    questions = with_samples(questions_of(args, scored=False), args.samples)
+    if args.merge:
+        records = merge(args.out, args.merge, labels, questions)
+    else:
+        records = answer_share(args, rules, questions, rank, size)
+
+    if args.model_answers and (args.merge or size == 1) and tp.RANK == 0:
+        write_model_answers(args.model_answers, records, questions)
+    return records, summarise(records, labels) if records else []
 
 
 def report(args: argparse.Namespace) -> None:
@@ -223,20 +218,22 @@ def report(args: argparse.Namespace) -> None:
         print(json.dumps({"questions": args.questions or args.task or "demo", "rows": rows}))
     elif rows:
         print_table(rows)
+
     rank, size = share_of(args)
     if size > 1 and (rank == 0 or args.part):
         more = "without --part" if args.part else "without torchrun"
         print(
             f"When all {size} parts are done: the same command, {more}, with --merge {size}", file=sys.stderr
         )
+
     check_failed(records)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add_question_flags(parser.add_argument)
-    add_engine_flags(parser, max_new_tokens=None)
     add = parser.add_argument
+    add_question_flags(parser)
+    add_engine_flags(parser, max_new_tokens=None)
     add(
         "--verify",
         default="plain,standard,judge,kl,topk,typical",
@@ -246,18 +243,13 @@ def main(argv: list[str] | None = None) -> None:
         "--threshold",
         help="rule=number, ...; several for one rule run it several times (default: each rule's own)",
     )
-    add("--out", type=Path, help="results, JSON lines; resumed when it exists")
+    add_flags(parser, out={"help": "results, JSON lines; resumed when it exists"})
     add(
         "--details",
         action="store_true",
         help="keep probability, KL and score of each token, for report.py (not timed)",
     )
-    add(
-        "--samples",
-        type=whole(1, 10_000),
-        default=1,
-        help="answers a question and rule, for pass@k; needs a --temperature",
-    )
+    add_flags(parser, samples={"help": "answers a question and rule, for pass@k; needs a --temperature"})
     add(
         "--model_answers",
         type=Path,
@@ -273,14 +265,13 @@ def main(argv: list[str] | None = None) -> None:
         metavar="I/N",
         help="answer every N-th question from the I-th on (0 to N - 1): one of N runs, for --merge N",
     )
-    tp.add_flags(parser)
-    add(
-        "--merge",
-        type=whole(1, MOST_PROCESSES),
-        help="merge the parts of so many processes into --out, and answer nothing",
-    )
-    add("--json", action="store_true", help="print the summary as one JSON object")
-    args = parser.parse_args(argv)
+    add_rank_flags(parser)
+    add_flags(parser, "merge", "json")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     with tp.ranks("evaluate.py") if args.tp else nullcontext():
         run_script("evaluate.py", lambda: report(args))
 

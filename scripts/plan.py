@@ -1,10 +1,9 @@
 """What a pair of models needs and gives on given GPUs, before they are rented: memory a rank, seconds a
 round, tokens/s.
 
-    python scripts/plan.py                                     # the papers' two configurations, and a 405B on
-    16 GPUs python scripts/plan.py --target Llama-3.1-70B --draft Llama-3.1-8B --mode int8 --gpus 4 --gpu h200
-    --m_star 12 python scripts/plan.py --check                             # held against every measured round
-    in benchmarks/
+    python scripts/plan.py              # the papers' two configurations, and a 405B on 16 GPUs
+    python scripts/plan.py --target Llama-3.1-70B --draft Llama-3.1-8B --mode int8 --gpus 4 --m_star 12
+    python scripts/plan.py --check      # held against every measured round in benchmarks/
 
 A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so
 far) over the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an
@@ -40,7 +39,10 @@ from files import read_json
 from generate import capacity_for
 from model import DTYPES, ModelArgs
 from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoint, scheme_of, weight_bytes
-from scripts.lib import speed_report
+from scripts.lib import benchmark_args
+from scripts.lib.benchmark_args import SCHEMA, is_preset, modes_of, shapes_of
+from scripts.lib.flags import FIXED_K, add_flags
+from scripts.lib.ranks import place_draft
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PART = re.compile(
@@ -48,9 +50,8 @@ PART = re.compile(
     r"rows)? at "
     r"(?P<at>[0-9]+)"
 )
-SCHEME = re.compile(
-    r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?"
-)  # as benchmark.py writes it
+# as benchmark.py writes it
+SCHEME = re.compile(r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?")
 MOST = 10**9  # tokens, positions and rows
 LONGEST = 64  # draft tokens a round that are tried
 GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
@@ -75,6 +76,21 @@ GPUS = {  # data sheets; the latency is assumed (NCCL inside a machine; --all_re
 }
 
 
+def traffic(
+    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool
+) -> dict[str, int]:
+    """Collectives of one forward of T rows through L layers: counts, and bytes that each rank puts in.
+
+    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for logits
+    an all-gather, of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
+    ceil(vocabulary / world) fp32 logits where a rule or sampling needs probabilities (gather).
+    """
+    each, reduces = 4 * -(-args.vocab_size // world) if gather else 16, 2 * args.n_layer + 1
+    sent = logit_rows * each if world > 1 else 0
+    return {"all_reduces": reduces, "reduced_bytes": reduces * rows * args.dim * itemsize,
+            "gathers": int(sent > 0), "gathered_bytes": sent}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Role:
     """A model of the pair: its whole shape, this rank's part of it, and how its weights are kept."""
@@ -97,7 +113,7 @@ class Role:
         """Of one forward of `rows` rows."""
         found, n = self.read(position, rows) / gpu.bandwidth, self.world
         if n > 1:
-            sent = tp.traffic(self.args, rows, n, self.dtype.itemsize, logit_rows, gather)
+            sent = traffic(self.args, rows, n, self.dtype.itemsize, logit_rows, gather)
             moved = 2 * (1 - 1 / n) * sent["reduced_bytes"] + (n - 1) * sent["gathered_bytes"]
             found += (sent["all_reduces"] + sent["gathers"]) * gpu.latency + moved / gpu.link
         return found
@@ -160,7 +176,7 @@ def shape_of(name: str) -> tuple[ModelArgs, Path | None]:
         raise InputError(
             f"{shortened(name)} is no folder; name a preset, DIMxLAYERS, or a folder with config.json."
         )
-    return speed_report.shape_of(name), None
+    return benchmark_args.shape_of(name), None
 
 
 def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
@@ -193,11 +209,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
             sizes = [f"{role.args.n_params / 1e9:.3g}" for role in (draft, target)]
             raise InputError(
                 f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} "
-                f"against {sizes[1]} "
-                "billion weights); name the smaller one as --draft."
+                f"against {sizes[1]} billion weights); name the smaller one as --draft."
             )
-        where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
+        where = args.draft_tp or place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
+
     return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
 
 
@@ -227,9 +243,9 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     )
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
-        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + {memory['caches'] / 1e9:.2f} GB of "
-        f"caches for "
-        f"{length} tokens + {memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
+        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + "
+        f"{memory['caches'] / 1e9:.2f} GB of caches for {length} tokens + "
+        f"{memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
         f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
     ]
     figures = {"memory": memory, "fits": total <= plan.gpu.memory, "plain_seconds": plain}
@@ -241,8 +257,8 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
         lines += [
             f"  draft {where}: a round of M = {k} takes {seconds * 1e3:.2f} ms",
             f"  at m* {m_star:g}: {speed:.0f} tokens/s, {speed * plain:.1f} times plain",
-            f"  best M where a = {a:.3f} of draft tokens pass: {best}, m* {accepted(a, best):.1f}, "
-            f"{best_speed:.0f} tokens/s",
+            f"  best M where a = {a:.3f} of draft tokens pass: {best}, "
+            f"m* {accepted(a, best):.1f}, {best_speed:.0f} tokens/s",
         ]
         figures |= {
             "round_seconds": seconds,
@@ -251,6 +267,7 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
             "best_speculate_k": best,
             "best_tokens_per_second": best_speed,
         }
+
     return lines, figures
 
 
@@ -303,20 +320,40 @@ def scheme_written(text: str | None, where: str) -> Scheme | None:
     return scheme
 
 
+def parsed_command(command: str, where: str) -> argparse.Namespace:
+    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
+    none."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            return benchmark_args.parse_args(Parser(None), shlex.split(command)[2:])
+    except (SystemExit, ValueError):
+        reason = said.getvalue().strip() or "no command line"
+        raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
+
+
+def parts_of(report: dict, where: str) -> list[str]:
+    """The names of a report's parts."""
+    for row_number, row in enumerate(field_of(report, "rows", list, where), 1):
+        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
+            raise InputError(f"{where}, row {row_number}: field 'part' is missing or no text.")
+    return [row["part"] for row in report["rows"]]
+
+
 def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | None]]:
     """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report
     by benchmark.py. One of schema 1 says so in its command and its parts alone."""
     if report.get("schema", 1) == 1:
         args = parsed_command(field_of(report, "command", str, where), where)
-        shapes, schemes = speed_report.shapes_of(args), (scheme_of(args), scheme_of(args, "draft_"))
+        shapes, schemes = shapes_of(args), (scheme_of(args), scheme_of(args, "draft_"))
         args.modes = [
             found["mode"] for found in map(PART.match, parts_of(report, where)) if found and found["mode"]
         ]
-        modes = speed_report.modes_of(args) or {}
-    elif report["schema"] == speed_report.SCHEMA:
+        modes = modes_of(args) or {}
+    elif report["schema"] == SCHEMA:
         names = field_of(report, "model", str, where), field_of(report, "draft_model", str | None, where)
         shapes = [
-            name and shape_of(name if speed_report.is_preset(name) else str(speed_report.ROOT / name))[0]
+            name and shape_of(name if is_preset(name) else str(benchmark_args.ROOT / name))[0]
             for name in names
         ]
         schemes = [
@@ -326,25 +363,37 @@ def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | 
         modes = field_of(report, "modes", dict | None, where) or {}
     else:
         raise InputError(
-            f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and "
-            f"{speed_report.SCHEMA}."
+            f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and {SCHEMA}."
         )
+
     found = {
         name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes
     }
     return [shape and (shape, scheme) for shape, scheme in zip(shapes, schemes)], found
 
 
-def parsed_command(command: str, where: str) -> argparse.Namespace:
-    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
-    none."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            return speed_report.parse_args(shlex.split(command)[2:])
-    except (SystemExit, ValueError):
-        reason = said.getvalue().strip() or "no command line"
-        raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
+def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], where: str) -> float:
+    """Seconds of a part of a report."""
+    what, count, at = match["what"], match["number"], match["at"]
+    if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
+        raise InputError(
+            f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
+        )
+
+    if match["mode"]:
+        if match["mode"] not in modes:
+            raise InputError(
+                f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
+            )
+        plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
+
+    if plan.draft is None and what != "plain step":
+        raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
+    m, position = int(count or 0), int(at)
+    if what == "verify":
+        return plan.target.seconds(plan.gpu, position, m, m)
+    whole_round = plan.round(m, position)
+    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
 
 
 def predictions(report: dict, where: str = "The report") -> list[tuple[str, float, float]]:
@@ -355,6 +404,7 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
         models, modes = measured_models(report, where)
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+
     dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(
         field_of(report, "dtype", str, where)
     )
@@ -369,37 +419,8 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
             here = f"{where}, row {row_number}"
             seconds = predicted(plan, match, modes, here)
             found.append((part, seconds * 1e3, positive(report["rows"][row_number - 1], "ms", here)))
+
     return found
-
-
-def parts_of(report: dict, where: str) -> list[str]:
-    """The names of a report's parts."""
-    for row_number, row in enumerate(field_of(report, "rows", list, where), 1):
-        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
-            raise InputError(f"{where}, row {row_number}: field 'part' is missing or no text.")
-    return [row["part"] for row in report["rows"]]
-
-
-def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], where: str) -> float:
-    """Seconds of a part of a report."""
-    what, count, at = match["what"], match["number"], match["at"]
-    if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
-        raise InputError(
-            f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
-        )
-    if match["mode"]:
-        if match["mode"] not in modes:
-            raise InputError(
-                f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
-            )
-        plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
-    if plan.draft is None and what != "plain step":
-        raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
-    m, position = int(count or 0), int(at)
-    if what == "verify":
-        return plan.target.seconds(plan.gpu, position, m, m)
-    whole_round = plan.round(m, position)
-    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
 
 
 def check(folder: Path) -> tuple[list[str], dict]:
@@ -414,13 +435,13 @@ def check(folder: Path) -> tuple[list[str], dict]:
             lines.append(
                 f"{path.stem:22} {part:34} {expected:6.2f} ms {measured:6.2f} ms  {all_errors[-1]:+.0%}"
             )
+
     if not all_errors:
         raise InputError(f"{folder} holds no report by scripts/benchmark.py to hold predictions against.")
     middle = sorted(all_errors)[len(all_errors) // 2]
     lines.append(
-        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} to "
-        f"{max(all_errors):+.0%} "
-        "(all on one device; collectives and GPUs are unmeasured)"
+        f"error of {len(all_errors)} predictions: median {middle:+.0%}, from {min(all_errors):+.0%} "
+        f"to {max(all_errors):+.0%} (all on one device; collectives and GPUs are unmeasured)"
     )
     return lines, {
         "n": len(all_errors),
@@ -432,22 +453,22 @@ def check(folder: Path) -> tuple[list[str], dict]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add, size = parser.add_argument, number(1e-3, 1e9)
     add("--target", help="a preset, DIMxLAYERS, or a folder (default: three plans)")
     add("--draft", help="the same for the draft; without one: plain decoding")
     add("--mode", choices=[*DTYPES, *FORMATS], default="bf16", help="how weights are kept")
     add("--draft_mode", choices=[*DTYPES, *FORMATS], help="how the draft's are (default: as --mode)")
-    add("--draft_tp", choices=("shard", "replicate"), help="default: by tp.place_draft")
+    add("--draft_tp", choices=("shard", "replicate"), help="default: by its size")
     add("--gpus", type=whole(1, 4096), default=1, help="ranks, one a GPU")
     add("--gpu", choices=GPUS, default="h100", help="which GPU")
-    add("--memory", type=number(1e-3, 1e9), help="GB of a GPU (default: its data sheet's)")
-    add("--bandwidth", type=number(1e-3, 1e9), help="GB/s of its memory (default: its data sheet's)")
+    add("--memory", type=size, help="GB of a GPU (default: its data sheet's)")
+    add("--bandwidth", type=size, help="GB/s of its memory (default: its data sheet's)")
     add(
         "--link",
-        type=number(1e-3, 1e9),
+        type=size,
         help="GB/s to the other GPUs, one way (default: its data sheet's; beyond 8 GPUs 50)",
     )
-    add("--latency", type=number(1e-3, 1e9), help="us of a collective (default: 10; beyond 8 GPUs 30)")
+    add("--latency", type=size, help="us of a collective (default: 10; beyond 8 GPUs 30)")
     add("--gather", action="store_true", help="the rule needs probabilities (all but standard and judge)")
     add(
         "--m_star",
@@ -455,13 +476,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=12.0,
         help="m*, draft tokens accepted a round of --speculate_k",
     )
-    add("--speculate_k", type=whole(1, 1024), default=16, help="M, draft tokens a round")
+    add_flags(parser, speculate_k=FIXED_K)
     add("--position", type=whole(1, MOST), help="tokens in the cache (default: 1000, or as many as it holds)")
-    add(
-        "--cache_length",
-        type=whole(1, MOST),
-        help="tokens that the cache holds (default: 8192, or the context)",
-    )
+    held = "tokens that the cache holds (default: 8192, or the context)"
+    add_flags(parser, cache_length={"type": whole(1, MOST), "help": held})
     add("--check", action="store_true", help="hold predictions against every report in --benchmarks")
     add("--benchmarks", type=Path, default=BENCHMARKS, help="a folder of benchmark.py's reports")
     args = parser.parse_args(argv)
@@ -485,6 +503,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     else:
         found = [describe(parse_args([*each, *argv])) for each in DEFAULTS]
         lines, figures = [line for part, _ in found for line in part], [figures for _, figures in found]
+
     print("\n".join(lines))
     print(json.dumps(figures))
 

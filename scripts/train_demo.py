@@ -5,9 +5,9 @@ checkpoints/demo.
     python scripts/train_demo.py --stages judge       # only the judge, from the trained pair
 
 The judge is trained on answers that the trained draft and target gave to training problems, the
-wrong ones marked at their first wrong word or digit by the grammar of scripts/demo_task.py.
+wrong ones marked at their first wrong word or digit by the grammar of scripts/lib/demo_task.py.
 
-The text is that of scripts/demo_task.py. The target reads answers in its own style in which some steps go
+The text is that of scripts/lib/demo_task.py. The target reads answers in its own style in which some steps go
 wrong and are taken back; the loss skips the wrong tokens themselves, so that it learns to notice errors, not
 to make them. The draft reads right answers in the other style, and is too small to calculate without slips.
 """
@@ -40,6 +40,7 @@ from model import ModelArgs, Transformer, pick_device
 from quantize import load_model
 from scripts.lib.answers import read_answers
 from scripts.lib.demo_task import annotated, problems, write_answer, write_answer_with_errors
+from scripts.lib.flags import add_flags
 from scripts.lib.terminal import answer_text
 from scripts.lib.training import TrainSettings, print_figures, train_judge
 from tokenizer import load_tokenizer
@@ -62,11 +63,8 @@ FOLDER = (
     "tokenizer_config.json",
 )
 STAGES = ("tokenizer", "target", "draft", "judge")
-JUDGE_ANSWERS = (
-    ("draft", 0.0, 1000),
-    ("draft", 1.0, 1000),
-    ("target", 1.0, 200),
-)  # model, temperature, answers
+# model, temperature, answers
+JUDGE_ANSWERS = (("draft", 0.0, 1000), ("draft", 1.0, 1000), ("target", 1.0, 200))
 JUDGE_THRESHOLD = 0.8  # chosen on held-out problems of another seed than the results' (--seed 7)
 
 
@@ -76,6 +74,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
     for problem, _ in zip(problems(seed, held_out=False), range(20000)):
         style = rng.choice(["target", "draft"])
         texts.append(problem.question + write_answer_with_errors(problem, style, rng, 0.1)[0])
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -107,15 +106,16 @@ def training_row(
         answer, errors = write_answer_with_errors(problem, style, rng, rate)
     else:
         answer, errors = write_answer(problem, style, rng), []
+
     pieces = sp.encode(problem.question + answer, out_type=str)
     ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
-    end = (
-        -len(problem.question) - 1
-    )  # characters from the answer's start; SentencePiece puts a space before all
+    # characters from the answer's start; SentencePiece puts a space before all
+    end = -len(problem.question) - 1
     for piece in pieces:
         begin, end = end, end + len(piece)
         wrong = any(begin < b and end > a for a, b in errors)
         mask.append(int(end > 0 and not wrong))
+
     assert ids[: len(prompt)] == prompt
     return [*ids, sp.eos_id()], [*mask, 1]
 
@@ -158,7 +158,51 @@ def init_weights(model: Transformer, seed: int) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) -> Transformer:
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where what an optimizer remembers of a weight is not of its shape, or no number."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim()]
+            if not kept or any(x.shape != weight.shape for x in kept):
+                raise ValueError("an optimizer's state is not of its weights")
+            if not all(x.isfinite().all() for x in (weight, *kept)):
+                raise ValueError("it holds numbers that are not finite")
+
+
+def resume(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
+) -> int:
+    """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
+
+    Raises InputError for a file of another run, and for one that no run has saved.
+    """
+    content = read_bytes(state)
+    try:
+        saved = torch.load(
+            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
+        )
+        if (saved["seed"], saved["steps"]) != (seed, steps):
+            raise InputError(
+                f"{state} is of another seed or number of steps; remove it, or name another --work."
+            )
+        if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
+            raise ValueError(f"step is {saved['step']!r}")
+        model.load_state_dict(saved["model"])
+        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+            check_moments(optimizer)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged pickle raises has no end
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
+        ) from None
+
+    return saved["step"]
+
+
+def train_model(role: str, sp, state: Path, *, seed: int, device: str, steps: int) -> Transformer:
     """Trains the target or the draft for `steps` batches; `state` is where it resumes from."""
     model = Transformer(PRESETS[role])
     init_weights(model, seed)
@@ -205,50 +249,8 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
             buffer = io.BytesIO()
             torch.save(content, buffer)
             write_file(state, buffer.getvalue())
+
     return model
-
-
-def resume(
-    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
-) -> int:
-    """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
-
-    Raises InputError for a file of another run, and for one that no run has saved.
-    """
-    content = read_bytes(state)
-    try:
-        saved = torch.load(
-            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
-        )
-        if (saved["seed"], saved["steps"]) != (seed, steps):
-            raise InputError(
-                f"{state} is of another seed or number of steps; remove it, or name another --work."
-            )
-        if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
-            raise ValueError(f"step is {saved['step']!r}")
-        model.load_state_dict(saved["model"])
-        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
-            check_moments(optimizer)
-    except InputError:
-        raise
-    except Exception as error:  # what a damaged pickle raises has no end
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
-        ) from None
-    return saved["step"]
-
-
-def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError where what an optimizer remembers of a weight is not of its shape, or no number."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim()]
-            if not kept or any(x.shape != weight.shape for x in kept):
-                raise ValueError("an optimizer's state is not of its weights")
-            if not all(x.isfinite().all() for x in (weight, *kept)):
-                raise ValueError("it holds numbers that are not finite")
 
 
 def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
@@ -265,6 +267,7 @@ def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
             progress.step()
+
     write_file(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -329,18 +332,6 @@ def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
         write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def train_all(args: argparse.Namespace) -> None:
-    """Runs the stages that are asked for, each from where it stopped."""
-    stages = check_args(args)
-    args.work.mkdir(parents=True, exist_ok=True)
-    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
-    try:
-        lock(held, args.work)
-        run_stages(args, stages)
-    finally:
-        os.close(held)
-
-
 def check_args(args: argparse.Namespace) -> list[str]:
     """The stages. Raises InputError for what cannot run or be written, before there is any work."""
     stages = args.stages.split(",")
@@ -355,25 +346,10 @@ def check_args(args: argparse.Namespace) -> list[str]:
         check_folder(path.parent, "--work" if path.parent == args.work else "--out")
         if path.parent.is_dir():
             check_writable(path)
+
     if args.device.type == "cpu" and set(PRESETS) & set(stages):
         check_compiler()
     return stages
-
-
-def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
-    """Tokenizer, target, draft, judge: those of `stages`, with the files of the earlier ones."""
-    tokenizer = args.work / "tokenizer.model"
-    if "tokenizer" in stages and not tokenizer.exists():
-        train_tokenizer(tokenizer, args.seed)
-    sp = load_pieces(tokenizer) if set(PRESETS) & set(stages) else None
-    for role in PRESETS:
-        if role in stages:
-            steps = args.steps or SCHEDULE[role][0]
-            model = train_model(role, sp, args.work / f"{role}.pt", args.seed, args.device, steps)
-            save_folder(model, tokenizer, args.out / role)
-            print(f"{role}: written to {args.out / role}", file=sys.stderr)
-    if "judge" in stages:
-        train_demo_judge(args.out, args.work, args.seed, args.device)
 
 
 def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -387,28 +363,56 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise InputError(
             f"{path} is no SentencePiece model; remove it, and run the stage tokenizer."
         ) from None
+
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
         raise InputError(
-            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with begin and end; remove "
-            f"it, and run the "
-            "stage tokenizer."
+            f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with "
+            "begin and end; remove it, and run the stage tokenizer."
         )
+
     return pieces
+
+
+def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
+    """Tokenizer, target, draft, judge: those of `stages`, with the files of the earlier ones."""
+    tokenizer = args.work / "tokenizer.model"
+    if "tokenizer" in stages and not tokenizer.exists():
+        train_tokenizer(tokenizer, args.seed)
+    sp = load_pieces(tokenizer) if set(PRESETS) & set(stages) else None
+    for role in PRESETS:
+        if role in stages:
+            steps = args.steps or SCHEDULE[role][0]
+            model = train_model(
+                role, sp, args.work / f"{role}.pt", seed=args.seed, device=args.device, steps=steps
+            )
+            save_folder(model, tokenizer, args.out / role)
+            print(f"{role}: written to {args.out / role}", file=sys.stderr)
+
+    if "judge" in stages:
+        train_demo_judge(args.out, args.work, args.seed, args.device)
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Runs the stages that are asked for, each from where it stopped."""
+    stages = check_args(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
+    try:
+        lock(held, args.work)
+        run_stages(args, stages)
+    finally:
+        os.close(held)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--out", type=Path, help="default: checkpoints/demo of this repository, whose pair is replaced"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=DEMO.with_name("demo-training"), help="where to resume from"
+    add_flags(
+        parser,
+        out={"help": "default: checkpoints/demo of this repository, whose pair is replaced"},
+        work={"default": DEMO.with_name("demo-training")},
     )
     parser.add_argument("--stages", default=",".join(STAGES), help="which to make, with commas between")
-    parser.add_argument("--seed", type=whole(0, 2**62), default=1, help="of everything random")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
-    )
+    add_flags(parser, seed={"type": whole(0, 2**62), "default": 1, "help": "of everything random"}, device={})
     parser.add_argument(
         "--steps", type=whole(1, 1_000_000), help="batches a model, for a quick trial; needs --out"
     )

@@ -1,13 +1,15 @@
 """Trains a judge on labelled answers, and measures it on held-out prompts.
 
-    python scripts/train_judge.py --data answers.jsonl --out judge.safetensors     # of the demo target, or
-    --checkpoint_path
+    python scripts/train_judge.py --data answers.jsonl --out judge.safetensors     # of the demo target
+    python scripts/train_judge.py --checkpoint_path LLAMA --data marked.jsonl --out judge.safetensors --chat
 
-Training data are JSON lines, one answer each, in either form:
+Training data are JSON lines, one answer each, as text or as token ids:
 
-    {"prompt": "...", "response": "...", "errors": [[start, end], ...], "source": "..."}      characters of
-    the response {"prompt_tokens": [...], "tokens": [...], "labels": [1 right, 0 wrong, -100 ignored, ...],
-    "source": "..."}
+    {"prompt": "...", "response": "...", "errors": [[start, end], ...], "source": "..."}
+    {"prompt_tokens": [...], "tokens": [...], "labels": [...], "source": "..."}
+
+An error is given by the characters of the response that are wrong; a label is 1 (right), 0 (wrong) or -100
+(ignored). The same answers, flags and models give the same bits on one machine.
 """
 
 import os
@@ -17,14 +19,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from cli import InputError, Parser, number, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable
-from judge import FEATURES, LABEL_POLICIES, RULES
+from judge import DELTA, FEATURES, LABEL_POLICIES
 from model import DTYPES, pick_device, run_dtype
 from quantize import load_model
 from scripts.lib.answers import read_answers
@@ -32,68 +33,51 @@ from scripts.lib.pair import files_in
 from scripts.lib.training import CAREFUL, GRID, TrainSettings, print_figures, train_judge
 from tokenizer import load_tokenizer
 
+CHOICE = (
+    f"the lowest of {', '.join(map(str, GRID))} that accepts at most {CAREFUL:.0%}% of the held-out wrong "
+    "tokens with 95%% confidence, else the last"
+)
 
-def add_train_flags(add: Callable) -> None:
-    """The flags of `judge.py train`."""
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__, prog="train_judge.py")
+    add = parser.add_argument
     add("--checkpoint_path", type=Path, help="the target's folder (default: the demo target, with its draft)")
     add("--draft_checkpoint_path", type=Path, help="the draft's folder, for --features target+draft")
     add("--data", type=Path, required=True, nargs="+", help="labelled answers, JSON lines")
-    add(
-        "--guard",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="JSON lines with prompt and response that must never pass",
-    )
+    add("--guard", type=Path, nargs="+", default=[], help="texts that must never pass, JSON lines as well")
     add(
         "--guard_weight",
         type=number(0, 1e6),
-        default=1.0,
+        default=TrainSettings.guard_weight,
         help="of all guarded tokens together; all wrong tokens weigh 1",
     )
     add("--out", type=Path, required=True, help="the judge file to write")
     add("--cache", type=Path, help="folder that keeps features for the next training (default: OUT.features)")
     add("--features", choices=FEATURES, default="target", help="what the head reads")
-    add(
-        "--chat",
-        action="store_true",
-        help="put prompts into the checkpoint folder's chat format, as generate.py --chat does",
-    )
+    add("--chat", action="store_true", help="prompts in the folder's chat format, as of generate.py --chat")
     add(
         "--label_policy",
         choices=LABEL_POLICIES,
         default=TrainSettings.policy,
         help="tokens after an error: right, ignored, or wrong",
     )
-    add(
-        "--threshold",
-        type=number(RULES["judge"].low, RULES["judge"].high),
-        help=f"delta that the engine uses unless told otherwise (default: the lowest of "
-        f"{', '.join(map(str, GRID))} that "
-        f"accepts at most {CAREFUL:.0%}% of the held-out wrong tokens with 95%% confidence, else the "
-        f"last)",
-    )
-    add(
-        "--l2",
-        type=number(0, 1e6),
-        help="strength of the penalty (default: the best of several by AUC on other prompts)",
-    )
+    add("--threshold", type=number(*DELTA), help=f"delta, unless a run names another (default: {CHOICE})")
+    add("--l2", type=number(0, 1e6), help="penalty (default: the best of several by AUC on other prompts)")
     add("--speculate_k", type=whole(1, 1024), default=16, help="M: features are read M + 1 rows at a time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add(
-        "--precision",
-        choices=DTYPES,
-        help="run type, the same as for generate.py (default: bf16 on a GPU, fp32 on a CPU)",
-    )
+    add("--precision", choices=DTYPES, help="as for generate.py (default: bf16 on a GPU, fp32 on a CPU)")
     add(
         "--seed",
         type=whole(-(2**62), 2**62),
-        default=0,
+        default=TrainSettings.seed,
         help="of the split into training and held-out prompts",
     )
+    return parser.parse_args(argv)
 
 
-def check_train_args(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for what cannot run, before anything is loaded; fills in the demo pair and the
     cache."""
     both = args.features == "target+draft"
@@ -104,10 +88,11 @@ def check_train_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--features target+draft and --draft_checkpoint_path go together; give both or neither."
         )
-    check_writable(args.out, "--out")
-    args.cache = args.cache or args.out.with_name(args.out.name + ".features")
     args.folders = [args.checkpoint_path, *([args.draft_checkpoint_path] if both else [])]
+
+    check_writable(args.out, "--out")
     check_not_input(args.out, [*args.data, *args.guard, *files_in(args.folders)])
+    args.cache = args.cache or args.out.with_name(args.out.name + ".features")
     check_folder(args.cache, "--cache")
     if args.cache.resolve() == args.out.resolve():
         raise InputError(f"--cache {args.cache} is --out itself; name another folder.")
@@ -115,29 +100,36 @@ def check_train_args(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Checks the command line, trains, writes the head and prints its figures."""
-    check_train_args(args)
+    check_args(args)
     device = pick_device(args.device)
     answers = [item for path in args.data for item in read_answers(path)]
     answers += [item | {"guard": True} for path in args.guard for item in read_answers(path, labelled=False)]
+
     tokenizer = load_tokenizer(args.checkpoint_path)
     models = [load_model(folder, device, run_dtype(args.precision, device)) for folder in args.folders]
-    settings = TrainSettings(args.label_policy, args.speculate_k + 1, args.threshold, l2=args.l2,
-                             guard_weight=args.guard_weight, seed=args.seed, chat=args.chat)  # fmt: skip
+    settings = TrainSettings(
+        args.label_policy,
+        args.speculate_k + 1,
+        args.threshold,
+        l2=args.l2,
+        guard_weight=args.guard_weight,
+        seed=args.seed,
+        chat=args.chat,
+    )
     head = train_judge(models, tokenizer, answers, settings, args.cache)
     head.save(args.out)
+
     print_figures(head)
     chosen = "the careful choice, see --help" if args.threshold is None else "as given"
     print(
-        f"{args.out}: a judge with threshold {head.threshold:g} ({chosen}), on {len(answers)} answers; it "
-        f"has no calibration "
-        f"yet: judge.py calibrate --judge_path {args.out} finds how much harm it does at most."
+        f"{args.out}: a judge with threshold {head.threshold:g} ({chosen}), on {len(answers)} answers; "
+        f"it has no calibration yet: calibrate.py --judge_path {args.out} finds how much harm it does at "
+        "most."
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    add_train_flags(parser.add_argument)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     run_script("train_judge.py", lambda: train(args))
 
 

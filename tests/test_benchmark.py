@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT
 
 from checkpoint import DEMO
+from cli import Parser
 from model import Llama3Rope, ModelArgs, preset, random_model
 from scripts import benchmark
 from scripts.benchmark import Part, as_table, attention_ways, main, summarise
-from scripts.lib import speed_report
+from scripts.lib.benchmark_args import parse_args, shape_of
 from scripts.lib.peers import SAID, Peers, twin
-from scripts.lib.speed_report import shape_of
 
 SMALL = ["--preset", "64x2", "--draft_preset", "64x1", "--verify", "standard", "--speculate_k", "4", "--positions", "20",
          "--prefill", "70", "--max_new_tokens", "24", "--repeats", "2", "--device", "cpu"]  # fmt: skip
@@ -60,7 +60,7 @@ def test_imposed_acceptance_of_the_peer(accept):
     target, draft = (
         random_model(ModelArgs(48, n, 6, 2, 64, 101, 8), "cpu", torch.float32, seed=n) for n in (2, 1)
     )
-    peers = Peers(target, draft, [5, 6, 7], 36, 5, accept)
+    peers = Peers(target, draft, [5, 6, 7], 36, k=5, accept=accept)
     plain, rounds, forward = peers.generate(peers.target, 36), [], peers.target.forward
     peers.target.forward = lambda *rest, **named: (rounds.append(1), forward(*rest, **named))[1]
     with peers.impose():
@@ -165,12 +165,12 @@ def test_the_cut_last_round_is_left_out(capsys, monkeypatch):
 def test_default_positions_fit_the_context():
     """The demo's context is 512, and 17 rows, or those of --rows, must fit behind the position."""
     for flags, position in (([], 495), (["--rows", "33"], 479), (["--preset", "64x1"], 500)):
-        args = speed_report.parse_args([*flags, "--device", "cpu"])
+        args = parse_args(Parser(None), [*flags, "--device", "cpu"])
         benchmark.check_args(args)
         assert args.positions == [position] and args.prefill == [512] and args.max_new_tokens == 200
 
 
-COMMANDS = {  # of README.md, benchmarks/README.md and the scripts' docstrings: what of each can run here, None: its flags alone
+COMMANDS = {  # of docs/latency.md, benchmarks/README.md and the scripts' docstrings: what of each can run here, None: its flags alone
     "--compile --peers --accept 14": ["--peers", "--accept", "14", "--max_new_tokens", "20"],
     "--compile --peers": None,
     "--compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 20 --accept 17": None,
@@ -181,7 +181,8 @@ COMMANDS = {  # of README.md, benchmarks/README.md and the scripts' docstrings: 
 
 def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
     texts = [
-        (ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md", "scripts/benchmark.py")
+        (ROOT / name).read_text()
+        for name in ("docs/latency.md", "benchmarks/README.md", "scripts/benchmark.py")
     ]
     lines = [
         line
@@ -193,7 +194,7 @@ def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
     for line, short in COMMANDS.items():
         monkeypatch.chdir(ROOT)
         words = line.replace("DIR2", str(DEMO / "draft")).replace("DIR", str(DEMO / "target")).split()
-        benchmark.check_args(speed_report.parse_args([*words, "--device", "cpu"]))
+        benchmark.check_args(parse_args(Parser(None), [*words, "--device", "cpu"]))
         monkeypatch.chdir(tmp_path)
         if short:
             main([*short, "--repeats", "1", "--prefill", "9", "--device", "cpu"])

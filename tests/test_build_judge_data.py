@@ -3,24 +3,23 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import Child
 
 from checkpoint import DEMO
 from cli import InputError
-from files import Lines
-from generate import NotFinite, Result
+from files import Lines, digest
+from generate import NotFinite
 from scripts import build_judge_data
-from scripts.build_judge_data import choose, different, folder_digest, main, pick, read_temperatures
+from scripts.build_judge_data import choose, different, main, pick, read_temperatures
 from scripts.lib import sandbox
 from scripts.lib.answers import read_answers
 from scripts.lib.demo_task import check, is_held_out
+from scripts.lib.result import Result
 from scripts.lib.tasks import load_questions
 from tokenizer import load_tokenizer
 
@@ -258,16 +257,10 @@ def test_a_run_killed_for_real_resumes_to_the_same_files(tmp_path):
     more = ("--limit", "4", "--temperature", "0,1", "--max_new_tokens", "150")
     main(command(tmp_path / "whole.jsonl", *more))
     out, work = tmp_path / "cut.jsonl", tmp_path / "cut.jsonl.all"
-    script = [sys.executable, str(ROOT / "scripts" / "build_judge_data.py"), *command(out, *more)]
-    child = subprocess.Popen(
-        script,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    child = Child(main, command(out, *more))
     while child.poll() is None and not (work.exists() and work.read_bytes().count(b"\n") >= 4):
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
+    child.send(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not out.exists()
     main(command(out, *more))
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -315,12 +308,12 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
         (tmp_path / name / "original" / "tokenizer.model").write_bytes(b"t")
         (tmp_path / name / "README.md").write_text(name)
     one, two = tmp_path / "one", tmp_path / "two"
-    assert folder_digest(one) == folder_digest(two)
+    assert digest(one) == digest(two)
     (two / "model.safetensors").write_bytes(b"w" * 99999 + b"x")
-    assert folder_digest(one) != folder_digest(two)
+    assert digest(one) != digest(two)
     (two / "model.safetensors").write_bytes(b"w" * 100001)
-    assert folder_digest(one) != folder_digest(two)
-    assert folder_digest(DEMO / "target") != folder_digest(DEMO / "draft")
+    assert digest(one) != digest(two)
+    assert digest(DEMO / "target") != digest(DEMO / "draft")
 
 
 def test_the_demos_grammar_marks_errors(tmp_path):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from test_generate import assert_same_up_to_ties
 
-import generate
 from checkpoint import DEMO
 from generate import Engine, Settings, main
 from quantize import load_model
+from scripts.lib import terminal
 from scripts.lib.demo_task import check, problems
 from scripts.lib.pair import load_pair
-from scripts.lib.terminal import answer_text
+from scripts.lib.terminal import DEMO_PROMPT, answer_text
 from tokenizer import load_tokenizer
 
 
@@ -25,19 +25,20 @@ def demo():
     return *models, load_tokenizer(DEMO / "target")
 
 
-def test_the_first_command_of_the_readme(capsys):
+def test_the_first_command_of_the_readme(capsys, monkeypatch):
     main(["--device", "cpu", "--marks"])
     out, err = capsys.readouterr()
     assert (
         "{" in out
         and "tokens/s" in err
         and " times as fast (median of " in err
-        and f"question: {generate.DEMO_PROMPT}\n" in err
+        and f"question: {DEMO_PROMPT}\n" in err
     )
     passes, tokens, plainly = map(
         int, re.search(r"judge: (\d+) passes of the target for (\d+) tokens, plain: (\d+)", err).groups()
     )
     assert passes < tokens / 5 and plainly > 5 * passes
+    monkeypatch.setattr(terminal, "COMPARED", 1)
     main(["--device", "cpu"])
     text = capsys.readouterr().out
     problem_answer = (47 + 38) * 3 - 79
@@ -78,7 +79,7 @@ def test_transformers_loads_the_folders_and_agrees(role, demo):
     theirs = AutoModelForCausalLM.from_pretrained(DEMO / role, dtype=torch.float32).eval()
     ours = load_model(DEMO / role, dtype=torch.float32)
     tokenizer = demo[3]
-    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(generate.DEMO_PROMPT + " First, Mia gains 38")]])
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(DEMO_PROMPT + " First, Mia gains 38")]])
     expected = theirs(ids).logits
     assert (ours(ids)[1] - expected).abs().max() < 1e-4 * expected.abs().max()
     sizes = {"target": (3e6, 8e6), "draft": (0, 0.6e6)}[role]

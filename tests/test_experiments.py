@@ -129,11 +129,11 @@ def test_the_judge_and_the_other_rules_are_calibrated_from_files_of_their_own(tm
     """A file of answers names the judge that gave them, so that one with it and one without cannot share it."""
     calibrated = {}
 
-    def calibrate(args):
+    def by_generating(args, walk, questions):
         calibrated[args.verify] = args.answers
-        return {"threshold": None, "n": 1}
+        return {"threshold": None, "n": 1}, None
 
-    monkeypatch.setattr(experiments.calibrate, "calibrate", calibrate)
+    monkeypatch.setattr(experiments.calibration, "by_generating", by_generating)
     experiments.main(
         ["equal_risk", "--limit", "1", "--device", "cpu", "--work", str(tmp_path), "--results", str(tmp_path)]
     )
@@ -169,8 +169,8 @@ def test_the_plot_refuses_what_it_does_not_know(tmp_path, capsys):
 def test_the_auc_of_a_head_is_that_of_its_training(tmp_path):
     """The same held-out prompts, labels and features as `train_judge` measures by."""
     from checkpoint import DEMO
-    from judge import TrainSettings, train_judge
     from quantize import load_model
+    from scripts.lib.training import TrainSettings, train_judge
     from tokenizer import load_tokenizer
 
     answers = [{"prompt": f"Mia has {n} apples. She buys {i}.", "response": f"So Mia has {n}+{i}={n + i + wrong}.",
@@ -183,7 +183,7 @@ def test_the_auc_of_a_head_is_that_of_its_training(tmp_path):
 
 @torch.inference_mode()
 def test_ablations_read_the_rows_and_layers_that_they_name(pair):
-    from judge import Encoded
+    from scripts.lib.answers import Encoded
 
     target, draft = pair
     ids = list(range(10, 40))

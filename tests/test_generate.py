@@ -13,12 +13,14 @@ from conftest import DATA, DEVICES, TEMPLATES, make_folder
 
 import generate
 import kernels
-from generate import Engine, Result, Settings, capacity_for, main, pick, residual
-from judge import JudgeHead, Markers
+from generate import Engine, Settings, capacity_for, main, pick, residual
+from judge import RULES, JudgeHead
 from model import ModelArgs
 from quantize import load_model
 from scripts.lib import guarantee, pair, terminal
-from tokenizer import load_tokenizer
+from scripts.lib.markers import Markers
+from scripts.lib.result import Result
+from tokenizer import decode, load_tokenizer
 
 RELAXED = ["judge", "kl", "topk", "typical"]
 V, DIM = 8, 4
@@ -637,7 +639,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, 
     if chat:
         answer = encoded[1][1]
         assert answer["role"] == "assistant" and out.startswith(answer["content"]) and len(encoded[1]) == 3
-        assert answer["content"] == generate.decode(load_tokenizer(folders / "target"), asked[0][:3])
+        assert answer["content"] == decode(load_tokenizer(folders / "target"), asked[0][:3])
 
 
 @pytest.mark.parametrize(
@@ -669,7 +671,7 @@ def test_a_byte_order_mark_is_no_text(folders, capsys, monkeypatch):
 def test_no_more_is_drafted_than_an_answer_can_use(folders, pair, capsys):
     """A round drafts at most what is still to come (and what a rule looks at beyond), and the text is what it would be."""
     target, draft = pair
-    for verify, ahead in (("standard", 0), ("kl", 0), ("window", generate.RULES["window"].ahead)):
+    for verify, ahead in (("standard", 0), ("kl", 0), ("window", RULES["window"].ahead)):
         threshold = 0.0 if verify == "window" else None
         settings = Settings(verify, threshold, speculate_k=16)
         whole = Engine(target, draft, None, settings, [], 90)
@@ -699,7 +701,7 @@ def test_no_more_is_drafted_than_an_answer_can_use(folders, pair, capsys):
 def test_a_draft_of_too_short_a_context_is_named_before_loading(folders, tmp_path, capsys, monkeypatch):
     make_folder(tmp_path / "short", num_hidden_layers=1, vocab_size=640, max_position_embeddings=32)
     shutil.copy(pair.DEMO / "target" / "tokenizer.model", tmp_path / "short")
-    monkeypatch.setattr(generate, "load_model", lambda *args: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(pair, "load_model", lambda *args: pytest.fail("loaded all the same"))
     with pytest.raises(SystemExit) as stop:
         main(command(folders, "--draft_checkpoint_path", str(tmp_path / "short"), prompt="20"))
     assert stop.value.code == 2 and "do not fit the draft's context of 32" in capsys.readouterr().err
@@ -826,7 +828,7 @@ def test_a_judge_trained_in_the_chat_format_is_noted(folders, tmp_path, capsys):
 
 def test_too_little_memory_is_said_before_loading(folders, capsys, monkeypatch):
     monkeypatch.setattr(pair, "free_memory", lambda device: 100_000)
-    monkeypatch.setattr(generate, "load_model", lambda *args: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(pair, "load_model", lambda *args: pytest.fail("loaded all the same"))
     with pytest.raises(SystemExit) as stop:
         main(command(folders))
     assert stop.value.code == 2 and "Not enough memory on cpu" in capsys.readouterr().err

@@ -47,6 +47,11 @@ THRESHOLDS = {
 NO_STOPS = torch.tensor([], dtype=torch.long)
 
 
+def default_of(name: str) -> float:
+    """The rule's default; where the judge's own threshold counts, one of 0.5."""
+    return float(0.5 if RULES[name].default is None else RULES[name].default)
+
+
 def slow(
     name: str,
     token: int,
@@ -125,7 +130,7 @@ def crafted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", ["judge", "kl", "topk", "typical", "topn_delta", "divergence"])
 def test_a_rule_reads_its_own_row(name):
     tokens, target, draft, scores = crafted()
-    threshold = torch.tensor(float(RULES[name].default))
+    threshold = torch.tensor(default_of(name))
     assert rule_mask(name, tokens, target, draft, scores, threshold, NO_STOPS).tolist() == [
         False,
         True,
@@ -141,7 +146,7 @@ def test_a_rule_reads_its_own_row(name):
 def test_no_rule_accepts_a_stop_token(name):
     tokens, target, draft, scores = crafted()
     mask = rule_mask(
-        name, tokens, target, draft, scores, torch.tensor(float(RULES[name].default)), torch.tensor([7, 5])
+        name, tokens, target, draft, scores, torch.tensor(default_of(name)), torch.tensor([7, 5])
     )
     assert mask.tolist() == [False, False, False]
 
@@ -218,7 +223,7 @@ def test_kl_is_exact_where_the_target_is_sure():
 def test_thresholds_outside_the_range_are_refused(name, bad):
     with pytest.raises(InputError, match=rf"--threshold {bad} .* {name}"):
         check_threshold(name, bad)
-    assert check_threshold(name, RULES[name].default) == RULES[name].default
+    assert check_threshold(name, default_of(name)) == default_of(name)
 
 
 def test_a_head_is_saved_and_loaded(tmp_path, pair):
@@ -856,4 +861,4 @@ def test_flags_may_come_before_the_command(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             judge_module.main(argv)
         out, err = capsys.readouterr()
-        assert (out + err).startswith(("judge.py calibrate: ", "usage: judge.py calibrate ")), out + err
+        assert (out + err).startswith(("calibrate.py: ", "usage: calibrate.py ")), out + err

@@ -13,13 +13,16 @@ import generate
 import judge
 from cli import InputError
 from generate import SIZES, Engine, Settings
-from judge import JudgeHead, make_markers, mixture
+from judge import JudgeHead, mixture
 from quantize import load_model
 from scripts.lib import answers, features, flags
 from scripts.lib.features import RowReader
 from scripts.lib.guarantee import Drift, describe_guarantee
 from scripts.lib.intervals import upper_bound
+from scripts.lib.markers import make_markers
 from scripts.lib.pace import Pace
+from scripts.lib.pair import check_settings
+from scripts.lib.terminal import DEMO_PROMPT
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -69,7 +72,7 @@ def test_greedy_ensemble_is_that_of_transformers(tmp_path, weight, k):
 
 def test_greedy_ensemble_on_the_demo_pair_is_that_of_transformers():
     tokenizer = load_tokenizer(DEMO / "target")
-    prompt = [tokenizer.bos_id, *tokenizer.encode(generate.DEMO_PROMPT)]
+    prompt = [tokenizer.bos_id, *tokenizer.encode(DEMO_PROMPT)]
     target, draft = (
         load_model(DEMO / "target", dtype=torch.float32),
         load_model(DEMO / "draft", dtype=torch.float32),
@@ -171,7 +174,7 @@ def test_markers_are_refused_where_they_mean_nothing(capsys):
     with pytest.raises(InputError, match="at most 255 bytes"):
         make_markers(("", "x"), Letters(), 8)
     with pytest.raises(InputError, match="standard has none"):
-        generate.check_settings(Settings("standard", relax_between=("a", "b")), True, True)
+        check_settings(Settings("standard", relax_between=("a", "b")), True, True)
 
 
 def test_pace_chooses_the_size_with_the_most_tokens_a_second():
@@ -228,7 +231,7 @@ def test_adaptive_m_follows_the_draft():
 def test_auto_on_the_command_line(pair, tmp_path, capsys):
     assert flags.read_k("auto") == "auto" and flags.read_k("7") == 7
     with pytest.raises(SystemExit):
-        generate.parse_args(["--speculate_k", "many"])
+        generate.parse_args(["--speculate_k", "many"], "")
     assert "from 1 to 1024, or auto" in capsys.readouterr().err
 
 

@@ -8,8 +8,9 @@ import torch
 from conftest import make_folder
 
 from checkpoint import DEMO
+from quantize import scheme_named
 from scripts.lib.likelihood import windows
-from scripts.perplexity import main, scheme_named
+from scripts.perplexity import main
 from tokenizer import load_tokenizer
 
 

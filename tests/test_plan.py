@@ -79,7 +79,7 @@ def test_the_papers_configurations(capsys):
 
 def test_predictions_are_held_against_measurements(tmp_path, capsys):
     """A report of a model that took twice its bytes' time: every error is -50%."""
-    target, draft = plan.speed_report.shape_of("128x2"), plan.speed_report.shape_of("64x1")
+    target, draft = plan.benchmark_args.shape_of("128x2"), plan.benchmark_args.shape_of("64x1")
     big, small = (shape.step_bytes(20, torch.float32) for shape in (target, draft))
     rows = [("plain step at 20", big), ("draft loop, M = 4 at 20", 4 * small + 64 * 4), ("verify 5 rows at 20", big + 4 * 128 * 4),
             ("round, M = 4 at 20", big + 4 * 128 * 4 + 4 * small + 64 * 4), ("generate, plain", 1)]  # fmt: skip

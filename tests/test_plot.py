@@ -279,14 +279,14 @@ def test_names_in_results_are_no_formulas(tmp_path, capsys):
 
 
 def test_the_commands_of_the_documents(tmp_path, monkeypatch, capsys):
-    """Those of README.md and of the docstring, on copies: figures go beside the files."""
-    texts = [(ROOT / "README.md").read_text(), plot.__doc__]
+    """Those of docs/evaluation.md and of the docstring, on copies: figures go beside the files."""
+    texts = [(ROOT / "docs" / "evaluation.md").read_text(), plot.__doc__]
     commands = [
         line.split()
         for text in texts
         for line in re.findall(r"^ *python scripts/plot.py ([^#\n]*)", text, re.M)
     ]
-    assert len(commands) == 3
+    assert len(commands) == 4
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
     write(tmp_path / "results.jsonl")

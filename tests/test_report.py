@@ -334,7 +334,7 @@ def test_every_figure_has_a_legend_and_names_its_axes(tmp_path):
 
 
 def test_the_commands_of_the_documents(tmp_path, monkeypatch, capsys):
-    texts = [(ROOT / "README.md").read_text(), report.__doc__]
+    texts = [(ROOT / "docs" / "evaluation.md").read_text(), report.__doc__]
     commands = [
         line.split()
         for text in texts

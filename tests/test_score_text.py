@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-import generate
 from cli import InputError
 from generate import Engine, Settings
 from quantize import load_model
 from scripts import score_text
-from scripts.lib import scored_text
-from scripts.lib.scored_text import read_texts, rounds_of
+from scripts.lib import acceptance
+from scripts.lib.acceptance import rounds_of
+from scripts.lib.terminal import DEMO_PROMPT
+from scripts.score_text import read_texts
 from tokenizer import decode, load_tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -32,7 +33,7 @@ def test_rounds_are_counted_as_the_engine_would(letters, m, expected):
 def test_the_targets_own_answer_passes_and_the_drafts_wording_needs_the_judge(tmp_path, capsys):
     """The target's greedy answer passes the standard test whole; the judge's answer passes where the engine said so."""
     tokenizer, target = load_tokenizer(DEMO / "target"), load_model(DEMO / "target", dtype=torch.float32)
-    prompt = [tokenizer.bos_id, *tokenizer.encode(generate.DEMO_PROMPT)]
+    prompt = [tokenizer.bos_id, *tokenizer.encode(DEMO_PROMPT)]
     draft, head = load_model(DEMO / "draft", dtype=torch.float32), None
     from judge import load_judge
 
@@ -40,7 +41,7 @@ def test_the_targets_own_answer_passes_and_the_drafts_wording_needs_the_judge(tm
     texts = []
     for settings in (Settings("plain"), Settings("judge")):
         result = Engine(target, draft, head, settings, tokenizer.stop_ids, 300).generate(prompt, 150)
-        texts.append({"prompt": generate.DEMO_PROMPT, "response": decode(tokenizer, result.tokens[:-1])})
+        texts.append({"prompt": DEMO_PROMPT, "response": decode(tokenizer, result.tokens[:-1])})
     rule_alone = result.accepted_by_rule
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     rows = []
@@ -55,7 +56,7 @@ def test_the_targets_own_answer_passes_and_the_drafts_wording_needs_the_judge(tm
 
 def test_show_marks_each_token(tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text(
-        json.dumps({"question": generate.DEMO_PROMPT, "answer": " First, Mia gains 99 apples"})
+        json.dumps({"question": DEMO_PROMPT, "answer": " First, Mia gains 99 apples"})
     )
     score_text.main(["--data", str(tmp_path / "t.jsonl"), "--show", "1", "--device", "cpu"])
     out = capsys.readouterr().out
@@ -93,15 +94,15 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, more, words):
 
 
 def test_logits_that_are_not_finite_are_one_sentence(tmp_path, capsys, monkeypatch):
-    real = scored_text.load_pair
+    real = acceptance.load_pair
 
     def broken(*args, **more):
         models = real(*args, **more)
         models[0].norm.weight.data[3] = float("nan")
         return models
 
-    monkeypatch.setattr(scored_text, "load_pair", broken)
-    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": generate.DEMO_PROMPT, "response": " First"}))
+    monkeypatch.setattr(acceptance, "load_pair", broken)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": DEMO_PROMPT, "response": " First"}))
     with pytest.raises(SystemExit) as stop:
         score_text.main(["--data", str(tmp_path / "t.jsonl"), "--device", "cpu"])
     captured = capsys.readouterr()

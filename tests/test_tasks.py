@@ -138,7 +138,7 @@ def test_demo_questions_are_right_at_every_step():
 def test_flags_name_the_questions(tmp_path):
     path = write_lines(tmp_path / "q.jsonl", {"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"})
     parser = Parser("")
-    add_question_flags(parser.add_argument)
+    add_question_flags(parser)
     assert questions_of(parser.parse_args(["--limit", "3"])) == load_questions("demo", None, 3)
     args = parser.parse_args(
         ["--questions", str(path), "--checker", "number", "--limit", "1", "--allow_code_execution"]
@@ -148,7 +148,7 @@ def test_flags_name_the_questions(tmp_path):
 
 def parsed(*argv):
     parser = Parser("")
-    add_question_flags(parser.add_argument)
+    add_question_flags(parser)
     parser.add_argument("--chat", action="store_true")
     return parser.parse_args(argv)
 

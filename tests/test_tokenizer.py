@@ -86,7 +86,7 @@ def test_llama3_from_tokenizer_json_and_original_folder(tmp_path, llama3_json):
 @needs_data
 def test_a_folders_own_names_for_control_tokens(llama3_json):
     """Reasoning models rename reserved tokens: <think> is then one token, which text shows and markers find."""
-    from judge import make_markers
+    from scripts.lib.markers import make_markers
 
     path = llama3_json / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,18 +1,23 @@
 """Protects: shards are the whole, several ranks say what one process says, traffic and reading, and that all ranks end.
 
-The ranks run this file: `main` at the end takes what a launch shall do.
+The ranks run this file: `main` at the end takes what a launch shall do, so that one start serves many cases.
 """
 
+import contextlib
+import functools
+import io
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,17 +26,19 @@ import torch.distributed as dist
 from conftest import ROOT, make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import cli
 import generate
 import model
 import quantize
 import tp
-from checkpoint import read_config
+from checkpoint import DEMO, read_config, weight_plan
 from cli import InputError
 from judge import JudgeHead
 from model import ModelArgs, preset
-from scripts.lib import pair
+from quantize import load_model
+from scripts.lib.ranks import own_device, place_draft
+from scripts.lib.terminal import DEMO_PROMPT
+from scripts.plan import traffic
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -104,6 +111,8 @@ def gathered(parts: list[model.Transformer], args: ModelArgs) -> dict[str, torch
 
 def load_parts(folder: Path, world: int, scheme, monkeypatch) -> list[model.Transformer]:
     """All ranks' parts, one after the other. What ranks tell one another while quantising is heard in a first reading."""
+    if scheme is None:
+        return [quantize.load_model(folder, "cpu", None, None, Shard(rank, world)) for rank in range(world)]
     peaks: list[list[torch.Tensor]] = [[] for _ in range(world)]
     monkeypatch.setattr(Shard, "largest", lambda self, rows: (peaks[self.rank].append(rows), rows)[1])
     for rank in range(world):
@@ -138,12 +147,12 @@ def test_shards_are_the_whole(tmp_path, shape, monkeypatch):
 def test_reading_is_divided_among_the_ranks(tmp_path):
     """Each reads an N-th, the norms, and the 64 values of each tensor that tell the model."""
     make_folder(tmp_path, **WIDE)
-    whole = quantize.load_model(tmp_path)
+    whole = load_model(tmp_path)
     size = sum(weight.nbytes for weight in whole.parameters())
     assert whole.bytes_read == size
     for world in (2, 4):
-        parts = [quantize.load_model(tmp_path, shard=Shard(rank, world)) for rank in range(world)]
-        norms, samples = 5 * 96 * 4, (len(checkpoint.weight_plan(whole.args)) - 5) * 64 * 4
+        parts = [load_model(tmp_path, shard=Shard(rank, world)) for rank in range(world)]
+        norms, samples = 5 * 96 * 4, (len(weight_plan(whole.args)) - 5) * 64 * 4
         assert {part.bytes_read for part in parts} == {(size - norms) // world + norms + samples}
         assert parts[0].bytes_read == sum(weight.nbytes for weight in parts[0].parameters()) + samples
 
@@ -151,7 +160,7 @@ def test_reading_is_divided_among_the_ranks(tmp_path):
 def test_seventeen_billion_rows_by_hand():
     """16 ranks of Llama-3.1-405B: 8 query heads and one KV head each, two ranks to a KV head."""
     args = preset("Llama-3.1-405B")
-    shard, plan = Shard(5, 16), checkpoint.weight_plan(args)
+    shard, plan = Shard(5, 16), weight_plan(args)
     assert shard.heads(args) == (40, 48) and shard.kv_heads(args) == (2, 3)
     assert shard.part(args, plan["model.layers.0.self_attn.q_proj.weight"]) == (slice(5120, 6144),)
     assert shard.part(args, plan["model.layers.0.self_attn.v_proj.weight"]) == (slice(256, 384),)
@@ -181,12 +190,12 @@ def test_seventeen_billion_rows_by_hand():
 def test_what_does_not_divide_is_refused_by_name(tmp_path, world, change, words):
     make_folder(tmp_path, **(WIDE | change))
     with pytest.raises(InputError, match=words):
-        quantize.load_model(tmp_path, shard=Shard(0, world))
+        load_model(tmp_path, shard=Shard(0, world))
 
 
 def test_columns_are_not_cut_inside_a_group(tmp_path):
     make_folder(tmp_path, **WIDE)
-    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "o_proj from column 0 to 64 of 256"),
+    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "cut o_proj at column 64 of 256"),
                                  (quantize.Scheme("int4", 64), 8, "multiples of 64")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             quantize.load_model(tmp_path, "cpu", None, scheme, Shard(0, world))
@@ -195,26 +204,26 @@ def test_columns_are_not_cut_inside_a_group(tmp_path):
 def test_where_a_draft_goes():
     """By hand: 8.03 GB in int8 are worth 66 collectives on two GPUs; the demo's draft of 0.8 MB is worth none anywhere."""
     big, small = preset("Llama-3.1-8B"), preset("Llama-3.2-1B")
-    assert 8_030_000_000 / 2 > 66 * 32 * 2**20 and tp.place_draft(big, 8_030_000_000, 2, "cuda") == "shard"
+    assert 8_030_000_000 / 2 > 66 * 32 * 2**20 and place_draft(big, 8_030_000_000, 2, "cuda") == "shard"
     assert (
         1_000_000_000 * 7 / 8 < 34 * 32 * 2**20
-        and tp.place_draft(small, 1_000_000_000, 8, "cuda") == "replicate"
+        and place_draft(small, 1_000_000_000, 8, "cuda") == "replicate"
     )
-    assert tp.place_draft(read_config(pair.DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
-    assert tp.place_draft(big, 8_030_000_000, 3, "cuda") == "replicate"  # what does not divide
+    assert place_draft(read_config(DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
+    assert place_draft(big, 8_030_000_000, 3, "cuda") == "replicate"  # what does not divide
 
 
 def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
-    monkeypatch.setattr(tp, "LINK", object())
+    monkeypatch.setattr(tp, "shard", lambda: Shard(1, 2))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert tp.own_device("cuda") == "cuda:1" and tp.own_device("cpu") == "cpu"
+    assert own_device("cuda") == "cuda:1" and own_device("cpu") == "cpu"
     with pytest.raises(InputError, match="--device cuda:0"):
-        tp.own_device("cuda:0")
+        own_device("cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(InputError, match="4 GPUs, but there are 2"):
-        tp.own_device("cuda")
+        own_device("cuda")
 
 
 @pytest.mark.parametrize("flag", [["--draft_tp", "shard"], ["--check_ranks"], ["--all_reduce", "nccl"]])
@@ -266,7 +275,7 @@ def folders(tmp_path_factory):
                 **(shape | change),
             )
             (root / name / role / "tokenizer.model").write_bytes(
-                (pair.DEMO / "target" / "tokenizer.model").read_bytes()
+                (DEMO / "target" / "tokenizer.model").read_bytes()
             )
     quantize.convert(root / "gqa" / "target", root / "int8" / "target", quantize.Scheme("int8"))
     quantize.convert(root / "gqa" / "draft", root / "int8" / "draft", quantize.Scheme("int4"))
@@ -281,8 +290,8 @@ def folders(tmp_path_factory):
 
 def flags(folders: Path, name: str, verify: str, *more: str) -> list[str]:
     """A command line of generate.py that prints JSON."""
-    folder = pair.DEMO if name == "demo" else folders / name
-    prompt = generate.DEMO_PROMPT if name == "demo" else "40"
+    folder = DEMO if name == "demo" else folders / name
+    prompt = DEMO_PROMPT if name == "demo" else "40"
     found = ["--checkpoint_path", folder / "target", "--draft_checkpoint_path", folder / "draft", "--verify", verify, "--json",
              "--judge_path", folder / "judge.safetensors", "--prompt", prompt, "--speculate_k", "5", "--device", "cpu",
              "--max_new_tokens", "24"]  # fmt: skip
@@ -359,6 +368,7 @@ def be_rank(environment: dict[str, str], todo: list[dict], files: str) -> None:
         os.dup2(os.open(files + suffix, os.O_CREAT | os.O_WRONLY), descriptor)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
+    sys.argv = ["generate.py"]  # argparse names it
     main(todo)
     sys.stdout.flush()
 
@@ -373,39 +383,47 @@ def prepared():
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
-def alone(command: list[str], capsys) -> dict:
+@functools.cache
+def alone(*command: str) -> dict:
     """What one process says."""
-    own = [flag for flag in command if flag not in ("--check_ranks", "--draft_tp", "shard", "replicate")]
-    generate.main(own)
-    return json.loads(capsys.readouterr().out)
+    own = [
+        flag
+        for flag in command
+        if flag not in ("--check_ranks", "--draft_tp", "shard", "replicate", "--compile")
+    ]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        generate.main(own)
+    return json.loads(out.getvalue())
 
 
 SAME = ("tokens", "rounds", "accepted", "accepted_by_rule", "text", "stop_reason")
 
 
-def assert_same(commands: list[list[str]], found: list[dict], capsys) -> None:
+def assert_same(commands: list[list[str]], found: list[dict]) -> None:
     """That ranks said what one process says: with the same rounds, not only the same tokens."""
     for command, ours in zip(commands, found, strict=True):
-        expected = alone([flag for flag in command if flag != "--compile"], capsys)
-        assert {key: ours[key] for key in SAME} == {key: expected[key] for key in SAME}, command
+        assert {key: ours[key] for key in SAME} == {key: alone(*command)[key] for key in SAME}, command
         assert len(set(ours["tokens"])) > 5  # it is no text that any mistake would give, too
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_say_what_one_process_says(folders, tmp_path, world, capsys):
-    """Greedy, for drafts and disk formats of every kind."""
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("world, every", [(2, 1), (4, 3), pytest.param(4, 1, marks=SLOW)])
+def test_ranks_say_what_one_process_says(folders, tmp_path, world, every):
+    """Greedy, for drafts and disk formats of every kind; every: of the cases, each pair and each rule among them."""
     commands = [
-        flags(folders, name, verify, "--check_ranks", "--draft_tp", draft)
+        flags(
+            folders, name, verify, "--check_ranks", "--draft_tp", draft, "--max_new_tokens", str(48 // world)
+        )
         for name, draft in (("demo", "shard"), ("gqa", "replicate"), ("tied", "shard"), ("int8", "replicate"))
         for verify in ("plain", "standard", "judge", "kl")
-    ]
-    assert_same(
-        commands, Ranks(tmp_path / "r", world, *({"run": command} for command in commands)).results(), capsys
-    )
+    ][::every]
+    assert_same(commands, Ranks(tmp_path / "r", world, *({"run": command} for command in commands)).results())
 
 
-def test_two_ranks_say_what_one_process_says_in_every_way(folders, tmp_path, capsys):
-    """Rules that gather, sampling, quantising while loading; started by torchrun."""
+def test_torchrun_and_a_rank_that_dies_under_it(folders):
+    """Rules that gather, sampling, quantising while loading; then one rank is killed, and torchrun ends the other."""
     commands = [
         flags(folders, "gqa", "kl", "--threshold", "4", "--draft_tp", "shard", "--check_ranks"),
         flags(folders, "tied", "ensemble", "--check_ranks"),
@@ -425,17 +443,26 @@ def test_two_ranks_say_what_one_process_says_in_every_way(folders, tmp_path, cap
         flags(folders, "gqa", "judge", "--min_prob", "0.01", "--check_ranks"),
         flags(folders, "tied", "judge", "--speculate_k", "auto", "--check_ranks"),
     ]
-    found = results(torchrun([{"run": command} for command in commands], 2))
-    assert len(found.pop()["tokens"]) == 24  # there M depends on the timing, which rank 0 decides
-    assert_same(commands[:-1], found, capsys)
-
-
-def test_compiled_ranks_say_what_one_process_says(folders, tmp_path, capsys):
-    commands = [flags(folders, "gqa", "judge", "--compile", "--check_ranks", "--draft_tp", "shard"),
-                flags(folders, "tied", "kl", "--compile", "--check_ranks")]  # fmt: skip
-    assert_same(
-        commands, Ranks(tmp_path / "r", 2, *({"run": command} for command in commands)).results(), capsys
+    process = torchrun(
+        [
+            *({"run": command} for command in commands),
+            {"die 1": flags(folders, "gqa", "standard", "--max_new_tokens", "3000")},
+        ],
+        2,
     )
+    out, err = process.communicate(timeout=400)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found.pop()["tokens"]) == 24  # there M depends on the timing, which rank 0 decides
+    assert_same(commands[:-1], found)
+    assert (
+        process.returncode != 0 and err.count("generate.py: ") == err.count("generate.py: Rank 1 died") == 1
+    ), err
+
+
+@pytest.mark.parametrize("name, verify", [("tied", "kl"), pytest.param("gqa", "judge", marks=SLOW)])
+def test_compiled_ranks_say_what_one_process_says(folders, tmp_path, name, verify):
+    command = flags(folders, name, verify, "--compile", "--check_ranks", "--draft_tp", "shard")
+    assert_same([command], Ranks(tmp_path / "r", 2, {"run": command}).results())
 
 
 def free_port() -> int:
@@ -443,7 +470,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path, capsys):
+def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path):
     """A rendezvous over loopback addresses of its own for each "node"; and one rank alone, to the bit."""
     command = flags(folders, "gqa", "judge", "--check_ranks")
     port = free_port()
@@ -456,7 +483,8 @@ def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path,
     outputs = [results(node) for node in nodes]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    expected = alone(command, capsys)
+    alone.cache_clear()
+    expected = alone(*command)
     torch.set_num_threads(threads)
     (ours,) = sum(outputs, [])  # rank 0 alone prints
     (one,) = single.results()
@@ -467,7 +495,7 @@ def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path,
 
 
 def test_traffic_ties_and_memory(folders, tmp_path):
-    """Counted by PyTorch's dispatcher, against tp.traffic; ties against torch.argmax; memory by the system's counters."""
+    """Counted by PyTorch's dispatcher, against plan.traffic; ties against torch.argmax; memory by the system's counters."""
     todo = [{"count": [str(folders / "gqa" / "target"), verify]} for verify in ("judge", "kl")]
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4096, "head_dim": 64,
              "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
@@ -499,17 +527,18 @@ def in_trouble(folders: Path, other: Path) -> dict[str, tuple[int, dict, str]]:
     command = flags(folders, "gqa", "standard", "--max_new_tokens", "3000")
     sampled = flags(folders, "gqa", "standard", "--temperature", "1", "--check_ranks")
     swapped = [str(other) if flag.endswith("/gqa/draft") else flag for flag in command]
-    mixed = {"all": {"run": command}}
+    mixed, demo_judge = {"all": {"run": command}}, str(DEMO / "judge.safetensors")
     damaged = [str(other.parent / "nan") if flag.endswith("/gqa/target") else flag for flag in command]
     return {
         "not finite": (2, {"all": {"run": [*damaged, "--verify", "plain"]}}, "The target's logits are not finite"),
-        "killed in mid-generation": (2, mixed | {"rank_1": {"die": command}}, "Rank 1 died."),
-        "one of three killed": (4, mixed | {"rank_3": {"die": command}}, "Rank 3 died."),
-        "rank 0 killed": (2, mixed | {"rank_0": {"die": command}}, "Rank 0 died."),
-        "another seed": (2, {"all": {"run": sampled}, "rank_1": {"other_seed": sampled}}, "Rank 1 differs from rank 0 at position "),
+        "killed in mid-generation": (2, mixed | {"rank_1": {"die": command}}, "Rank 1 died"),
+        "one of three killed": (4, mixed | {"rank_3": {"die": command}}, "Rank 3 died"),
+        "rank 0 killed": (2, mixed | {"rank_0": {"die": command}}, "Rank 0 died"),
+        "another seed": (2, {"all": {"run": sampled}, "rank_1": {"other_seed": sampled}}, "Rank 1 has another token at position "),
         "sizes": (3, {"all": {"run": flags(folders, "gqa", "standard")}}, "3 ranks cannot share 4 KV heads"),
         "another flag": (2, mixed | {"rank_1": {"run": [*command, "--seed", "3"]}}, "Rank 1 has another --seed (3) than rank 0 (0)"),
         "other files": (2, mixed | {"rank_1": {"run": swapped}}, "Rank 1 has another weights of the draft ("),
+        "another judge": (2, mixed | {"rank_1": {"run": [*command, "--judge_path", demo_judge]}}, "Rank 1 has another content of --judge_path ("),
         "one finds nothing": (2, mixed | {"rank_1": {"run": [*command, "--draft_checkpoint_path", "/no"]}}, "--draft_checkpoint_path (none)"),
         "unknown flag on one": (2, mixed | {"rank_1": {"run": [*command, "--unknown"]}}, "--unknown"),
         "a mistake of all": (2, {"all": {"run": [*command, "--all_reduce", "symmetric"]}}, "--all_reduce symmetric needs GPUs"),
@@ -519,11 +548,14 @@ def in_trouble(folders: Path, other: Path) -> dict[str, tuple[int, dict, str]]:
 
 def test_all_ranks_end_with_one_sentence(folders, tmp_path):
     """Whatever happens to one: exit code 2 on every rank, within the time, and one line from rank 0 (rank 1 where it died)."""
-    shape = WIDE | {"num_hidden_layers": 1, "max_position_embeddings": 4096}
-    make_folder(tmp_path / "other", seed=77, dtype=torch.bfloat16, **shape)
-    (tmp_path / "other" / "tokenizer.model").write_bytes(
-        (folders / "gqa" / "draft" / "tokenizer.model").read_bytes()
+    shutil.copytree(folders / "gqa" / "draft", tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    content = weights.read_bytes()
+    begin, end = 8 + int.from_bytes(content[:8], "little"), len(content) - 100_000
+    weights.write_bytes(
+        content[:begin] + content[begin + 2 : end] + content[begin : begin + 2] + content[end:]
     )
+    shape = WIDE | {"num_hidden_layers": 1, "max_position_embeddings": 4096}
     theirs = make_folder(tmp_path / "nan", dtype=torch.bfloat16, **shape)
     with torch.no_grad():
         theirs.lm_head.weight[500, 3] = float("nan")  # of the second rank's part
@@ -547,13 +579,26 @@ def test_all_ranks_end_with_one_sentence(folders, tmp_path):
 
 
 def test_a_port_in_use_and_ranks_that_never_come(folders, tmp_path):
-    todo = {"start_seconds": 5}, {"run": flags(folders, "gqa", "plain")}
+    todo = {"start_seconds": 2}, {"run": flags(folders, "gqa", "plain")}
     with socket.create_server(("0.0.0.0", 0)) as taken:
         codes, errors = Ranks(tmp_path / "a", 2, *todo, port=taken.getsockname()[1]).wait()
-    assert codes == [2, 2] and "the port is in use" in errors[0] and not errors[1], errors
-    alone = Ranks(tmp_path / "b", 1, {"start_seconds": 2, "world": 2}, todo[1])
-    codes, errors = alone.wait()
+    assert codes == [2, -signal.SIGALRM] and "EADDRINUSE" in errors[0] and not errors[1], errors
+    codes, errors = Ranks(tmp_path / "b", 1, {"start_seconds": 2, "world": 2}, todo[1]).wait()
     assert codes == [2] and "The ranks cannot meet" in errors[0] and "1/2 clients joined" in errors[0], errors
+
+
+def test_a_person_may_think_for_as_long_as_it_takes(tmp_path):
+    """`first` waits without an end, unlike the collectives."""
+    assert Ranks(tmp_path / "r", 2, {"patience": 1}, {"think": 4}).results() == [4]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_all(folders, tmp_path):
+    todo = {"patience": 3}, {"stall": flags(folders, "gqa", "standard", "--max_new_tokens", "3000")}
+    codes, errors = Ranks(tmp_path / "r", 2, *todo).wait()
+    assert codes == [2, 2] and errors[0].splitlines()[-1].startswith(
+        "generate.py: Rank 1 died, or does not answer"
+    ), errors
 
 
 # What a rank does
@@ -581,14 +626,14 @@ class Count(TorchDispatchMode):
 def count(folder: str, verify: str) -> dict:
     """The collectives of one verification of 6 rows."""
     tp.connect(torch.device("cpu"), None)
-    target = tp.load_model(Path(folder), torch.device("cpu"), torch.float32, None, tp.shard())
+    target = tp.join(quantize.load_model(folder, "cpu", torch.float32, None, tp.shard()), tp.shard())
     head = JudgeHead(torch.zeros(96), torch.tensor(0.0), 0.5, "", {})
     engine = generate.Engine(target, target, head, generate.Settings(verify, speculate_k=5), [], 40)
     engine.prefill([1, 2, 3])
     with Count() as counted:
         engine.steps(engine.visible(20), 5)[1]()
     gather = engine.settings.needs_probabilities
-    assert counted.found == tp.traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
+    assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
     return counted.found
 
 
@@ -627,7 +672,7 @@ def memory(folder: str) -> list[tuple[int, int, int]]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    loaded = tp.load_model(Path(folder), torch.device("cpu"), None, None, tp.shard())
+    loaded = quantize.load_model(folder, "cpu", None, None, tp.shard())
     read = fetched() - start
     done.set()
     thread.join()
@@ -646,7 +691,10 @@ def disturb(what: str) -> None:
         if len(rounds) == 5:
             if what == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ZeroDivisionError("the defect")
+            if what == "fail":
+                raise ZeroDivisionError("the defect")
+            if tp.RANK == 1:
+                time.sleep(15)
         return collect(engine, slot)
 
     if what == "other_seed":
@@ -664,17 +712,22 @@ def main(todo: list[dict]) -> None:
             str(todo[0].get("world", os.environ["WORLD_SIZE"])),
         )
         del todo[0]
+    if "patience" in todo[0]:
+        tp.PATIENCE = timedelta(seconds=todo.pop(0)["patience"])
     with tp.ranks("generate.py"):
         for each in todo:
             ((what, given),) = each.items()
+            what, _, whose = what.partition(" ")  # "die 1": what rank 1 does, where the others run
             if what == "count":
                 print(json.dumps(count(*given)))
             elif what == "ties":
                 print(json.dumps(ties()))
+            elif what == "think":
+                print(tp.first(lambda given=given: time.sleep(given) or given))
             elif what == "memory":
                 print(json.dumps(memory(given)))
             else:
-                if what != "run":
+                if what != "run" and whose in ("", str(tp.RANK)):
                     disturb(what)
                 cli.run_script("generate.py", lambda given=given: generate.run(generate.parse_args(given)))
 

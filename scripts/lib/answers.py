@@ -1,4 +1,8 @@
-"""Labelled answers, from JSON lines to token ids: what a judge is trained on."""
+"""Labelled answers, which a judge is trained on: reading them from JSON lines, and as token ids with labels.
+
+An answer is text with the characters of its errors, or token ids with a label each.
+scripts/train_judge.py shows both.
+"""
 
 import codecs
 import hashlib
@@ -32,9 +36,10 @@ def read_answer(item: dict, where: str, labelled: bool = True) -> dict:
         item["errors"] = item.get("errors") or []
     if "errors" in item and item["errors"] is None:
         raise InputError(
-            f"{where}: field 'errors' is null, so nobody has marked this answer; run scripts/annotate.py "
-            f"first."
+            f"{where}: field 'errors' is null, so nobody has marked this answer; "
+            "run scripts/annotate.py first."
         )
+
     for field_name, kind in (("prompt", str), ("response", str), ("errors", list)):
         if not isinstance(item.get(field_name), kind):
             raise InputError(f"{where}: field {field_name!r} must be a {kind.__name__}.")
@@ -68,8 +73,37 @@ def check_mined(item: dict, where: str) -> None:
         )
 
 
-def label_tokens(spans: list[tuple[int, int]], errors: list[list[int]], policy: str) -> list[int]:
-    """1 right, 0 wrong, -100 ignored, for response tokens that cover the characters `spans`.
+Spans = list[tuple[int, int]]  # characters [start, end) that each token covers
+
+
+def encode_answer(
+    tokenizer: Tokenizer, prompt: str, response: str, chat: bool = False
+) -> tuple[list[int], list[int], Spans]:
+    """Prompt ids, response ids, and the characters of the response that each of its tokens covers.
+
+    A character whose bytes are spread over tokens is covered by each of them. chat: in the folder's chat
+    format.
+    """
+    if chat:
+        prompt_ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        rest = tokenizer.encode(response)
+    else:
+        plain, both = tokenizer.encode(prompt), tokenizer.encode(prompt + response)
+        if both[: len(plain)] != plain:  # a token spans the border: read them apart
+            both = plain + tokenizer.encode(response)
+        prompt_ids, rest = [tokenizer.bos_id, *plain], both[len(plain) :]
+
+    spans, done, utf8 = [], 0, codecs.getincrementaldecoder("utf-8")("replace")
+    for id in rest:
+        start = done
+        done += len(utf8.decode(tokenizer.token_bytes(id)))
+        spans.append((start, done + bool(utf8.getstate()[0])))
+    extra = done - len(response)  # SentencePiece's space before a text that is read on its own
+    return prompt_ids, rest, [(start - extra, end - extra) for start, end in spans]
+
+
+def label_tokens(spans: Spans, errors: list[list[int]], policy: str) -> list[int]:
+    """1 right, 0 wrong, -100 ignored, for response tokens that cover `spans`.
 
     A token is wrong when it covers any character of an error, or a part of one. After the first error: `span`
     counts the rest as right, `ignore_after` skips it, `from_error` counts it as wrong.
@@ -85,34 +119,6 @@ def label_tokens(spans: list[tuple[int, int]], errors: list[list[int]], policy: 
     return labels
 
 
-def encode_answer(
-    tokenizer: Tokenizer, prompt: str, response: str, chat: bool = False
-) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Prompt ids, response ids, and the characters [start, end) of the response that each of its tokens
-    covers.
-
-    A character whose bytes are spread over tokens is covered by each of them. chat: in the folder's chat
-    format.
-    """
-    if chat:
-        prompt_ids, rest = (
-            tokenizer.encode_chat([{"role": "user", "content": prompt}]),
-            tokenizer.encode(response),
-        )
-    else:
-        plain, both = tokenizer.encode(prompt), tokenizer.encode(prompt + response)
-        if both[: len(plain)] != plain:  # a token spans the border: read them apart
-            both = plain + tokenizer.encode(response)
-        prompt_ids, rest = [tokenizer.bos_id, *plain], both[len(plain) :]
-    spans, done, utf8 = [], 0, codecs.getincrementaldecoder("utf-8")("replace")
-    for id in rest:
-        start = done
-        done += len(utf8.decode(tokenizer.token_bytes(id)))
-        spans.append((start, done + bool(utf8.getstate()[0])))
-    extra = done - len(response)  # SentencePiece's space before a text that is read on its own
-    return prompt_ids, rest, [(start - extra, end - extra) for start, end in spans]
-
-
 @dataclass(frozen=True)
 class Encoded:
     """An answer as token ids. spans: the characters of each token, or None when labels came with the
@@ -120,7 +126,7 @@ class Encoded:
 
     prompt: list[int]
     ids: list[int]
-    spans: list[tuple[int, int]] | None
+    spans: Spans | None
     item: dict
 
     @property
@@ -132,11 +138,9 @@ class Encoded:
         """1 right, 0 wrong, -100 ignored, a token each."""
         if self.item.get("guard"):
             return [0] * len(self.ids)
-        return (
-            self.item["labels"]
-            if self.spans is None
-            else label_tokens(self.spans, self.item["errors"], policy)
-        )
+        if self.spans is None:
+            return self.item["labels"]
+        return label_tokens(self.spans, self.item["errors"], policy)
 
 
 def prompt_key(ids: list[int]) -> int:

@@ -1,15 +1,19 @@
-"""Flags that several commands share, each declared once."""
+"""Flags that several commands share, each declared once, in FLAGS.
+
+    add_flags(parser, "data", "limit", seed={"default": 7, "help": "of the shuffle"})
+
+A command takes a flag by its name, and says in keywords what is otherwise there. Importing this loads no
+PyTorch: what needs it is asked for when a flag is added.
+"""
 
 import argparse
 from pathlib import Path
 
-import torch
-
-from cli import Parser, number, shortened, whole
-from model import DTYPES
-from quantize import add_mode_flags
+from cli import number, shortened, whole
 
 MOST_TOKENS = 10**8  # bound of flags that count tokens
+MOST_QUESTIONS = 10_000_000  # bound of flags that count questions, texts and answers
+MOST_PROCESSES = 1_000_000
 
 
 def read_k(text: str) -> int | str:
@@ -22,37 +26,107 @@ def read_k(text: str) -> int | str:
         ) from None
 
 
-def add_engine_flags(parser: Parser, max_new_tokens: int | None = 200) -> None:
-    """The flags that say which models answer, and how (max_new_tokens: None where the task has a default of
-    its own)."""
-    whose = "" if max_new_tokens else " (default: the task's)"
-    add = parser.add_argument
-    add(
-        "--checkpoint_path", type=Path, help="the target (default: the demo target, with its draft and judge)"
-    )
-    add("--draft_checkpoint_path", type=Path, help="the draft")
-    add("--judge_path", type=Path, help="judge.safetensors of this target, for the rule judge")
-    add("--chat", action="store_true", help="put questions into the checkpoint folder's chat format")
-    add(
-        "--min_prob",
-        type=number(0, 1),
-        default=0.0,
-        help="no rule accepts a token that the target gives less than this",
-    )
-    add("--speculate_k", type=read_k, default=16, help="M, or auto")
-    add(
-        "--max_new_tokens",
-        type=whole(1, MOST_TOKENS),
-        default=max_new_tokens,
-        help="tokens of an answer, at most" + whose,
-    )
-    add("--temperature", type=number(0, 1000), default=0.0, help="0 is greedy")
-    add(
-        "--top_k",
-        type=whole(0, MOST_TOKENS),
-        help="sample from the K most likely tokens; 0: from all (default: all)",
-    )
-    add("--compile", action="store_true", help="compile the step functions with torch.compile")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--precision", choices=DTYPES, help="run type (default: bf16 on a GPU, fp32 on a CPU)")
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def precisions() -> list[str]:
+    from model import DTYPES
+
+    return list(DTYPES)
+
+
+FIXED_K = {"type": whole(1, 1024), "help": "M, draft tokens a round"}  # speculate_k where nothing adapts it
+FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a function, called when added
+    "checkpoint_path": {
+        "type": Path,
+        "help": "the target, a Hugging Face snapshot folder (default: the demo pair)",
+    },
+    "draft_checkpoint_path": {"type": Path, "help": "the draft, with the same vocabulary"},
+    "judge_path": {"type": Path, "help": "judge.safetensors, made by judge.py for this target"},
+    "device": {"default": best_device, "help": "where to run"},
+    "precision": {"choices": precisions, "help": "run type (default: bf16 on a GPU, fp32 on a CPU)"},
+    "compile": {"action": "store_true", "help": "compile the step functions with torch.compile"},
+    "chat": {"action": "store_true", "help": "put prompts into the checkpoint folder's chat format"},
+    "max_new_tokens": {"type": whole(1, MOST_TOKENS), "default": 200, "help": "tokens of an answer, at most"},
+    "temperature": {"type": number(0, 1000), "default": 0.0, "help": "0 is greedy"},
+    "top_k": {
+        "type": whole(0, MOST_TOKENS),
+        "help": "sample from the K most likely tokens; 0: from all (default: all)",
+    },
+    "min_prob": {
+        "type": number(0, 1),
+        "default": 0.0,
+        "help": "no rule accepts a token that the target gives less than this",
+    },
+    "speculate_k": {
+        "type": read_k,
+        "default": 16,
+        "help": "M, draft tokens a round, or auto: chosen as it goes",
+    },
+    "cache_length": {
+        "type": whole(1, MOST_TOKENS),
+        "help": "tokens that the cache holds (default: what this run needs)",
+    },
+    "data": {"type": Path, "required": True},
+    "limit": {"type": whole(1, MOST_QUESTIONS), "help": "only so many (default: all)"},
+    "seed": {"type": whole(-(2**62), 2**62), "default": 2026, "help": "another seed, other demo problems"},
+    "samples": {"type": whole(1, 10_000), "default": 1},
+    "out": {"type": Path},
+    "merge": {
+        "type": whole(1, MOST_PROCESSES),
+        "help": "merge the parts of so many processes into --out, and do nothing else",
+    },
+    "work": {"type": Path, "help": "where to resume from"},
+    "profile": {"type": Path, "help": "write a Chrome trace of one round"},
+    "json": {"action": "store_true", "help": "print one JSON object"},
+}
+
+
+def add_flags(parser, *names: str, **changed: dict) -> None:
+    """Gives a parser, or a group of its flags, those of these names.
+
+    changed: flag -> the keywords of `add_argument` in which this command's differs; the order is that given.
+    """
+    for name in (*names, *changed):
+        keywords = FLAGS[name] | changed.get(name, {})
+        made = {
+            key: value()
+            for key, value in keywords.items()
+            if key in ("default", "choices") and callable(value)
+        }
+        parser.add_argument(f"--{name}", **keywords | made)
+
+
+def add_model_flags(parser) -> None:
+    """Which models: a target, its draft and its judge."""
+    add_flags(parser, "checkpoint_path", "draft_checkpoint_path", "judge_path")
+
+
+def add_decoding_flags(parser, **changed: dict) -> None:
+    """How to decode; changed: as in `add_flags`."""
+    names = ("max_new_tokens", "temperature", "top_k", "min_prob", "speculate_k")
+    add_flags(parser, **{name: changed.get(name, {}) for name in names})
+
+
+def add_device_flags(parser) -> None:
+    """Where the models run, and in which type."""
+    add_flags(parser, "device", "precision")
+
+
+def add_engine_flags(parser, max_new_tokens: int | None = 200) -> None:
+    """All that says which models answer, and how.
+
+    max_new_tokens: None where the task has a default of its own.
+    """
+    from quantize import add_mode_flags
+
+    whose = {} if max_new_tokens else {"help": "tokens of an answer, at most (default: the task's)"}
+    add_model_flags(parser)
+    add_flags(parser, "chat")
+    add_decoding_flags(parser, max_new_tokens={"default": max_new_tokens} | whose)
+    add_flags(parser, "compile")
+    add_device_flags(parser)
     add_mode_flags(parser)

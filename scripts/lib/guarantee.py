@@ -11,6 +11,7 @@ from files import is_number, read_json
 from judge import RULES, JudgeHead
 from model import Transformer
 from scripts.lib.intervals import upper_bound
+from scripts.lib.result import Result
 
 WATCHED = {
     "by_rule": "the share of tokens that the rule alone let through",
@@ -61,6 +62,19 @@ def read_calibration(path: Path) -> dict:
     return calibration
 
 
+def take_calibration(args: argparse.Namespace) -> None:
+    """--calibration gives the rule and, unless there is a --threshold, the threshold."""
+    if not args.calibration:
+        return
+    calibration = read_calibration(args.calibration)
+    rule = calibration["conditions"]["verify"]
+    if args.verify not in (None, rule):
+        raise InputError(f"{args.calibration} is of --verify {rule}, not of {args.verify}.")
+    args.verify = rule
+    if args.threshold is None:
+        args.threshold = calibration["threshold"]
+
+
 def calibration_of(head: JudgeHead, path: Path) -> dict | None:
     """The calibration in a judge's file, `path`. Raises InputError when it is broken."""
     if "calibration" in head.info:
@@ -88,7 +102,7 @@ def check_calibration(calibration: object, where: str) -> None:
 
     good = {
         "kind": c["kind"] in ("harm", "false_accept"),
-        "conditions": rule is not None and rule.knob != "none",
+        "conditions": rule is not None and rule.knob is not None,
         "threshold": threshold(c["threshold"]),
         "passed": isinstance(c["passed"], list)
         and all(map(threshold, c["passed"]))
@@ -157,22 +171,20 @@ def describe_guarantee(calibration: dict | None, run: dict, threshold: float) ->
             has = "none" if found is missing else found
             return False, one_line(f"No guarantee: calibrated with {name} {value}, but this run has {has}.")
     if threshold not in c["passed"]:
-        return (
-            False,
-            f"No guarantee: calibrated for threshold {c['threshold']}, but this run has {threshold}.",
-        )
+        text = f"No guarantee: calibrated for threshold {c['threshold']}, but this run has {threshold}."
+        return False, text
     event = "questions like these are answered wrong because of the rule"
     if c["kind"] == "false_accept":
-        event = "prompts whose answers hold a mistake, like these, have a wrong token that the judge alone lets through"
+        event = (
+            "prompts whose answers hold a mistake, like these, have a wrong token that the judge alone lets"
+        )
+        event += " through"
     percent = {name: f"{100 * c[name]:.6g}%" for name in ("confidence", "max_harm")}
     these = c.get("questions", "") + "".join(f", {shortened(example)}" for example in c.get("examples", []))
     these = f"these: {these}; {c['n']}" if these else f"{c['n']}"
     return True, one_line(
-        f"Guarantee: with {percent['confidence']} confidence, at most "
-        f"{percent['max_harm']} of {event} "
-        f"({these} calibrated on, data {c['data']}). Whether a single prompt is like them "
-        f"is not "
-        "checked."
+        f"Guarantee: with {percent['confidence']} confidence, at most {percent['max_harm']} of {event} "
+        f"({these} calibrated on, data {c['data']}). Whether a single prompt is like them is not checked."
     )
 
 
@@ -200,9 +212,9 @@ class Drift:
             if abs(found - mean) > self.LIMIT * max(sd, 1e-3) * math.sqrt(1 / self.n + 1 / count):
                 self.live = {}
                 return (
-                    f"Warning: {WATCHED[name]} is {found:.3f} ({count} answers so far), but was "
-                    f"{mean:.3f} on the "
-                    "calibration questions: this text is unlike them, and the guarantee may not hold."
+                    f"Warning: {WATCHED[name]} is {found:.3f} ({count} answers so far), but was {mean:.3f} "
+                    "on the calibration questions: this text is unlike them, and the guarantee may not "
+                    "hold."
                 )
         return None
 
@@ -254,14 +266,14 @@ def announce(args: argparse.Namespace, engine) -> Drift:
     return Drift(calibration if same else None)
 
 
-def live_statistics(result) -> dict[str, float]:
+def live_statistics(result: Result) -> dict[str, float]:
     """What is watched of each answer: the share of its tokens that the rule alone let through, and the mean
     score."""
     watched = {"by_rule": result.accepted_by_rule / max(1, len(result.tokens))}
     return watched if result.mean_score is None else watched | {"mean_score": result.mean_score}
 
 
-def warn_of_drift(drift: Drift, result) -> None:
+def warn_of_drift(drift: Drift, result: Result) -> None:
     """Prints one line, once, when the answers so far do not look like those of the calibration; stopped ones
     do not count."""
     if result.stop_reason == "interrupt":

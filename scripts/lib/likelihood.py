@@ -16,7 +16,7 @@ from scripts.lib.demo_task import problems, write_answer
 MOST_NATS = 700  # a token, of which a perplexity can still be written as a number
 
 
-def read_texts(name: str, seed: int, limit: int | None) -> list[tuple[str, str]]:
+def read_pairs(name: str, seed: int, limit: int | None) -> list[tuple[str, str]]:
     """Pairs of what is only read and what counts: a file; or `limit` demo problems, never trained on, and
     right answers."""
     if name != "demo":
@@ -41,42 +41,39 @@ def windows(n: int, window: int, stride: int, counted: int = 0) -> list[tuple[in
 
 @torch.inference_mode()
 def log_likelihood(
-    model: Transformer,
-    bos: int,
-    given: int,
-    ids: list[int],
-    window: int,
-    stride: int,
-    progress: Progress | None = None,
+    model: Transformer, bos: int, ids: list[int], spans: list[tuple[int, int, int]], progress: Progress
 ) -> float:
-    """Sum of the natural logarithms of the probabilities of all tokens after the first `given`."""
+    """Sum of the natural logarithms of the probabilities of the tokens that count. spans: from `windows`."""
     total = 0.0
-    for begin, end, first in windows(len(ids), window, stride, given):
+    for begin, end, first in spans:
         text = torch.tensor([bos, *ids[begin:end]], device=model.device)
         _, logits = model(text[None, :-1])
         chances = F.log_softmax(logits[0], -1).gather(-1, text[1:, None])[:, 0]
         total += chances[first - begin :].double().sum().item()
-        if progress is not None:
-            progress.step()
+        progress.step()
     return total
 
 
 def perplexity(
     model: Transformer,
     bos: int,
-    texts: list[list[list[int]]],
+    pairs: list,
+    *,
     window: int = 2048,
     stride: int = 512,
     what: str = "perplexity",
 ) -> float:
     """Of pairs of ids: what is only read, and what counts. Raises NotFinite where it is no number."""
-    steps = sum(len(windows(len(given) + len(text), window, stride, len(given))) for given, text in texts)
-    total, progress = 0.0, Progress(what, steps)
-    for given, text in texts:
-        total += log_likelihood(model, bos, len(given), given + text, window, stride, progress)
-    mean = -total / sum(len(text) for _, text in texts)
+    spans = [windows(len(given) + len(text), window, stride, len(given)) for given, text in pairs]
+    progress = Progress(what, sum(map(len, spans)))
+    total = sum(
+        log_likelihood(model, bos, given + text, each, progress) for (given, text), each in zip(pairs, spans)
+    )
+
+    mean = -total / sum(len(text) for _, text in pairs)
     if not mean < MOST_NATS:  # NaN, too
         raise NotFinite(
             f"{what}: the model's logits are not finite, or far off; try --precision fp32 or bf16."
         )
+
     return math.exp(mean)

@@ -1,5 +1,9 @@
 """--speculate_k auto: how many tokens to draft in the next round."""
 
+from collections.abc import Callable
+
+import tp
+
 
 class Pace:
     """Chooses each round's M for --speculate_k auto: the size with the most expected tokens a second.
@@ -31,6 +35,15 @@ class Pace:
         while lengths[-1] < capacity:
             lengths.append(min(2 * lengths[-1], capacity))
         return lengths
+
+    def measure(self, capacity: int, time_round: Callable[[int, int], float], repeats: int = 9) -> None:
+        """Takes the median of time_round(length, M) for each size; sizes take turns, as the machine's other
+        work comes and goes."""
+        for length in self.lengths(capacity):
+            found = [[time_round(length, m) for m in self.sizes] for _ in range(repeats)]
+            medians = [sorted(seconds)[repeats // 2] for seconds in zip(*found)]
+            agreed = tp.first(medians.copy)  # all ranks must choose alike
+            self.seconds |= {(length, m): seconds for m, seconds in zip(self.sizes, agreed)}
 
     def choose(self, needed: int, most: int = 1 << 30) -> int:
         """The M of the next round, which looks at up to `needed` positions, of which `most` draft tokens can

@@ -1,16 +1,14 @@
 """Loading a target, its draft and its judge, after checking that they fit together and into memory."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import torch
 
 import tp
 from checkpoint import DEMO
-from cli import InputError, shortened, whole
-from judge import JudgeHead, load_judge
+from cli import InputError
+from judge import RULES, JudgeHead, check_threshold, load_judge
 from model import PREFILL_ROWS, ModelArgs, Transformer
 from quantize import (
     Checkpoint,
@@ -21,8 +19,8 @@ from quantize import (
     temporary_bytes,
     weight_bytes,
 )
-from scripts.lib.results import rank_and_size
-from tokenizer import load_tokenizer
+from scripts.lib.ranks import place
+from tokenizer import Tokenizer, load_tokenizer
 
 
 def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) -> None:
@@ -38,6 +36,15 @@ def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) 
         raise InputError(
             f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} "
             f"differ."
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer, shape: ModelArgs, folder: Path) -> None:
+    """Raises InputError for a tokenizer with more tokens than the model."""
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
+            f"{shape.vocab_size}."
         )
 
 
@@ -74,9 +81,8 @@ def check_memory(
         )
         raise InputError(
             f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of "
-            f"caches{packing}, "
-            f"but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a shorter "
-            f"--cache_length."
+            f"caches{packing}, but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a "
+            "shorter --cache_length."
         )
 
 
@@ -88,7 +94,7 @@ def load_pair(
     """Loads what is named, after checking that draft and target fit together and into memory.
 
     capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where
-    ranks share the target, whether they share the draft as well (default: tp.place_draft).
+    ranks share the target, whether they share the draft as well (default: by its size).
     """
     sources = [open_checkpoint(folder) for folder in (target, draft) if folder is not None]
     shapes = [source.args for source in sources]
@@ -107,59 +113,79 @@ def load_pair(
     return models[0], models[1] if draft is not None else None, head
 
 
-def place(
-    shapes: list[ModelArgs],
-    dtype: torch.dtype,
-    schemes: list[Scheme | None],
-    device: torch.device,
-    draft_tp: str | None,
-) -> list[tp.Shard | None]:
-    """For target and draft: this rank's shard, or None for all of it. Says on standard error where the draft
-    goes."""
-    shard = tp.shard()
-    if shard is None or len(shapes) < 2:
-        return [shard] * len(shapes)
-    draft, scheme = shapes[1], schemes[1]
-    size = weight_bytes(draft, dtype, scheme)
-    draft_tp = draft_tp or tp.place_draft(draft, size, shard.world, device.type)
-    print(f"draft: {'sharded' if draft_tp == 'shard' else 'the same on every rank'}", file=sys.stderr)
-    return [shard, shard if draft_tp == "shard" else None]
-
-
 def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
     """How target and draft are to be quantised."""
     return scheme_of(args), scheme_of(args, "draft_")
 
 
-def name_models(args: argparse.Namespace) -> None:
-    """Fills in the demo pair and its judge where no target is named. Raises InputError for a target without a
-    draft."""
+def name_demo(args: argparse.Namespace) -> None:
+    """Where no target is named: the demo pair and its judge."""
     if args.checkpoint_path is None:
         args.checkpoint_path = DEMO / "target"
         args.draft_checkpoint_path = args.draft_checkpoint_path or DEMO / "draft"
         args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+
+
+def name_models(args: argparse.Namespace) -> None:
+    """Fills in the demo pair and its judge where no target is named. Raises InputError for a target without a
+    draft."""
+    name_demo(args)
     if args.draft_checkpoint_path is None:
         raise InputError("--checkpoint_path needs a draft beside it; name one with --draft_checkpoint_path.")
-
-
-def own_device(name: str) -> str:
-    """--device of this process: of several with an engine each, the GPU of its number on its machine.
-
-    Raises InputError where torchrun's LOCAL_RANK is no such number.
-    """
-    if tp.LINK is not None or rank_and_size()[1] == 1 or not name.startswith("cuda"):
-        return tp.own_device(name)
-    given, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-    try:
-        return f"cuda:{whole(0, count - 1)(given)}"
-    except argparse.ArgumentTypeError:
-        raise InputError(
-            f"LOCAL_RANK {shortened(given)} in the environment names none of the {count} GPUs "
-            f"of this machine; "
-            "start one process a GPU."
-        ) from None
 
 
 def files_in(folders: list[Path]) -> list[Path]:
     """The files of checkpoint folders, which no output may replace."""
     return [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+
+
+def check_settings(s, has_draft: bool, has_judge: bool) -> None:
+    """Raises InputError for settings (generate.Settings) that cannot run."""
+    if s.verify != "plain" and s.verify not in RULES:
+        raise InputError(f"--verify {s.verify} is not a rule; known are plain, {', '.join(RULES)}.")
+    if not 1 <= s.speculate_k <= 1024:
+        raise InputError(f"--speculate_k {s.speculate_k} must be between 1 and 1024.")
+    if not (s.temperature == 0 or 1e-3 <= s.temperature <= 1e3):
+        raise InputError(f"--temperature {s.temperature} must be 0 (greedy) or between 0.001 and 1000.")
+    if s.top_k is not None and s.top_k < 1:
+        raise InputError(f"--top_k {s.top_k} is too small: it keeps at least 1 token.")
+    if not 0 <= s.min_prob < 1:
+        raise InputError(f"--min_prob {s.min_prob} is no probability below 1.")
+    if s.verify != "plain" and not has_draft:
+        raise InputError(f"--verify {s.verify} needs a draft; name one with --draft_checkpoint_path.")
+    if "scores" in s.rule.reads and not has_judge:
+        raise InputError(f"--verify {s.verify} needs a judge; name one with --judge_path.")
+
+    if s.rule.knob:
+        if s.threshold is not None:
+            check_threshold(s.verify, s.threshold)
+    elif s.relax_between is not None:
+        raise InputError(
+            f"--relax_between says where a rule applies, but --verify {s.verify} has none; leave it out."
+        )
+    elif s.threshold is not None:
+        raise InputError(f"--verify {s.verify} has no threshold; leave --threshold out.")
+
+
+def smallest_context(target: ModelArgs, draft: ModelArgs | None) -> tuple[int, str]:
+    """The tokens that a sequence may have, and whose limit that is."""
+    if draft is not None and draft.max_position < target.max_position:
+        return draft.max_position, "the draft's context"
+    return target.max_position, "the target's context"
+
+
+def check_prompt(
+    prompt: list[int], max_new_tokens: int, length: int, context: int, whose: str = "the model's context"
+) -> None:
+    """Raises InputError when the prompt is empty, or prompt and output do not fit the context, `whose` it is,
+    or the cache."""
+    if not prompt:
+        raise InputError("The prompt is empty; give at least one token.")
+    if max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens {max_new_tokens} is too small: generate at least 1 token.")
+    for size, what in ((context, whose), (length, "the cache")):
+        if len(prompt) + max_new_tokens > size:
+            raise InputError(
+                f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit {what} of {size}; "
+                "shorten the prompt or lower --max_new_tokens."
+            )

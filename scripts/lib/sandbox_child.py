@@ -1,4 +1,5 @@
-"""What runs in the two processes by which scripts/sandbox.py checks a program: the answer's, and its tests'.
+"""What runs in the two processes by which scripts/lib/sandbox.py checks a program: the answer's, and its
+tests'.
 
 Started by `python -c` with this very text, one role a process, both locked in alike before they run anything.
 They speak JSON lines over a socket: the tests' process sends the name of a function and its arguments, the
@@ -337,10 +338,8 @@ def enter_namespaces(folder: str, disk: int) -> None:
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
-        user, others = (
-            0x10000000,
-            0x20000000 | 0x40000000 | 0x08000000 | 0x00020000,
-        )  # CLONE_NEWUSER; PID, NET, IPC, NS
+        # CLONE_NEWUSER; PID, NET, IPC, NS
+        user, others = 0x10000000, 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000
         ids = {
             "setgroups": "deny",
             "uid_map": f"{os.getuid()} {os.getuid()} 1",
@@ -354,13 +353,11 @@ def enter_namespaces(folder: str, disk: int) -> None:
                     file.write(content)
         elif libc.unshare(others):
             return
-        libc.mount(
-            None, b"/", None, 0x40000 | 0x4000, None
-        )  # MS_PRIVATE, MS_REC: what is mounted here stays here
+        # MS_PRIVATE, MS_REC: what is mounted here stays here
+        libc.mount(None, b"/", None, 0x40000 | 0x4000, None)
         options = f"size={disk},nr_inodes=1000,mode=700".encode()
-        if not libc.mount(
-            b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4 | 8, options
-        ):  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+        # MS_NOSUID, MS_NODEV, MS_NOEXEC
+        if not libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4 | 8, options):
             os.chdir(folder)
     except (ImportError, OSError, AttributeError):
         return
@@ -388,15 +385,8 @@ def lock_files(folder: str) -> None:
     all_rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     read_file, read_dir = 1 << 2, 1 << 3
     rules = libc.syscall(444, struct.pack("Q", all_rights), 8, 0)
-    libraries = (
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        "/usr/local/lib",
-        "/usr/share/zoneinfo",
-        "/etc/ld.so.cache",
-    )
+    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+    libraries += ("/usr/share/zoneinfo", "/etc/ld.so.cache")
     readable = dict.fromkeys(
         (*sys.path, os.path.join(sys.base_prefix, "lib"), *libraries, "/dev/urandom"), read_file
     )
@@ -432,17 +422,8 @@ def forbid_events(folder: str, tell) -> None:
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     nameless = getattr(os, "O_TMPFILE", 0)
     harmless = ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk")
-    refused = (
-        "os.",
-        "socket.",
-        "subprocess.",
-        "ctypes.",
-        "signal.",
-        "resource.",
-        "pty.",
-        "sqlite3.",
-        "syslog.",
-    )
+    refused = ("os.", "socket.", "subprocess.", "ctypes.", "signal.")
+    refused += ("resource.", "pty.", "sqlite3.", "syslog.")
 
     def within(path, folders: tuple) -> bool:
         path = real(os.fsdecode(path if path is not None else "."))
@@ -455,9 +436,8 @@ def forbid_events(folder: str, tell) -> None:
     def may_open(path, mode: str | None, flags: int) -> bool:
         if type(path) is int or nameless and flags & nameless == nameless:
             return type(path) is int or within(path, ours)
-        if mode is None and is_folder(
-            path
-        ):  # by os.open: paths could begin there, which this hook does not see
+        # by os.open: paths could begin there, which this hook does not see
+        if mode is None and is_folder(path):
             return False
         return within(path, ours) and few(path) if flags & writing else within(path, readable)
 
@@ -467,9 +447,8 @@ def forbid_events(folder: str, tell) -> None:
         elif event in ("os.listdir", "os.scandir"):
             good = type(args[0]) is int or within(args[0], readable)
         elif event in ("os.mkdir", "os.remove", "os.rmdir"):
-            good = (
-                args[-1] == -1 and within(args[0], ours) and (event != "os.mkdir" or few(args[0]))
-            )  # -1: of no other folder
+            # -1: of no other folder
+            good = args[-1] == -1 and within(args[0], ours) and (event != "os.mkdir" or few(args[0]))
         elif event == "import":
             good = args[0] != "_posixsubprocess"
         else:
@@ -484,7 +463,7 @@ def forbid_events(folder: str, tell) -> None:
 
 
 if "__file__" in globals() and __name__ == "__main__":  # not by -c
-    sys.stderr.write("sandbox_child.py: scripts/sandbox.py starts it; it does nothing by hand.\n")
+    sys.stderr.write("sandbox_child.py: scripts/lib/sandbox.py starts it; it does nothing by hand.\n")
     sys.exit(2)
 if __name__ == "__main__":
     main()

@@ -4,55 +4,29 @@ name them.
     questions = load_questions("mine.jsonl", "number", limit=100)
     CHECKERS[questions[0].checker].is_right(questions[0], "The answer is 18.")
 
---task names a public benchmark, --data its file as published; scripts/public_tasks.py says in what words it
-is put. --questions names `demo`, `demo:story`, `demo:list` (scripts/demo_task.py), or a file of your own:
-JSON lines, gzipped or not, with the fields `prompt` (or `question`), `reference` (or `answer`, or
-`canonical_solution`) and, where lines differ, `checker` (scripts/scoring.py). Their prompts are put to the
-model as they stand.
+--task names a public benchmark, --data its file as published; scripts/lib/public_tasks.py says in what words
+it is put. --questions names `demo`, `demo:story`, `demo:list` (scripts/lib/demo_task.py), or a file of your
+own: JSON lines, gzipped or not, with the fields `prompt` (or `question`), `reference` (or `answer`, or
+`canonical_solution`) and, where lines differ, `checker` (scripts/lib/scoring.py). Their prompts are put to
+the model as they stand.
 """
 
 import hashlib
 import re
 import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 from cli import InputError, whole
 from files import read_bytes
 from scripts.lib.demo_task import FAMILIES, problems
+from scripts.lib.flags import MOST_QUESTIONS, add_flags
 from scripts.lib.public_tasks import TASKS, json_lines, read_task
 from scripts.lib.sandbox import allow_code_execution, check_allowed
 from scripts.lib.scoring import CHECKERS, Question, final_number
 
 DEMO_LIMIT = 100  # demo problems without --limit: their stream has no end
-MOST = 10_000_000  # questions
 OWN = ("number", "math", "choice", "code")  # the checkers for files of one's own
-
-
-def load_questions(
-    source: str, checker: str | None, limit: int | None = None, seed: int = 2026, held_out: bool = True
-) -> list[Question]:
-    """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
-
-    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
-    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
-    """
-    if checker is not None and checker not in CHECKERS:
-        raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
-    name, _, family = str(source).partition(":")
-    if name == "demo":
-        if family and family not in FAMILIES or checker not in (None, "demo"):
-            raise InputError(
-                f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo."
-            )
-        stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
-        return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
-    lines = islice(json_lines(Path(source), "--questions"), limit)
-    questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
-    if not questions:
-        raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
-    return distinct(questions)
 
 
 def distinct(questions: list[Question]) -> list[Question]:
@@ -63,36 +37,6 @@ def distinct(questions: list[Question]) -> list[Question]:
     if len(kept) < len(questions):
         print(f"left out {len(questions) - len(kept)} questions that come more than once", file=sys.stderr)
     return list(kept.values())
-
-
-def read_question(item: dict, where: str, index: int, checker: str | None) -> Question:
-    """The question of one line. Raises InputError beginning with `where`."""
-    checker = item.get("checker", checker)
-    if checker not in OWN:
-        raise InputError(
-            f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker."
-        )
-    prompt = read_text(item, ("prompt", "question"), where)
-    fields = ("reference", "answer", "canonical_solution")
-    if checker == "code":
-        check_allowed()
-        read_text(item, ("test",), where)
-        if not read_text(item, ("entry_point",), where).isidentifier():
-            raise InputError(
-                f"{where}: field 'entry_point' is {item['entry_point']!r}, which is no function's name."
-            )
-        reference = read_text(item, fields, where) if any(name in item for name in fields) else ""
-    else:
-        reference = read_text(item, fields, where)
-        find = {"number": final_number, "math": str.strip, "choice": choice_of}[checker]
-        kind, found = "letter" if checker == "choice" else "number", find(reference)
-        if found is None:
-            raise InputError(
-                f"{where}: the reference {reference[-60:]!r} gives no {kind}, which --checker {checker} "
-                f"needs."
-            )
-    group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
-    return Question(index, prompt, reference, checker, group, item)
 
 
 def choice_of(reference: str) -> str | None:
@@ -115,13 +59,74 @@ def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
     return value
 
 
-def add_question_flags(add: Callable) -> None:
-    """Gives a parser (by its add_argument) the flags that name questions; `questions_of` reads them."""
+def read_question(item: dict, where: str, index: int, checker: str | None) -> Question:
+    """The question of one line. Raises InputError beginning with `where`."""
+    checker = item.get("checker", checker)
+    if checker not in OWN:
+        raise InputError(
+            f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker."
+        )
+
+    prompt = read_text(item, ("prompt", "question"), where)
+    fields = ("reference", "answer", "canonical_solution")
+    if checker == "code":
+        check_allowed()
+        read_text(item, ("test",), where)
+        if not read_text(item, ("entry_point",), where).isidentifier():
+            raise InputError(
+                f"{where}: field 'entry_point' is {item['entry_point']!r}, which is no function's name."
+            )
+        reference = read_text(item, fields, where) if any(name in item for name in fields) else ""
+    else:
+        reference = read_text(item, fields, where)
+        find = {"number": final_number, "math": str.strip, "choice": choice_of}[checker]
+        kind, found = "letter" if checker == "choice" else "number", find(reference)
+        if found is None:
+            raise InputError(
+                f"{where}: the reference {reference[-60:]!r} gives "
+                f"no {kind}, which --checker {checker} needs."
+            )
+
+    group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
+    return Question(index, prompt, reference, checker, group, item)
+
+
+def load_questions(
+    source: str, checker: str | None, limit: int | None = None, seed: int = 2026, held_out: bool = True
+) -> list[Question]:
+    """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
+
+    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
+    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
+    """
+    if checker is not None and checker not in CHECKERS:
+        raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
+    name, _, family = str(source).partition(":")
+    if name == "demo":
+        if family and family not in FAMILIES or checker not in (None, "demo"):
+            raise InputError(
+                f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo."
+            )
+        stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
+        return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
+
+    lines = islice(json_lines(Path(source), "--questions"), limit)
+    questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
+    if not questions:
+        raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
+    return distinct(questions)
+
+
+def add_question_flags(parser) -> None:
+    """The flags that name questions; `questions_of` reads them."""
+    add = parser.add_argument
     add("--task", choices=["demo", *TASKS], help="a benchmark, read from --data as published (default: demo)")
-    add("--data", type=Path, help="the benchmark's file or folder, see scripts/download.py")
+    add_flags(
+        parser, data={"required": False, "help": "the benchmark's file or folder, see scripts/download.py"}
+    )
     add(
         "--shots",
-        type=whole(0, MOST),
+        type=whole(0, MOST_QUESTIONS),
         help="examples before each question (default: as its harness has it, with --chat none)",
     )
     add("--shots_data", type=Path, help="where examples come from (default: the training file beside --data)")
@@ -134,12 +139,8 @@ def add_question_flags(add: Callable) -> None:
         choices=(*OWN, "demo"),
         help="what says whether an answer is right, where a line of --questions does not",
     )
-    add(
-        "--limit",
-        type=whole(1, MOST),
-        help=f"number of questions (default: all, or {DEMO_LIMIT} demo problems)",
-    )
-    add("--seed", type=whole(-(2**62), 2**62), default=2026, help="another seed, other demo problems")
+    limit = f"number of questions (default: all, or {DEMO_LIMIT} demo problems)"
+    add_flags(parser, limit={"help": limit}, seed={})
     add(
         "--allow_code_execution",
         action="store_true",
@@ -158,8 +159,8 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
     if args.task in (None, "demo"):
         if args.data or args.shots or args.shots_data:
             raise InputError(
-                "--data, --shots and --shots_data belong to a --task with a file, not to the demo or "
-                "--questions."
+                "--data, --shots and --shots_data belong to a "
+                "--task with a file, not to the demo or --questions."
             )
         if args.task and args.questions not in (None, "demo", *(f"demo:{family}" for family in FAMILIES)):
             raise InputError("Give one of --task and --questions.")
@@ -176,7 +177,9 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
         raise InputError(
             f"--task {args.task} needs --chat here: a base model's answers do not end by themselves."
         )
-    return read_task(args.task, args.data, args.chat, args.shots, args.shots_data, args.limit)
+
+    more = {"shots": args.shots, "shots_data": args.shots_data, "limit": args.limit}
+    return read_task(args.task, args.data, args.chat, **more)
 
 
 def question_header(args) -> dict:
@@ -193,6 +196,7 @@ def question_header(args) -> dict:
         questions = args.questions or "demo"
         data = None if questions.partition(":")[0] == "demo" else digest(Path(questions))
         return {"questions": questions, "data": data, "checker": args.checker, "seed": args.seed}
+
     return {
         "questions": task,
         "data": digest(args.data),

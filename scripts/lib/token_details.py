@@ -38,9 +38,8 @@ def token_details(
     Raises NotFinite where a figure would be NaN or infinite.
     """
     n, ids = len(tokens), torch.tensor([prompt + tokens], device=target.device)
-    hidden, draft_hidden = (
-        model(ids, n_logits=0)[0][0, -n - 1 :] for model in (target, draft)
-    )  # (n + 1, dim)
+    # (n + 1, dim)
+    hidden, draft_hidden = (model(ids, n_logits=0)[0][0, -n - 1 :] for model in (target, draft))
     p, kl, top = [], [], []
     for at in range(0, n, ROWS):
         rows = slice(at, min(at + ROWS, n))
@@ -49,18 +48,19 @@ def token_details(
             for model, states in ((target, hidden), (draft, draft_hidden))
         )
         p.append(log_p.gather(-1, ids[0, -n:][rows, None]).squeeze(-1).exp())
-        kl.append(
-            (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
-        )  # rounding may leave it a little below 0
+        # rounding may leave it a little below 0
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
         top.append(log_p.argmax(-1))
+
     proposing = draft_hidden[:-1] if head is not None and head.draft_weight is not None else None
     score = head.score(hidden[1:], proposing) if head is not None else None
     found = Details(torch.cat(p), torch.cat(kl), score, torch.cat(top))
     if not all(values is None or values.isfinite().all() for values in found):
         raise NotFinite(
-            "The details of an answer are not finite: the models' logits overflow; try --precision fp32 or "
-            "bf16."
+            "The details of an answer are not finite: the models' "
+            "logits overflow; try --precision fp32 or bf16."
         )
+
     return found
 
 

@@ -1,28 +1,22 @@
-"""What a report of benchmark.py says of its models, as plan.py reads it again."""
+"""The command line of benchmark.py and the models that it names; plan.py reads both again from a report."""
 
 import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from checkpoint import DEMO, read_config
 from cli import InputError, Parser, shortened, whole
 from judge import RULES
-from model import DTYPES, PRESETS, ModelArgs, preset
+from model import PRESETS, ModelArgs, preset
 from quantize import add_mode_flags, scheme_named
-
-MOST = 2**40  # of any count on the command line; what fits is checked against models and memory
-SCHEMA = (
-    2  # of the JSON; 1 (without the field) had no settings as fields, and ms_p10 and ms_p90 for the extremes
-)
-
+from scripts.lib.flags import FIXED_K, add_device_flags, add_flags, add_model_flags
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 DIMENSIONS = re.compile("([0-9]+)x([0-9]+)")
+MOST = 2**40  # of any number on the command line; what fits is checked against models and memory
+# of the JSON; 1 (without the field) had no settings as fields, and ms_p10 and ms_p90 for the extremes
+SCHEMA = 2
 
 
 def shape_of(name: str) -> ModelArgs:
@@ -45,6 +39,10 @@ def is_preset(name: str) -> bool:
     return name in PRESETS or DIMENSIONS.fullmatch(name) is not None
 
 
+def has_draft(args: argparse.Namespace) -> bool:
+    return bool(args.draft_checkpoint_path or args.draft_preset)
+
+
 def shapes_of(args: argparse.Namespace) -> tuple[ModelArgs, ModelArgs | None]:
     """Target and draft, from folders or presets."""
     target = read_config(args.checkpoint_path) if args.checkpoint_path else shape_of(args.preset)
@@ -65,6 +63,11 @@ def modes_of(args: argparse.Namespace) -> dict[str, str | None] | None:
     }
 
 
+def printable(text: str) -> str:
+    """An argument that is no UTF-8 with question marks for what is not."""
+    return text.encode(errors="replace").decode()
+
+
 def model_name(folder: Path | None, name: str | None) -> str | None:
     """A preset's name or a folder, one of this repository from its root on, so that it is found on other
     machines."""
@@ -73,25 +76,15 @@ def model_name(folder: Path | None, name: str | None) -> str | None:
     return printable(str(folder)) if folder is not None else name
 
 
-def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Namespace:
-    """The command line. Without a target it names the demo pair and its judge."""
-    parser = Parser(doc)
-    add = parser.add_argument
-    add(
-        "--checkpoint_path",
-        type=Path,
-        help="the target, a Hugging Face snapshot folder (default: the demo target)",
-    )
-    add("--draft_checkpoint_path", type=Path, help="the draft, likewise")
-    add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
-    add("--draft_preset", help="a draft, likewise")
-    add("--judge_path", type=Path, help="a judge (random weights get one of zeros)")
+def add_round_flags(parser: Parser) -> None:
+    """The flags of rounds: by which rule, how long, where."""
+    add, many = parser.add_argument, whole(1, MOST)
     add(
         "--verify",
         choices=list(RULES),
         help="the rule of the rounds (default: judge; standard for folders without one)",
     )
-    add("--speculate_k", type=whole(1, 1024), default=16, help="M, draft tokens a round")
+    add_flags(parser, speculate_k=FIXED_K)
     add(
         "--rows",
         type=whole(2, 1025),
@@ -102,39 +95,31 @@ def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Names
     add("--accept", type=whole(0, 1024), help="impose how many draft tokens each round accepts")
     add(
         "--positions",
-        type=whole(1, MOST),
+        type=many,
         nargs="+",
-        help="where to measure steps and rounds (default: "
-        "500, or where the"
-        " last round ends with the context)",
+        help="where to measure steps and rounds (default: 500, "
+        "or where the last round ends with the context)",
     )
-    add(
-        "--cache_length",
-        type=whole(1, MOST),
-        nargs="+",
-        help="positions that the cache holds (default: "
-        "what the run needs);"
-        " with several, the plain step is measured with each",
-    )
-    add_mode_flags(parser)
+    held = "positions that the cache holds (default: what the run needs); with several, the plain step is "
+    add_flags(parser, cache_length={"type": many, "nargs": "+", "help": held + "measured with each"})
+
+
+def add_measure_flags(parser: Parser) -> None:
+    """The flags of what is measured beside rounds, and how often."""
+    add, many = parser.add_argument, whole(1, MOST)
     add(
         "--modes",
         nargs="+",
         help="measure the target in each of these, taking turns: none, int8, fp8, int4, int4/128",
     )
+    add("--prefill", type=many, nargs="*", help="prompt lengths to read (default: 512, or the context)")
     add(
-        "--prefill",
-        type=whole(1, MOST),
-        nargs="*",
-        help="prompt lengths to read (default: 512, or the context)",
+        "--prompt_tokens",
+        type=many,
+        help="prompt of the whole generations (default: 64, or an eighth of the context)",
     )
-    add("--prompt_tokens", type=whole(1, MOST), help="prompt of the whole generations (default: 64, or an"
-        " eighth of the context)")  # fmt: skip
-    add(
-        "--max_new_tokens",
-        type=whole(1, MOST),
-        help="tokens of the whole generations (default: 200, or to the context's end)",
-    )
+    length = "tokens of the whole generations (default: 200, or to the context's end)"
+    add_flags(parser, max_new_tokens={"type": many, "default": None, "help": length})
     add("--repeats", type=whole(1, 10**6), default=9, help="times to measure each part")
     add(
         "--attention",
@@ -147,26 +132,29 @@ def parse_args(argv: list[str] | None, doc: str | None = None) -> argparse.Names
         help="measure a layer's products, unquantised and quantised, and nothing else",
     )
     add("--peers", action="store_true", help="run transformers on the same weights, taking turns")
-    add("--compile", action="store_true", help="torch.compile the step functions")
-    add("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--out", type=Path, help="write the figures to this .json file, and the table beside it as .md")
-    add("--profile", type=Path, help="write a Chrome trace of one round")
+
+
+def parse_args(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Without a target it names the demo pair and its judge."""
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
+    add("--draft_preset", help="a draft, likewise")
+    add_round_flags(parser)
+    add_mode_flags(parser)
+    add_measure_flags(parser)
+    add_flags(parser, "compile")
+    add_device_flags(parser)
+    out = "write the figures to this .json file, and the table beside it as .md"
+    add_flags(parser, out={"help": out}, profile={})
+
     args = parser.parse_args(argv)
     if args.checkpoint_path is None and args.preset is None:
         args.checkpoint_path = DEMO / "target"
         if not args.draft_checkpoint_path and not args.draft_preset:
             args.draft_checkpoint_path = DEMO / "draft"
         args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+
     if args.verify is None:
         args.verify = "judge" if args.judge_path or args.preset else "standard"
     return args
-
-
-def has_draft(args: argparse.Namespace) -> bool:
-    return bool(args.draft_checkpoint_path or args.draft_preset)
-
-
-def printable(text: str) -> str:
-    """An argument that is no UTF-8 with question marks for what is not."""
-    return text.encode(errors="replace").decode()
