@@ -452,7 +452,9 @@ def test_marks_reopen_as_they_were_and_widen_to_whole_tokens(tokenizer):
 
 
 def make_session(tmp_path, tokenizer, items=ITEMS, ask_all: bool = False) -> Session:
-    session = Session(items, Journal(tmp_path / "out.marks"), tokenizer, tmp_path / "out", ask_all, True)
+    session = Session(
+        items, Journal(tmp_path / "out.marks"), tokenizer, tmp_path / "out", ask_all=ask_all, colour=True
+    )
     session.write_out()
     return session
 

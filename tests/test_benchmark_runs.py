@@ -20,7 +20,7 @@ import tokenizer as tokenizers
 from cli import InputError
 from scripts import evaluate as script
 from scripts.evaluate import main, share_of
-from scripts.lib import bench
+from scripts.lib import summary
 from scripts.lib.public_tasks import read_task
 from scripts.lib.results import MADE, by_key, check_parts, merge, part
 from scripts.lib.turns import cut, said_ids, turn_ids
@@ -226,13 +226,13 @@ def test_differences_to_plain_are_paired():
     both = records("plain", [True] * 32 + [False] * 18) + records(
         "kl", [True] * 20 + [False] * 12 + [True] * 2 + [False] * 16
     )
-    plain, kl = bench.summarise(both, ["plain", "kl"])
+    plain, kl = summary.summarise(both, ["plain", "kl"])
     assert (kl["lost"], kl["won"], kl["difference"]) == (12, 2, -0.2) and "difference" not in plain
     assert kl["p_value"] == pytest.approx(2 * (1 + 14 + 91) / 2**14)
     low, high = kl["difference_interval"]
     assert low < -0.2 < high < 0
     none = [record | {"right": None} for record in both]
-    assert bench.summarise(none, ["plain", "kl"])[1]["accuracy"] is None
+    assert summary.summarise(none, ["plain", "kl"])[1]["accuracy"] is None
 
 
 def answers_in(path: Path) -> int:

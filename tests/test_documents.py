@@ -1,4 +1,4 @@
-"""Protects: the README stays short and true to the files, links lead somewhere, the diffs apply and do what they say."""
+"""Protects: the README is short and true to the files, links lead somewhere, diffs do what they say."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
              DEMO / "README.md"]  # fmt: skip
 DIFFS = {
     "rule": "judge.py",
-    "variant": "checkpoint.py",
+    "variant": "model.py",
     "format": "quantize.py",
 }  # name -> the one file that it changes
 README = (ROOT / "README.md").read_text()
@@ -109,7 +109,8 @@ from quantize import Scheme, load_model
 folder, expected = sys.argv[1], torch.load(sys.argv[1] + "/expected.pt")
 linear = load_model(folder, dtype=torch.float32)
 with torch.inference_mode():
-    print("variant", (linear(expected["ids"])[1] - expected["logits"]).abs().max().item() / expected["logits"].abs().max().item())
+    error = (linear(expected["ids"])[1] - expected["logits"]).abs().max() / expected["logits"].abs().max()
+    print("variant", error.item())
 errors = []
 for mode in ("int4", "int6", "int8"):
     model = load_model(folder, dtype=torch.float32, scheme=Scheme(mode))
@@ -121,8 +122,8 @@ generate.main(["--verify", "bild", "--device", "cpu", "--marks", "--max_new_toke
 
 
 def test_the_diffs_and_the_rule_of_the_readme_do_what_they_say(tmp_path, capsys, monkeypatch):
-    """In a copy with all three: linear RoPE gives transformers' logits, int6 lies between int4 and int8, and the rule lets
-    through what the README's five lines let through here."""
+    """In a copy with all three: linear RoPE gives transformers' logits, int6 lies between int4 and int8, and
+    the rule lets through what the README's lines let through here."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "scripts", copy / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*ROOT.glob("*.py"), ROOT / "kernels.cpp"]:
@@ -141,7 +142,7 @@ def test_the_diffs_and_the_rule_of_the_readme_do_what_they_say(tmp_path, capsys,
     assert float(variant.split()[1]) < 1e-4 and form == "format True" and "{" in answer
 
     lines = README.partition("```python\n")[2].partition("```")[0]
-    assert len(lines.splitlines()) == 5
+    assert len([line for line in lines.splitlines() if line]) <= 5
     monkeypatch.setitem(judge.RULES, "bild", None)
     exec(lines, dict(vars(judge)))
     generate.main(
