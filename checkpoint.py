@@ -1,5 +1,4 @@
-"""A published folder: config.json to ModelArgs, safetensors to parameters, and the fingerprint that tells
-models apart.
+"""A published folder: config.json to ModelArgs, safetensors to parameters, and the fingerprint of a model.
 
 A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as published (Llama 2, 3, 3.1, 3.2,
 3.3): `config.json` and `model.safetensors`, or an index with shards. It is read as it stands.
@@ -11,7 +10,9 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cli import InputError, Progress, shortened_value
 from files import checkpoint_folder, is_file, opened, parse_object, read_bytes, read_json
-from model import DTYPES, ModelArgs, Transformer, empty_model, materialise
+from model import DTYPES, ROPES, Llama3Rope, ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"  # the pair that comes with the repository
@@ -92,8 +93,8 @@ def refuse_unknown(config: dict, where: str) -> None:
         )
 
 
-def read_rope(config: dict, where: str, context: int) -> tuple[float, tuple[float, float, float, int] | None]:
-    """RoPE base and Llama-3.1 scaling from `rope_scaling` (transformers 4) or `rope_parameters` (5).
+def read_rope(config: dict, where: str, context: int) -> tuple[float, Llama3Rope | None]:
+    """RoPE base and scaling (of model.ROPES), from `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
     Where a folder has both, `rope_scaling` counts, and of `rope_parameters` nothing, as in transformers.
     """
@@ -106,22 +107,16 @@ def read_rope(config: dict, where: str, context: int) -> tuple[float, tuple[floa
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise InputError(
-            f"{where}: RoPE type {shortened_value(kind)} is not implemented; 'default' and 'llama3' are."
-        )
-    factor, low, high = (
-        read_field(rope, name, float, where) for name in ("factor", "low_freq_factor", "high_freq_factor")
-    )
-    if high <= low:
-        raise InputError(f"{where}: high_freq_factor={high} must be above low_freq_factor={low}.")
-    original = "original_max_position_embeddings"
-    return theta, (
-        factor,
-        low,
-        high,
-        read_field(config if original in config else rope, original, int, where, context),
-    )
+    if kind not in ROPES:
+        known = " and ".join(map(repr, ("default", *ROPES)))
+        raise InputError(f"{where}: RoPE type {shortened_value(kind)} is not implemented; {known} are.")
+    original = "original_max_position_embeddings"  # may stand at the top, or be left out
+    rope = {original: context} | rope | {name: config[name] for name in (original,) if name in config}
+    values = [read_field(rope, field.name, field.type, where) for field in fields(ROPES[kind])]
+    try:
+        return theta, ROPES[kind](*values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def read_config(folder: str | Path) -> ModelArgs:
@@ -204,41 +199,62 @@ def open_safetensors(path: Path):
         raise InputError(f"{path} is not a safetensors file that can be read: {error}.") from None
 
 
-def weight_plan(args: ModelArgs) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-    """Hugging Face tensor name -> (our parameter, first row in it, shape of the published tensor)."""
-    q, kv, ffn, dim = (
-        args.n_head * args.head_dim,
-        args.n_kv_head * args.head_dim,
-        args.intermediate_size,
-        args.dim,
-    )
-    plan = {
-        "model.embed_tokens.weight": ("tok_embeddings.weight", 0, (args.vocab_size, dim)),
-        "model.norm.weight": ("norm.weight", 0, (dim,)),
-    }
-    if not args.tie_embeddings:
-        plan["lm_head.weight"] = ("output.weight", 0, (args.vocab_size, dim))
+class Row(NamedTuple):
+    """Where a published tensor goes, and how it is cut among ranks and quantised."""
+
+    ours: str  # our parameter
+    first: int  # its first row in that
+    shape: tuple[int, ...]  # as published
+    cut: Literal["rows", "columns"] | None = None  # None: every rank has all of it
+    unit: Literal["heads", "kv_heads", "intermediate", "vocabulary"] | None = None  # of which a rank has some
+    quantized: Literal["never", "always", "with LM head"] = "never"
+
+
+def weight_plan(args: ModelArgs) -> dict[str, Row]:
+    """Hugging Face tensor name -> what becomes of it, from top to bottom."""
+    plan = top_plan(args)
     for i in range(args.n_layer):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        plan |= {
-            theirs + "self_attn.q_proj.weight": (ours + "attention.wqkv.weight", 0, (q, dim)),
-            theirs + "self_attn.k_proj.weight": (ours + "attention.wqkv.weight", q, (kv, dim)),
-            theirs + "self_attn.v_proj.weight": (ours + "attention.wqkv.weight", q + kv, (kv, dim)),
-            theirs + "self_attn.o_proj.weight": (ours + "attention.wo.weight", 0, (dim, q)),
-            theirs + "mlp.gate_proj.weight": (ours + "feed_forward.w13.weight", 0, (ffn, dim)),
-            theirs + "mlp.up_proj.weight": (ours + "feed_forward.w13.weight", ffn, (ffn, dim)),
-            theirs + "mlp.down_proj.weight": (ours + "feed_forward.w2.weight", 0, (dim, ffn)),
-            theirs + "input_layernorm.weight": (ours + "attention_norm.weight", 0, (dim,)),
-            theirs + "post_attention_layernorm.weight": (ours + "ffn_norm.weight", 0, (dim,)),
-        }
+        plan |= layer_plan(args, i)
     return plan
 
 
+def top_plan(args: ModelArgs) -> dict[str, Row]:
+    """`weight_plan` of what is in no layer."""
+    shape = (args.vocab_size, args.dim)
+    plan = {
+        "model.embed_tokens.weight": Row("tok_embeddings.weight", 0, shape, "rows", "vocabulary"),
+        "model.norm.weight": Row("norm.weight", 0, (args.dim,)),
+    }
+    if not args.tie_embeddings:
+        plan["lm_head.weight"] = Row("output.weight", 0, shape, "rows", "vocabulary", "with LM head")
+    return plan
+
+
+def layer_plan(args: ModelArgs, i: int) -> dict[str, Row]:
+    """`weight_plan` of layer i."""
+    q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
+    dim, ffn = args.dim, args.intermediate_size
+    theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+    wqkv, wo = ours + "attention.wqkv.weight", ours + "attention.wo.weight"
+    w13, w2 = ours + "feed_forward.w13.weight", ours + "feed_forward.w2.weight"
+    return {
+        theirs + "self_attn.q_proj.weight": Row(wqkv, 0, (q, dim), "rows", "heads", "always"),
+        theirs + "self_attn.k_proj.weight": Row(wqkv, q, (kv, dim), "rows", "kv_heads", "always"),
+        theirs + "self_attn.v_proj.weight": Row(wqkv, q + kv, (kv, dim), "rows", "kv_heads", "always"),
+        theirs + "self_attn.o_proj.weight": Row(wo, 0, (dim, q), "columns", "heads", "always"),
+        theirs + "mlp.gate_proj.weight": Row(w13, 0, (ffn, dim), "rows", "intermediate", "always"),
+        theirs + "mlp.up_proj.weight": Row(w13, ffn, (ffn, dim), "rows", "intermediate", "always"),
+        theirs + "mlp.down_proj.weight": Row(w2, 0, (dim, ffn), "columns", "intermediate", "always"),
+        theirs + "input_layernorm.weight": Row(ours + "attention_norm.weight", 0, (dim,)),
+        theirs + "post_attention_layernorm.weight": Row(ours + "ffn_norm.weight", 0, (dim,)),
+    }
+
+
 def load_published(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    folder: Path, args: ModelArgs, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
     complete: Callable[[Transformer, str], None] | None = None, shard: Shard | None = None,
 ) -> Transformer:  # fmt: skip
-    """Loads a published snapshot folder (any float type on disk) straight into fused weights.
+    """Loads a published snapshot folder, of shape `args` and any float type, straight into fused weights.
 
     dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called
     with the model and each of its parameters' names as soon as that is filled, and may replace it. shard:
@@ -246,30 +262,25 @@ def load_published(
     memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor and file for
     whatever is missing, unexpected, misshapen or truncated.
     """
-    folder = Path(folder)
-    args = read_config(folder)
     files = find_weights(folder, args)
     local, plan = shard.local(args) if shard else args, weight_plan(args)
     places = weight_plan(local)
-    model, handles, progress = empty_model(args, local), {}, Progress(f"loading {folder}", len(plan))
-    digest, following = new_digest(args), [*(ours for ours, _, _ in list(plan.values())[1:]), None]
-    for (name, (ours, _, shape)), after in zip(plan.items(), following):
-        file, stored = files[name]
-        if file not in handles:
-            handles[file] = open_safetensors(file)
-        part = shard.part(args, name) if shard else ()
-        tensor = read_tensor(handles[file], stored, shape, file, part=part)
+    model, reader = empty_model(args, local), Reader(folder, files)
+    progress = Progress(f"loading {folder}", len(plan))
+    digest, following = new_digest(args), [*(row.ours for row in list(plan.values())[1:]), None]
+    for (name, row), after in zip(plan.items(), following):
+        part = shard.part(args, row) if shard else ()
+        tensor = reader.read(name, row.shape, part=part)
         dtype = dtype or tensor.dtype
-        digest.update(sample_of(tensor, shape, Stored(file, stored) if part else None))
-        model.bytes_read += tensor.nbytes + (SAMPLES * tensor.itemsize if part else 0)
-        _, row, local_shape = places[name]
-        fill(materialise(model, ours, dtype, device)[row : row + local_shape[0]], tensor)
-        if complete is not None and after != ours:
-            complete(model, ours)
+        digest.update(sample_of(tensor, row.shape, Stored(*files[name]) if part else None))
+        reader.bytes_read += SAMPLES * tensor.itemsize if part else 0
+        fill(materialise(model, row.ours, dtype, device), places[name], tensor)
+        if complete is not None and after != row.ours:
+            complete(model, row.ours)
         progress.step()
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    model.fingerprint = digest.hexdigest()[:16]
+    model.fingerprint, model.bytes_read = digest.hexdigest()[:16], reader.bytes_read
     return model.eval()
 
 
@@ -340,15 +351,11 @@ def new_digest(args: ModelArgs):
     return hashlib.sha256(repr((args.rope_theta, args.rope_scaling, args.norm_eps)).encode())
 
 
-def fingerprint_of(folder: str | Path) -> str:
+def fingerprint_of(folder: str | Path, args: ModelArgs) -> str:
     """The fingerprint that `load_model` gives, without loading."""
-    args, handles = read_config(folder), {}
-    digest, files = new_digest(args), find_weights(folder, args)
-    for name, (_, _, shape) in weight_plan(args).items():
-        file, stored = files[name]
-        if file not in handles:
-            handles[file] = open_safetensors(file)
-        digest.update(sample_of(read_tensor(handles[file], stored, shape, file), shape))
+    digest, reader = new_digest(args), Reader(folder, find_weights(folder, args))
+    for name, row in weight_plan(args).items():
+        digest.update(sample_of(reader.read(name, row.shape), row.shape))
     return digest.hexdigest()[:16]
 
 
@@ -366,14 +373,12 @@ def sample_of(tensor: Tensor, shape: tuple[int, ...], stored: "Stored | None" = 
     return repr((tuple(shape), values.float().tolist())).encode()
 
 
-STORED = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
+STORED = {  # the types of safetensors
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class Stored:
@@ -390,11 +395,8 @@ class Stored:
             raise InputError(
                 f"{file}: tensor {name} is {entry['dtype']}, but must be one of {', '.join(STORED)}."
             )
-        self.dtype, self.shape, self.begin = (
-            STORED[entry["dtype"]],
-            entry["shape"],
-            begin + entry["data_offsets"][0],
-        )
+        self.dtype, self.shape = STORED[entry["dtype"]], entry["shape"]
+        self.begin = begin + entry["data_offsets"][0]
 
     def read(self, spans: list[tuple[int, int]]) -> Tensor:
         """The values of spans (first, count) one after the other, (total,)."""
@@ -428,25 +430,6 @@ class Stored:
 
 
 MOST_HEADER = 100_000_000  # bytes, as the format's own readers have it
-
-
-ITEM_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
-}
 
 
 def safetensors_header(file: Path) -> tuple[int, dict]:
@@ -499,12 +482,12 @@ def check_entries(header: dict, size: int, file: Path) -> None:
                 f"{file}: tensor {name} begins at byte {begin} of the data, but the one before it ends at "
                 f"{end}."
             )
-        needed = math.prod(entry["shape"]) * ITEM_BYTES.get(entry["dtype"], 0)
-        if entry["dtype"] in ITEM_BYTES and stop - begin != needed:
+        kind, shape = entry["dtype"], entry["shape"]
+        needed = math.prod(shape) * STORED[kind].itemsize if kind in STORED else stop - begin
+        if stop - begin != needed:
             raise InputError(
-                f"{file}: tensor {name}, {entry['dtype']} of shape {entry['shape']}, has "
-                f"{stop - begin} bytes, "
-                f"but takes {needed}."
+                f"{file}: tensor {name}, {kind} of shape {shape}, has {stop - begin} bytes, but takes "
+                f"{needed}."
             )
         end = stop
     if end > size:
@@ -522,39 +505,48 @@ def is_entry(entry) -> bool:
     return whole and len(shape) <= 8 and len(offsets) == 2 and offsets[0] <= offsets[1]
 
 
-def fill(place: Tensor, tensor: Tensor) -> None:
-    """Copies a tensor into a place of its size, or of a larger one, whose rest becomes 0."""
-    if place.shape != tensor.shape:
-        place.zero_()
-    place[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+def fill(parameter: Tensor, place: Row, tensor: Tensor) -> None:
+    """Copies a tensor to its place in a parameter. Of a place that is larger, the rest becomes 0."""
+    rows = parameter[place.first : place.first + place.shape[0]]
+    if rows.shape != tensor.shape:
+        rows.zero_()
+    rows[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
-def read_tensor(
-    handle,
-    name: str,
-    shape: tuple[int, ...],
-    file: Path,
-    dtype: torch.dtype | None = None,
-    part: tuple[slice, ...] = (),
-) -> Tensor:
-    """One tensor of a safetensors file, checked against its expected shape, and type (None: any of DTYPES).
+class Reader:
+    """Reads tensors of a folder by their published name: files has the file of each, and its name there."""
 
-    part: what to read of it (default all).
-    """
-    try:
-        lazy = handle.get_slice(name)
-        found = tuple(lazy.get_shape())
-        if found == shape:
-            tensor = Stored(file, name).part(part) if part else handle.get_tensor(name)
-    except SafetensorError as error:
-        raise InputError(f"{file} has no readable tensor {name}: {error}.") from None
-    if found != shape:
-        raise InputError(f"{file}: tensor {name} has shape {found}, but config.json calls for {shape}.")
-    if dtype is not None and tensor.dtype != dtype:
-        raise InputError(f"{file}: tensor {name} is {tensor.dtype}, but its config.json calls for {dtype}.")
-    if dtype is None and tensor.dtype not in DTYPES.values():
-        raise InputError(f"{file}: tensor {name} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
-    return tensor
+    def __init__(self, folder: str | Path, files: dict[str, tuple[Path, str]]):
+        self.folder, self.files, self.handles, self.bytes_read = folder, files, {}, 0
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        part: tuple[slice, ...] = (),
+    ) -> Tensor:
+        """One tensor, or the part of it, its whole shape and its type checked (None: any of DTYPES)."""
+        if name not in self.files:
+            raise InputError(f"{self.folder} has no tensor {name}, which its config.json calls for.")
+        file, stored = self.files[name]
+        if file not in self.handles:
+            self.handles[file] = open_safetensors(file)
+        try:
+            found = tuple(self.handles[file].get_slice(stored).get_shape())
+            if found == shape:
+                tensor = Stored(file, stored).part(part) if part else self.handles[file].get_tensor(stored)
+        except SafetensorError as error:
+            raise InputError(f"{file} has no readable tensor {stored}: {error}.") from None
+        where = f"{file}: tensor {stored}"
+        if found != shape:
+            raise InputError(f"{where} has shape {found}, but config.json calls for {shape}.")
+        if dtype is not None and tensor.dtype != dtype:
+            raise InputError(f"{where} is {tensor.dtype}, but its config.json calls for {dtype}.")
+        if dtype is None and tensor.dtype not in DTYPES.values():
+            raise InputError(f"{where} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
+        self.bytes_read += tensor.nbytes
+        return tensor
 
 
 MOST_SMALL = 1 << 30  # bytes of a file that is read whole: a judge, or a shard of features

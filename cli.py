@@ -111,6 +111,11 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
+def first_line(error: Exception) -> str:
+    """What a library says of its error, as the end of a sentence of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def shortened(text: str) -> str:
     """What a user typed, without the middle of what is very long, and quoted unless it is a plain word."""
     text = text if len(text) <= 60 else f"{text[:30]}...{text[-10:]}"

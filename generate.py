@@ -23,15 +23,16 @@ from torch import Tensor
 
 import kernels
 import tp
-from checkpoint import read_config
 from files import check_writable
 from judge import RULES, JudgeHead, Rule, mixture, rule_mask
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
+from quantize import open_checkpoint
 from scripts.lib import pair
 from scripts.lib.guarantee import kind_of, take_calibration
 from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
+from scripts.lib.ranks import check_flags, own_device
 from scripts.lib.result import Report, Result, Round
 from scripts.lib.terminal import chat_loop, introduce, parse_args, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
@@ -592,22 +593,24 @@ def check_args(args: argparse.Namespace) -> None:
 
 def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenizer) -> Engine:
     """Loads what the command line names and builds the engine for this prompt (none: for a conversation)."""
-    settings, device = settings_of(args), pick_device(tp.own_device(args.device))
+    settings, device = settings_of(args), pick_device(own_device(args.device))
     tp.connect(device, args.all_reduce)
-    shape = read_config(args.checkpoint_path)
-    draft = args.draft_checkpoint_path and read_config(args.draft_checkpoint_path)
+    target, draft = (
+        folder and open_checkpoint(folder) for folder in (args.checkpoint_path, args.draft_checkpoint_path)
+    )
+    shape = target.args
     pair.check_tokenizer(tokenizer, shape, args.checkpoint_path)
 
     if args.interactive:
         length = args.cache_length or min(shape.max_position, 8192)
     else:
         length = args.cache_length or len(prompt) + args.max_new_tokens
-        context, whose = pair.smallest_context(shape, draft)
+        context, whose = pair.smallest_context(shape, draft and draft.args)
         pair.check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
     capacity = capacity_for(length, settings.speculate_k)
     models = pair.load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, args.judge_path, device,
-        run_dtype(args.precision, device), capacity, pair.schemes_of(args), args.draft_tp,
+        target, draft, args.judge_path, device, run_dtype(args.precision, device), capacity,
+        pair.schemes_of(args), args.draft_tp,
     )  # fmt: skip
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)
@@ -615,7 +618,7 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
 
 def run(args: argparse.Namespace) -> None:
     """From a parsed command line to the output: the answer on standard output, all else on standard error."""
-    tp.check_flags(args)
+    check_flags(args)
     check_args(args)
     tokenizer = load_tokenizer(args.checkpoint_path)
     if args.chat:

@@ -81,10 +81,8 @@ class JudgeHead:
 
 
 def load_judge(path: str | Path, target: Transformer, draft: Transformer | None = None) -> JudgeHead:
-    """Loads a head for `target` (and, with the feature target+draft, for `draft`).
-
-    Raises InputError when it is missing, broken, or made for another model.
-    """
+    """A head for `target` (and, with the feature target+draft, for `draft`). Raises InputError when it is
+    missing, broken, or made for another model."""
     path = Path(path)
     if not path.is_file():
         raise InputError(
@@ -228,8 +226,7 @@ def divergence(drafted, target_logits: Tensor, draft_logits: Tensor, scores, thr
 
 
 def window(drafted: Tensor, target_logits: Tensor, draft_logits, scores, threshold: Tensor) -> Tensor:
-    """The target is undecided, H3 >= h, and its own choices are the next AGREED - 1 draft tokens (FLy, arXiv
-    2511.22972).
+    """The target is undecided (H3 >= h) and chooses the next AGREED - 1 draft tokens (FLy, arXiv 2511.22972).
 
     H3: -sum of p ln p, in nats, over the target's 3 most likely tokens, p from the whole softmax. The last
     AGREED tokens of a draft never pass. This is the authors' code (github.com/AMD-AGI/FLy,

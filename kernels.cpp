@@ -648,20 +648,24 @@ void many_rows(const Format& f, const at::Tensor& x, at::Tensor& y, int64_t N) {
     }
 }
 
-// Calls `action` with the format of a quantised weight of K columns.
-template <typename Action>
-void with_format(const at::Tensor& weight, const at::Tensor& scales, int64_t K, Action action) {
-    auto bytes = static_cast<const uint8_t*>(weight.const_data_ptr());
-    if (weight.scalar_type() == at::kByte)
-        action(Int4{bytes, reinterpret_cast<const uint32_t*>(scales.const_data_ptr<at::BFloat16>()), K, K / scales.size(1)});
-    else if (weight.scalar_type() == at::kChar) action(Int8{bytes, scales.const_data_ptr<float>(), K});
-    else action(Fp8{bytes, scales.const_data_ptr<float>(), K});
+Int8 int8(const at::Tensor& weight, const at::Tensor& scales) {
+    return {{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), weight.size(1)}};
+}
+
+Fp8 fp8(const at::Tensor& weight, const at::Tensor& scales) {
+    return {{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), weight.size(1)}};
+}
+
+Int4 int4(const at::Tensor& weight, const at::Tensor& scales) {
+    const int64_t K = weight.size(1) * 2;
+    return {weight.const_data_ptr<uint8_t>(), reinterpret_cast<const uint32_t*>(scales.const_data_ptr<at::BFloat16>()), K, K / scales.size(1)};
 }
 
 // x (..., k) times a quantised weight (N, K) in tiles -> (..., n): its columns from k on and its rows from n on are padding.
+template <auto format>
 at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales, int64_t n) {
-    const bool int4 = weight.scalar_type() == at::kByte;
-    const int64_t N = weight.size(0), K = weight.size(1) * (int4 ? 2 : 1), k = x.size(-1), T = x.numel() / k;
+    const auto f = format(weight, scales);
+    const int64_t N = weight.size(0), K = f.K, k = x.size(-1), T = x.numel() / k;
     TORCH_CHECK(k <= K && n <= N && N % 16 == 0 && K % 32 == 0 && scales.size(0) == N, "linear_quantized: a weight of ", N, " x ",
                 K, " does not fit ", n, " x ", k, ", or is not padded to multiples of 16 x 32");
     TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "linear_quantized: x must be fp32 or bf16");
@@ -673,10 +677,8 @@ at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const
     }
     at::Tensor y = at::empty({T, N}, x.options());
     const int64_t few = x.scalar_type() == at::kFloat ? FMA_ROWS_FP32 : rows_bf16();
-    with_format(weight, scales, K, [&](auto format) {
-        if (T <= few) few_rows(format, rows, y, T, N);
-        else many_rows(format, rows, y, N);
-    });
+    if (T <= few) few_rows(f, rows, y, T, N);
+    else many_rows(f, rows, y, N);
     auto shape = x.sizes().vec();
     shape.back() = n;
     return (n < N ? y.narrow(1, 0, n).contiguous() : y).view(shape);
@@ -686,13 +688,16 @@ at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const
 
 TORCH_LIBRARY(judge_fast, library) {
     library.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
-    library.def("linear_quantized(Tensor x, Tensor weight, Tensor scales, int n) -> Tensor",
-                {at::Tag::pt2_compliant_tag});
+    library.def("linear_int8(Tensor x, Tensor weight, Tensor scales, int n) -> Tensor", {at::Tag::pt2_compliant_tag});
+    library.def("linear_fp8(Tensor x, Tensor weight, Tensor scales, int n) -> Tensor", {at::Tag::pt2_compliant_tag});
+    library.def("linear_int4(Tensor x, Tensor weight, Tensor scales, int n) -> Tensor", {at::Tag::pt2_compliant_tag});
     library.def("most_rows(ScalarType dtype, int N, int K) -> int");
     library.impl("most_rows", &most_rows);
 }
 
 TORCH_LIBRARY_IMPL(judge_fast, CPU, library) {
     library.impl("linear", &linear);
-    library.impl("linear_quantized", &linear_quantized);
+    library.impl("linear_int8", &linear_quantized<int8>);
+    library.impl("linear_fp8", &linear_quantized<fp8>);
+    library.impl("linear_int4", &linear_quantized<int4>);
 }

@@ -3,11 +3,8 @@ slowest at.
 
 `linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use,
 elsewhere and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a
-Triton kernel that reads from dataclasses import dataclass from torch import Tensor from
-torch._inductor.cpp_builder import get_cpp_compiler from torch._inductor.exc import InvalidCxxCompiler import
-gc import torch import types from cli import InputError from the device how far the text goes, so that one
-captured graph serves every position. `few_rows` multiplies up to 64 rows with quantised weights there; on a
-CPU kernels.cpp does.
+Triton kernel that reads from the device how far the text goes, so that one captured graph serves every
+position. `few_rows` multiplies up to 64 rows with quantised weights there; on a CPU kernels.cpp does.
 """
 
 import gc
@@ -72,7 +69,7 @@ def use_cpu_kernels() -> None:
         return
     try:
         torch.ops.load_library(build(SOURCE))
-        torch.ops.judge_fast.linear_quantized  # noqa: B018 is it the right library?
+        torch.ops.judge_fast.linear_int4  # noqa: B018 is it the right library?
     except (OSError, RuntimeError, AttributeError, subprocess.CalledProcessError) as error:
         failed = isinstance(error, subprocess.CalledProcessError)
         reason = (error.stderr.strip() or "the compiler failed without a word") if failed else str(error)
@@ -82,9 +79,10 @@ def use_cpu_kernels() -> None:
     torch.library.register_fake(
         "judge_fast::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0])
     )
-    torch.library.register_fake(
-        "judge_fast::linear_quantized", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n)
-    )
+    for name in ("linear_int8", "linear_fp8", "linear_int4"):
+        torch.library.register_fake(
+            f"judge_fast::{name}", lambda x, w, scales, n: x.new_empty(*x.shape[:-1], n)
+        )
     cpu_kernels = torch.ops.judge_fast
 
 
@@ -275,10 +273,10 @@ tilings: dict[str, Tiling] = {}  # the choices of this process, by shape
 
 
 @torch.library.custom_op("judge_fast::few_rows", mutates_args=())
-def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) of up to MOST_ROWS rows times a quantised weight, packed as quantize.py says -> (..., n), on
-    a GPU.
+def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
+    """x (..., k) of up to MOST_ROWS rows times a quantised weight -> (..., n), on a GPU.
 
+    bits: 8, a number a byte and a scale a row, or 4, as quantize.py packs groups.
     Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into
     parts that run side by side where the weight has too few rows to fill the GPU; the parts are summed in
     fp32. The first product of a shape measures TILINGS, unless an earlier process has, on the same kind of
@@ -287,20 +285,20 @@ def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
     block_m = power_of_2(x.numel() // x.shape[-1])
     fitting = [tiling for tiling in TILINGS if weight.shape[0] % tiling.block_n == 0]
     if x.device.type != "cuda":
-        return product(x, weight, scales, n, fitting[0])
+        return product(x, weight, scales, n, bits, fitting[0])
     key = f"{weight.dtype} {tuple(weight.shape)} in {tuple(scales.shape)}, up to {block_m} rows of {x.dtype}"
     if key not in tilings:
         tilings.update(read_tilings(x.device))
     if tilings.get(key) not in fitting:
-        tilings[key] = tune(fitting, lambda tiling: product(x, weight, scales, n, tiling))
+        tilings[key] = tune(fitting, lambda tiling: product(x, weight, scales, n, bits, tiling))
         write_tilings(x.device)
-    return product(x, weight, scales, n, tilings[key])
+    return product(x, weight, scales, n, bits, tilings[key])
 
 
-def product(x: Tensor, weight: Tensor, scales: Tensor, n: int, tiling: Tiling) -> Tensor:
+def product(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int, tiling: Tiling) -> Tensor:
     """`few_rows` by one tiling, whose block_n divides the rows of the weight."""
-    int4, rows = weight.dtype == torch.uint8, x.numel() // x.shape[-1]
-    n_padded, k = weight.shape[0], weight.shape[1] * (2 if int4 else 1)
+    rows = x.numel() // x.shape[-1]
+    n_padded, k = weight.shape[0], weight.shape[1] * 8 // bits
     blocks = n_padded // tiling.block_n
     n_parts = parts_for(x.device, blocks, tiling.programs)
     each = -(-k // n_parts // tiling.block_k) * tiling.block_k
@@ -315,8 +313,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, n: int, tiling: Tiling) -
         k,
         rows,
         each,
-        INT4=int4,
-        GROUP=k // scales.shape[1] if int4 else 1,
+        INT4=bits == 4,
+        GROUP=k // scales.shape[1] if bits == 4 else 1,
         X_K=x.shape[-1],
         BLOCK_M=power_of_2(rows),
         BLOCK_N=tiling.block_n,
@@ -392,7 +390,7 @@ def scaled_product(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
 
 
 @few_rows.register_fake
-def few_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
+def few_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
     """What `few_rows` returns, uninitialised."""
     return x.new_empty(*x.shape[:-1], n)
 

@@ -1,15 +1,12 @@
-"""Llama 3.1 for one sequence at the lowest latency: arguments, static KV cache, transformer, loading a
-folder.
+"""Llama 3.1 for one sequence at the lowest latency: arguments, RoPE, static KV cache, transformer.
 
-A checkpoint is a Hugging Face snapshot folder of a `LlamaForCausalLM` as published (Llama 2, 3, 3.1, 3.2,
-3.3): `config.json` and `model.safetensors`, or an index with shards. It is read as it stands. RoPE uses the
-half-split layout of those weights. Nothing here knows about drafts or judges.
+RoPE uses the half-split layout of the published weights. Nothing here knows about drafts or judges.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -19,9 +16,6 @@ from torch.nn.attention.bias import causal_lower_right
 
 import kernels
 from cli import InputError
-
-if TYPE_CHECKING:
-    pass
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAGE = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
@@ -54,10 +48,37 @@ def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
 
 
+@dataclass(frozen=True, repr=False)
+class Llama3Rope:
+    """RoPE scaling by wavelength, as Llama 3.1 defines it. Fields are those of `config.json`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high <= low:
+            raise InputError(f"high_freq_factor={high} must be above low_freq_factor={low}.")
+
+    def __repr__(self) -> str:
+        return repr(astuple(self))  # as it stands in the fingerprints of judges and packed folders
+
+    def scale(self, freqs: Tensor) -> Tensor:
+        """Frequencies (head_dim / 2,): long waves are slowed down by the factor, short ones kept."""
+        factor, low, high, original = astuple(self)
+        wavelength = 2 * math.pi / freqs
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: keep, 0: divide by factor
+        return (1 - smooth) * freqs / factor + smooth * freqs
+
+
+ROPES = {"llama3": Llama3Rope}  # by rope_type: what scales the frequencies
+
+
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a Llama. Names follow gpt-fast; checkpoint.py reads them from Hugging Face's
-    `config.json`."""
+    """The shape of a Llama. Names follow gpt-fast; checkpoint.py reads them from `config.json`."""
 
     dim: int
     n_layer: int
@@ -69,9 +90,7 @@ class ModelArgs:
     max_position: int = 131072  # the longest context that the model was made for, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: tuple[float, float, float, int] | None = (
-        None  # factor, low_freq, high_freq, original context
-    )
+    rope_scaling: Llama3Rope | None = None  # or another of ROPES
     tie_embeddings: bool = False
 
     @property
@@ -87,59 +106,40 @@ class ModelArgs:
         return 2 * self.n_layer * self.n_kv_head * self.head_dim * length * dtype.itemsize
 
     def step_bytes(self, length: int, dtype: torch.dtype, rows: int = 1) -> int:
-        """Bytes that a step of `rows` rows must read at position `length`: every weight once (of an embedding
-        that is not the LM head, too, only the rows' own), and the cache so far."""
+        """Bytes that a step of `rows` rows reads at position `length`: weights and the cache so far."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.dim
-        return (self.n_params - embedding + rows * self.dim) * dtype.itemsize + self.cache_bytes(
-            length, dtype
-        )
+        weights = self.n_params - embedding + rows * self.dim  # of an embedding alone, the rows' own
+        return weights * dtype.itemsize + self.cache_bytes(length, dtype)
 
 
-LLAMA31_ROPE = (8.0, 1.0, 4.0, 8192)
-LLAMA32_ROPE = (32.0, 1.0, 4.0, 8192)
-# Published shapes, for benchmarks with random weights: dim, layers, heads, KV heads, intermediate, head_dim,
-# rope, tied
-PRESETS = {
-    "Llama-3.2-1B": (2048, 16, 32, 8, 8192, 64, LLAMA32_ROPE, True),
-    "Llama-3.2-3B": (3072, 28, 24, 8, 8192, 128, LLAMA32_ROPE, True),
-    "Llama-3.1-8B": (4096, 32, 32, 8, 14336, 128, LLAMA31_ROPE, False),
-    "Llama-3.1-70B": (8192, 80, 64, 8, 28672, 128, LLAMA31_ROPE, False),
-    "Llama-3.1-405B": (16384, 126, 128, 8, 53248, 128, LLAMA31_ROPE, False),
+LLAMA31_ROPE = Llama3Rope(8.0, 1.0, 4.0, 8192)
+LLAMA32_ROPE = Llama3Rope(32.0, 1.0, 4.0, 8192)
+SMALL, LARGE = {"rope_scaling": LLAMA32_ROPE, "tie_embeddings": True}, {"rope_scaling": LLAMA31_ROPE}
+PRESETS = {  # published shapes, for benchmarks with random weights
+    "Llama-3.2-1B": ModelArgs(2048, 16, 32, 8, 8192, 128256, 64, **SMALL),
+    "Llama-3.2-3B": ModelArgs(3072, 28, 24, 8, 8192, 128256, 128, **SMALL),
+    "Llama-3.1-8B": ModelArgs(4096, 32, 32, 8, 14336, 128256, 128, **LARGE),
+    "Llama-3.1-70B": ModelArgs(8192, 80, 64, 8, 28672, 128256, 128, **LARGE),
+    "Llama-3.1-405B": ModelArgs(16384, 126, 128, 8, 53248, 128256, 128, **LARGE),
 }
 
 
 def preset(name: str) -> ModelArgs:
-    """The arguments of a published Llama by name, for random weights. Raises InputError with the names
-    known."""
+    """A published Llama by name. Raises InputError with the names known."""
     if name not in PRESETS:
         raise InputError(f"There is no preset {name!r}; known are {', '.join(PRESETS)}.")
-    dim, n_layer, n_head, n_kv_head, intermediate, head_dim, rope, tied = PRESETS[name]
-    return ModelArgs(
-        dim,
-        n_layer,
-        n_head,
-        n_kv_head,
-        intermediate,
-        128256,
-        head_dim,
-        rope_scaling=rope,
-        tie_embeddings=tied,
-    )
+    return PRESETS[name]
 
 
 def rope_table(args: ModelArgs, length: int, device: torch.device) -> Tensor:
-    """fp32 cos and sin, (length, 2, head_dim / 2). Scaling by wavelength as Llama 3.1 defines it.
+    """fp32 cos and sin, (length, 2, head_dim / 2).
 
     fp32 matters: in bf16 the angle of position 8193 differs from that of 8192 by less than a rounding step.
     """
-    freqs = 1.0 / args.rope_theta ** (
-        torch.arange(0, args.head_dim, 2, device=device).float() / args.head_dim
-    )
+    even = torch.arange(0, args.head_dim, 2, device=device).float()
+    freqs = 1.0 / args.rope_theta ** (even / args.head_dim)
     if args.rope_scaling is not None:
-        factor, low, high, original = args.rope_scaling
-        wavelength = 2 * math.pi / freqs
-        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: keep, 0: divide by factor
-        freqs = (1 - smooth) * freqs / factor + smooth * freqs
+        freqs = args.rope_scaling.scale(freqs)
     angles = torch.outer(torch.arange(length, device=device).float(), freqs)
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
@@ -178,14 +178,12 @@ class Attention(nn.Module):
         self.args = args
         self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
         self.wo = Linear(args.n_head * args.head_dim, args.dim)
-        self.k_cache: Tensor | None = None  # (1, n_kv_head, length, head_dim), made by setup_caches
-        self.v_cache: Tensor | None = None
+        self.k_cache = self.v_cache = None  # (1, n_kv_head, length, head_dim) each, made by setup_caches
 
     def forward(
         self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
     ) -> Tensor:
-        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask and visible as `see` gives -> (B,
-        T, dim)."""
+        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask as `see` gives -> (B, T, dim)."""
         a, (batch, rows, _) = self.args, x.shape
         qkv = self.wqkv(x).view(batch, rows, -1, a.head_dim)
         q, k, v = qkv.split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
@@ -203,16 +201,14 @@ class Attention(nn.Module):
         """q (1, T, n_head, head_dim) over the caches -> the same shape."""
         a, rows = self.args, q.shape[1]
         if mask is None:
-            return kernels.attend(heads_as_rows(q, a.n_kv_head)[0], self.k_cache, self.v_cache, pos).view(
-                q.shape
-            )
+            y = kernels.attend(heads_as_rows(q, a.n_kv_head)[0], self.k_cache, self.v_cache, pos)
+            return y.view(q.shape)
         k, v = self.k_cache[:, :, :visible], self.v_cache[:, :, :visible]
-        if not use_heads_as_rows(q):
-            return F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
-            ).transpose(1, 2)
-        y = F.scaled_dot_product_attention(heads_as_rows(q, a.n_kv_head), k, v, attn_mask=mask)
-        return y.view(1, a.n_kv_head, -1, rows, a.head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        if use_heads_as_rows(q):
+            y = F.scaled_dot_product_attention(heads_as_rows(q, a.n_kv_head), k, v, attn_mask=mask)
+            return y.view(1, a.n_kv_head, -1, rows, a.head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        q = q.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 def causal_mask(pos: Tensor, visible: int, dtype: torch.dtype) -> Tensor:
@@ -222,15 +218,13 @@ def causal_mask(pos: Tensor, visible: int, dtype: torch.dtype) -> Tensor:
 
 
 def heads_as_rows(q: Tensor, n_kv_head: int) -> Tensor:
-    """(1, T, n_head, D) -> (1, n_kv_head, group * T, D), row r being query head r // T of its group and token
-    r % T."""
+    """(1, T, n_head, D) -> (1, n_kv_head, group * T, D): row r is head r // T of its group, token r % T."""
     _, rows, _, d = q.shape
     return q.view(1, rows, n_kv_head, -1, d).permute(0, 2, 3, 1, 4).reshape(1, n_kv_head, -1, d)
 
 
 def use_heads_as_rows(q: Tensor) -> bool:
-    """Whether the query heads of one KV head become further rows of q (1, T, ...), so that its cache is read
-    once.
+    """Whether a KV head's query heads become further rows of q (1, T, ...), so that its cache is read once.
 
     Measured with PyTorch's attention on a CPU (benchmarks/attention_bf16.md, attention_fp32.md): it pays for
     single rows, and in fp32 for those of a verification.
@@ -258,16 +252,14 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, pos, mask, visible)
+    def forward(self, x: Tensor, *where) -> Tensor:
+        """x (B, T, dim), where: what `Attention.forward` takes beside it -> (B, T, dim)."""
+        x = x + self.attention(self.attention_norm(x), *where)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """A Llama. Without caches it reads whole sequences (training); after `setup_caches` it decodes one
-    sequence.
+    """A Llama. Without caches it reads whole sequences (training), after `setup_caches` it decodes one.
 
     local: the shape of the weights held here, where they are a part of the model (tp.py); default: all of it.
     """
@@ -285,8 +277,7 @@ class Transformer(nn.Module):
         self.quantization = ""  # how they are quantised, set by quantize.py
         self.bytes_read = 0  # from disk, while loading
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
-        self.cache_length = 0
-        self.cache_epoch = 0  # counts allocations of the caches: graphs captured over older ones must not run
+        self.cache_length = self.cache_epoch = 0  # epoch: graphs captured over an older cache must not run
 
     @property
     def device(self) -> torch.device:
@@ -297,14 +288,9 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.dtype
 
     def setup_caches(self, length: int) -> None:
-        """Allocates KV caches and the RoPE table for `length` positions; keeps longer ones that fit the
-        weights."""
-        cache = self.layers[0].attention.k_cache
-        if (
-            cache is not None
-            and cache.shape[2] >= length
-            and (cache.dtype, cache.device) == (self.dtype, self.device)
-        ):
+        """Allocates KV caches and the RoPE table for `length` positions, unless there are longer ones."""
+        cache, kind = self.layers[0].attention.k_cache, (self.dtype, self.device)
+        if cache is not None and cache.shape[2] >= length and (cache.dtype, cache.device) == kind:
             return
         self.cache_length, self.cache_epoch = length, self.cache_epoch + 1
         self.rope = rope_table(self.args, length, self.device)
@@ -315,23 +301,21 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()  # they may have been made in it, and are then changed only in it
     def clear_caches(self) -> None:
-        """Zeroes the KV caches."""
         for layer in self.layers:
             layer.attention.k_cache.zero_()
             layer.attention.v_cache.zero_()
 
     def forward(
-        self, tokens: Tensor, pos: Tensor | None = None, visible: int | None = None, n_logits: int | None = None,
-        prefill: bool = False,
+        self, tokens: Tensor, pos: Tensor | None = None, visible: int | None = None,
+        n_logits: int | None = None, prefill: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Reads tokens, returns (hidden, logits).
 
         tokens: (B, T) ids. pos: (T,) their ascending positions in the cache (B = 1), or None to read whole
-        sequences without a cache. visible: the step sees cache positions below it (at least max(pos) + 1;
-        default: all). prefill: the rows are many, and the last of the visible (on a GPU other kernels serve
-        them). hidden: (B, T, dim), the last layer's output before the final norm. logits: (B, n_logits,
-        vocab) in fp32, for the last n_logits rows (default all; 0 skips the LM head); of a part of a model
-        only its part of the vocabulary.
+        sequences without one. visible: cache positions below it are seen (at least max(pos) + 1; default:
+        all). prefill: the rows are many, and the last of the visible. hidden: (B, T, dim), the last layer's
+        output before the final norm. logits: (B, n_logits, vocab) in fp32, for the last n_logits rows
+        (default all; 0 skips the LM head); of a part of a model only its part of the vocabulary.
         """
         visible = self.cache_length if visible is None else visible
         x = self.tok_embeddings(tokens)
@@ -345,11 +329,9 @@ class Transformer(nn.Module):
         return x, self.output(self.norm(rows)).float()
 
     def see(self, x: Tensor, pos: Tensor, visible: int, prefill: bool = False) -> Tensor | None:
-        """What is added to attention scores, 0 or -inf: (T, visible), or (group * T, visible) for rows by
-        `heads_as_rows`.
+        """0 or -inf, added to attention scores: (T, visible), or (group * T, visible) for `heads_as_rows`.
 
-        On a GPU nothing of that size is made: the decoding kernel needs none (None), and a prefill has a
-        diagonal.
+        On a GPU nothing of that size is made: the decoding kernel needs none, and a prefill has a diagonal.
         """
         if x.device.type == "cuda":
             return causal_lower_right(len(pos), visible) if prefill else None
@@ -359,21 +341,17 @@ class Transformer(nn.Module):
 
 def random_model(
     args: ModelArgs, device: str | torch.device, dtype: torch.dtype, seed: int = 0,
-    complete: Callable[["Transformer", str], None] | None = None,
+    complete: Callable[[Transformer, str], None] | None = None,
 ) -> Transformer:  # fmt: skip
-    """A model with random weights, made on `device` layer by layer, so that memory never holds more than the
-    model.
+    """A model with random weights, made layer by layer: memory never holds more than the model.
 
-    complete: as in `load_model`.
+    complete: called with the model and each parameter's name once that is filled; it may replace it.
     """
     model = empty_model(args)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name in [name for name, _ in model.named_parameters()]:
         fresh = materialise(model, name, dtype, device)
-        if fresh.dim() > 1:
-            fresh.normal_(0, 0.02, generator=generator)
-        else:
-            fresh.fill_(1.0)
+        fresh.normal_(0, 0.02, generator=generator) if fresh.dim() > 1 else fresh.fill_(1.0)
         if complete is not None:
             complete(model, name)
     if args.tie_embeddings:
@@ -399,31 +377,20 @@ def materialise(model: Transformer, name: str, dtype: torch.dtype, device: str |
 
 
 def first_not_finite(model: Transformer, ids: list[int]) -> str:
-    """Where numbers first stop being finite when `ids` are read in one pass, by module, or in which weights:
-    a clause."""
+    """A clause: the weights, or the first module's output as `ids` are read, that are not finite."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.float().isfinite().all():
             return f"the weight {name} holds NaN or infinity"
     found = []
 
-    def look(name: str) -> Callable:
-        def hook(module, inputs, output) -> None:
-            numbers = output[0] if isinstance(output, tuple) else output
-            if not found and not numbers.isfinite().all():
-                row = int((~numbers.isfinite()).flatten(2).any(-1)[0].nonzero()[0])
-                largest = inputs[0].abs().amax().item() if inputs[0].is_floating_point() else 0
-                found.append(
-                    f"first the output of {name} at position {row} (its input reaches {largest:.3g})"
-                )
+    def look(name: str, _: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        numbers = output[0] if isinstance(output, tuple) else output
+        if not found and not numbers.isfinite().all():
+            row = int((~numbers.isfinite()).flatten(2).any(-1)[0].nonzero()[0])
+            largest = inputs[0].abs().amax().item() if inputs[0].is_floating_point() else 0
+            found.append(f"first the output of {name} at position {row} (its input reaches {largest:.3g})")
 
-        return hook
-
-    modules = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and not isinstance(module, torch.nn.ModuleList)
-    ]
-    handles = [module.register_forward_hook(look(name)) for name, module in modules]
+    handles = [x.register_forward_hook(partial(look, name)) for name, x in model.named_modules() if name]
     try:
         with torch.inference_mode():
             model(torch.tensor([ids], device=model.device))

@@ -1,13 +1,13 @@
 """Weight-only quantisation: int8, int4 and fp8 weights that are read in a quarter to a half of the time.
 
-    python quantize.py --checkpoint_path DIR --mode int8 --out DIR2       # DIR2 is a folder that generate.py
-    loads python generate.py --checkpoint_path DIR --mode int4                  # or quantised while it is
-    loaded
+    python quantize.py --checkpoint_path DIR --mode int8 --out DIR2       # a folder that generate.py loads
+    python generate.py --checkpoint_path DIR --mode int4                  # or quantised while it is loaded
 
 Every row of a weight matrix (an output channel) is quantised by itself, so that fusing and sharding by rows
 change nothing. int8 and fp8 (e4m3) have one scale a row; int4 a scale, and unless --symmetric an offset, a
-group of 32, 64 or 128 columns. Activations stay as they are; kernels.py says how the products are done.
-Embedding, norms and, unless --quantize_lm_head, the LM head are not quantised; nor is the judge.
+group of 32, 64 or 128 columns. Activations stay as they are. A mode is an entry of FORMATS: how it packs and
+unpacks, and which kernels multiply by it; without one, weights are unpacked slice by slice. Embedding, norms
+and, unless --quantize_lm_head, the LM head are not quantised; nor is the judge.
 """
 
 from cli import InputError, Parser, Progress, run_script, shortened, shortened_value, whole  # isort: skip  (first: from here on Ctrl-C is silent)
@@ -22,37 +22,33 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoint
 import kernels
-import model as plain
-from checkpoint import read_config
+from checkpoint import Row, args_of, layer_plan, top_plan, weight_plan
 from files import check_new_folder, lock, read_json, replacing, write_file
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
-MODES = ("int8", "int4", "fp8")
 PACKING = 1  # how the numbers lie in the files; a reader refuses any other
 ROWS, COLUMNS = 16, 32  # packed weights are padded to multiples of these
-SLICE = (
-    1 << 22
-)  # numbers that are dequantised or quantised at a time: a copy of a whole matrix in fp32 would be GB
+SLICE = 1 << 22  # numbers unpacked at a time: a copy of a whole matrix in fp32 would be GB
+IN_CACHE = 1 << 18  # numbers packed at a time: a search over them stays in the cache
 CLIPS = torch.linspace(1.0, 0.6, 9)  # what the search tries: shares of a group's range
-TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How to quantise. group_size and symmetric concern int4 alone; dynamic, activations too, token by token,
-    fp8."""
+    """How to quantise: a mode of FORMATS and its settings. dynamic: activations, too, token by token."""
 
     mode: str
     group_size: int = 32
@@ -61,27 +57,29 @@ class Scheme:
     dynamic: bool = False
 
     def __str__(self) -> str:
-        int4 = f"/{self.group_size}{' symmetric' if self.symmetric else ''}" if self.mode == "int4" else ""
-        return (
-            self.mode
-            + int4
-            + (" dynamic" if self.dynamic else "")
-            + (" with LM head" if self.lm_head else "")
-        )
+        group = f"/{self.group_size}" if "group_size" in FORMATS[self.mode].settings else ""
+        words = {" symmetric": self.symmetric, " dynamic": self.dynamic, " with LM head": self.lm_head}
+        return self.mode + group + "".join(word for word, said in words.items() if said)
+
+
+# a scheme's settings that concern some modes alone: their flags
+FLAGS = {"group_size": "group_size", "symmetric": "symmetric", "dynamic": "dynamic_activations"}
 
 
 def check_scheme(scheme: Scheme) -> None:
     """Raises InputError for what is not built."""
-    if scheme.mode not in MODES:
-        raise InputError(f"--mode {shortened(str(scheme.mode))} is not known; known are {', '.join(MODES)}.")
+    if scheme.mode not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise InputError(f"--mode {shortened(str(scheme.mode))} is not known; known are {known}.")
     if type(scheme.group_size) is not int or scheme.group_size not in (32, 64, 128):
         raise InputError(f"--group_size {shortened_value(scheme.group_size)} must be 32, 64 or 128.")
     if not all(type(flag) is bool for flag in (scheme.symmetric, scheme.lm_head, scheme.dynamic)):
         raise InputError("symmetric, lm_head and dynamic must be true or false.")
-    if scheme.mode != "int4" and (scheme.symmetric or scheme.group_size != 32):
-        raise InputError(f"--group_size and --symmetric concern --mode int4, not {scheme.mode}.")
-    if scheme.dynamic and scheme.mode != "fp8":
-        raise InputError(f"--dynamic_activations concerns --mode fp8, not {scheme.mode}.")
+    for name, flag in FLAGS.items():
+        given = getattr(scheme, name) != getattr(Scheme, name)
+        if given and name not in FORMATS[scheme.mode].settings:
+            modes = " and ".join(mode for mode, form in FORMATS.items() if name in form.settings)
+            raise InputError(f"--{flag} concerns --mode {modes}, not {scheme.mode}.")
 
 
 def scheme_named(name: str) -> Scheme | None:
@@ -96,53 +94,53 @@ def scheme_named(name: str) -> Scheme | None:
     return scheme
 
 
-def quantize(
-    weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """weight (N, K), any float type -> packed weight and scales, K padded with zeros to what the packing
-    needs.
+@dataclass(frozen=True)
+class Kernel:
+    """A product (x, weight, scales, n) -> y of packed weights that is faster than `default_product`."""
 
-    int8, fp8: weight (N, K'), scales (N,) fp32, and a weight is q * scale. int4: weight (N, K' / 2) uint8,
-    scales (N, K' / group, 2) bf16, and a weight is q * scales[..., 0] + scales[..., 1]; when symmetric the
-    latter is -8 times the former. whole_row: where these are some columns of a weight, gives the largest of
-    all columns from the largest of these (N,), so that their scales are those of the whole rows.
+    product: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    prepare: Callable[[], None] = lambda: None  # builds it; raises InputError where it cannot be had
+    lay_out: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *packed: packed  # as it reads them
+    most_rows: int = sys.maxsize  # of x, more go to the default: then `lay_out` must be the identity
+
+
+Packed = tuple[torch.dtype, tuple[int, ...]]  # type and shape
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a mode packs weights (N, K), each row by itself; K is a multiple of unit(scheme).
+
+    pack: fp32 (N, K) and the largest magnitude of each row (N,) -> packed weight and scales, (N, ...) each.
+    unpack: what these stand for, fp32 (N, K). shapes: types and shapes of both, for N and K. unit: columns
+    that are kept together. settings: fields of a scheme that concern the mode. kernels: by type of device,
+    or "dynamic" for quantised activations. capability: what a GPU needs to have such numbers.
     """
-    unit, columns = unit_of(scheme), weight.shape[1] + -weight.shape[1] % unit_of(scheme)
-    parts = list(weight.split(slice_rows(columns)))
-    peaks = torch.cat([part.float().abs().amax(1) for part in parts])
-    if not peaks.isfinite().all():
-        raise InputError(
-            "A weight that is to be quantised holds a NaN or an infinite number; mend the checkpoint."
-        )
 
-    def wide(part: Tensor) -> Tensor:
-        return torch.nn.functional.pad(part.float(), (0, columns - weight.shape[1]))
-
-    if scheme.mode == "int4":
-        some = max(1, (1 << 18) // columns)  # rows whose search stays in the cache
-        found = [
-            quantize_groups(wide(rows).unflatten(1, (-1, unit)), scheme.symmetric)
-            for rows in weight.split(some)
-        ]
-        packed, scales = zip(*((pack_int4(q.flatten(1)), scales) for q, scales in found))
-        return torch.cat(packed), torch.cat(scales)
-    largest = 127.0 if scheme.mode == "int8" else 448.0
-    scales = ((whole_row(peaks) if whole_row is not None else peaks) / largest).clamp(min=1e-30)
-    packed = torch.empty(len(weight), columns, dtype=TYPES[scheme.mode], device=weight.device)
-    for part, into, scale in zip(parts, packed.split(slice_rows(columns)), scales.split(slice_rows(columns))):
-        q = wide(part).div_(scale[:, None])
-        into.copy_(q.round_() if scheme.mode == "int8" else q)
-    return packed, scales
+    pack: Callable[[Tensor, Tensor, Scheme], tuple[Tensor, Tensor]]
+    unpack: Callable[[Tensor, Tensor], Tensor]
+    shapes: Callable[[int, int, Scheme], tuple[Packed, Packed]]
+    unit: Callable[[Scheme], int] = lambda scheme: COLUMNS
+    settings: tuple[str, ...] = ()
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    capability: tuple[int, int] = (0, 0)
 
 
-def slice_rows(columns: int) -> int:
-    """Rows of a matrix that are worked on at a time."""
-    return max(ROWS, SLICE // max(1, columns) // ROWS * ROWS)
+def format_by_rows(dtype: torch.dtype, largest: float, **more) -> Format:
+    """One fp32 scale a row: a weight is q * scale, q of a type whose largest number is `largest`."""
 
+    def pack(w: Tensor, peaks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        scales = (peaks / largest).clamp(min=1e-30)
+        q = w / scales[:, None]
+        return (q if dtype.is_floating_point else q.round()).to(dtype), scales
 
-def unit_of(scheme: Scheme) -> int:
-    """Columns that packing and scales keep together."""
-    return scheme.group_size if scheme.mode == "int4" else COLUMNS
+    def unpack(weight: Tensor, scales: Tensor) -> Tensor:
+        return weight.float().mul_(scales[:, None])
+
+    def shapes(n: int, k: int, scheme: Scheme) -> tuple[Packed, Packed]:
+        return (dtype, (n, k)), (torch.float32, (n,))
+
+    return Format(pack, unpack, shapes, **more)
 
 
 def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -153,12 +151,8 @@ def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     """
     importance = w.square() + 1e-12
     low, high = w.amin(-1), w.amax(-1)
-    best = torch.full_like(low, float("inf"))
-    q_best, scale_best, offset_best = (
-        torch.zeros_like(w, dtype=torch.uint8),
-        torch.zeros_like(low),
-        torch.zeros_like(low),
-    )
+    best, q_best = torch.full_like(low, float("inf")), torch.zeros_like(w, dtype=torch.uint8)
+    scale_best, offset_best = torch.zeros_like(low), torch.zeros_like(low)
     for clip in CLIPS.tolist():
         if symmetric:
             scale = clip * torch.maximum(-low / 8, high / 7)
@@ -176,10 +170,8 @@ def quantize_groups(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
         better = error < best
         best = torch.where(better, error, best)
         q_best = torch.where(better[..., None], q.to(torch.uint8), q_best)
-        scale_best, offset_best = (
-            torch.where(better, scale, scale_best),
-            torch.where(better, offset, offset_best),
-        )
+        scale_best = torch.where(better, scale, scale_best)
+        offset_best = torch.where(better, offset, offset_best)
     return q_best, torch.stack([scale_best, offset_best], -1).bfloat16()
 
 
@@ -191,8 +183,7 @@ def to_levels(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 def fit(
     w: Tensor, q: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and offset (N, groups) that minimise the weighted error of given levels; kept where that is
-    undetermined."""
+    """Scale and offset (N, groups) of least weighted error for given levels; kept where undetermined."""
     if symmetric:
         levels = q - 8
         below = (importance * levels.square()).sum(-1)
@@ -208,8 +199,7 @@ def fit(
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """q (N, K) of 0..15 -> (N, K / 2): of each 32 columns the first 16 in the lower halves of 16 bytes, the
-    rest above."""
+    """q (N, K) of 0..15 -> (N, K / 2): of 32 columns the first 16 in the lower halves of 16 bytes."""
     low, high = q.to(torch.uint8).unflatten(1, (-1, 2, 16)).unbind(2)
     return (low | high << 4).flatten(1)
 
@@ -220,193 +210,233 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack([parts & 15, parts >> 4], 2).flatten(1)
 
 
-def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
-    """What packed weights (as `quantize` gives) stand for, fp32 (N, K')."""
-    if weight.dtype != torch.uint8:
-        return weight.float().mul_(scales[:, None])
+def pack_groups(w: Tensor, peaks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """int4: (N, K / 2) uint8, and a scale and an offset a group, (N, K / group, 2) bf16.
+
+    A weight is q * scales[..., 0] + scales[..., 1]; when symmetric the latter is -8 times the former.
+    """
+    q, scales = quantize_groups(w.unflatten(1, (-1, scheme.group_size)), scheme.symmetric)
+    return pack_int4(q.flatten(1)), scales
+
+
+def unpack_groups(weight: Tensor, scales: Tensor) -> Tensor:
     q = unpack_int4(weight).float().unflatten(1, (scales.shape[1], -1))
     return q.mul_(scales[..., :1].float()).add_(scales[..., 1:].float()).flatten(1)
 
 
-def product_in_slices(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """x (..., k) of any type times packed weights (N, K'), in x's type -> (..., n). Dequantises SLICE numbers
-    at a time."""
-    y, k = x.new_empty(*x.shape[:-1], n), x.shape[-1]
-    some = slice_rows(weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1))
-    for begin in range(0, n, some):
-        end = min(n, begin + some)
-        part = dequantize(weight[begin:end], scales[begin:end])[:, :k].to(x.dtype)
-        y[..., begin:end] = nn.functional.linear(x, part)
-    return y
+def shapes_of_groups(n: int, k: int, scheme: Scheme) -> tuple[Packed, Packed]:
+    return (torch.uint8, (n, k // 2)), (torch.bfloat16, (n, k // scheme.group_size, 2))
 
 
-@torch.library.custom_op("judge_fast::many_rows", mutates_args=())
-def many_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    """`product_in_slices`, as one operation of a compiled step."""
-    return product_in_slices(x, weight, scales, n)
+def tiles_of_bytes(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed weights, rows padded, as kernels.cpp reads them: blocks of 16 rows, in lines of 64 bytes.
 
-
-@many_rows.register_fake
-def many_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n)
-
-
-def to_tiles(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed weights, rows padded, as kernels.cpp reads them: of 16 rows at a time all columns, in lines of
-    64 bytes.
-
-    int8, fp8: a line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a
-    byte is a sign and 7 bits of magnitude. int4: a line holds 8 columns, of each row 32 bits, columns 2p and
-    2p + 1 in bits 4p and 4p + 16; scales and offsets lie by blocks of 16 rows, too.
+    A line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a byte is a
+    sign and 7 bits of magnitude, as fp8 has it.
     """
-    if weight.dtype == torch.uint8:
-        q = (
-            unpack_int4(weight).view(len(weight) // 16, 16, -1, 4, 2).transpose(1, 2)
-        )  # block, line, row, p, half
-        low, high = (
-            q[..., 0:4:2, :] | q[..., 1:4:2, :] << 4,
-            scales.unflatten(0, (-1, 16)).transpose(1, 2).contiguous(),
-        )
-        return low.transpose(-1, -2).reshape(weight.shape), high.view(scales.shape)
-    byte = weight.view(torch.uint8)
-    if weight.dtype == torch.int8:
-        byte = torch.where(weight < 0, 128 - weight.to(torch.int16), weight).to(torch.uint8)
-    lines = byte.view(len(weight) // 16, 4, 4, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    lines = weight.view(torch.uint8).view(len(weight) // 16, 4, 4, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return lines.reshape(weight.shape).view(weight.dtype), scales
 
 
-class QuantLinear(nn.Module):
-    """A linear layer of packed weights, on a CPU in tiles; n_out and n_in are the sizes that the packing has
-    padded."""
+def tiles_of_int8(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """`tiles_of_bytes` of numbers that have no sign bit yet."""
+    signed = torch.where(weight < 0, 128 - weight.to(torch.int16), weight).to(torch.uint8)
+    return tiles_of_bytes(signed.view(torch.int8), scales)
 
-    def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, dynamic: bool = False):
+
+def tiles_of_groups(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """int4: of 16 rows a line holds 8 columns, of each row 32 bits, columns 2p and 2p + 1 in bits 4p and
+    4p + 16; scales and offsets lie by blocks of 16 rows, too."""
+    blocks = unpack_int4(weight).view(len(weight) // 16, 16, -1, 4, 2)
+    q = blocks.transpose(1, 2)  # block, line, row, p, half
+    lines = (q[..., 0:4:2, :] | q[..., 1:4:2, :] << 4).transpose(-1, -2)
+    pairs = scales.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+    return lines.reshape(weight.shape), pairs.view(scales.shape)
+
+
+def need_cpp() -> None:
+    kernels.use_cpu_kernels()
+    if kernels.cpu_kernels is None:
+        why = kernels.why_not
+        raise InputError(f"Quantised weights on a CPU need kernels.cpp, which could not be built: {why}.")
+
+
+def need_triton() -> None:
+    if kernels.triton is None:
+        raise InputError("Quantised weights on a GPU need the package triton; pip install triton.")
+
+
+def own_kernels(mode: str, bits: int, tiles: Callable) -> dict[str, Kernel]:
+    """Those of kernels.cpp, for any number of rows in tiles, and of Triton, for the rows of a step."""
+    return {
+        "cpu": Kernel(
+            lambda *packed: getattr(kernels.cpu_kernels, f"linear_{mode}")(*packed), need_cpp, tiles
+        ),
+        "cuda": Kernel(
+            lambda *packed: kernels.few_rows(*packed, bits), need_triton, most_rows=kernels.MOST_ROWS
+        ),
+    }
+
+
+FORMATS = {
+    "int8": format_by_rows(torch.int8, 127.0, kernels=own_kernels("int8", 8, tiles_of_int8)),
+    "int4": Format(
+        pack_groups, unpack_groups, shapes_of_groups, lambda scheme: scheme.group_size,
+        settings=("group_size", "symmetric"), kernels=own_kernels("int4", 4, tiles_of_groups),
+    ),
+    "fp8": format_by_rows(
+        torch.float8_e4m3fn, 448.0, settings=("dynamic",), capability=(8, 9),
+        kernels=own_kernels("fp8", 8, tiles_of_bytes) | {"dynamic": Kernel(kernels.scaled_product)},
+    ),
+}  # fmt: skip
+
+
+def kernel_for(scheme: Scheme, device: torch.device) -> Kernel | None:
+    """What multiplies by a scheme's weights there; None: `default_product`."""
+    return FORMATS[scheme.mode].kernels.get("dynamic" if scheme.dynamic else device.type)
+
+
+def padded(k: int, scheme: Scheme) -> int:
+    """K columns, and what they lack of a whole number of units."""
+    return k + -k % FORMATS[scheme.mode].unit(scheme)
+
+
+def packed_shapes(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Packed]:
+    """Type and shape of what stands for a weight (N, K) in a file, by the suffix of its name."""
+    n, k = shape
+    return dict(zip(("", "_scale"), FORMATS[scheme.mode].shapes(n, padded(k, scheme), scheme)))
+
+
+def quantize(
+    weight: Tensor, scheme: Scheme, whole_row: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """weight (N, K), any float type -> packed weight and scales as `packed_shapes` has them.
+
+    whole_row: where these are some columns of a weight, gives the largest of all columns from the largest of
+    these (N,), so that their scales are those of the whole rows.
+    """
+    missing, pack = padded(weight.shape[1], scheme) - weight.shape[1], FORMATS[scheme.mode].pack
+    rows = max(1, IN_CACHE // (weight.shape[1] + missing))
+    peaks = torch.cat([part.float().abs().amax(1) for part in weight.split(rows)])
+    if not peaks.isfinite().all():
+        raise InputError(
+            "A weight that is to be quantised holds a NaN or an infinite number; mend the checkpoint."
+        )
+    if whole_row is not None:
+        peaks = whole_row(peaks)
+    kinds = packed_shapes(weight.shape, scheme).values()
+    packed = [torch.empty(size, dtype=dtype, device=weight.device) for dtype, size in kinds]
+    for part, peak, *into in zip(*(x.split(rows) for x in (weight, peaks, *packed))):
+        for place, found in zip(into, pack(F.pad(part.float(), (0, missing)), peak, scheme)):
+            place.copy_(found)
+    return packed[0], packed[1]
+
+
+def slice_rows(columns: int) -> int:
+    """Rows of a matrix that are unpacked at a time."""
+    return max(ROWS, SLICE // max(1, columns) // ROWS * ROWS)
+
+
+def product_in_slices(x: Tensor, weight: Tensor, scales: Tensor, n: int, mode: str) -> Tensor:
+    """x (..., k) times packed weights (N, ...), unpacked slice by slice -> (..., n), of x's type."""
+    y, k = x.new_empty(*x.shape[:-1], n), x.shape[-1]
+    rows, unpack = slice_rows(k), FORMATS[mode].unpack
+    for begin in range(0, n, rows):
+        end = min(n, begin + rows)
+        y[..., begin:end] = F.linear(x, unpack(weight[begin:end], scales[begin:end])[:, :k].to(x.dtype))
+    return y
+
+
+@torch.library.custom_op("judge_fast::default_product", mutates_args=())
+def default_product(x: Tensor, weight: Tensor, scales: Tensor, n: int, mode: str) -> Tensor:
+    """`product_in_slices`, as one operation of a compiled step."""
+    return product_in_slices(x, weight, scales, n, mode)
+
+
+@default_product.register_fake
+def default_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int, mode: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer of packed weights, laid out for a kernel if its format has one for their device.
+
+    n_out and n_in are the sizes that packing has padded.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, scheme: Scheme):
         super().__init__()
-        self.n_out, self.n_in, self.dynamic = n_out, n_in, dynamic
-        weight, scales = pad_rows(weight), pad_rows(scales)
-        if weight.device.type == "cpu" and not dynamic:
-            weight, scales = to_tiles(weight, scales)
+        self.n_out, self.n_in, self.mode = n_out, n_in, scheme.mode
+        self.kernel = kernel_for(scheme, weight.device)
+        packed = pad_rows(weight), pad_rows(scales)
+        weight, scales = self.kernel.lay_out(*packed) if self.kernel is not None else packed
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., n_in), fp32 or bf16 -> (..., n_out). On a CPU kernels.cpp takes any number of rows."""
+        """x (..., n_in), fp32 or bf16 -> (..., n_out)."""
         if x.numel() == 0:  # the LM head in a prefill
             return x.new_empty(*x.shape[:-1], self.n_out)
-        if self.dynamic:
-            return kernels.scaled_product(x, self.weight, self.scales, self.n_out)
-        if x.device.type == "cpu":
-            return kernels.cpu_kernels.linear_quantized(x, self.weight, self.scales, self.n_out)
-        if x.numel() // self.n_in <= kernels.MOST_ROWS:
-            return kernels.few_rows(x, self.weight, self.scales, self.n_out)
-        return many_rows(x, self.weight, self.scales, self.n_out)
+        if self.kernel is not None and x.numel() // self.n_in <= self.kernel.most_rows:
+            return self.kernel.product(x, self.weight, self.scales, self.n_out)
+        return default_product(x, self.weight, self.scales, self.n_out, self.mode)
 
 
 def pad_rows(x: Tensor) -> Tensor:
     """x with rows of zeros up to a multiple of ROWS, contiguous."""
     missing = -x.shape[0] % ROWS
-    return (
-        torch.cat([x, torch.zeros(missing, *x.shape[1:], dtype=x.dtype, device=x.device)])
-        if missing
-        else x.contiguous()
-    )
+    if not missing:
+        return x.contiguous()
+    return torch.cat([x, torch.zeros(missing, *x.shape[1:], dtype=x.dtype, device=x.device)])
 
 
-def is_quantized(parameter: str, scheme: Scheme) -> bool:
-    """Whether a parameter of ours, by name, is to be quantised."""
-    name = parameter.split(".")[-2]
-    return name in ("wqkv", "wo", "w13", "w2") or (name == "output" and scheme.lm_head)
+def is_quantized(row: Row, scheme: Scheme) -> bool:
+    return row.quantized == "always" or (row.quantized == "with LM head" and scheme.lm_head)
 
 
-def quantize_module(model: Transformer, parameter: str, scheme: Scheme, shard: Shard | None = None) -> None:
-    """Replaces one linear layer by its quantised form and lets its weight go."""
-    owner, _, name = parameter.removesuffix(".weight").rpartition(".")
-    parent = model.get_submodule(owner)
-    weight = getattr(parent, name).weight
-    whole_row = shard.largest if shard is not None and name in ("wo", "w2") else None
-    setattr(parent, name, QuantLinear(*quantize(weight, scheme, whole_row), *weight.shape, scheme.dynamic))
+def completer(
+    args: ModelArgs, scheme: Scheme, shard: Shard | None = None
+) -> Callable[[Transformer, str], None]:
+    """What quantises a model's layers, each as soon as it is filled: `complete` of load_published."""
+    rows = {row.ours: row for row in weight_plan(args).values()}
+
+    def complete(model: Transformer, parameter: str) -> None:
+        model.quantization = str(scheme)
+        row = rows[parameter]
+        if is_quantized(row, scheme):
+            weight = model.get_parameter(parameter)
+            whole_row = shard.largest if shard is not None and row.cut == "columns" else None
+            replace_linear(model, parameter, quantize(weight, scheme, whole_row), weight.shape, scheme)
+
+    return complete
 
 
-def quantize_model(model: Transformer, scheme: Scheme) -> Transformer:
-    """Quantises a loaded model in place, layer by layer, and returns it."""
-    check_scheme(scheme)
-    check_lm_head(model.args, scheme)
-    prepare(model.device, scheme)
-    for name in grouped_plan(model.args):
-        completer(scheme)(model, name)
-    return model
+def replace_linear(
+    model: Transformer, parameter: str, packed: tuple[Tensor, Tensor], shape: tuple[int, int], scheme: Scheme
+) -> None:
+    """Puts a quantised layer in the place of the one that has this weight, and lets the weight go."""
+    model.set_submodule(parameter.removesuffix(".weight"), QuantLinear(*packed, *shape, scheme))
 
 
 def prepare(device: torch.device, scheme: Scheme) -> None:
     """Builds what products of packed weights need; raises InputError where that cannot be had."""
     check_device(device, scheme)
-    if scheme.dynamic:
-        return
-    if device.type == "cpu":
-        kernels.use_cpu_kernels()
-        if kernels.cpu_kernels is None:
-            raise InputError(
-                f"Quantised weights on a CPU need kernels.cpp, which could not be built: {kernels.why_not}."
-            )
-    elif kernels.triton is None:
-        raise InputError("Quantised weights on a GPU need the package triton; pip install triton.")
+    kernel = kernel_for(scheme, device)
+    if kernel is not None:
+        kernel.prepare()
 
 
 def check_device(device: torch.device, scheme: Scheme | None) -> None:
-    """Raises InputError for a scheme whose numbers a GPU does not have: fp8 begins with compute capability
-    8.9."""
-    if scheme is None or scheme.mode != "fp8" or device.type != "cuda":
+    """Raises InputError for a scheme whose numbers a GPU does not have."""
+    if scheme is None or device.type != "cuda":
         return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        found = ".".join(map(str, capability))
+    found, needed = torch.cuda.get_device_capability(device), FORMATS[scheme.mode].capability
+    if found < needed:
+        found, needed = (".".join(map(str, version)) for version in (found, needed))
         raise InputError(
-            f"--mode fp8 needs a GPU of compute capability 8.9 or more; {device} has {found}: use int8 or "
-            f"int4."
+            f"--mode {scheme.mode} needs a GPU of compute capability {needed} or more; {device} has {found}: "
+            f"use int8 or int4."
         )
-
-
-def load_model(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, scheme: Scheme | None = None,
-    shard: Shard | None = None,
-) -> Transformer:  # fmt: skip
-    """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
-
-    dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights
-    and scales are the slices of the whole's. Raises InputError as `checkpoint.load_published` does, and when
-    folder, scheme and shard do not fit.
-    """
-    folder, device = Path(folder), torch.device(device)
-    written = read_scheme(folder)
-    if (written or scheme) and device.type == "cpu" and dtype == torch.float16:
-        raise InputError(
-            "Quantised weights on a CPU run in fp32 or bf16, not in fp16; choose another --precision."
-        )
-    if shard is not None and (written or scheme):
-        shard.check_columns(read_config(folder), unit_of(written[0] if written else scheme))
-    if written is not None:
-        if scheme not in (None, written[0]):
-            raise InputError(f"{folder} holds {written[0]} weights already; leave --mode out.")
-        prepare(device, written[0])
-        return load_quantized(folder, device, dtype, *written, shard)
-    if scheme is None:
-        return checkpoint.load_published(folder, device, dtype, shard=shard)
-    check_scheme(scheme)
-    check_lm_head(read_config(folder), scheme)
-    prepare(device, scheme)
-
-    return checkpoint.load_published(folder, device, dtype, completer(scheme, shard), shard)
-
-
-def completer(scheme: Scheme, shard: Shard | None = None) -> Callable[[Transformer, str], None]:
-    """What quantises a model's layers one by one, as soon as each is filled (`complete` of
-    checkpoint.load_published)."""
-
-    def complete(model: Transformer, parameter: str) -> None:
-        model.quantization = str(scheme)
-        if is_quantized(parameter, scheme):
-            quantize_module(model, parameter, scheme, shard)
-
-    return complete
 
 
 def check_lm_head(args: ModelArgs, scheme: Scheme) -> None:
@@ -416,12 +446,43 @@ def check_lm_head(args: ModelArgs, scheme: Scheme) -> None:
         )
 
 
-def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
-    """Scheme and the unquantised model's fingerprint of a folder that `convert` wrote; None for any other."""
-    path = folder / "config.json"
-    found = read_json(path).get("judge_fast")
-    if found is None:
-        return None
+def check_columns(args: ModelArgs, world: int, scheme: Scheme) -> None:
+    """Raises InputError where ranks would cut columns that packing and scales keep together."""
+    unit = FORMATS[scheme.mode].unit(scheme)
+    cut = {name: row for name, row in layer_plan(args, 0).items() if row.cut == "columns"}
+    for name, row in cut.items():
+        for rank in range(world):
+            span, size = Shard(rank, world).part(args, row)[1], row.shape[1]
+            if span.start % unit or (span.stop % unit and span.stop != size):
+                raise InputError(
+                    f"{world} ranks would cut quantised {name.removesuffix('.weight')} from column "
+                    f"{span.start} to {span.stop} of {size}, but its packing and scales need multiples of "
+                    f"{unit}; start fewer ranks, or quantise otherwise."
+                )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose config.json has been read: shape, and how it is packed where `convert` wrote it."""
+
+    folder: Path
+    args: ModelArgs
+    scheme: Scheme | None = None
+    fingerprint: str = ""  # of the unquantised model, where there is a scheme
+
+
+def open_checkpoint(folder: str | Path | Checkpoint) -> Checkpoint:
+    """Reads config.json; what is open already stays as it is. Raises InputError for what cannot be read."""
+    if isinstance(folder, Checkpoint):
+        return folder
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    args, found = args_of(config, str(path)), config.get("judge_fast")
+    return Checkpoint(Path(folder), args, *(read_entry(found, path) if found is not None else ()))
+
+
+def read_entry(found, path: Path) -> tuple[Scheme, str]:
+    """Scheme and the unquantised model's fingerprint from what `convert` adds to a configuration."""
     if not isinstance(found, dict) or found.get("packing") != PACKING:
         packing = shortened_value(found.get("packing") if isinstance(found, dict) else found)
         raise InputError(
@@ -440,114 +501,130 @@ def read_scheme(folder: Path) -> tuple[Scheme, str] | None:
         ) from None
 
 
-def grouped_plan(args: ModelArgs) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Our parameters -> the published tensors that they are made of, from top to bottom, with their
-    shapes."""
-    groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, (ours, _, shape) in checkpoint.weight_plan(args).items():
-        groups.setdefault(ours, []).append((name, shape))
+def load_model(
+    folder: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    scheme: Scheme | None = None, shard: Shard | None = None,
+) -> Transformer:  # fmt: skip
+    """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
+
+    dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights
+    and scales are the slices of the whole's. Raises InputError as `checkpoint.load_published` does, and when
+    folder, scheme and shard do not fit.
+    """
+    source, device = open_checkpoint(folder), torch.device(device)
+    if source.scheme is not None and scheme not in (None, source.scheme):
+        raise InputError(f"{source.folder} holds {source.scheme} weights already; leave --mode out.")
+    scheme = source.scheme or scheme
+    if scheme is None:
+        return checkpoint.load_published(source.folder, source.args, device, dtype, shard=shard)
+    check_scheme(scheme)
+    check_lm_head(source.args, scheme)
+    if device.type == "cpu" and dtype == torch.float16:
+        raise InputError(
+            "Quantised weights on a CPU run in fp32 or bf16, not in fp16; choose another --precision."
+        )
+    if shard is not None:
+        check_columns(source.args, shard.world, scheme)
+    prepare(device, scheme)
+    if source.scheme is not None:
+        return load_quantized(source, device, dtype, shard)
+    complete = completer(source.args, scheme, shard)
+    return checkpoint.load_published(source.folder, source.args, device, dtype, complete, shard)
+
+
+def grouped_plan(args: ModelArgs) -> dict[str, dict[str, Row]]:
+    """Our parameters -> the published tensors that they are made of, from top to bottom."""
+    groups: dict[str, dict[str, Row]] = {}
+    for name, row in weight_plan(args).items():
+        groups.setdefault(row.ours, {})[name] = row
     return groups
-
-
-def packed_shapes(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of what stands for a weight (N, K) in a quantised file, by the suffix of its name."""
-    n, k = shape
-    unit = unit_of(scheme)
-    padded = -(-k // unit) * unit
-    if scheme.mode != "int4":
-        return {"": (TYPES[scheme.mode], (n, padded)), "_scale": (torch.float32, (n,))}
-    return {"": (torch.uint8, (n, padded // 2)), "_scale": (torch.bfloat16, (n, padded // unit, 2))}
 
 
 def packed_part(
     part: tuple[slice, ...], shape: tuple[int, ...], scheme: Scheme
 ) -> dict[str, tuple[slice, ...]]:
-    """What a part of a weight (N, K) is of its packed weight and of its scales: columns of int8 and fp8 need
-    all scales."""
+    """What a part of a weight (N, K) is of its packed weight and scales: columns need all scales of rows."""
     if len(part) < 2:
         return {"": part, "_scale": part}
-    unit, (rows, columns) = unit_of(scheme), part
-    start, stop = columns.start, min(-(-columns.stop // unit) * unit, -(-shape[1] // unit) * unit)
-    if scheme.mode != "int4":
-        return {"": (rows, slice(start, stop)), "_scale": ()}
-    return {"": (rows, slice(start // 2, stop // 2)), "_scale": (rows, slice(start // unit, stop // unit))}
+    (rows, columns), k = part, padded(shape[1], scheme)
+    stop = min(padded(columns.stop, scheme), k)
+    return {
+        suffix: (rows, slice(columns.start * size[1] // k, stop * size[1] // k)) if len(size) > 1 else ()
+        for suffix, (_, size) in packed_shapes(shape, scheme).items()
+    }
+
+
+def filled_up(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """x with zeros after its last rows and columns, up to a size."""
+    if x.shape == size:
+        return x
+    whole = torch.zeros(size, dtype=x.dtype)
+    whole[tuple(slice(length) for length in x.shape)] = x
+    return whole
 
 
 def load_quantized(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, scheme: Scheme, fingerprint: str,
-    shard: Shard | None = None,
-) -> Transformer:  # fmt: skip
+    source: Checkpoint, device: torch.device, dtype: torch.dtype | None, shard: Shard | None
+) -> Transformer:
     """Loads a folder that `convert` wrote."""
-    args, files = read_config(folder), checkpoint.checkpoint_files(folder)
-    check_lm_head(args, scheme)
+    folder, args, scheme = source.folder, source.args, source.scheme
+    files = checkpoint.checkpoint_files(folder)
     checkpoint.check_layers(files, args, folder)
-    local = shard.local(args) if shard else args
-    model, groups, handles = plain.empty_model(args, local), grouped_plan(args), {}
-    progress, places = Progress(f"loading {folder}", len(groups)), checkpoint.weight_plan(local)
-
-    def read(name: str, kind: torch.dtype | None, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-        """The part of one tensor, whose type (None: any of DTYPES) and whole shape are checked; counts its
-        bytes."""
-        file = files.get(name)
-        if file is None:
-            raise InputError(f"{folder} has no tensor {name}, which its config.json calls for.")
-        if file not in handles:
-            handles[file] = checkpoint.open_safetensors(file)
-        tensor = checkpoint.read_tensor(handles[file], name, shape, file, kind, part)
-        model.bytes_read += tensor.nbytes
-        return tensor
+    local, groups = shard.local(args) if shard else args, grouped_plan(args)
+    reader = checkpoint.Reader(folder, {name: (file, name) for name, file in files.items()})
+    model, places = empty_model(args, local), weight_plan(local)
+    progress = Progress(f"loading {folder}", len(groups))
 
     for ours, tensors in groups.items():
-        found: dict[str, list[Tensor]] = {}
-        for name, shape in tensors:
-            part, (_, row, here) = shard.part(args, name) if shard else (), places[name]
-            if not is_quantized(ours, scheme):
-                tensor = read(name, None, shape, part)
-                dtype = dtype or tensor.dtype
-                checkpoint.fill(plain.materialise(model, ours, dtype, device)[row : row + here[0]], tensor)
+        packed: dict[str, list[Tensor]] = {}
+        for name, row in tensors.items():
+            part = shard.part(args, row) if shard else ()
+            if is_quantized(row, scheme):
+                sizes = packed_shapes(places[name].shape, scheme)
+                slices = packed_part(part, row.shape, scheme)
+                for suffix, (kind, size) in packed_shapes(row.shape, scheme).items():
+                    found = reader.read(name + suffix, size, kind, slices[suffix])
+                    packed.setdefault(suffix, []).append(filled_up(found, sizes[suffix][1]))
                 continue
-            slices, sizes = packed_part(part, shape, scheme), packed_shapes(here, scheme)
-            for suffix, (kind, size) in packed_shapes(shape, scheme).items():
-                tensor = read(name + suffix, kind, size, slices[suffix])
-                if tensor.shape != sizes[suffix][1]:
-                    whole = torch.empty(sizes[suffix][1], dtype=kind)
-                    checkpoint.fill(whole, tensor)
-                    tensor = whole
-                found.setdefault(suffix, []).append(tensor)
-        if found:
-            weight, scales = (torch.cat(parts).to(device) for parts in found.values())
-            owner, _, leaf = ours.removesuffix(".weight").rpartition(".")
-            n, k = sum(places[name][2][0] for name, _ in tensors), places[tensors[0][0]][2][1]
-            setattr(model.get_submodule(owner), leaf, QuantLinear(weight, scales, n, k, scheme.dynamic))
+            tensor = reader.read(name, row.shape, part=part)
+            dtype = dtype or tensor.dtype
+            checkpoint.fill(materialise(model, ours, dtype, device), places[name], tensor)
+        if packed:
+            weight, scales = (torch.cat(parts).to(device) for parts in packed.values())
+            shape = sum(places[name].shape[0] for name in tensors), places[name].shape[1]
+            replace_linear(model, ours, (weight, scales), shape, scheme)
         progress.step()
+
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    model.fingerprint, model.quantization = fingerprint, str(scheme)
+    model.fingerprint, model.quantization = source.fingerprint, str(scheme)
+    model.bytes_read = reader.bytes_read
     return model.eval()
 
 
-def convert(source: Path, out: Path, scheme: Scheme) -> None:
-    """Writes a quantised copy of a folder, one layer a file; a killed run goes on where it stopped.
+def convert(folder: Path, out: Path, scheme: Scheme) -> None:
+    """Writes a quantised copy of a published folder, one layer a file; a killed run goes on where it stopped.
 
     All is written to `out`.partial, which is renamed at the end; meanwhile no other process writes there.
     Memory: the largest layer. Raises InputError, before any work, for an `out` that is there, save where a
     run was killed when it had only to tidy up.
     """
     check_scheme(scheme)
-    args = read_config(source)
-    check_lm_head(args, scheme)
-    if read_scheme(source) is not None:
-        raise InputError(f"{source} is quantised already; name the published folder.")
+    source = open_checkpoint(folder)
+    check_lm_head(source.args, scheme)
+    if source.scheme is not None:
+        raise InputError(f"{folder} is quantised already; name the published folder.")
     work = out.with_name(out.name + ".partial")
-    if is_complete(out, work, source, scheme):
+    if is_complete(out, source, scheme):
         print(f"{out} is complete: {scheme}; an earlier run had written all of it.", file=sys.stderr)
         return
     check_new_folder(out, "--out", beside=work)
-    files = checkpoint.find_weights(source, args)
-    entry = {"scheme": asdict(scheme), "packing": PACKING, "fingerprint": checkpoint.fingerprint_of(source)}
+    files = checkpoint.find_weights(folder, source.args)
+    fingerprint = checkpoint.fingerprint_of(folder, source.args)
+    entry = {"scheme": asdict(scheme), "packing": PACKING, "fingerprint": fingerprint}
     with start_or_resume(work, entry, out):
-        index = write_shards(source, work, args, files, scheme)
-        finish(source, work, index, entry)
+        index = write_shards(source, work, files, scheme)
+        finish(folder, work, index, entry)
         try:
             os.replace(work, out)  # what is missing before it is made again, after it nothing is
             (out / SETTINGS).unlink()
@@ -561,16 +638,18 @@ def convert(source: Path, out: Path, scheme: Scheme) -> None:
 SETTINGS = "settings.json"  # what an unfinished run is doing
 
 
-def is_complete(out: Path, work: Path, source: Path, scheme: Scheme) -> bool:
-    """Whether a run was killed between the folder's new name and the end: removes what it would have. Raises
-    InputError where the folder is complete and nothing is left to do."""
+def is_complete(out: Path, source: Checkpoint, scheme: Scheme) -> bool:
+    """Whether a run was killed between the folder's new name and the end: removes what it would have.
+
+    Raises InputError where the folder is complete and nothing is left to do.
+    """
     if not os.path.isfile(out / "config.json"):
         return False
     entry = {"scheme": asdict(scheme), "packing": PACKING}
     try:
         found = read_json(out / "config.json").get("judge_fast")
         same = isinstance(found, dict) and {name: found.get(name) for name in entry} == entry
-        if not same or found.get("fingerprint") != checkpoint.fingerprint_of(source):
+        if not same or found.get("fingerprint") != checkpoint.fingerprint_of(source.folder, source.args):
             return False
         checkpoint.checkpoint_files(out)
     except InputError:
@@ -593,9 +672,7 @@ def start_or_resume(work: Path, entry: dict, out: Path) -> Iterator[None]:
         raise InputError(f"{work} cannot be written: {error.strerror}.") from None
     try:
         lock(held, work)
-        if (
-            out.exists() or not work.exists()
-        ):  # another process has finished it between our first look and the lock
+        if out.exists() or not work.exists():  # another process has finished it before we had the lock
             raise InputError(f"--out {out} exists already; name a new folder.")
         ours = [path.name for path in work.iterdir() if path.name != SETTINGS and not is_scrap(path.name)]
         if ours and (not (work / SETTINGS).is_file() or read_json(work / SETTINGS) != entry):
@@ -616,32 +693,26 @@ def is_scrap(name: str) -> bool:
     return name.endswith(".tmp") or name.startswith(".tmp")
 
 
-def write_shards(source: Path, work: Path, args: ModelArgs, files: dict, scheme: Scheme) -> dict[str, str]:
-    """One file a layer and one for the rest, those that are there already left as they are -> tensor name to
-    file."""
-    shards: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
-    for name, (ours, _, shape) in checkpoint.weight_plan(args).items():
-        layer = ours.split(".")[1] if ours.startswith("layers.") else "other"
-        shards.setdefault(layer, []).append((ours, name, shape))
-    progress, index = Progress(f"quantising {source}", len(shards)), {}
-    for number, tensors in enumerate(shards.values(), 1):
+def write_shards(source: Checkpoint, work: Path, files: dict, scheme: Scheme) -> dict[str, str]:
+    """One file a layer and one for the rest, unless they are there already -> tensor name to file."""
+    args = source.args
+    shards = [top_plan(args), *(layer_plan(args, i) for i in range(args.n_layer))]
+    progress, index = Progress(f"quantising {source.folder}", len(shards)), {}
+    for number, rows in enumerate(shards, 1):
         file = work / f"model-{number:05}-of-{len(shards):05}.safetensors"
         if not file.exists():
-            write_shard(file, tensors, files, scheme)
+            write_shard(file, rows, checkpoint.Reader(source.folder, files), scheme)
         index |= dict.fromkeys(checkpoint.safetensors_header(file)[1], file.name)
         progress.step()
     return index
 
 
-def write_shard(
-    file: Path, tensors: list[tuple[str, str, tuple[int, ...]]], files: dict, scheme: Scheme
-) -> None:
+def write_shard(file: Path, rows: dict[str, Row], reader: checkpoint.Reader, scheme: Scheme) -> None:
     """One file of quantised and unquantised tensors, written beside and renamed."""
     content = {}
-    for ours, name, shape in tensors:
-        path, stored = files[name]
-        tensor = checkpoint.read_tensor(checkpoint.open_safetensors(path), stored, shape, path)
-        if is_quantized(ours, scheme):
+    for name, row in rows.items():
+        tensor = reader.read(name, row.shape)
+        if is_quantized(row, scheme):
             content |= dict(zip((name, name + "_scale"), quantize(tensor, scheme)))
         else:
             content[name] = tensor
@@ -649,8 +720,7 @@ def write_shard(
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file with the permissions of the umask, written beside and renamed. Raises InputError on
-    a full disk."""
+    """A safetensors file, written beside and renamed. Raises InputError on a full disk."""
     with replacing(file) as fresh:
         try:
             save_file(tensors, fresh, metadata={"format": "pt"})
@@ -677,47 +747,42 @@ def finish(source: Path, work: Path, index: dict[str, str], entry: dict) -> None
 def memory_line(name: str, model: Transformer) -> str:
     """Bytes of a model's weights by kind and of its caches, in words."""
     kinds: dict[str, int] = {}
-    for _, tensor in {
-        tensor.data_ptr(): (key, tensor) for key, tensor in model.state_dict().items()
-    }.values():
+    for tensor in {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values():
         kind = str(tensor.dtype).removeprefix("torch.")
         kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
-    weights = ", ".join(
-        f"{size / 1e6:,.1f} MB {kind}" for kind, size in sorted(kinds.items(), key=lambda item: -item[1])
-    )
-    return f"{name}: weights {weights}; caches {model.local.cache_bytes(model.cache_length, model.dtype) / 1e6:,.1f} MB"
+    largest_first = sorted(kinds.items(), key=lambda item: -item[1])
+    weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in largest_first)
+    caches = model.local.cache_bytes(model.cache_length, model.dtype)
+    return f"{name}: weights {weights}; caches {caches / 1e6:,.1f} MB"
 
 
 def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> int:
     """Bytes of a model's weights, those that are not quantised in `dtype`."""
     total = 0
-    for ours, tensors in grouped_plan(args).items():
-        for _, shape in tensors:
-            if scheme is not None and is_quantized(ours, scheme):
-                total += sum(
-                    kind.itemsize * math.prod(size) for kind, size in packed_shapes(shape, scheme).values()
-                )
-            else:
-                total += math.prod(shape) * dtype.itemsize
+    for row in weight_plan(args).values():
+        quantized = scheme is not None and is_quantized(row, scheme)
+        kinds = packed_shapes(row.shape, scheme).values() if quantized else [(dtype, row.shape)]
+        total += sum(kind.itemsize * math.prod(size) for kind, size in kinds)
     return total
 
 
 def temporary_bytes(
     args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, device: torch.device, rows: int = 2048
 ) -> int:
-    """The most bytes that loading and reading a prompt, `rows` at a time, take beside the weights as
-    `weight_bytes` counts them: a layer before it is quantised, and what is dequantised at a time."""
+    """The most bytes that loading and reading a prompt, `rows` at a time, take beside `weight_bytes`.
+
+    That is a layer before it is quantised, and what is unpacked at a time.
+    """
     if scheme is None:
         return 0
     largest = most_of_slice = 0
-    for ours, tensors in grouped_plan(args).items():
-        if is_quantized(ours, scheme):
-            n, k = sum(shape[0] for _, shape in tensors), tensors[0][1][1]
-            k += -k % unit_of(scheme)
+    for tensors in grouped_plan(args).values():
+        parts = [row for row in tensors.values() if is_quantized(row, scheme)]
+        if parts:
+            n, k = sum(row.shape[0] for row in parts), padded(parts[0].shape[1], scheme)
             largest = max(largest, n * k)
-            most_of_slice = max(
-                most_of_slice, min(n + -n % ROWS, slice_rows(k)) * (k * 10 + rows * dtype.itemsize)
-            )
+            some = min(n + -n % ROWS, slice_rows(k))
+            most_of_slice = max(most_of_slice, some * (k * 10 + rows * dtype.itemsize))
     packing = 8 if device.type == "cpu" else 2  # copies while a matrix is put into tiles, or padded
     return largest * (dtype.itemsize + packing) + most_of_slice
 
@@ -725,45 +790,35 @@ def temporary_bytes(
 def add_mode_flags(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """The flags that name a scheme."""
     add = parser.add_argument
-    add("--mode", choices=MODES, required=required, help="quantise the weights so")
+    add("--mode", choices=tuple(FORMATS), required=required, help="quantise the weights so")
     if not required:
-        add("--draft_mode", choices=MODES, help="quantise the draft's weights so")
-    add(
-        "--group_size",
-        type=whole(1, 1024),
-        default=32,
-        help="int4: columns that share a scale: 32, 64 or 128",
-    )
+        add("--draft_mode", choices=tuple(FORMATS), help="quantise the draft's weights so")
+    columns = "int4: columns that share a scale: 32, 64 or 128"
+    add("--group_size", type=whole(1, 1024), default=32, help=columns)
     add("--symmetric", action="store_true", help="int4: scales without offsets")
     add("--quantize_lm_head", action="store_true", help="the LM head, too")
     add("--dynamic_activations", action="store_true", help="fp8: quantise activations, too, token by token")
 
 
 def scheme_of(args: argparse.Namespace, whose: str = "") -> Scheme | None:
-    """The scheme of a command line with `add_mode_flags`, None without --mode (whose: "draft_", without
-    --draft_mode)."""
+    """The scheme of a command line with `add_mode_flags`, None where it names no mode.
+
+    whose: "draft_" for that of --draft_mode. A setting that concerns only the other model's mode is left out.
+    """
     mode = getattr(args, whose + "mode", None)
+    settings = {name: getattr(args, flag) for name, flag in FLAGS.items()}
     if not mode:
-        given = [
-            flag for flag in ("symmetric", "quantize_lm_head", "dynamic_activations") if getattr(args, flag)
-        ]
-        given += ["group_size"] * (args.group_size != 32)
+        given = [FLAGS[name] for name, value in settings.items() if value != getattr(Scheme, name)]
+        given += ["quantize_lm_head"] * args.quantize_lm_head
         if given and not any(getattr(args, name, None) for name in ("mode", "draft_mode", "modes")):
             raise InputError(
                 f"--{given[0]} says how to quantise; give --mode or --draft_mode, or leave it out."
             )
         return None
-    flags = {
-        "int4": {"group_size": args.group_size, "symmetric": args.symmetric},
-        "fp8": {"dynamic": args.dynamic_activations},
-    }
-    for name in flags:
-        if mode != name and name in (
-            args.mode,
-            getattr(args, "draft_mode", None),
-        ):  # the flags are the other model's
-            flags[name] = {}
-    scheme = Scheme(mode, **flags["int4"], **flags["fp8"], lm_head=args.quantize_lm_head)
+    modes = {args.mode, getattr(args, "draft_mode", None)} - {mode, None}
+    others = {name for other in modes for name in FORMATS[other].settings} - {*FORMATS[mode].settings}
+    kept = {name: value for name, value in settings.items() if name not in others}
+    scheme = Scheme(mode, **kept, lm_head=args.quantize_lm_head)
     check_scheme(scheme)
     return scheme
 

@@ -1,7 +1,6 @@
 """Tensor parallel: one model over several GPUs or machines, one process (rank) for each, started by torchrun.
 
     torchrun --standalone --nproc_per_node 8 generate.py --checkpoint_path DIR ...
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id 1 --rdzv_endpoint HOST:29500 ...
 
 Every rank runs the whole program on its slice of the weights. Fused QKV is cut by KV head (where there are
 fewer than ranks, several hold the same one and share its query heads), gate and up by rows, `wo` and `w2` by
@@ -22,7 +21,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,13 +31,11 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import cli
 from cli import InputError
-from files import digest
 from model import ModelArgs, Transformer
 
 START = 50  # seconds within which all ranks must have met
 PATIENCE = timedelta(seconds=300)  # for a rank that stands still; one that dies is noticed at once
 SMALL, MEDIUM = 256 * 1024, 8 * 1024 * 1024  # bytes that a symmetric all-reduce takes in one shot, and in two
-MISSED = {"cpu": 2**20, "cuda": 32 * 2**20}  # bytes read in the time of an all-reduce, for `place_draft`
 COLLECTIVE = ("gloo", "NCCL", "onitoredBarrier")  # words of an error that says that another rank is gone
 
 
@@ -65,12 +61,10 @@ class Shard:
 
     def heads(self, args: ModelArgs) -> tuple[int, int]:
         """First and one past the last query head. Ranks that share a KV head share its query heads."""
+        group, sharing = args.n_head // args.n_kv_head, max(1, self.world // args.n_kv_head)
+        first, end = (head * group for head in self.kv_heads(args))
         local = self.local(args).n_head
-        sharing, group = max(1, self.world // args.n_kv_head), args.n_head // args.n_kv_head
-        if sharing == 1:
-            return self.rank * local, self.rank * local + local
-        end = (self.rank // sharing + 1) * group
-        start = end - group + self.rank % sharing * local
+        start = first + self.rank % sharing * local
         return min(start, end), min(start + local, end)
 
     def kv_heads(self, args: ModelArgs) -> tuple[int, int]:
@@ -82,74 +76,29 @@ class Shard:
         each = self.local(args).vocab_size
         return min(self.rank * each, args.vocab_size), min(self.rank * each + each, args.vocab_size)
 
-    def part(self, args: ModelArgs, name: str) -> tuple[slice, ...]:
-        """The slices of a published tensor that this rank reads; () for all of it."""
-        kind = name.split(".")[-2]
-        if kind in ("q_proj", "o_proj"):
-            span = [head * args.head_dim for head in self.heads(args)]
-        elif kind in ("k_proj", "v_proj"):
-            span = [head * args.head_dim for head in self.kv_heads(args)]
-        elif kind in ("gate_proj", "up_proj", "down_proj"):
-            each = args.intermediate_size // self.world
-            span = [self.rank * each, self.rank * each + each]
-        elif kind in ("embed_tokens", "lm_head"):
-            span = self.vocabulary(args)
-        else:
+    def part(self, args: ModelArgs, row) -> tuple[slice, ...]:
+        """The slices that this rank reads of a tensor of checkpoint.weight_plan; () for all of it."""
+        if row.cut is None:
             return ()
-        return (slice(None), slice(*span)) if kind in ("o_proj", "down_proj") else (slice(*span),)
+        if row.unit in ("heads", "kv_heads"):
+            span = [head * args.head_dim for head in getattr(self, row.unit)(args)]
+        else:
+            span = getattr(self, row.unit)(args)
+        return (slice(None), slice(*span)) if row.cut == "columns" else (slice(*span),)
 
-    def check_columns(self, args: ModelArgs, unit: int) -> None:
-        """Raises InputError where the ranks would cut a group of `unit` columns of `wo` or `w2`."""
-        for name, size in (("o_proj", args.n_head * args.head_dim), ("down_proj", args.intermediate_size)):
-            for rank in range(self.world):
-                stop = Shard(rank, self.world).part(args, f"{name}.weight")[1].stop
-                if stop % unit and stop != size:
-                    raise InputError(
-                        f"{self.world} ranks would cut quantised {name} at column {stop} of "
-                        f"{size}, but its "
-                        f"packing and scales need multiples of {unit}; start fewer."
-                    )
+    def intermediate(self, args: ModelArgs) -> tuple[int, int]:
+        each = args.intermediate_size // self.world
+        return self.rank * each, self.rank * each + each
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, one by one: scales of a row whose columns the ranks share."""
         return ops.wait_tensor(ops.all_reduce(rows, "max", GROUP))
 
 
-def traffic(
-    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool
-) -> dict[str, int]:
-    """Collectives of one forward of T rows through L layers: counts, and bytes that each rank puts in.
-
-    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for
-    logits an all-gather, of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
-    ceil(vocabulary / world) fp32 logits where a rule or sampling needs probabilities (gather).
-    """
-    each, reduces = 4 * -(-args.vocab_size // world) if gather else 16, 2 * args.n_layer + 1
-    sent = logit_rows * each if world > 1 else 0
-    return {"all_reduces": reduces, "reduced_bytes": reduces * rows * args.dim * itemsize,
-            "gathers": int(sent > 0), "gathered_bytes": sent}  # fmt: skip
-
-
-def place_draft(args: ModelArgs, step_bytes: int, world: int, device: str) -> str:
-    """Whether to `shard` a draft or to `replicate` it, when the command line does not say.
-
-    Replicated, a draft step reads step_bytes a rank; sharded, it reads step_bytes / world and waits for 2 L +
-    2 collectives. So sharding pays when step_bytes (1 - 1 / world) exceeds 2 L + 2 times what a device reads
-    in the time of one: MISSED, 10 us at 3.35 TB/s on a GPU, 100 us at 10 GB/s on a CPU; assumed, not
-    measured. A draft that does not divide is replicated.
-    """
-    try:
-        Shard(0, world).local(args)
-    except InputError:
-        return "replicate"
-    pays = step_bytes * (1 - 1 / world) > (2 * args.n_layer + 2) * MISSED[device]
-    return "shard" if pays else "replicate"
-
-
 # The collectives. Functional ones, so that they stay inside the compiled steps and the captured graphs.
 
 GROUP = ""  # the name of their process group, set by `connect`
-RANK = 0
+RANK = 0  # of this process
 SYMMETRIC: dict[torch.dtype, Tensor] = {}  # buffers that all ranks see, with --all_reduce symmetric
 ops = torch.ops._c10d_functional
 
@@ -221,8 +170,7 @@ def most_likely(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     return index.long(), peak
 
 
-# What ranks tell one another beside that, by gloo and torchrun's store: that they run alike, and why they
-# end.
+# What ranks tell one another beside that, by gloo and torchrun's store
 
 HOST: dist.ProcessGroup | None = None  # waits for rank 0 as long as rank 0 waits for a person
 STORE: dist.Store | None = None
@@ -232,18 +180,15 @@ STORE: dist.Store | None = None
 def ranks(name: str):
     """Around a script's body: under torchrun the ranks meet, only rank 0 prints, and all end together.
 
-    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices that a
-    rank has died; where ranks were started by hand, the next collective does. Without torchrun it does
-    nothing.
+    Whatever ends one rank ends all, with one sentence from rank 0 and exit code 2. torchrun notices a dead
+    rank; where ranks were started by hand, the next collective does. Without torchrun this does nothing.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         yield
         return
-    try:
-        meet(*check_environment())
-    except InputError as error:
-        cli.fail(name, str(error))
+    cli.run_script(name, lambda: meet(*check_environment()))
     signal.signal(signal.SIGTERM, lambda *_: end(name))  # from torchrun, when a rank has ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # but in the body; torchrun passes Ctrl-C on again
     try:
         yield
         dist.monitored_barrier(timeout=PATIENCE)  # nobody goes before all have done
@@ -252,34 +197,33 @@ def ranks(name: str):
             raise
         said = sys.stderr.getvalue().splitlines() if RANK and stop.code == 2 else []
         end(name, said[-1] if said else "", stop.code)
+    except KeyboardInterrupt:  # the second one
+        end(name, "", 130)
     except Exception as error:
         if isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE):
             end(name)
         traceback.print_exc()
         get_error_handler().record_exception(error)  # torchrun prints it
-        end(name, f"{name}: On rank {RANK} {type(error).__name__}: {first_line(error)}.")
+        end(name, f"{name}: On rank {RANK} {type(error).__name__}: {cli.first_line(error)}.")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     dist.destroy_process_group()
 
 
 def check_environment() -> tuple[int, int]:
-    """Rank and world size as torchrun sets them. Raises InputError naming a variable that is no such
-    number."""
+    """Rank and world size as torchrun sets them. Raises InputError naming a variable that is wrong."""
     if not os.environ.get("MASTER_ADDR"):
         raise InputError("MASTER_ADDR is not in a rank's environment; start ranks by torchrun.")
-    found = {}
     os.environ.setdefault("LOCAL_RANK", "0")  # ranks that were started by hand may lack it
-    for name, low, high in (
-        ("MASTER_PORT", 0, 65535),
-        ("LOCAL_RANK", 0, 2**16),
-        ("WORLD_SIZE", 1, 2**16),
-        ("RANK", 0, 0),
-    ):
+    found = {}
+    for name, low in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_PORT", 0)):
         try:
-            found[name] = cli.whole(low, high or found["WORLD_SIZE"] - 1)(os.environ.get(name, ""))
+            found[name] = cli.whole(low, 65535)(os.environ.get(name, ""))
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{name}={error} in a rank's environment; start ranks by torchrun.") from None
-    return found["RANK"], found["WORLD_SIZE"]
+    rank, world = found["RANK"], found["WORLD_SIZE"]
+    if rank >= world:
+        raise InputError(f"RANK={rank} must be below WORLD_SIZE={world}; start ranks by torchrun.")
+    return rank, world
 
 
 def meet(rank: int, world: int) -> None:
@@ -295,7 +239,7 @@ def meet(rank: int, world: int) -> None:
         dist.init_process_group("gloo", store=STORE, rank=rank, world_size=world, timeout=PATIENCE)
         HOST, RANK = dist.new_group(backend="gloo", timeout=timedelta(days=30)), rank
     except RuntimeError as error:
-        raise InputError(f"The ranks cannot meet: {first_line(error)}.") from None
+        raise InputError(f"The ranks cannot meet: {cli.first_line(error)}.") from None
     finally:
         signal.alarm(0)
     # Two ranks that compile the same at once would read half a file
@@ -303,13 +247,8 @@ def meet(rank: int, world: int) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/rank{os.environ['LOCAL_RANK']}"
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def end(name: str, mistake: str | None = None, code: int = 2) -> None:
-    """Ends this rank, and lets no other wait for it. One says why: rank 0, or another if that is gone or
-    hangs.
+    """Ends this rank, and lets no other wait for it. One says why: rank 0, unless that is gone or hangs.
 
     mistake: this rank's own, which rank 0 has printed by now; None where another rank has ended.
     """
@@ -317,7 +256,7 @@ def end(name: str, mistake: str | None = None, code: int = 2) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends it while this waits for the others
         signal.signal(number, signal.SIG_IGN)
     HOST, left = None, [f"left/{rank}" for rank in range(dist.get_world_size())]
-    speaks, text = RANK == 1 or bool(mistake), mistake or f"{name}: Rank 0 died."
+    why = mistake or (f"{name}: Rank 0 died." if RANK == 1 else "")
     with suppress(RuntimeError):  # where the store is gone, with rank 0
         if RANK == 0 and mistake is not None:
             STORE.set("said", "already")
@@ -327,13 +266,13 @@ def end(name: str, mistake: str | None = None, code: int = 2) -> None:
         deadline = time.monotonic() + (4 if RANK else 2)
         while not STORE.check(["said"] if RANK else left) and time.monotonic() < deadline:
             time.sleep(0.02)
-        said = [STORE.get(key).decode() if STORE.check([key]) else None for key in left]
-        dead = ", ".join(str(rank) for rank, text in enumerate(said) if text is None)
-        why = f"Rank {dead} died, or does not answer." if dead else "The ranks were told to end."
-        text = next(filter(None, said), f"{name}: {why}")
+        said = {key: STORE.get(key).decode() for key in left if STORE.check([key])}
+        dead = ", ".join(key.removeprefix("left/") for key in left if key not in said)
+        what = f"Rank {dead} died, or does not answer." if dead else "The ranks were told to end."
         speaks = STORE.compare_set("said", "", str(RANK)) == str(RANK).encode()
-    if speaks:
-        print("\n" * cli.Progress.line_is_open + text, file=sys.__stderr__, flush=True)
+        why = next(filter(None, said.values()), f"{name}: {what}") if speaks else ""
+    if why:
+        print("\n" * cli.Progress.line_is_open + why, file=sys.__stderr__, flush=True)
     sys.stdout.flush()
     time.sleep(0 if RANK else 0.2)  # for the others to hear it, where the store is this rank's
     os._exit(code)
@@ -342,11 +281,6 @@ def end(name: str, mistake: str | None = None, code: int = 2) -> None:
 def shard() -> Shard | None:
     """This rank's shard, None without torchrun."""
     return Shard(RANK, dist.get_world_size()) if dist.is_initialized() else None
-
-
-def is_first() -> bool:
-    """Whether this is rank 0, or the only process."""
-    return RANK == 0
 
 
 def first(action: Callable):
@@ -371,25 +305,9 @@ def agree(facts: dict) -> None:
 
 
 def check_round(pos: int, accepted: int, tokens: list[int]) -> None:
-    """Raises InputError naming the first rank and position where rounds differ (--check_ranks).
-
-    pos: of the last token before the round.
-    """
+    """Raises InputError where the ranks' rounds differ (--check_ranks). pos: of the last token before it."""
     at = {f"token at position {pos + 1 + place}": token for place, token in enumerate(tokens)}
     agree(at | {"number of accepted tokens": accepted})
-
-
-def own_device(name: str) -> str:
-    """Of --device cuda this rank's. Raises InputError if there is none."""
-    if not shard() or not name.startswith("cuda"):
-        return name
-    here, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", here + 1))
-    if name != "cuda":
-        raise InputError(f"--device {name}: each rank takes the GPU of its number; give --device cuda.")
-    if needed > count:
-        raise InputError(f"{needed} ranks need {needed} GPUs, but there are {count}; lower --nproc_per_node.")
-    return f"cuda:{here}"
 
 
 def connect(device: torch.device, way: str | None) -> None:
@@ -399,11 +317,10 @@ def connect(device: torch.device, way: str | None) -> None:
         return
     if way is not None and device.type == "cpu":
         raise InputError(f"--all_reduce {way} needs GPUs; on a CPU it is gloo's, leave the flag out.")
-    backend, group = "gloo" if device.type == "cpu" else "nccl", dist.group.WORLD
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    bound = {} if device.type == "cpu" else {"device_id": device}
     try:
-        if backend == "nccl":
-            group = dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
-        GROUP = group.group_name
+        GROUP = dist.new_group(backend=backend, timeout=PATIENCE, **bound).group_name
         if way == "symmetric":
             import torch.distributed._symmetric_memory as symmetric
 
@@ -411,29 +328,5 @@ def connect(device: torch.device, way: str | None) -> None:
                 SYMMETRIC[dtype] = symmetric.empty(MEDIUM // dtype.itemsize, dtype=dtype, device=device)
                 symmetric.rendezvous(SYMMETRIC[dtype], GROUP)
     except (ImportError, RuntimeError) as error:
-        raise InputError(f"--all_reduce {way or 'nccl'} cannot be had here: {first_line(error)}.") from None
+        raise InputError(f"--all_reduce {way or 'nccl'} fails here: {cli.first_line(error)}.") from None
     print(f"{dist.get_world_size()} ranks by {backend}; all-reduce: {way or backend}", file=sys.stderr)
-
-
-def add_flags(parser) -> None:
-    """The flags that concern ranks."""
-    add = parser.add_argument
-    add("--draft_tp", choices=("shard", "replicate"),
-        help="ranks share the draft, or run it all alike (default: by its size)")  # fmt: skip
-    add("--all_reduce", choices=("nccl", "symmetric"), help="what sums small messages (default: nccl)")
-    add("--check_ranks", action="store_true", help="compare tokens and positions of all ranks every round")
-
-
-def check_flags(args) -> None:
-    """Raises InputError for flags of ranks where there are none, or for ranks that were not started alike."""
-    for flag in ("draft_tp", "all_reduce", "check_ranks"):
-        if not shard() and getattr(args, flag, None):
-            raise InputError(f"--{flag} concerns several ranks; start them with torchrun, or leave it out.")
-    code = Path(__file__).resolve().parent.glob("*.[pc]*")
-    facts = {"torch": torch.__version__} | {file.name: digest(file, (".py", ".cpp")) for file in code}
-    for name, value in vars(args).items():
-        if isinstance(value, Path) and name != "profile":
-            facts[f"content of --{name}"] = digest(value)
-        elif not isinstance(value, Path):
-            facts[f"--{name}"] = value
-    agree(facts)

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from checkpoint import checkpoint_files, weight_plan
+from checkpoint import checkpoint_files, layer_plan
 from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
 from judge import JudgeHead, load_judge, needs_judge
@@ -160,8 +160,9 @@ class Workbench:
         if folder is None:
             if scheme is not None:
                 prepare(self.device, scheme)
-            complete = completer(scheme) if scheme is not None else None
-            return random_model(shape_of(name), self.device, self.dtype, complete=complete)
+            args = shape_of(name)
+            complete = completer(args, scheme) if scheme is not None else None
+            return random_model(args, self.device, self.dtype, complete=complete)
         files = sorted(set(checkpoint_files(folder).values()))
         size = sum(file.stat().st_size for file in files)
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": False}
@@ -450,7 +451,7 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
         weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
         packed = {}
         for scheme in schemes:
-            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme.dynamic)
+            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme)
             packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
         packed["PyTorch's int4/128"] = [LibraryInt4(weights[0]) for _ in range(COPIES)]
         for rows in (1, 2, 17, 33):
@@ -498,12 +499,7 @@ class LibraryInt4:
 
 def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     """(N, K) of a layer's product by our name."""
-    ends = f".{name}.weight"
-    found = [
-        shape
-        for ours, _, shape in weight_plan(model).values()
-        if ours.startswith("layers.0.") and ours.endswith(ends)
-    ]
+    found = [row.shape for row in layer_plan(model, 0).values() if row.ours.endswith(f".{name}.weight")]
     return sum(shape[0] for shape in found), found[0][1]
 
 

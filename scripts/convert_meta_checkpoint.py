@@ -18,6 +18,7 @@ from cli import InputError, Parser, Progress, run_script  # isort: skip  (first:
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -157,16 +158,8 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
     }
     if scaled:
         # Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3
-        factor, low, high, original = (
-            LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
-        )
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
+        rope = LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
+        config["rope_scaling"] = {"rope_type": "llama3"} | asdict(rope)
     return config
 
 
@@ -247,7 +240,7 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
     """One safetensors file a layer and one for the rest, and their index."""
     groups, weight_map, total = names_of(config), {}, 0
     progress = Progress(f"converting {source}", len(groups))
-    shapes = {name: shape for name, (_, _, shape) in weight_plan(args_of(config)).items()}
+    shapes = {name: row.shape for name, row in weight_plan(args_of(config)).items()}
     for number, names in enumerate(groups, 1):
         tensors = {}
         for ours, theirs in names.items():

@@ -34,8 +34,9 @@ from judge import needs_judge
 from model import pick_device
 from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for, summarise
 from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
-from scripts.lib.pair import check_settings, name_models, own_device, schemes_of
+from scripts.lib.pair import check_settings, name_models, schemes_of
 from scripts.lib.public_tasks import TASKS
+from scripts.lib.ranks import add_rank_flags, check_flags, own_device
 from scripts.lib.results import (
     PEERS,
     check_model_answers,
@@ -116,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         records = merge(args.out, args.merge, labels, questions)
     else:
         records = answer_share(args, rules, questions, rank, size)
-    if args.model_answers and (args.merge or size == 1) and tp.is_first():
+    if args.model_answers and (args.merge or size == 1) and tp.RANK == 0:
         write_model_answers(args.model_answers, records, questions)
     return records, summarise(records, labels) if records else []
 
@@ -176,7 +177,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
         raise InputError(
             "--tp is for several processes that run one model together; start them with torchrun."
         )
-    tp.check_flags(args)
+    check_flags(args)
     for rule in rules:
         if rule.name not in PEERS:
             check_settings(settings_for(args, rule), True, args.judge_path is not None)
@@ -264,7 +265,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="I/N",
         help="answer every N-th question from the I-th on (0 to N - 1): one of N runs, for --merge N",
     )
-    tp.add_flags(parser)
+    add_rank_flags(parser)
     add_flags(parser, "merge", "json")
     return parser.parse_args(argv)
 

@@ -182,23 +182,15 @@ def pareto(args) -> dict:
 
 def equal_risk(args) -> dict:
     """Experiment 3, second half: thresholds from other problems than those that are then answered."""
-    n, found = args.limit or 250, {}
+    n, seed, found = args.limit or 250, args.seed + 1, {}
+    asked = load_questions("demo", None, n, seed)
+    demo = {"task": None, "questions": "demo", "checker": None, "data": None, "seed": seed}
     for name in RELAXED:
-        command = [
-            "--verify",
-            name,
-            "--max_harm",
-            str(args.max_harm),
-            "--limit",
-            str(n),
-            "--seed",
-            str(args.seed + 1),
-        ]
-        out = args.work / ("calibrated.safetensors" if needs_judge(name) else f"calibrated_{name}.json")
-        # its runs name the judge
+        # A file of answers names the judge, if one was loaded.
         kept = args.work / ("calibration_judge.jsonl" if needs_judge(name) else "calibration.jsonl")
-        command += ["--out", str(out), "--answers", str(kept), *(["--compile"] * args.compile)]
-        found[name] = calibration.calibrate(calibration.parse_args(command))
+        walked = {"verify": name, "max_harm": args.max_harm, "confidence": 0.95, "answers": kept}
+        each = argparse.Namespace(**vars(args) | demo | walked)
+        found[name], _ = calibration.by_generating(each, list(RULES[name].walk), asked)
     variants = [Variant("plain"), Variant("standard")]
     variants += [Variant(name, c["threshold"]) for name, c in found.items() if c["threshold"] is not None]
     questions = load_questions("demo", None, args.limit or 200, args.seed)
@@ -219,8 +211,8 @@ def equal_risk(args) -> dict:
         "n": len(questions),
         "calibrated_on": n,
         "rows": rows + failed,
-        "seed_of_calibration": args.seed + 1,
-        "finding": "At the same bound the rules accept m* "
+        "seed_of_calibration": seed,
+        "finding": f"At the same bound the rules accept m* "
         f"{found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
     }
 

@@ -39,7 +39,8 @@ from files import Lines, check_not_input, check_writable, read_bytes, write_file
 from generate import Engine, NotFinite, Settings
 from model import PAGE, pick_device, run_dtype
 from scripts.lib.flags import FIXED_K, add_flags
-from scripts.lib.pair import check_prompt, files_in, load_pair, name_models, own_device
+from scripts.lib.pair import check_prompt, files_in, load_pair, name_models
+from scripts.lib.ranks import own_device
 from scripts.lib.results import (
     check_parts,
     is_counts,

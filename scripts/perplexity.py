@@ -18,9 +18,9 @@ import argparse
 import json
 import math
 
-from checkpoint import DEMO, read_config
+from checkpoint import DEMO
 from model import pick_device, run_dtype
-from quantize import MODES, load_model, scheme_named
+from quantize import FORMATS, load_model, open_checkpoint, scheme_named
 from scripts.lib.flags import MOST_QUESTIONS, add_device_flags, add_flags
 from scripts.lib.likelihood import perplexity, read_pairs
 from tokenizer import load_tokenizer
@@ -29,7 +29,8 @@ from tokenizer import load_tokenizer
 def run(args: argparse.Namespace) -> None:
     """Measures mode after mode."""
     schemes = [scheme_named(name) for name in args.mode]
-    window = min(args.window, read_config(args.checkpoint_path).max_position)
+    source = open_checkpoint(args.checkpoint_path)
+    window = min(args.window, source.args.max_position)
     if args.limit is not None and args.text != "demo":
         raise InputError(f"--limit {args.limit} counts demo problems; a file is read whole.")
     if args.stride > window:
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     rows = []
     for name, scheme in zip(args.mode, schemes):
-        model = load_model(args.checkpoint_path, device, run_dtype(args.precision, device), scheme)
+        model = load_model(source, device, run_dtype(args.precision, device), scheme)
         found = perplexity(model, tokenizer.bos_id, pairs, window=window, stride=args.stride, what=name)
         change = found / (rows[0]["perplexity"] if rows else found) - 1
         rows.append({"mode": name, "perplexity": found, "bits_per_token": math.log2(found), "change": change})
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--mode",
         nargs="+",
-        default=["none", *MODES],
+        default=["none", *FORMATS],
         help="none, int8, int4, int4/64, int4/128, fp8; compared with the first",
     )
     add("--window", type=many, default=2048, help="tokens that are read at once, at most the model's context")

@@ -38,10 +38,11 @@ from checkpoint import read_config
 from files import read_json
 from generate import capacity_for
 from model import DTYPES, ModelArgs
-from quantize import MODES, Scheme, check_scheme, read_scheme, scheme_of, weight_bytes
+from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoint, scheme_of, weight_bytes
 from scripts.lib import benchmark_args
 from scripts.lib.benchmark_args import SCHEMA, is_preset, modes_of, shapes_of
 from scripts.lib.flags import FIXED_K, add_flags
+from scripts.lib.ranks import place_draft
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PART = re.compile(
@@ -75,6 +76,21 @@ GPUS = {  # data sheets; the latency is assumed (NCCL inside a machine; --all_re
 }
 
 
+def traffic(
+    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool
+) -> dict[str, int]:
+    """Collectives of one forward of T rows through L layers: counts, and bytes that each rank puts in.
+
+    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for logits
+    an all-gather, of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
+    ceil(vocabulary / world) fp32 logits where a rule or sampling needs probabilities (gather).
+    """
+    each, reduces = 4 * -(-args.vocab_size // world) if gather else 16, 2 * args.n_layer + 1
+    sent = logit_rows * each if world > 1 else 0
+    return {"all_reduces": reduces, "reduced_bytes": reduces * rows * args.dim * itemsize,
+            "gathers": int(sent > 0), "gathered_bytes": sent}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Role:
     """A model of the pair: its whole shape, this rank's part of it, and how its weights are kept."""
@@ -97,7 +113,7 @@ class Role:
         """Of one forward of `rows` rows."""
         found, n = self.read(position, rows) / gpu.bandwidth, self.world
         if n > 1:
-            sent = tp.traffic(self.args, rows, n, self.dtype.itemsize, logit_rows, gather)
+            sent = traffic(self.args, rows, n, self.dtype.itemsize, logit_rows, gather)
             moved = 2 * (1 - 1 / n) * sent["reduced_bytes"] + (n - 1) * sent["gathered_bytes"]
             found += (sent["all_reduces"] + sent["gathers"]) * gpu.latency + moved / gpu.link
         return found
@@ -164,15 +180,17 @@ def shape_of(name: str) -> tuple[ModelArgs, Path | None]:
 
 
 def make_role(name: str, mode: str, world: int, group_size: int = 32) -> Role:
-    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.MODES (a quantised
+    """A preset or folder on `world` ranks; mode: bf16, fp32, fp16 or one of quantize.FORMATS (a quantised
     folder has its own)."""
     args, folder = shape_of(name)
-    scheme = Scheme(mode, group_size if mode == "int4" else 32) if mode in MODES else None
-    if folder is not None and (written := read_scheme(folder)):
-        scheme = written[0]
+    scheme = None
+    if mode in FORMATS:
+        scheme = Scheme(mode, group_size if "group_size" in FORMATS[mode].settings else 32)
+    if folder is not None:
+        scheme = open_checkpoint(folder).scheme or scheme
     if scheme is not None:
         check_scheme(scheme)
-        tp.Shard(0, world).check_columns(args, scheme.group_size if scheme.mode == "int4" else 32)
+        check_columns(args, world, scheme)
     return Role(args, tp.Shard(0, world).local(args), DTYPES.get(mode, torch.bfloat16), scheme, world)
 
 
@@ -193,7 +211,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
                 f"The draft {args.draft} is larger than the target {args.target} ({sizes[0]} "
                 f"against {sizes[1]} billion weights); name the smaller one as --draft."
             )
-        where = args.draft_tp or tp.place_draft(draft.args, draft.weights(), args.gpus, "cuda")
+        where = args.draft_tp or place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
     return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
 
@@ -430,9 +448,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add, size = parser.add_argument, number(1e-3, 1e9)
     add("--target", help="a preset, DIMxLAYERS, or a folder (default: three plans)")
     add("--draft", help="the same for the draft; without one: plain decoding")
-    add("--mode", choices=[*DTYPES, *MODES], default="bf16", help="how weights are kept")
-    add("--draft_mode", choices=[*DTYPES, *MODES], help="how the draft's are (default: as --mode)")
-    add("--draft_tp", choices=("shard", "replicate"), help="default: by tp.place_draft")
+    add("--mode", choices=[*DTYPES, *FORMATS], default="bf16", help="how weights are kept")
+    add("--draft_mode", choices=[*DTYPES, *FORMATS], help="how the draft's are (default: as --mode)")
+    add("--draft_tp", choices=("shard", "replicate"), help="default: by its size")
     add("--gpus", type=whole(1, 4096), default=1, help="ranks, one a GPU")
     add("--gpu", choices=GPUS, default="h100", help="which GPU")
     add("--memory", type=size, help="GB of a GPU (default: its data sheet's)")

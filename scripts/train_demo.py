@@ -307,8 +307,9 @@ def hf_config(args: ModelArgs) -> dict:
 def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
     """Writes a snapshot folder as Hugging Face publishes them, weights in bf16."""
     ours, tensors = model.state_dict(), {}
-    for name, (parameter, row, shape) in weight_plan(model.args).items():
-        tensors[name] = ours[parameter][row : row + shape[0]].to("cpu", torch.bfloat16).contiguous()
+    for name, row in weight_plan(model.args).items():
+        part = ours[row.ours][row.first : row.first + row.shape[0]]
+        tensors[name] = part.to("cpu", torch.bfloat16).contiguous()
     write_file(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_file(folder / "tokenizer.model", read_bytes(tokenizer))
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}

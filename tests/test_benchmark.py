@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from checkpoint import DEMO
 from cli import Parser
-from model import ModelArgs, preset, random_model
+from model import Llama3Rope, ModelArgs, preset, random_model
 from scripts import benchmark
 from scripts.benchmark import Part, as_table, attention_ways, main, summarise
 from scripts.lib.benchmark_args import parse_args, shape_of
@@ -40,7 +40,7 @@ def test_bytes_of_a_step_by_hand():
 @pytest.mark.parametrize("tied", [False, True])
 @torch.inference_mode()
 def test_the_twin_says_what_the_model_says(tied):
-    args = ModelArgs(48, 2, 6, 2, 64, 101, 8, rope_scaling=(8.0, 1.0, 4.0, 64), tie_embeddings=tied)
+    args = ModelArgs(48, 2, 6, 2, 64, 101, 8, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 64), tie_embeddings=tied)
     model = random_model(args, "cpu", torch.float32)
     for weight in model.parameters():
         if weight.dim() > 1:
@@ -181,7 +181,8 @@ COMMANDS = {  # of docs/latency.md, benchmarks/README.md and the scripts' docstr
 
 def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
     texts = [
-        (ROOT / name).read_text() for name in ("docs/latency.md", "benchmarks/README.md", "scripts/benchmark.py")
+        (ROOT / name).read_text()
+        for name in ("docs/latency.md", "benchmarks/README.md", "scripts/benchmark.py")
     ]
     lines = [
         line

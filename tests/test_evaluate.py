@@ -18,7 +18,7 @@ from files import Lines
 from scripts.evaluate import main, print_table, share_of
 from scripts.lib import bench, turns
 from scripts.lib.bench import parse_rules, summarise
-from scripts.lib.pair import own_device
+from scripts.lib.ranks import own_device
 from scripts.lib.results import by_key, check_parts, check_same_questions, merge, part, rank_and_size, resume
 from scripts.lib.scoring import Question
 from scripts.lib.token_details import NotFinite

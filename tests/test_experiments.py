@@ -129,11 +129,11 @@ def test_the_judge_and_the_other_rules_are_calibrated_from_files_of_their_own(tm
     """A file of answers names the judge that gave them, so that one with it and one without cannot share it."""
     calibrated = {}
 
-    def calibrate(args):
+    def by_generating(args, walk, questions):
         calibrated[args.verify] = args.answers
-        return {"threshold": None, "n": 1}
+        return {"threshold": None, "n": 1}, None
 
-    monkeypatch.setattr(experiments.calibration, "calibrate", calibrate)
+    monkeypatch.setattr(experiments.calibration, "by_generating", by_generating)
     experiments.main(
         ["equal_risk", "--limit", "1", "--device", "cpu", "--work", str(tmp_path), "--results", str(tmp_path)]
     )

@@ -7,13 +7,21 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import astuple
 
 import pytest
 import torch
 from conftest import ROOT, make_folder
 from safetensors.torch import load_file, save_file
 
-from checkpoint import args_of, checkpoint_files, fingerprint_of, read_config, safetensors_header
+from checkpoint import (
+    args_of,
+    checkpoint_files,
+    fingerprint_of,
+    open_safetensors,
+    read_config,
+    safetensors_header,
+)
 from cli import InputError
 from quantize import load_model
 
@@ -120,7 +128,7 @@ def test_read_as_transformers_reads_it(made, tmp_path, case):
         theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
         model = load_model(folder, dtype=torch.float32)
         assert (model(IDS)[1] - theirs).abs().max() < 1e-4 * theirs.abs().max()
-        assert model.fingerprint == fingerprint_of(folder)
+        assert model.fingerprint == fingerprint_of(folder, read_config(folder))
     finally:
         shutil.rmtree(folder)
 
@@ -243,7 +251,10 @@ def test_every_field_with_hostile_values(made):
                 )
             except InputError:
                 continue
-            assert 0 < theta <= 1e30 and scaling and all(0 < x <= 2**40 for x in scaling), (field, value)
+            assert 0 < theta <= 1e30 and scaling and all(0 < x <= 2**40 for x in astuple(scaling)), (
+                field,
+                value,
+            )
 
 
 def test_numbers_and_nesting_beyond_all_bounds(made, tmp_path):
@@ -307,8 +318,6 @@ def test_damaged_weights_have_their_true_name(made, tmp_path, case):
     content, sentence = DAMAGED[case]
     shutil.copy(made / "one" / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    from checkpoint import open_safetensors
-
     with pytest.raises(InputError, match=sentence) as caught:
         open_safetensors(tmp_path / "model.safetensors")
     assert str(tmp_path / "model.safetensors") in str(caught.value)
@@ -358,9 +367,9 @@ def test_what_may_not_be_read_is_not_called_truncated(made, tmp_path):
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755)
     shard.chmod(0)
-    program = ("import os, sys; sys.path.insert(0, sys.argv[1]); import model, encodings.utf_8_sig\n"
+    program = ("import os, sys; sys.path.insert(0, sys.argv[1]); import cli, quantize, encodings.utf_8_sig\n"
                "if os.geteuid() == 0: os.setuid(65534)\n"
-               "try: model.load_model('.')\nexcept model.InputError as error: print(error)")  # fmt: skip
+               "try: quantize.load_model('.')\nexcept cli.InputError as error: print(error)")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program, str(ROOT)], cwd=folder, capture_output=True, text=True
     )

@@ -861,4 +861,4 @@ def test_flags_may_come_before_the_command(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             judge_module.main(argv)
         out, err = capsys.readouterr()
-        assert (out + err).startswith(("judge.py calibrate: ", "usage: judge.py calibrate ")), out + err
+        assert (out + err).startswith(("calibrate.py: ", "usage: calibrate.py ")), out + err

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import args_of, checkpoint_files, read_config
 from cli import InputError
-from model import PRESETS, ModelArgs, Transformer, preset, random_model, rope_table
+from model import PRESETS, ROPES, Llama3Rope, ModelArgs, Transformer, preset, random_model, rope_table
 from quantize import load_model
 from scripts.convert_meta_checkpoint import NAMES, TOP, convert
 
@@ -125,7 +126,33 @@ def test_rope_is_read_in_both_spellings():
             "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA31.items()},
         }
     )
-    assert old == new == older and old.rope_scaling == (8.0, 1.0, 4.0, 8192) and old.rope_theta == 500000.0
+    assert (
+        old == new == older
+        and old.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 8192)
+        and old.rope_theta == 500000.0
+    )
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    factor: float
+
+    def scale(self, freqs: torch.Tensor) -> torch.Tensor:
+        return freqs / self.factor
+
+
+@torch.inference_mode()
+def test_a_rope_is_one_entry(tmp_path, monkeypatch):
+    """What model.ROPES might gain is read from config.json, and told apart by the fingerprint."""
+    theirs = make_folder(
+        tmp_path / "a", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    )
+    make_folder(tmp_path / "b", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0})
+    monkeypatch.setitem(ROPES, "linear", LinearRope)
+    ids = torch.randint(0, 97, (1, 100))
+    ours = load_model(tmp_path / "a")
+    assert ours.args.rope_scaling == LinearRope(4.0) and error(ours(ids)[1], theirs(ids).logits) < 1e-4
+    assert ours.fingerprint != load_model(tmp_path / "b").fingerprint
 
 
 @pytest.mark.parametrize(

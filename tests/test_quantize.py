@@ -17,22 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import kernels
-import model as plain
 import quantize
 from checkpoint import DEMO
 from cli import InputError
 from generate import Engine, Settings
-from model import ModelArgs, random_model
+from model import ModelArgs, preset, random_model
 from quantize import (
+    FORMATS,
     QuantLinear,
     Scheme,
     convert,
-    dequantize,
     load_model,
     main,
+    open_checkpoint,
     pack_int4,
-    quantize_model,
-    read_scheme,
     unpack_int4,
     weight_bytes,
 )
@@ -49,6 +47,17 @@ SCHEMES = [
 TEXT = [str(scheme) for scheme in SCHEMES]
 
 
+def unpacked(packed: tuple, scheme: Scheme) -> torch.Tensor:
+    return FORMATS[scheme.mode].unpack(*packed)
+
+
+def quantize_model(model, scheme: Scheme):
+    """A loaded model, quantised in place."""
+    for name in quantize.grouped_plan(model.args):
+        quantize.completer(model.args, scheme)(model, name)
+    return model
+
+
 def weights(n: int, k: int, seed: int = 0) -> torch.Tensor:
     """Weights with rows of very different sizes, a row of zeros, and an outlier."""
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 1, n)[:, None]
@@ -62,9 +71,9 @@ def test_error_within_the_bound(n, k):
     """Half a step: of int8 absmax / 127, of e4m3 a sixteenth of the value or half its smallest; int4: see below."""
     w = weights(n, k)
     largest = w.abs().amax(1, keepdim=True)
-    error = (dequantize(*quantize.quantize(w, Scheme("int8")))[:, :k] - w).abs()
+    error = (unpacked(quantize.quantize(w, Scheme("int8")), Scheme("int8"))[:, :k] - w).abs()
     assert (error <= largest / 127 / 2 * 1.001 + 1e-30).all()
-    error = (dequantize(*quantize.quantize(w, Scheme("fp8")))[:, :k] - w).abs()
+    error = (unpacked(quantize.quantize(w, Scheme("fp8")), Scheme("fp8"))[:, :k] - w).abs()
     assert (error <= torch.maximum(w.abs() / 16, largest / 448 * 2**-10) * 1.001 + 1e-30).all()
 
 
@@ -91,7 +100,7 @@ def test_int4_is_no_worse_than_rounding_and_better_when_searched(scheme, n, k):
         offset = low.bfloat16().float()
         naive = ((groups - offset) / step).round().clamp(0, 15) * step + offset
     weight = groups.square() + 1e-12
-    found = dequantize(packed, scales).unflatten(1, (-1, scheme.group_size))
+    found = unpacked((packed, scales), scheme).unflatten(1, (-1, scheme.group_size))
     error, bound = ((weight * (x - groups).square()).sum(-1) for x in (found, naive))
     assert (error <= bound * (1.25 if n > 7 else 3) + 1e-12).all() and (
         n == 7 or error.sum() < 0.95 * bound.sum()
@@ -116,10 +125,10 @@ def test_packing_of_int4_by_hand():
 def test_products_on_a_cpu_against_float64(scheme, n, k):
     """Odd sizes, groups that do not divide, one to 64 rows, and a prefill's many."""
     packed = quantize.quantize(weights(n, k), scheme)
-    layer, exact_w = QuantLinear(*packed, n, k), dequantize(*packed)[:n, :k].double()
+    layer, exact_w = QuantLinear(*packed, n, k, scheme), unpacked(packed, scheme)[:n, :k].double()
     terms = exact_w.abs()  # what rounding is measured by: q * scale and offset, which are summed apart, may be larger than their sum
     if scheme.mode == "int4":
-        terms = dequantize(packed[0], packed[1].abs())[:n, :k].double()
+        terms = unpacked((packed[0], packed[1].abs()), scheme)[:n, :k].double()
     for dtype, noise in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
         for rows in (1, 2, 3, 4, 5, 6, 7, 16, 17, 20, 21, 31, 33, 49, 64, 65, 130):
             x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
@@ -136,7 +145,8 @@ def test_products_on_a_gpu_against_float64(scheme, n, k, device):
     """The Triton kernel, in Triton's interpreter where there is no GPU (fp16 there: its bf16 products are wrong)."""
     pytest.importorskip("triton")
     packed = [quantize.pad_rows(part) for part in quantize.quantize(weights(n, k), scheme)]
-    exact_w = dequantize(*packed)[:n, :k].double()
+    exact_w = unpacked(packed, scheme)[:n, :k].double()
+    bits = 4 if scheme.mode == "int4" else 8
     for rows, dtype, noise in (
         (1, torch.float32, 1e-6),
         (17, torch.float32, 1e-6),
@@ -144,7 +154,7 @@ def test_products_on_a_gpu_against_float64(scheme, n, k, device):
         (64, torch.float32, 1e-6),
     ):
         x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
-        y = kernels.few_rows(*(part.to(device) for part in (x, *packed)), n).cpu()
+        y = kernels.few_rows(*(part.to(device) for part in (x, *packed)), n, bits).cpu()
         size = (x.double().abs() @ exact_w.abs().T).clamp(min=1e-30)
         assert (
             y.shape == (1, rows, n) and ((y.double() - x.double() @ exact_w.T).abs() / size).max() < noise
@@ -161,12 +171,12 @@ def test_every_tiling_gives_the_same_product(scheme, device):
     x = torch.randn(1, 17, k, generator=torch.Generator().manual_seed(0))
     exact, size = (
         y.double() @ w.double().T
-        for y, w in ((x, dequantize(*packed)[:n, :k]), (x.abs(), dequantize(*packed)[:n, :k].abs()))
+        for y, w in ((x, unpacked(packed, scheme)[:n, :k]), (x.abs(), unpacked(packed, scheme)[:n, :k].abs()))
     )
     moved = [part.to(device) for part in (x, *packed)]
     assert len(set(kernels.TILINGS)) == len(kernels.TILINGS)
     for tiling in kernels.TILINGS:
-        y = kernels.product(*moved, n, tiling).cpu()
+        y = kernels.product(*moved, n, 4 if scheme.mode == "int4" else 8, tiling).cpu()
         assert ((y.double() - exact).abs() / size.clamp(min=1e-30)).max() < 1e-6, tiling
 
 
@@ -205,8 +215,9 @@ def test_the_fastest_tiling_is_chosen_once_and_kept(monkeypatch, tmp_path, capsy
 @torch.inference_mode()
 def test_products_of_fp8_with_fp8(n, k):
     """Against float64 products of what both sides are rounded to; one scale a row of x: a large row leaves the others alone."""
-    packed = quantize.quantize(weights(n, k), Scheme("fp8"))
-    layer, exact_w = QuantLinear(*packed, n, k, dynamic=True), dequantize(*packed)[:n, :k].double()
+    scheme = Scheme("fp8", dynamic=True)
+    packed = quantize.quantize(weights(n, k), scheme)
+    layer, exact_w = QuantLinear(*packed, n, k, scheme), unpacked(packed, scheme)[:n, :k].double()
     for rows in (1, 17, 130):
         x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).bfloat16()
         x[0, 0] *= 1000
@@ -231,7 +242,7 @@ def test_fp8_takes_every_value_there_is():
             x = torch.eye(256, dtype=dtype)
             y = torch.cat(
                 [
-                    kernels.cpu_kernels.linear_quantized(part, *quantize.to_tiles(w, torch.ones(16)), 16)
+                    kernels.cpu_kernels.linear_fp8(part, *quantize.tiles_of_bytes(w, torch.ones(16)), 16)
                     for part in x.split(rows)
                 ]
             )
@@ -246,7 +257,7 @@ def test_tiles_by_hand():
         127,
         9,
     )  # row 21: block 1, row 5 of it, second of the second four; columns 6, 7: line 1, second half
-    tiles, scales = quantize.to_tiles(q, torch.ones(32))
+    tiles, scales = quantize.tiles_of_int8(q, torch.ones(32))
     flat = tiles.view(torch.uint8).flatten().tolist()
     assert {i: value for i, value in enumerate(flat) if value} == {
         512 + 64 + 16 + 8 + 2: 128 + 5, 512 + 64 + 16 + 8 + 3: 127, 6 + 1: 9}  # fmt: skip
@@ -257,7 +268,7 @@ def test_tiles_by_hand():
         9,
     )  # columns 10 and 15: line 1, p = 1 in the lower, p = 3 in the upper half of 32 bits
     pairs = torch.arange(128).view(32, 2, 2).bfloat16()
-    tiles, scales = quantize.to_tiles(pack_int4(q), pairs)
+    tiles, scales = quantize.tiles_of_groups(pack_int4(q), pairs)
     words = tiles.view(torch.int32).flatten()
     assert {i: value & 0xFFFFFFFF for i, value in enumerate(words.tolist()) if value} == {
         8 * 16 + 16 + 5: 5 << 4 | 15 << 28, 3: 9}  # fmt: skip
@@ -282,13 +293,13 @@ def folder(tmp_path_factory):
 @torch.inference_mode()
 def test_a_written_folder_is_what_quantising_while_loading_gives(folder, tmp_path, scheme):
     convert(folder, tmp_path / "out", scheme)
-    assert read_scheme(tmp_path / "out")[0] == scheme and not (tmp_path / "out.partial").exists()
+    assert open_checkpoint(tmp_path / "out").scheme == scheme and not (tmp_path / "out.partial").exists()
     ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(0))
     models = [load_model(tmp_path / "out", "cpu"), load_model(folder, "cpu", None, scheme)]
-    models.append(quantize_model(checkpoint.load_model(folder), scheme))
+    models.append(quantize_model(load_model(folder), scheme))
     outputs = [model(ids)[1] for model in models]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
-    unquantised = checkpoint.load_model(folder)
+    unquantised = load_model(folder)
     assert {model.quantization for model in models} == {str(scheme)} and models[
         0
     ].fingerprint == unquantised.fingerprint
@@ -318,6 +329,69 @@ def test_decoding_with_quantised_weights(folder, scheme):
         engine = Engine(model, model, None, Settings("standard", speculate_k=5, compile=compiled), [], 150)
         result = engine.generate(prompt, 40)
         assert result.tokens == plainly and result.mean_accepted > 4
+
+
+def pack_int6(w: torch.Tensor, peaks: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = (peaks / 31).clamp(min=1e-30)
+    a, b, c, d = ((w / scales[:, None]).round() + 32).to(torch.uint8).unflatten(1, (-1, 4)).unbind(2)
+    return torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], 2).flatten(1), scales
+
+
+def unpack_int6(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    x, y, z = weight.unflatten(1, (-1, 3)).unbind(2)
+    q = torch.stack([x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2], 2).flatten(1)
+    return (q.float() - 32) * scales[:, None]
+
+
+def pack_int8_groups(
+    w: torch.Tensor, peaks: torch.Tensor, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = w.unflatten(1, (-1, scheme.group_size))
+    scales = (groups.abs().amax(2) / 127).clamp(min=1e-30)
+    return (groups / scales[..., None]).round().to(torch.int8).flatten(1), scales
+
+
+NEW = {  # what FORMATS might gain, none of it with a kernel
+    "int6": quantize.Format(
+        pack_int6,
+        unpack_int6,
+        lambda n, k, scheme: ((torch.uint8, (n, k * 3 // 4)), (torch.float32, (n,))),
+    ),
+    "e5m2": quantize.format_by_rows(torch.float8_e5m2, 57344.0),
+    "int8 in groups": quantize.Format(
+        pack_int8_groups,
+        lambda weight, scales: (
+            weight.float().unflatten(1, (scales.shape[1], -1)) * scales[..., None]
+        ).flatten(1),
+        lambda n, k, scheme: ((torch.int8, (n, k)), (torch.float32, (n, k // scheme.group_size))),
+        lambda scheme: scheme.group_size,
+        ("group_size",),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", NEW)
+def test_a_format_is_one_entry(mode, folder, tmp_path, monkeypatch):
+    """Without a kernel it is written, loaded, cut among ranks, and decoded with, also compiled."""
+    monkeypatch.setitem(FORMATS, mode, NEW[mode])
+    main(["--checkpoint_path", str(folder), "--out", str(tmp_path / "out"), "--mode", mode])
+    written, meanwhile = load_model(tmp_path / "out"), load_model(folder, scheme=Scheme(mode))
+    assert all(map(torch.equal, written.state_dict().values(), meanwhile.state_dict().values()))
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = load_model(folder)(ids)[1], written(ids)[1]
+    assert 0 < (found - expected).norm() / expected.norm() < 0.15
+    packed = quantize.quantize(weights(48, 256), Scheme(mode))
+    slices = quantize.packed_part((slice(None), slice(64, 192)), (48, 256), Scheme(mode))
+    part = [x[slices[suffix]] if slices[suffix] else x for suffix, x in zip(("", "_scale"), packed)]
+    assert torch.equal(unpacked(part, Scheme(mode)), unpacked(packed, Scheme(mode))[:, 64:192])
+    prompt = ids[0].tolist()
+    plainly = Engine(written, None, None, Settings("plain"), [], 150).generate(prompt, 20).tokens
+    for compiled in (False, mode == "int6"):
+        engine = Engine(
+            written, written, None, Settings("standard", speculate_k=5, compile=compiled), [], 150
+        )
+        assert engine.generate(prompt, 20).tokens == plainly
 
 
 def test_a_killed_run_resumes(folder, tmp_path, monkeypatch):
@@ -460,7 +534,7 @@ def out_cases(tmp_path) -> dict:
 
 def test_where_nothing_can_be_written_is_said_before_any_work(folder, tmp_path, monkeypatch):
     for name in ("fingerprint_of", "find_weights"):
-        monkeypatch.setattr(plain, name, lambda *rest: pytest.fail("work was done"))
+        monkeypatch.setattr(checkpoint, name, lambda *rest: pytest.fail("work was done"))
     for name, sentence in out_cases(tmp_path).items():
         with pytest.raises(InputError, match=sentence):
             convert(folder, tmp_path / name, Scheme("int8"))
@@ -599,16 +673,16 @@ def test_a_prefill_makes_no_copy_of_a_whole_weight(scheme, monkeypatch):
     n, k = 3000, 640
     weight, scales = quantize.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), scheme)
     x = torch.randn(1, 70, k, generator=torch.Generator().manual_seed(2)).bfloat16()
-    expected = torch.nn.functional.linear(x, dequantize(weight, scales)[:, :k].bfloat16())
+    expected = torch.nn.functional.linear(x, unpacked((weight, scales), scheme)[:, :k].bfloat16())
     with Peak() as peak:
-        y = quantize.product_in_slices(x, weight, scales, n)
+        y = quantize.product_in_slices(x, weight, scales, n, scheme.mode)
     assert torch.equal(y, expected) or (y - expected).abs().max() <= 2**-7 * expected.abs().max()
     args = ModelArgs(k, 1, 1, 1, n, 100, 64)
     slices = quantize.temporary_bytes(
         args, torch.bfloat16, scheme, torch.device("cuda"), 70
     ) - 2 * n * 640 * (2 + 2)
     assert y.nbytes < peak.peak < y.nbytes + slices < y.nbytes + n * k
-    assert torch.equal(quantize.many_rows(x, weight, scales, n), y)
+    assert torch.equal(quantize.default_product(x, weight, scales, n, scheme.mode), y)
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("fp8"), Scheme("int4")], ids=str)
@@ -617,7 +691,7 @@ def test_quantising_takes_what_temporary_bytes_says(scheme):
     args = ModelArgs(512, 1, 4, 2, 4096, 50, 128)
     with Peak() as peak:
         weight = torch.randn(2 * 4096, 512, dtype=torch.bfloat16)
-        layer = QuantLinear(*quantize.quantize(weight, scheme), *weight.shape)
+        layer = QuantLinear(*quantize.quantize(weight, scheme), *weight.shape, scheme)
     kept = sum(buffer.nbytes for buffer in layer.buffers())
     bound = quantize.temporary_bytes(args, torch.bfloat16, scheme, torch.device("cpu"))
     assert peak.peak - kept < bound < 40 * weight.numel(), (peak.peak, kept, bound)
@@ -661,7 +735,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
     refused("not in fp16", lambda: load_model(tmp_path / "int8", "cpu", torch.float16))
     refused("--group_size 48", lambda: convert(folder, tmp_path / "c", Scheme("int4", 48)))
     refused("concerns --mode fp8", lambda: convert(folder, tmp_path / "c", Scheme("int8", dynamic=True)))
-    refused("concern --mode int4", lambda: convert(folder, tmp_path / "c", Scheme("int8", symmetric=True)))
+    refused("concerns --mode int4", lambda: convert(folder, tmp_path / "c", Scheme("int8", symmetric=True)))
     with pytest.raises(SystemExit) as end:
         main(["--checkpoint_path", str(tmp_path / "nowhere"), "--mode", "int8", "--out", str(tmp_path / "c")])
     assert end.value.code == 2 and "nowhere" in capsys.readouterr().err and not (tmp_path / "c").exists()
@@ -669,7 +743,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
 
 def test_bytes_by_hand():
     """Llama-3.1-8B in int4 with groups of 32: 4 bits and 4 bytes a group; embedding and LM head in bf16."""
-    args = plain.preset("Llama-3.1-8B")
+    args = preset("Llama-3.1-8B")
     linear = 32 * (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096)
     other = 2 * (2 * 128256 * 4096 + 65 * 4096)
     assert weight_bytes(args, torch.bfloat16, Scheme("int4")) == linear // 2 + linear // 32 * 4 + other
@@ -710,7 +784,7 @@ def test_the_demo_in_int8_says_what_it_says_unquantised():
 def test_random_models_are_quantised_layer_by_layer():
     args = ModelArgs(64, 2, 4, 2, 96, 101, 16)
     scheme = Scheme("int4")
-    at_once = random_model(args, "cpu", torch.float32, complete=quantize.completer(scheme))
+    at_once = random_model(args, "cpu", torch.float32, complete=quantize.completer(args, scheme))
     after = quantize_model(random_model(args, "cpu", torch.float32), scheme)
     assert all(torch.equal(a, b) for a, b in zip(at_once.state_dict().values(), after.state_dict().values()))
 
@@ -732,7 +806,7 @@ def test_the_command_line(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["tokens"] == record["tokens"]
     generate_main([*flags, "--draft_mode", "int8", "--json"])  # nor does the bound cover another draft
     assert "No guarantee" in capsys.readouterr().err
-    for more, sentence in ((["--mode", "int8", "--symmetric"], "concern --mode int4"), (["--group_size", "64"], "says how to quantise"),
+    for more, sentence in ((["--mode", "int8", "--symmetric"], "concerns --mode int4"), (["--group_size", "64"], "says how to quantise"),
                            (["--dynamic_activations"], "says how to quantise")):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             generate_main([*flags, *more])

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,14 @@ import generate
 import model
 import quantize
 import tp
-from checkpoint import DEMO, weight_plan
+from checkpoint import DEMO, read_config, weight_plan
 from cli import InputError
 from judge import JudgeHead
 from model import ModelArgs, preset
 from quantize import load_model
+from scripts.lib.ranks import own_device, place_draft
 from scripts.lib.terminal import DEMO_PROMPT
+from scripts.plan import traffic
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -61,7 +64,8 @@ def weights(loaded: model.Transformer) -> dict[str, torch.Tensor]:
     found = {}
     for name, module in loaded.named_modules():
         if isinstance(module, quantize.QuantLinear):
-            found[name] = quantize.dequantize(module.weight, module.scales)[: module.n_out, : module.n_in]
+            unpacked = quantize.FORMATS[module.mode].unpack(module.weight, module.scales)
+            found[name] = unpacked[: module.n_out, : module.n_in]
         elif hasattr(module, "weight"):
             found[name] = module.weight
     return found
@@ -121,11 +125,9 @@ def load_parts(folder: Path, world: int, scheme, monkeypatch) -> list[model.Tran
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shards_are_the_whole(tmp_path, shape, monkeypatch):
     """For every layer, on disk and in every mode, quantised while loading and before; and each knows the model by its name."""
-    monkeypatch.setattr(
-        quantize, "to_tiles", lambda *packed: packed
-    )  # the packing of folders is what is compared
+    monkeypatch.setattr(quantize, "kernel_for", lambda *_: None)  # the packing of folders is compared
     make_folder(tmp_path / "model", dtype=torch.bfloat16, **SHAPES[shape])
-    args = ModelArgs.from_folder(tmp_path / "model")
+    args = read_config(tmp_path / "model")
     for name, scheme in [("none", None), *SCHEMES.items()]:
         if scheme is not None and scheme.lm_head and args.tie_embeddings:
             continue
@@ -158,15 +160,18 @@ def test_reading_is_divided_among_the_ranks(tmp_path):
 def test_seventeen_billion_rows_by_hand():
     """16 ranks of Llama-3.1-405B: 8 query heads and one KV head each, two ranks to a KV head."""
     args = preset("Llama-3.1-405B")
-    shard = Shard(5, 16)
+    shard, plan = Shard(5, 16), weight_plan(args)
     assert shard.heads(args) == (40, 48) and shard.kv_heads(args) == (2, 3)
-    assert shard.part(args, "model.layers.0.self_attn.q_proj.weight") == (slice(5120, 6144),)
-    assert shard.part(args, "model.layers.0.self_attn.v_proj.weight") == (slice(256, 384),)
-    assert shard.part(args, "model.layers.0.self_attn.o_proj.weight") == (slice(None), slice(5120, 6144))
-    assert shard.part(args, "model.layers.0.mlp.up_proj.weight") == (slice(16640, 19968),)
-    assert shard.part(args, "model.layers.0.mlp.down_proj.weight") == (slice(None), slice(16640, 19968))
-    assert shard.part(args, "lm_head.weight") == (slice(40080, 48096),)
-    assert shard.part(args, "model.norm.weight") == ()
+    assert shard.part(args, plan["model.layers.0.self_attn.q_proj.weight"]) == (slice(5120, 6144),)
+    assert shard.part(args, plan["model.layers.0.self_attn.v_proj.weight"]) == (slice(256, 384),)
+    assert shard.part(args, plan["model.layers.0.self_attn.o_proj.weight"]) == (
+        slice(None),
+        slice(5120, 6144),
+    )
+    assert shard.part(args, plan["model.layers.0.mlp.up_proj.weight"]) == (slice(16640, 19968),)
+    assert shard.part(args, plan["model.layers.0.mlp.down_proj.weight"]) == (slice(None), slice(16640, 19968))
+    assert shard.part(args, plan["lm_head.weight"]) == (slice(40080, 48096),)
+    assert shard.part(args, plan["model.norm.weight"]) == ()
     local = shard.local(args)
     assert (local.n_head, local.n_kv_head, local.intermediate_size, local.vocab_size, local.dim) == (
         8,
@@ -190,7 +195,7 @@ def test_what_does_not_divide_is_refused_by_name(tmp_path, world, change, words)
 
 def test_columns_are_not_cut_inside_a_group(tmp_path):
     make_folder(tmp_path, **WIDE)
-    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "o_proj at column 64 of 256"),
+    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "cut o_proj at column 64 of 256"),
                                  (quantize.Scheme("int4", 64), 8, "multiples of 64")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             quantize.load_model(tmp_path, "cpu", None, scheme, Shard(0, world))
@@ -199,13 +204,13 @@ def test_columns_are_not_cut_inside_a_group(tmp_path):
 def test_where_a_draft_goes():
     """By hand: 8.03 GB in int8 are worth 66 collectives on two GPUs; the demo's draft of 0.8 MB is worth none anywhere."""
     big, small = preset("Llama-3.1-8B"), preset("Llama-3.2-1B")
-    assert 8_030_000_000 / 2 > 66 * 32 * 2**20 and tp.place_draft(big, 8_030_000_000, 2, "cuda") == "shard"
+    assert 8_030_000_000 / 2 > 66 * 32 * 2**20 and place_draft(big, 8_030_000_000, 2, "cuda") == "shard"
     assert (
         1_000_000_000 * 7 / 8 < 34 * 32 * 2**20
-        and tp.place_draft(small, 1_000_000_000, 8, "cuda") == "replicate"
+        and place_draft(small, 1_000_000_000, 8, "cuda") == "replicate"
     )
-    assert tp.place_draft(ModelArgs.from_folder(DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
-    assert tp.place_draft(big, 8_030_000_000, 3, "cuda") == "replicate"  # what does not divide
+    assert place_draft(read_config(DEMO / "draft"), 800_000, 2, "cpu") == "replicate"
+    assert place_draft(big, 8_030_000_000, 3, "cuda") == "replicate"  # what does not divide
 
 
 def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
@@ -213,12 +218,12 @@ def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert tp.own_device("cuda") == "cuda:1" and tp.own_device("cpu") == "cpu"
+    assert own_device("cuda") == "cuda:1" and own_device("cpu") == "cpu"
     with pytest.raises(InputError, match="--device cuda:0"):
-        tp.own_device("cuda:0")
+        own_device("cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(InputError, match="4 GPUs, but there are 2"):
-        tp.own_device("cuda")
+        own_device("cuda")
 
 
 @pytest.mark.parametrize("flag", [["--draft_tp", "shard"], ["--check_ranks"], ["--all_reduce", "nccl"]])
@@ -229,7 +234,7 @@ def test_flags_of_ranks_need_ranks(flag, capsys):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"RANK": "3"}, "RANK=3 must be a whole number from 0 to 1"), ({"RANK": "x"}, "RANK=x must be"), ({"RANK": "-1"}, "RANK=-1"),
+    ({"RANK": "3"}, "RANK=3 must be below WORLD_SIZE=2"), ({"RANK": "x"}, "RANK=x must be"), ({"RANK": "-1"}, "RANK=-1"),
     ({"RANK": "9" * 500}, "RANK=9999"), ({"RANK": "\u0661"}, "RANK="), ({"RANK": None}, "RANK=''"), ({"RANK": ""}, "RANK=''"),
     ({"WORLD_SIZE": None}, "WORLD_SIZE=''"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"), ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0"),
     ({"MASTER_PORT": None}, "MASTER_PORT=''"), ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999"),
@@ -490,7 +495,7 @@ def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path)
 
 
 def test_traffic_ties_and_memory(folders, tmp_path):
-    """Counted by PyTorch's dispatcher, against tp.traffic; ties against torch.argmax; memory by the system's counters."""
+    """Counted by PyTorch's dispatcher, against plan.traffic; ties against torch.argmax; memory by the system's counters."""
     todo = [{"count": [str(folders / "gqa" / "target"), verify]} for verify in ("judge", "kl")]
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4096, "head_dim": 64,
              "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
@@ -582,6 +587,20 @@ def test_a_port_in_use_and_ranks_that_never_come(folders, tmp_path):
     assert codes == [2] and "The ranks cannot meet" in errors[0] and "1/2 clients joined" in errors[0], errors
 
 
+def test_a_person_may_think_for_as_long_as_it_takes(tmp_path):
+    """`first` waits without an end, unlike the collectives."""
+    assert Ranks(tmp_path / "r", 2, {"patience": 1}, {"think": 4}).results() == [4]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_all(folders, tmp_path):
+    todo = {"patience": 3}, {"stall": flags(folders, "gqa", "standard", "--max_new_tokens", "3000")}
+    codes, errors = Ranks(tmp_path / "r", 2, *todo).wait()
+    assert codes == [2, 2] and errors[0].splitlines()[-1].startswith(
+        "generate.py: Rank 1 died, or does not answer"
+    ), errors
+
+
 # What a rank does
 
 
@@ -614,7 +633,7 @@ def count(folder: str, verify: str) -> dict:
     with Count() as counted:
         engine.steps(engine.visible(20), 5)[1]()
     gather = engine.settings.needs_probabilities
-    assert counted.found == tp.traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
+    assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
     return counted.found
 
 
@@ -672,7 +691,10 @@ def disturb(what: str) -> None:
         if len(rounds) == 5:
             if what == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ZeroDivisionError("the defect")
+            if what == "fail":
+                raise ZeroDivisionError("the defect")
+            if tp.RANK == 1:
+                time.sleep(15)
         return collect(engine, slot)
 
     if what == "other_seed":
@@ -690,6 +712,8 @@ def main(todo: list[dict]) -> None:
             str(todo[0].get("world", os.environ["WORLD_SIZE"])),
         )
         del todo[0]
+    if "patience" in todo[0]:
+        tp.PATIENCE = timedelta(seconds=todo.pop(0)["patience"])
     with tp.ranks("generate.py"):
         for each in todo:
             ((what, given),) = each.items()
@@ -698,6 +722,8 @@ def main(todo: list[dict]) -> None:
                 print(json.dumps(count(*given)))
             elif what == "ties":
                 print(json.dumps(ties()))
+            elif what == "think":
+                print(tp.first(lambda given=given: time.sleep(given) or given))
             elif what == "memory":
                 print(json.dumps(memory(given)))
             else:

@@ -102,7 +102,7 @@ class Bench:
         self.length = max(needs, default=args.max_new_tokens + 1)
         check_context(args, self.parts, self.length)
         # locked before there is any work
-        self.lines = Lines(args.out) if args.out and tp.is_first() else None
+        self.lines = Lines(args.out) if args.out and tp.RANK == 0 else None
         try:
             self.load(args, with_judge, largest_k)
             records = tp.first(lambda: resume(self.lines, self.header)) if args.out else []

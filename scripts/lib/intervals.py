@@ -1,4 +1,4 @@
-"""95% intervals of shares, of differences on the same items, and pass@k. Pure arithmetic; sources at each
+"""Intervals of shares and of differences on the same items, and pass@k. Pure arithmetic; sources at each
 function."""
 
 import math
@@ -17,7 +17,8 @@ def interval(right: int, n: int) -> tuple[float, float]:
     if n == 0:
         return 0.0, 1.0
     z, share = Z, right / n
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
@@ -78,21 +79,16 @@ def upper_bound(harms: int, n: int, confidence: float) -> float:
     if harms >= n:
         return 1.0
     few = 2 * harms < n  # else the other tail has fewer terms
-    k = (
-        torch.arange(harms + 1, dtype=torch.double)
-        if few
-        else torch.arange(harms + 1, n + 1, dtype=torch.double)
-    )
+    first, last = (0, harms) if few else (harms + 1, n)
+    k = torch.arange(first, last + 1, dtype=torch.double)
     total = torch.tensor(float(n), dtype=torch.double)
     choose = (total + 1).lgamma() - (k + 1).lgamma() - (total - k + 1).lgamma()
+
     low, high = harms / n, 1.0
     for _ in range(60):  # bisection
-        p = (low + high) / 2
-        tail = (
-            (choose + k * math.log(p) + (total - k) * math.log1p(-p)).exp().sum().item()
-            if p < 1
-            else float(not few)
-        )
+        p, tail = (low + high) / 2, float(not few)
+        if p < 1:
+            tail = (choose + k * math.log(p) + (total - k) * math.log1p(-p)).exp().sum().item()
         at_most = tail if few else 1 - tail
         low, high = (p, high) if at_most > 1 - confidence else (low, p)
     return high

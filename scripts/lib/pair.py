@@ -1,19 +1,25 @@
 """Loading a target, its draft and its judge, after checking that they fit together and into memory."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import torch
 
 import tp
-from checkpoint import DEMO, read_config
-from cli import InputError, shortened, whole
+from checkpoint import DEMO
+from cli import InputError
 from judge import RULES, JudgeHead, check_threshold, load_judge
 from model import PREFILL_ROWS, ModelArgs, Transformer
-from quantize import Scheme, load_model, read_scheme, scheme_of, temporary_bytes, weight_bytes
-from scripts.lib.results import rank_and_size
+from quantize import (
+    Checkpoint,
+    Scheme,
+    load_model,
+    open_checkpoint,
+    scheme_of,
+    temporary_bytes,
+    weight_bytes,
+)
+from scripts.lib.ranks import place
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -81,48 +87,30 @@ def check_memory(
 
 
 def load_pair(
-    target: Path, draft: Path | None, judge: Path | None, device: torch.device, dtype: torch.dtype, capacity: int = 0,
+    target: Path | Checkpoint, draft: Path | Checkpoint | None, judge: Path | None,
+    device: torch.device, dtype: torch.dtype, capacity: int = 0,
     schemes: tuple[Scheme | None, Scheme | None] = (None, None), draft_tp: str | None = None,
 ) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
     """Loads what is named, after checking that draft and target fit together and into memory.
 
     capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where
-    ranks share the target, whether they share the draft as well (default: tp.place_draft).
+    ranks share the target, whether they share the draft as well (default: by its size).
     """
-    folders = [folder for folder in (target, draft) if folder is not None]
-    shapes = [read_config(folder) for folder in folders]
+    sources = [open_checkpoint(folder) for folder in (target, draft) if folder is not None]
+    shapes = [source.args for source in sources]
     if draft is not None:
-        check_pair(*shapes, tuple(folders))
-    written = [(read_scheme(folder) or (scheme,))[0] for folder, scheme in zip(folders, schemes)]
+        check_pair(*shapes, tuple(source.folder for source in sources))
+    written = [source.scheme or scheme for source, scheme in zip(sources, schemes)]
     shards = place(shapes, dtype, written, device, draft_tp)
     local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
     check_memory(local, capacity, dtype, device, written)
-    models = [load_model(*each) for each in zip(folders, [device] * 2, [dtype] * 2, schemes, shards)]
+    models = [load_model(*each) for each in zip(sources, [device] * 2, [dtype] * 2, schemes, shards)]
     models = [tp.join(model, shard) if shard else model for model, shard in zip(models, shards)]
     tp.agree(
         {f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)}
     )
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
-
-
-def place(
-    shapes: list[ModelArgs],
-    dtype: torch.dtype,
-    schemes: list[Scheme | None],
-    device: torch.device,
-    draft_tp: str | None,
-) -> list[tp.Shard | None]:
-    """For target and draft: this rank's shard, or None for all of it. Says on standard error where the draft
-    goes."""
-    shard = tp.shard()
-    if shard is None or len(shapes) < 2:
-        return [shard] * len(shapes)
-    draft, scheme = shapes[1], schemes[1]
-    size = weight_bytes(draft, dtype, scheme)
-    draft_tp = draft_tp or tp.place_draft(draft, size, shard.world, device.type)
-    print(f"draft: {'sharded' if draft_tp == 'shard' else 'the same on every rank'}", file=sys.stderr)
-    return [shard, shard if draft_tp == "shard" else None]
 
 
 def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
@@ -144,23 +132,6 @@ def name_models(args: argparse.Namespace) -> None:
     name_demo(args)
     if args.draft_checkpoint_path is None:
         raise InputError("--checkpoint_path needs a draft beside it; name one with --draft_checkpoint_path.")
-
-
-def own_device(name: str) -> str:
-    """--device of this process: of several with an engine each, the GPU of its number on its machine.
-
-    Raises InputError where torchrun's LOCAL_RANK is no such number.
-    """
-    if tp.shard() or rank_and_size()[1] == 1 or not name.startswith("cuda"):
-        return tp.own_device(name)
-    given, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-    try:
-        return f"cuda:{whole(0, count - 1)(given)}"
-    except argparse.ArgumentTypeError:
-        raise InputError(
-            f"LOCAL_RANK {shortened(given)} in the environment names none of the {count} GPUs of this "
-            "machine; start one process a GPU."
-        ) from None
 
 
 def files_in(folders: list[Path]) -> list[Path]:

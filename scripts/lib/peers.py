@@ -4,13 +4,14 @@ a draft."""
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from checkpoint import weight_plan
 from cli import InputError
-from model import Transformer
+from model import ROPES, Transformer
 
 try:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -126,8 +127,8 @@ def twin(model: Transformer):
     a = model.args
     rope = {"rope_type": "default", "rope_theta": a.rope_theta}
     if a.rope_scaling is not None:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3"} | dict(zip(names, a.rope_scaling))
+        kinds = {kind: name for name, kind in ROPES.items()}
+        rope |= {"rope_type": kinds[type(a.rope_scaling)]} | asdict(a.rope_scaling)
     config = LlamaConfig(
         vocab_size=a.vocab_size,
         hidden_size=a.dim,
@@ -145,9 +146,9 @@ def twin(model: Transformer):
     )
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
-    for name, (ours, row, shape) in weight_plan(a).items():
+    for name, row in weight_plan(a).items():
         owner, _, leaf = name.rpartition(".")
-        view = model.get_parameter(ours)[row : row + shape[0]].detach()
+        view = model.get_parameter(row.ours)[row.first : row.first + row.shape[0]].detach()
         setattr(theirs.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
     if a.tie_embeddings:
         theirs.lm_head.weight = theirs.model.embed_tokens.weight

@@ -21,6 +21,7 @@ from quantize import add_mode_flags, memory_line
 from scripts.lib.flags import MOST_TOKENS, add_decoding_flags, add_device_flags, add_flags, add_model_flags
 from scripts.lib.guarantee import Drift, announce, kind_of, warn_of_drift
 from scripts.lib.pair import name_demo
+from scripts.lib.ranks import add_rank_flags
 from scripts.lib.result import Result
 from tokenizer import Decoder, Tokenizer, decode
 
@@ -238,7 +239,7 @@ def profile(path: Path) -> Iterator[None]:
     """Writes a Chrome trace of what runs inside."""
     with torch.profiler.profile() as trace:
         yield
-    if tp.is_first():
+    if tp.RANK == 0:
         with tempfile.TemporaryDirectory() as folder:
             trace.export_chrome_trace(f"{folder}/trace.json")  # it takes no name that is not UTF-8
             write_file(path, Path(f"{folder}/trace.json").read_bytes())
@@ -321,7 +322,7 @@ def parse_args(argv: list[str] | None, doc: str) -> argparse.Namespace:
               profile={"help": "write a Chrome trace of the last sample to this file"})  # fmt: skip
     add("--marks", action="store_true", help="show who accepted each token by brackets, also in a pipe")
     add("--debug_numerics", action="store_true", help="where logits are not finite, say where that begins")
-    tp.add_flags(parser.add_argument_group("several GPUs"))
+    add_rank_flags(parser.add_argument_group("several GPUs"))
 
     args = parser.parse_args(argv)
     args.compare = args.checkpoint_path is None and args.prompt is None and not args.interactive  # the demo
