@@ -5,8 +5,7 @@
 Every rank runs the whole program on its slice of the weights. Fused QKV is cut by KV head (where there are
 fewer than ranks, several hold the same one and share its query heads), gate and up by rows, `wo` and `w2` by
 columns, so that a layer needs two all-reduces; embedding and LM head are cut by vocabulary, norms not at all.
-What does not divide among the query heads of a KV head, or in the vocabulary, is filled up with zeros. The
-hidden state is the same on every rank after each all-reduce, and with it scores, decisions and tokens.
+What does not divide is filled up with zeros. After each all-reduce all ranks hold the same hidden state.
 """
 
 import argparse
@@ -98,7 +97,7 @@ class Shard:
 # The collectives. Functional ones, so that they stay inside the compiled steps and the captured graphs.
 
 GROUP = ""  # the name of their process group, set by `connect`
-RANK = 0  # of this process
+RANK = 0
 SYMMETRIC: dict[torch.dtype, Tensor] = {}  # buffers that all ranks see, with --all_reduce symmetric
 ops = torch.ops._c10d_functional
 

@@ -45,8 +45,8 @@ from scripts.lib.pair import files_in
 from tokenizer import Tokenizer, load_tokenizer
 
 HELP = """
-Mark every token that makes the answer wrong; an answer without marks counts as right (where the checker calls it wrong,
-enter is asked for a second time).
+Mark every token that makes the answer wrong; an answer without marks counts as right (where the checker
+calls it wrong, enter is asked for a second time).
 
 left right, h l     one token back, on             space, m   mark the token, or the selection; again: unmark
 up down, k j        one line up, down              v          begin a selection, or drop it
@@ -67,16 +67,12 @@ ESCAPE_BEGUN = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|O)?")
 KEYS = {b"\r": "n", b"\n": "n", b" ": "m", b"\x03": "q", b"\x1b[5~": "page up", b"\x1b[6~": "page down"}
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|\Z)|[。！？]+|(?=\n)|\Z")
 TEXT, HEADING = -1, -2  # stand where a row of an answer has the number of a token
-
 Row = list[tuple[int, str]]  # (number of the token, what is shown of it), from left to right
 
 
-def read_items(path: Path) -> list[dict]:
-    """The answers to mark. Raises InputError naming file, line and field of whatever is wrong."""
-    items = [read_item(item, where) for where, item in read_json_lines(path, "--data")]
-    if not items:
-        raise InputError(f"--data {path} holds no answers; give JSON lines with prompt and response.")
-    return items
+def are_spans(errors: object, length: float = float("inf")) -> bool:
+    """Whether this is a list of [start, end] with 0 <= start < end <= length."""
+    return isinstance(errors, list) and all(is_span(span, length) for span in errors)
 
 
 def read_item(item: dict, where: str) -> dict:
@@ -94,9 +90,12 @@ def read_item(item: dict, where: str) -> dict:
     return item
 
 
-def are_spans(errors: object, length: float = float("inf")) -> bool:
-    """Whether this is a list of [start, end] with 0 <= start < end <= length."""
-    return isinstance(errors, list) and all(is_span(span, length) for span in errors)
+def read_items(path: Path) -> list[dict]:
+    """The answers to mark. Raises InputError naming file, line and field of whatever is wrong."""
+    items = [read_item(item, where) for where, item in read_json_lines(path, "--data")]
+    if not items:
+        raise InputError(f"--data {path} holds no answers; give JSON lines with prompt and response.")
+    return items
 
 
 def answer_key(item: dict) -> str:
@@ -149,6 +148,7 @@ class Journal:
                 else f"{self.path} cannot be written: {error.strerror}."
             )
             raise InputError(f"The last change is not kept: {reason}") from None
+
         self.records[key] = record
 
     def is_done(self, key: str) -> bool:
@@ -210,25 +210,26 @@ def open_answer(tokenizer: Tokenizer, item: dict, errors: list[list[int]]) -> Ma
     return Marking(response, units, starts, marks)
 
 
-def edit(state: Marking, key: str, rows: list[Row]) -> Marking:
-    """The state after a key that moves or marks; `rows` is the answer as shown, for moving by line."""
-    if key in ("h", "l", "k", "j", "w", "b"):
-        return replace(state, cursor=moved(state, key, rows))
-    if key == "v":
-        return replace(state, anchor=state.cursor if state.anchor is None else None)
-    marks, past = state.marks, (*state.past, state.marks)
-    if key == "m":
-        chosen = state.selection
-        marks = marks - chosen if chosen <= marks else marks | chosen
-    elif key == "e":
-        begin = state.units[state.cursor][0]
-        end = max(SENTENCE_END.search(state.response, begin).end(), begin + 1)
-        marks = marks | {i for i, (start, _) in enumerate(state.units) if begin <= start < end}
-    elif key == "c":
-        marks = frozenset()
-    elif key == "u" and state.past:
-        marks, past = state.past[-1], state.past[:-1]
-    return state if marks == state.marks else replace(state, marks=marks, past=past, anchor=None)
+def row_of(rows: list[Row], unit: int) -> int:
+    """The row in which a unit begins."""
+    return next(number for number, row in enumerate(rows) if any(i == unit for i, _ in row))
+
+
+@cache
+def width_of(char: str) -> int:
+    """Columns that a character takes: none for a combining mark, two for a wide one."""
+    if char == "\n" or unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+
+
+def columns(row: Row) -> dict[int, int]:
+    """{unit: the column at which it begins}"""
+    places, column = {}, 0
+    for i, text in row:
+        places[i] = column
+        column += sum(map(width_of, text))
+    return places
 
 
 def moved(state: Marking, key: str, rows: list[Row]) -> int:
@@ -247,29 +248,30 @@ def moved(state: Marking, key: str, rows: list[Row]) -> int:
         nearest = max((i for i in places if places[i] <= column), default=cursor)
         if nearest != cursor:  # else the row shows no more than the rest of a long token
             return nearest
+
     return cursor
 
 
-def row_of(rows: list[Row], unit: int) -> int:
-    """The row in which a unit begins."""
-    return next(number for number, row in enumerate(rows) if any(i == unit for i, _ in row))
+def edit(state: Marking, key: str, rows: list[Row]) -> Marking:
+    """The state after a key that moves or marks; `rows` is the answer as shown, for moving by line."""
+    if key in ("h", "l", "k", "j", "w", "b"):
+        return replace(state, cursor=moved(state, key, rows))
+    if key == "v":
+        return replace(state, anchor=state.cursor if state.anchor is None else None)
+    marks, past = state.marks, (*state.past, state.marks)
+    if key == "m":
+        chosen = state.selection
+        marks = marks - chosen if chosen <= marks else marks | chosen
+    elif key == "e":
+        begin = state.units[state.cursor][0]
+        end = max(SENTENCE_END.search(state.response, begin).end(), begin + 1)
+        marks = marks | {i for i, (start, _) in enumerate(state.units) if begin <= start < end}
+    elif key == "c":
+        marks = frozenset()
+    elif key == "u" and state.past:
+        marks, past = state.past[-1], state.past[:-1]
 
-
-def columns(row: Row) -> dict[int, int]:
-    """{unit: the column at which it begins}"""
-    places, column = {}, 0
-    for i, text in row:
-        places[i] = column
-        column += sum(map(width_of, text))
-    return places
-
-
-@cache
-def width_of(char: str) -> int:
-    """Columns that a character takes: none for a combining mark, two for a wide one."""
-    if char == "\n" or unicodedata.category(char) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+    return state if marks == state.marks else replace(state, marks=marks, past=past, anchor=None)
 
 
 @cache
@@ -316,6 +318,7 @@ def wrap(pieces: tuple[str, ...], starts: tuple[bool, ...], width: int) -> list[
                     text = rows[-1].pop()[1] if rows[-1] and rows[-1][-1][0] == i else ""
                     rows[-1].append((i, text + char))
                     used += width_of(char)
+
     return rows
 
 
@@ -345,6 +348,7 @@ class Session:
         journal: Journal,
         tokenizer: Tokenizer,
         out: Path,
+        *,
         ask_all: bool,
         colour: bool,
     ):
@@ -358,6 +362,7 @@ class Session:
         for key, item in self.items:
             if key not in self.known_right:
                 self.queue.setdefault(key, item)
+
         self.keys = list(self.queue)
         self.states: dict[str, Marking] = {}
         self.position, self.top, self.follows, self.helps, self.doubts = -1, 0, True, False, False
@@ -421,6 +426,7 @@ class Session:
             if self.state.marks != before.marks:
                 self.journal.put(self.key, self.state.errors, False)
             self.follows = True
+
         return True
 
     def write_out(self) -> None:
@@ -448,7 +454,8 @@ class Session:
         """The screen: `height` lines of at most `width` columns, with their attributes."""
         body, state = max(height - 2, 1), self.state
         if self.helps or not state:
-            end = f"\nThere is no answer left to mark here: {self.summary()}.\n\np goes back to the last one, q quits."
+            end = f"\nThere is no answer left to mark here: {self.summary()}.\n\n"
+            end += "p goes back to the last one, q quits."
             rows, head = wrap_text(HELP if self.helps else end, width), "annotate.py"
         else:
             rows, answer, item = [], self.answer_rows(width), self.queue[self.key]
@@ -465,6 +472,7 @@ class Session:
             head = f"answer {self.position + 1} of {len(self.keys)}: {len(state.marks)} marked"
             head += ", done" * self.journal.is_done(self.key) + ", selecting" * (state.anchor is not None)
             head += f", {item['source']}" if item.get("source") else ""
+
         foot = DOUBT if self.doubts else FOOTER
         head, foot = (wrap_text(text.replace("\n", " "), width)[0] for text in (head, foot))
         lines = [head, *rows[:body], *[[]] * (body - len(rows)), foot]
@@ -541,18 +549,20 @@ def annotate(args: argparse.Namespace) -> None:
     for path in (args.out, journal_path):
         check_writable(path, "--out")
         check_not_input(path, [args.data, *files_in([args.checkpoint_path])])
+
     if args.out.exists() and not journal_path.exists():
         raise InputError(
             f"--out {args.out} exists, but not its journal {journal_path}; name another --out or remove it."
         )
+
     tokenizer = load_tokenizer(args.checkpoint_path)
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         raise InputError(
             "Marking needs a terminal for input and output, one that can move its cursor (TERM is not dumb)."
         )
-    session = Session(
-        items, Journal(journal_path), tokenizer, args.out, args.all, not os.environ.get("NO_COLOR")
-    )
+
+    journal, colour = Journal(journal_path), not os.environ.get("NO_COLOR")
+    session = Session(items, journal, tokenizer, args.out, ask_all=args.all, colour=colour)
     session.write_out()  # a kill may have come between the journal and this
     with full_screen(), suppress(OSError):  # of a terminal that is gone
         run(session)

@@ -108,12 +108,30 @@ def bandwidth(device: torch.device, dtype_bytes: int = 4) -> tuple[float, float]
         kernels.use_cpu_kernels()
         row, weight = torch.ones(1, 2**12), source.view(-1, 2**12)
         reads.append(torch.inference_mode()(lambda: kernels.linear(row, weight)))
+
     read = min(timed(action, device) for _ in range(5) for action in reads)
     copy = min(timed(lambda: target.copy_(source), device) for _ in range(5))
     if device.type == "cuda":
         del source, target
         torch.cuda.empty_cache()
+
     return size * dtype_bytes / read, 2 * size * dtype_bytes / copy
+
+
+def imposed(args: argparse.Namespace) -> str:
+    return "" if args.accept is None else f"imposed acceptance of {args.accept}"
+
+
+def synthetic(n: int, vocab_size: int) -> list[int]:
+    """A prompt of n random ids."""
+    return torch.randint(3, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def needed_length(args: argparse.Namespace) -> int:
+    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
+    position."""
+    ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
+    return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
 
 
 def repeated(action: Callable, times: int, device: torch.device) -> Callable[[], float]:
@@ -147,6 +165,7 @@ class Workbench:
         for model in (self.target, self.draft):
             if model is not None:
                 model.setup_caches(capacity)
+
         self.head = self.judge()
         self.plain = self.engine(
             Settings("plain", speculate_k=args.speculate_k, compile=args.compile), "plain"
@@ -235,38 +254,36 @@ class Workbench:
         return run
 
     def parts(self) -> list[Part]:
-        """What is measured, for every position: plain step, one draft step, draft loop, verification for
-        every M, round."""
-        a, parts, k = self.args, [], self.args.speculate_k
-        target, inner = self.target.args, BACK_TO_BACK if self.device.type == "cuda" else 1
-        for position in a.positions:
-            at, read = f" at {position}", self.read_bytes(target, 0, position)
+        """What is measured: steps and rounds at every position, prompts, whole generations."""
+        parts = [part for position in self.args.positions for part in self.parts_at(position)]
+        return parts + [self.prefill_part(length) for length in self.args.prefill] + self.generations()
 
-            def add(
-                name: str, action: Callable, size: float, rows: int = 1, position=position, at=at, **more
-            ) -> None:
-                run = repeated(action, inner, self.device)
-                parts.append(Part(name.format(at=at), run, (position, position + rows - 1), size, **more))
+    def parts_at(self, position: int) -> list[Part]:
+        """Plain step, draft loop, verification for every M, and round, at one position."""
+        k, at, target = self.args.speculate_k, f" at {position}", self.target.args
+        times = BACK_TO_BACK if self.device.type == "cuda" else 1
 
-            add("plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)
-            for length, engine in self.others.items():
-                add(
-                    f"plain step{{at}}, with a cache of {length}",
-                    self.step(engine, k, 0, position),
-                    read,
-                    tokens=1,
-                )
-            if self.fast is None:
-                continue
-            small = self.read_bytes(self.draft.args, 1, position)
-            add(f"draft loop, M = {k}{{at}}", self.step(self.fast, k, 0, position), small * k, k)
-            for m in self.fast.sizes:
-                rows = self.read_bytes(target, 0, position, m + 1)
-                add(f"verify {m + 1} rows{{at}}", self.step(self.fast, m, 1, position), rows, m + 1)
-            add(f"round, M = {k}{{at}}", lambda p=position: self.whole_round(p), read + small * k, k + 1)
-        for length in a.prefill:
-            parts.append(self.prefill_part(length))
-        return parts + self.generations()
+        def part(name: str, action: Callable, size: float, rows: int = 1, **more) -> Part:
+            run = repeated(action, times, self.device)
+            return Part(name, run, (position, position + rows - 1), size, **more)
+
+        read = self.read_bytes(target, 0, position)
+        parts = [part(f"plain step{at}", self.step(self.plain, k, 0, position), read, tokens=1)]
+        for length, engine in self.others.items():
+            name = f"plain step{at}, with a cache of {length}"
+            parts.append(part(name, self.step(engine, k, 0, position), read, tokens=1))
+
+        if self.fast is None:
+            return parts
+
+        small = self.read_bytes(self.draft.args, 1, position)
+        parts.append(part(f"draft loop, M = {k}{at}", self.step(self.fast, k, 0, position), small * k, k))
+        for m in self.fast.sizes:
+            rows = self.read_bytes(target, 0, position, m + 1)
+            parts.append(part(f"verify {m + 1} rows{at}", self.step(self.fast, m, 1, position), rows, m + 1))
+
+        whole = part(f"round, M = {k}{at}", lambda: self.whole_round(position), read + small * k, k + 1)
+        return [*parts, whole]
 
     def read_bytes(self, shape: ModelArgs, which: int, position: int, rows: int = 1) -> int:
         """Bytes that a step reads, of the target (0) or the draft (1), with its weights as they are
@@ -304,13 +321,15 @@ class Workbench:
         if self.fast is not None:
             self.overheads: list[float] = []
             parts.append(Part(f"generate, {a.verify}", lambda: self.generate_fast(prompt), note=imposed(a)))
+
         if a.peers:
-            peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, a.speculate_k, a.accept)
+            peers = Peers(self.target, self.draft, prompt, a.max_new_tokens, k=a.speculate_k, accept=a.accept)
             parts.append(Part("transformers generate", peers.plain))
             if a.compile:
                 parts.append(Part("transformers generate, static cache, compiled", peers.static))
             if self.draft is not None:
                 parts.append(Part("transformers generate, assisted", peers.assisted, note=imposed(a)))
+
         for part in parts:
             part.tokens, part.at = a.max_new_tokens, (a.prompt_tokens, a.prompt_tokens + a.max_new_tokens - 1)
         return parts
@@ -334,6 +353,7 @@ class Workbench:
             result = engine.generate(prompt, self.args.max_new_tokens)
         finally:
             del engine.steps
+
         self.result = result
         if self.device.type == "cpu":
             self.overheads.append(1 - inside / result.seconds_decode)
@@ -352,6 +372,7 @@ class Workbench:
             at, k = f" at {a.positions[0]}", a.speculate_k
             steps = ms[f"draft loop, M = {k}{at}"] + ms[f"verify {k + 1} rows{at}"]
             overhead = 1 - steps / (ms[f"generate, {a.verify}"] / result.rounds)
+
         whole_ones = re.findall("[ar]*[tb]", "".join(result.origin))
         mean = statistics.mean(map(len, whole_ones)) if whole_ones else None
         return {"host_overhead": overhead, "tokens_a_round": mean, "rounds": len(whole_ones),
@@ -376,45 +397,20 @@ def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
     if not args.modes:
         bench = Workbench(args, (scheme_of(args), draft))
         return bench, bench.parts()
+
     benches = []
     for name in args.modes:
         scheme = scheme_named(name)
         benches.append(
             Workbench(args, (replace(scheme, lm_head=args.quantize_lm_head) if scheme else None, draft))
         )
+
     parts = [bench.parts() for bench in benches]
     for name, some in zip(args.modes, parts):
         for part in some:
             part.name = f"{name}: {part.name}"
+
     return benches[0], [part for some in zip(*parts) for part in some]
-
-
-def imposed(args: argparse.Namespace) -> str:
-    return "" if args.accept is None else f"imposed acceptance of {args.accept}"
-
-
-def synthetic(n: int, vocab_size: int) -> list[int]:
-    """A prompt of n random ids."""
-    return torch.randint(3, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """Ways to attend over one layer's cache, for rows of decoding and verification, at 512, 4k and 32k
-    positions."""
-    parts, device = [], args.device
-    shape = (1, model.n_kv_head, 32768, model.head_dim)
-    caches = [[torch.randn(shape, device=device).to(dtype) for _ in range(2)] for _ in range(COPIES)]
-    for length in (512, 4096, 32768):
-        for rows in (1, 2, 17, 33):
-            q = torch.randn(1, rows, model.n_head, model.head_dim, device=device).to(dtype)
-            pos = torch.arange(length - rows, length, device=device)
-            mask = causal_mask(pos, length, dtype)
-            ways = [attention_ways(q, cache, pos, mask, length) for cache in caches]
-            for name in ways[0]:
-                action = in_turn([way[name] for way in ways], device)
-                size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
-                parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
-    return parts
 
 
 def attention_ways(
@@ -434,39 +430,41 @@ def attention_ways(
     return ways
 
 
-def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
-    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
-    weights alone)."""
+def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
+    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
+    as a graph."""
+
+    @torch.inference_mode()
+    def all_of_them() -> None:
+        for action in actions:
+            action()
+
+    if device.type == "cuda":
+        all_of_them()  # compiles
+        torch.cuda.synchronize()
+        with torch.inference_mode():
+            captured = capture(all_of_them, torch.cuda.graph_pool_handle())
+        return lambda: timed(lambda: [captured.graph.replay() for _ in range(5)], device) / 5 / len(actions)
+    return lambda: timed(all_of_them, device) / len(actions)
+
+
+def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
+    """Ways to attend over one layer's cache, for rows of decoding and verification, at 512, 4k and 32k
+    positions."""
     parts, device = [], args.device
-    kernels.use_cpu_kernels()
-    schemes = [
-        Scheme("int8"),
-        Scheme("fp8"),
-        Scheme("fp8", dynamic=True),
-        Scheme("int4"),
-        Scheme("int4", 128),
-    ]
-    for name in ("wqkv", "wo", "w13", "w2"):
-        shape = linear_shape(model, name)
-        weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
-        packed = {}
-        for scheme in schemes:
-            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme)
-            packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
-        packed["PyTorch's int4/128"] = [LibraryInt4(weights[0]) for _ in range(COPIES)]
+    shape = (1, model.n_kv_head, 32768, model.head_dim)
+    caches = [[torch.randn(shape, device=device).to(dtype) for _ in range(2)] for _ in range(COPIES)]
+    for length in (512, 4096, 32768):
         for rows in (1, 2, 17, 33):
-            x = torch.randn(1, rows, shape[1], device=device).to(dtype)
-            what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
-            library = in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
-            ours = in_turn([lambda w=w, x=x: kernels.linear(x, w) for w in weights], device)
-            parts.append(Part(f"{what}: PyTorch", library, weights[0].nbytes))
-            if device.type == "cpu":
-                parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
-            for mode, layers in packed.items():
-                action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
-                parts.append(
-                    Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
-                )
+            q = torch.randn(1, rows, model.n_head, model.head_dim, device=device).to(dtype)
+            pos = torch.arange(length - rows, length, device=device)
+            mask = causal_mask(pos, length, dtype)
+            ways = [attention_ways(q, cache, pos, mask, length) for cache in caches]
+            for name in ways[0]:
+                action = in_turn([way[name] for way in ways], device)
+                size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
+                parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
+
     return parts
 
 
@@ -503,22 +501,41 @@ def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     return sum(shape[0] for shape in found), found[0][1]
 
 
-def in_turn(actions: list[Callable], device: torch.device) -> Callable[[], float]:
-    """Seconds of one of several like calls that take turns, so that none finds its data in a cache; on a GPU
-    as a graph."""
+def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
+    """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
+    weights alone)."""
+    parts, device = [], args.device
+    kernels.use_cpu_kernels()
+    schemes = [
+        Scheme("int8"),
+        Scheme("fp8"),
+        Scheme("fp8", dynamic=True),
+        Scheme("int4"),
+        Scheme("int4", 128),
+    ]
+    for name in ("wqkv", "wo", "w13", "w2"):
+        shape = linear_shape(model, name)
+        weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
+        packed = {}
+        for scheme in schemes:
+            first = QuantLinear(*quantize(weights[0], scheme), *shape, scheme)
+            packed[str(scheme)] = [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
+        packed["PyTorch's int4/128"] = [LibraryInt4(weights[0]) for _ in range(COPIES)]
+        for rows in (1, 2, 17, 33):
+            x = torch.randn(1, rows, shape[1], device=device).to(dtype)
+            what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
+            library = in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
+            ours = in_turn([lambda w=w, x=x: kernels.linear(x, w) for w in weights], device)
+            parts.append(Part(f"{what}: PyTorch", library, weights[0].nbytes))
+            if device.type == "cpu":
+                parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
+            for mode, layers in packed.items():
+                action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
+                parts.append(
+                    Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
+                )
 
-    @torch.inference_mode()
-    def all_of_them() -> None:
-        for action in actions:
-            action()
-
-    if device.type == "cuda":
-        all_of_them()  # compiles
-        torch.cuda.synchronize()
-        with torch.inference_mode():
-            captured = capture(all_of_them, torch.cuda.graph_pool_handle())
-        return lambda: timed(lambda: [captured.graph.replay() for _ in range(5)], device) / 5 / len(actions)
-    return lambda: timed(all_of_them, device) / len(actions)
+    return parts
 
 
 def measure(parts: list[Part], repeats: int) -> Iterator[None]:
@@ -535,70 +552,74 @@ def measure(parts: list[Part], repeats: int) -> Iterator[None]:
             yield
 
 
-def summarise(part: Part, limit: float) -> dict:
-    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
-    repeats."""
-    n, median = len(part.seconds), statistics.median(part.seconds)
-    row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
-           "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
-    if n >= QUARTILES_FROM:
-        low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
-        row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
-    row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
-    row |= {
-        "noisy": None if n < 3 else row["spread"] > NOISY,
-        "samples_ms": [1e3 * second for second in part.seconds],
-    }
-    if part.bytes:
-        row |= {
-            "bytes": part.bytes,
-            "gb_per_s": part.bytes / median / 1e9,
-            "share_of_limit": part.bytes / median / limit,
-        }
-    if part.flops:
-        row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
-    if part.tokens:
-        row["tokens_per_second"] = part.tokens / median
-    return row | ({"note": part.note} if part.note else {})
-
-
-def as_table(rows: list[dict]) -> str:
-    """A Markdown table."""
-    n = rows[0]["n"]
-    between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
-    lines = [
-        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
-        "|" + "---|" * 9,
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError where a file that is to be written cannot be, is an input, or is named twice."""
+    if args.out is not None and args.out.suffix != ".json":
+        raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
+    outputs = [
+        (args.out, "--out"),
+        (args.out and args.out.with_suffix(".md"), "--out, its table"),
+        (args.profile, "--profile"),
     ]
-    for row in rows:
-        low, high = range_of(row)
-        first, last = row["positions"] or ("", "")
-        cells = [row["part"], f"{first}" if first == last else f"{first} to {last}", f"{row['ms']:.3f}",
-                 f"{low:.3f} to {high:.3f}"]  # fmt: skip
-        cells += (
-            [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
-            if "bytes" in row
-            else [""] * 3
+    folders = [folder for folder in (args.checkpoint_path, args.draft_checkpoint_path) if folder is not None]
+    inputs = [
+        file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]
+    ]
+    real: list[Path] = []
+    for path, flag in outputs:
+        if path is not None:
+            real.append(check_writable(path, flag))
+            check_not_input(path, [*set(inputs), *filter(None, [args.judge_path])], flag)
+
+    if len(set(real)) < len(real):
+        raise InputError(f"--profile {args.profile} names a file that --out writes; name another one.")
+
+
+def rows_ahead(args: argparse.Namespace) -> int:
+    """Rows that a step or a verification reads from its position on."""
+    return max([args.speculate_k + 1, *args.rows]) if has_draft(args) else 1
+
+
+def fit_lengths(args: argparse.Namespace) -> int:
+    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context;
+    returns it."""
+    context = min(shape.max_position for shape in shapes_of(args) if shape is not None)
+    args.positions = list(dict.fromkeys(args.positions or [max(1, min(500, context - rows_ahead(args)))]))
+    args.prefill = list(dict.fromkeys([min(512, context)] if args.prefill is None else args.prefill))
+    args.prompt_tokens = args.prompt_tokens or max(1, min(64, context // 8))
+    args.max_new_tokens = args.max_new_tokens or max(1, min(200, context - args.prompt_tokens))
+    return context
+
+
+def check_lengths(args: argparse.Namespace) -> None:
+    """Raises InputError where positions, prompts or caches do not fit the models, or the models one
+    another."""
+    context, (target, draft) = fit_lengths(args), shapes_of(args)
+    longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
+    if longest > context:
+        raise InputError(
+            f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}."
         )
-        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
-        speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
-        cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", noise(rows)])
+    if (reached := max(args.positions) + rows_ahead(args)) > context:
+        raise InputError(
+            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
+            f"there on reach {reached} tokens, but the context is {context}."
+        )
 
+    for length in args.cache_length or []:
+        if length < needed_length(args):
+            raise InputError(
+                f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
+            )
 
-def noise(rows: list[dict]) -> str:
-    """A sentence on how far the times can be trusted."""
-    n, noisy = rows[0]["n"], sum(bool(row["noisy"]) for row in rows)
-    if n < 3:
-        return f"How noisy these times are is not known: {n} of at least 3 repeats."
-    between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
-    if not noisy:
-        return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
-    return (
-        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
-        "their median. Measure them again on an idle machine before anything is built on a difference."
-    )
+    if draft is not None and target.vocab_size != draft.vocab_size:
+        raise InputError(
+            "Draft and target have different vocabularies, of "
+            f"{draft.vocab_size} and {target.vocab_size} tokens."
+        )
+
+    if args.checkpoint_path and args.draft_checkpoint_path:
+        check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -606,6 +627,7 @@ def check_args(args: argparse.Namespace) -> None:
     for ours, theirs in (("checkpoint_path", "preset"), ("draft_checkpoint_path", "draft_preset")):
         if getattr(args, ours) and getattr(args, theirs):
             raise InputError(f"--{ours} and --{theirs} both name a model; give one of them.")
+
     modes_of(args)
     if len(set(args.modes or [])) < len(args.modes or []):
         raise InputError("--modes names a mode twice.")
@@ -638,122 +660,33 @@ def check_args(args: argparse.Namespace) -> None:
     check_outputs(args)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raises InputError where a file that is to be written cannot be, is an input, or is named twice."""
-    if args.out is not None and args.out.suffix != ".json":
-        raise InputError(f"--out {args.out} must end in .json; the table goes beside it as .md.")
-    outputs = [
-        (args.out, "--out"),
-        (args.out and args.out.with_suffix(".md"), "--out, its table"),
-        (args.profile, "--profile"),
-    ]
-    folders = [folder for folder in (args.checkpoint_path, args.draft_checkpoint_path) if folder is not None]
-    inputs = [
-        file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]
-    ]
-    real: list[Path] = []
-    for path, flag in outputs:
-        if path is not None:
-            real.append(check_writable(path, flag))
-            check_not_input(path, [*set(inputs), *filter(None, [args.judge_path])], flag)
-    if len(set(real)) < len(real):
-        raise InputError(f"--profile {args.profile} names a file that --out writes; name another one.")
+def summarise(part: Part, limit: float) -> dict:
+    """A part as figures; limit: bytes a second that the machine reaches. Quartiles need QUARTILES_FROM
+    repeats."""
+    n, median = len(part.seconds), statistics.median(part.seconds)
+    row = {"part": part.name, "positions": part.at, "ms": 1e3 * median, "ms_min": 1e3 * min(part.seconds),
+           "ms_max": 1e3 * max(part.seconds), "n": n}  # fmt: skip
+    if n >= QUARTILES_FROM:
+        low, _, high = statistics.quantiles(part.seconds, n=4, method="inclusive")
+        row |= {"ms_p25": 1e3 * low, "ms_p75": 1e3 * high}
 
-
-def fit_lengths(args: argparse.Namespace) -> int:
-    """Fills in positions and lengths that the command line leaves open, so that they fit the models' context;
-    returns it."""
-    context = min(shape.max_position for shape in shapes_of(args) if shape is not None)
-    args.positions = list(dict.fromkeys(args.positions or [max(1, min(500, context - rows_ahead(args)))]))
-    args.prefill = list(dict.fromkeys([min(512, context)] if args.prefill is None else args.prefill))
-    args.prompt_tokens = args.prompt_tokens or max(1, min(64, context // 8))
-    args.max_new_tokens = args.max_new_tokens or max(1, min(200, context - args.prompt_tokens))
-    return context
-
-
-def rows_ahead(args: argparse.Namespace) -> int:
-    """Rows that a step or a verification reads from its position on."""
-    return max([args.speculate_k + 1, *args.rows]) if has_draft(args) else 1
-
-
-def check_lengths(args: argparse.Namespace) -> None:
-    """Raises InputError where positions, prompts or caches do not fit the models, or the models one
-    another."""
-    context, (target, draft) = fit_lengths(args), shapes_of(args)
-    longest = max([*args.positions, *args.prefill, args.prompt_tokens + args.max_new_tokens])
-    if longest > context:
-        raise InputError(
-            f"--positions, --prefill and generations reach {longest} tokens, but the context is {context}."
-        )
-    if (reached := max(args.positions) + rows_ahead(args)) > context:
-        raise InputError(
-            f"--positions {max(args.positions)}: {rows_ahead(args)} rows from "
-            f"there on reach {reached} tokens, but the context is {context}."
-        )
-    for length in args.cache_length or []:
-        if length < needed_length(args):
-            raise InputError(
-                f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
-            )
-    if draft is not None and target.vocab_size != draft.vocab_size:
-        raise InputError(
-            "Draft and target have different vocabularies, of "
-            f"{draft.vocab_size} and {target.vocab_size} tokens."
-        )
-    if args.checkpoint_path and args.draft_checkpoint_path:
-        check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
-
-
-def needed_length(args: argparse.Namespace) -> int:
-    """Tokens that the run's engines hold: on a GPU steps are repeated back to back, and go on from their
-    position."""
-    ahead = BACK_TO_BACK * (max([args.speculate_k, *args.rows]) + 1)
-    return max([*args.positions, *args.prefill, args.prompt_tokens]) + max(args.max_new_tokens, ahead)
-
-
-def run(args: argparse.Namespace, argv: list[str]) -> None:
-    """From a parsed command line to the report."""
-    args.device = pick_device(args.device)
-    check_args(args)
-    read, copy = bandwidth(args.device)
-    bench, dtype = None, run_dtype(args.precision, args.device)
-    if args.attention or args.products:
-        parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
-    else:
-        bench, parts = workbenches(args)
-    for _ in measure(parts, args.repeats):
-        report = make_report(args, argv, parts, bench, read, copy)
-        if args.out is not None:  # after every turn: a run that is stopped leaves what it has
-            write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
-            write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
-    if args.profile is not None:
-        bench.trace(args.profile)
-    print(as_text(report))
-    print(json.dumps(report))
-
-
-def make_report(
-    args, argv: list[str], parts: list[Part], bench: Workbench | None, read: float, copy: float
-) -> dict:
-    """All that was measured so far. read, copy: bytes a second."""
-    limit = copy if args.device.type == "cuda" else read
-    report = {
-        "schema": SCHEMA,
-        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": machine(),
-        "commit": commit(),
-        **settings_of(args, bench),
-        "read_gb_per_s": read / 1e9,
-        "copy_gb_per_s": copy / 1e9,
-        "limit": "copy" if args.device.type == "cuda" else "read",
-        "rows": [summarise(part, limit) for part in parts],
+    row["spread"] = (range_of(row)[1] - range_of(row)[0]) / row["ms"] if n > 2 else None
+    row |= {
+        "noisy": None if n < 3 else row["spread"] > NOISY,
+        "samples_ms": [1e3 * second for second in part.seconds],
     }
-    if bench is None:
-        return report
-    # with several modes there are several of each
-    figures = {} if args.modes else bench.round_figures(report["rows"])
-    return report | {"startup": bench.startup} | figures
+    if part.bytes:
+        row |= {
+            "bytes": part.bytes,
+            "gb_per_s": part.bytes / median / 1e9,
+            "share_of_limit": part.bytes / median / limit,
+        }
+
+    if part.flops:
+        row |= {"flops": part.flops, "tflops": part.flops / median / 1e12}
+    if part.tokens:
+        row["tokens_per_second"] = part.tokens / median
+    return row | ({"note": part.note} if part.note else {})
 
 
 def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
@@ -783,6 +716,71 @@ def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
     }
 
 
+def make_report(
+    args, argv: list[str], parts: list[Part], bench: Workbench | None, speeds: tuple[float, float]
+) -> dict:
+    """All that was measured so far. speeds: bytes a second of reading and of copying."""
+    limit = "copy" if args.device.type == "cuda" else "read"
+    read, copied = speeds
+    report = {
+        "schema": SCHEMA,
+        "command": printable(f"python scripts/benchmark.py {shlex.join(argv)}".rstrip()),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine(),
+        "commit": commit(),
+        **settings_of(args, bench),
+        "read_gb_per_s": read / 1e9,
+        "copy_gb_per_s": copied / 1e9,
+        "limit": limit,
+        "rows": [summarise(part, copied if limit == "copy" else read) for part in parts],
+    }
+    if bench is None:
+        return report
+    # with several modes there are several of each
+    figures = {} if args.modes else bench.round_figures(report["rows"])
+    return report | {"startup": bench.startup} | figures
+
+
+def noise(rows: list[dict]) -> str:
+    """A sentence on how far the times can be trusted."""
+    n, noisy = rows[0]["n"], sum(bool(row["noisy"]) for row in rows)
+    if n < 3:
+        return f"How noisy these times are is not known: {n} of at least 3 repeats."
+    between = "their quartiles" if n >= QUARTILES_FROM else "least and most"
+    if not noisy:
+        return f"Between {between} no part spreads over more than {NOISY:.0%} of its median."
+    return (
+        f"Noisy: between {between} {noisy} of {len(rows)} parts spread over more than {NOISY:.0%} of "
+        "their median. Measure them again on an idle machine before anything is built on a difference."
+    )
+
+
+def as_table(rows: list[dict]) -> str:
+    """A Markdown table."""
+    n = rows[0]["n"]
+    between = "25% to 75%" if n >= QUARTILES_FROM else "least to most"
+    lines = [
+        f"| part | at positions | ms (median of {n}) | {between} | GB | GB/s | share of limit | tokens/s | |",
+        "|" + "---|" * 9,
+    ]
+    for row in rows:
+        low, high = range_of(row)
+        first, last = row["positions"] or ("", "")
+        cells = [row["part"], f"{first}" if first == last else f"{first} to {last}", f"{row['ms']:.3f}",
+                 f"{low:.3f} to {high:.3f}"]  # fmt: skip
+        cells += (
+            [f"{row['bytes'] / 1e9:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_limit']:.0%}"]
+            if "bytes" in row
+            else [""] * 3
+        )
+        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
+        speed = f"{row['tflops']:.2f} TFLOP/s" if "tflops" in row else ""
+        cells += [", ".join(filter(None, (row.get("note"), speed, "noisy" if row["noisy"] else "")))]
+        lines.append("| " + " | ".join(cells) + " |")
+
+    return "\n".join([*lines, "", noise(rows)])
+
+
 def as_text(report: dict) -> str:
     """The report as Markdown."""
     made = f"{report['date']}; {report['machine']}; commit {report['commit']}; {report['dtype']}"
@@ -800,6 +798,7 @@ def as_text(report: dict) -> str:
             lines.append(
                 f"- loading {name}: {found['bytes'] / 1e9:.3f} GB at {speed:.2f} GB/s (`cat` {cat:.2f} GB/s)"
             )
+
     if report.get("host_overhead") is not None:
         lines.append(f"- host overhead: {report['host_overhead']:.2%}")
     if report.get("tokens_a_round") is not None:
@@ -807,7 +806,31 @@ def as_text(report: dict) -> str:
             report["rounds_cut"]
         )
         lines.append(f"- tokens a round: {report['tokens_a_round']:.2f} in {report['rounds']} rounds{cut}")
+
     return "\n".join(lines)
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """From a parsed command line to the report."""
+    args.device = pick_device(args.device)
+    check_args(args)
+    speeds = bandwidth(args.device)
+    bench, dtype = None, run_dtype(args.precision, args.device)
+    if args.attention or args.products:
+        parts = (attention_parts if args.attention else product_parts)(args, shapes_of(args)[0], dtype)
+    else:
+        bench, parts = workbenches(args)
+
+    for _ in measure(parts, args.repeats):
+        report = make_report(args, argv, parts, bench, speeds)
+        if args.out is not None:  # after every turn: a run that is stopped leaves what it has
+            write_file(args.out.with_suffix(".md"), (as_text(report) + "\n").encode())
+            write_file(args.out, (json.dumps(report, indent=1) + "\n").encode())
+
+    if args.profile is not None:
+        bench.trace(args.profile)
+    print(as_text(report))
+    print(json.dumps(report))
 
 
 def main(argv: list[str] | None = None) -> None:

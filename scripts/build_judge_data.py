@@ -42,10 +42,11 @@ from generate import Engine, NotFinite, Settings
 from model import pick_device, run_dtype
 from quantize import load_model
 from scripts.lib.demo_task import annotated
+from scripts.lib.fields import check_fields, is_count, is_text, is_verdict
 from scripts.lib.flags import add_flags
 from scripts.lib.pair import check_prompt, check_settings, files_in
 from scripts.lib.result import Result
-from scripts.lib.results import is_count, is_text, is_verdict, resume
+from scripts.lib.results import resume
 from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
 from scripts.lib.tasks import add_question_flags, questions_of
 from scripts.lib.terminal import answer_text, encode_prompt
@@ -59,6 +60,14 @@ class Job(NamedTuple):
     temperature: float
     sample: int
     question: Question
+
+
+class Source(NamedTuple):
+    """A model that answers: its folder, its tokenizer, and the ids of each question's prompt by its id."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    prompts: dict[str, list[int]]
 
 
 def read_temperatures(text: str) -> list[float]:
@@ -87,12 +96,10 @@ def list_jobs(args: argparse.Namespace, questions: list[Question]) -> list[Job]:
     ]
 
 
-def encode_prompts(
-    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, questions: list[Question]
-) -> dict:
-    """{question id: prompt ids}; InputError for one that leaves no room for an answer in the folder's
-    context."""
-    context, prompts = read_config(folder).max_position, {}
+def open_source(args: argparse.Namespace, folder: Path, questions: list[Question]) -> Source:
+    """A folder's tokenizer and prompts. Raises InputError for one that leaves no room for an answer in the
+    folder's context."""
+    tokenizer, context, prompts = load_tokenizer(folder), read_config(folder).max_position, {}
     for question in questions:
         prompt = encode_prompt(args, tokenizer, question.prompt)
         try:
@@ -100,7 +107,7 @@ def encode_prompts(
         except InputError as error:
             raise InputError(f"Question {question.index} and {folder}: {error}") from None
         prompts[question.id] = prompt
-    return prompts
+    return Source(folder, tokenizer, prompts)
 
 
 def make_header(args: argparse.Namespace, questions: list[Question]) -> dict:
@@ -118,21 +125,20 @@ def seed_of(args: argparse.Namespace, job: Job) -> int:
     return int(hashlib.sha256(f"{args.seed} {job.question.id} {job.sample}".encode()).hexdigest()[:15], 16)
 
 
-def answers(
-    args: argparse.Namespace, todo: list[Job], prompts: list[dict], stop_ids: list
-) -> Iterator[tuple[Job, Result]]:
+def answers(args: argparse.Namespace, todo: list[Job], sources: list[Source]) -> Iterator[tuple[Job, Result]]:
     """(job, the engine's Result) for all of `todo`, with one model loaded at a time; it stopped with "not
     finite" where the logits were."""
     for at, its_jobs in groupby(todo, key=lambda job: job.model):
-        model = load_model(args.checkpoint_path[at], args.device, args.dtype)
-        length = max(map(len, prompts[at].values())) + args.max_new_tokens
+        folder, tokenizer, prompts = sources[at]
+        model = load_model(folder, args.device, args.dtype)
+        length = max(map(len, prompts.values())) + args.max_new_tokens
         for temperature, jobs in groupby(its_jobs, key=lambda job: job.temperature):
             settings = Settings("plain", temperature=temperature, compile=args.compile)
-            engine = Engine(model, None, None, settings, stop_ids[at], length)
+            engine = Engine(model, None, None, settings, tokenizer.stop_ids, length)
             if args.compile:
-                note(f"{args.checkpoint_path[at]}: warmed up in {engine.warm_up():.1f} s")
+                note(f"{folder}: warmed up in {engine.warm_up():.1f} s")
             for job in jobs:
-                prompt = prompts[at][job.question.id]
+                prompt = prompts[job.question.id]
                 try:
                     result = engine.generate(prompt, args.max_new_tokens, seed_of(args, job))
                 except NotFinite:
@@ -145,6 +151,10 @@ def answers(
 
 WHY_NOT = {"length": "cut off", "not finite": "not finite"}  # stop reason -> why the answer is dropped
 DROPPED = ("cut off", "no answer", "not finite", *UNDECIDED)
+
+
+def source_of(args: argparse.Namespace, job: Job) -> str:
+    return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
 
 
 def record(args: argparse.Namespace, job: Job, tokens: int, text: str, stop_reason: str) -> dict:
@@ -173,32 +183,17 @@ def check_record(record: dict, where: str) -> dict:
         "tokens": is_count,
         "source": is_text,
     }
-    if wrong := next(
-        (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
-    ):
-        raise InputError(
-            f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out."
-        )
-    return record
-
-
-def source_of(args: argparse.Namespace, job: Job) -> str:
-    return f"{args.checkpoint_path[job.model].resolve().name}, temperature {job.temperature:g}"
+    return check_fields(record, kinds, where)
 
 
 def answer_all(
-    args: argparse.Namespace,
-    todo: list[Job],
-    prompts: list,
-    tokenizers: list,
-    lines: Lines,
-    begin: list[dict],
+    args: argparse.Namespace, todo: list[Job], sources: list[Source], lines: Lines, begin: list[dict]
 ) -> list[dict]:
     """Makes the answers that are still missing, writing each to OUT.all as it is done, the first one after
     `begin`."""
     records, progress = [], Progress("answers", len(todo))
-    for job, result in answers(args, todo, prompts, [tokenizer.stop_ids for tokenizer in tokenizers]):
-        text = answer_text(tokenizers[job.model], result.tokens)
+    for job, result in answers(args, todo, sources):
+        text = answer_text(sources[job.model].tokenizer, result.tokens)
         records.append(record(args, job, len(result.tokens), text, result.stop_reason))
         for line in (*(begin if len(records) == 1 else ()), records[-1]):
             lines.add(line)
@@ -206,11 +201,11 @@ def answer_all(
     return records
 
 
-def pick(records: list[dict], count: int, used: Counter, turn: int, models: int) -> list[dict]:
-    """Up to `count` different answers, each from the model `used` least so far; ties go to the models by
+def pick(records: list[dict], most: int, used: Counter, turn: int, models: int) -> list[dict]:
+    """Up to `most` different answers, each from the model `used` least so far; ties go to the models by
     turns."""
     picked, rest = [], list(records)
-    while rest and len(picked) < count:
+    while rest and len(picked) < most:
         best = min(rest, key=lambda record: (used[record["model"]], (record["model"] - turn) % models))
         used[best["model"]] += 1
         picked.append(best)
@@ -229,7 +224,7 @@ def choose(records: list[dict], models: int, right: int, wrong: int) -> list[dic
         kinds = [([r for r in group if r["right"]], right), ([r for r in group if not r["right"]], wrong)]
         if all(of_kind for of_kind, _ in kinds):
             used, scarce_first = Counter(), sorted(kinds, key=lambda kind: len({r["model"] for r in kind[0]}))
-            picked = [r for of_kind, count in scarce_first for r in pick(of_kind, count, used, turn, models)]
+            picked = [r for of_kind, most in scarce_first for r in pick(of_kind, most, used, turn, models)]
             chosen += sorted(picked, key=lambda record: not record["right"])
     return chosen
 
@@ -281,6 +276,7 @@ def print_summary(args: argparse.Namespace, questions: int, records: list[dict],
         print(
             f"{source:35} {len(mine):7}" + "".join(f"{count[kind]:{max(8, len(kind) + 2)}}" for kind in kinds)
         )
+
     right, dropped = sum(r["right"] for r in chosen), sum(r["dropped"] is not None for r in records)
     tuples = f"{len({r['question'] for r in chosen})} tuples, " if args.tuples else ""
     print(
@@ -311,41 +307,14 @@ def check_args(args: argparse.Namespace) -> None:
     for path in (args.out, args.work):
         check_writable(path, "--out")
         check_not_input(path, inputs)
+
     named = args.questions or args.task or "demo"
     if args.annotate_demo and named.partition(":")[0] != "demo":
         raise InputError(f"--annotate_demo knows the demo's problems only, not {named}.")
 
 
-def build(args: argparse.Namespace) -> None:
-    """From a parsed command line to --out and the summary."""
-    check_args(args)
-    questions = questions_of(args, held_out=False, stops=False)
-    tokenizers = [load_tokenizer(folder) for folder in args.checkpoint_path]
-    folders = [folder.resolve() for folder in args.checkpoint_path]
-    if len(set(folders)) < len(folders):
-        raise InputError(
-            f"--checkpoint_path names {max(folders, key=folders.count)} "
-            "twice; for more answers raise --samples."
-        )
-    prompts = [encode_prompts(args, *pair, questions) for pair in zip(args.checkpoint_path, tokenizers)]
-    header, jobs = make_header(args, questions), list_jobs(args, questions)
-    with closing(Lines(args.work)) as lines:
-        records = all_records(args, jobs, prompts, tokenizers, lines, header)
-        models = len(args.checkpoint_path)
-        chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
-        if not chosen:
-            raise InputError(
-                "There is nothing to choose: no question has both a right and a "
-                "wrong answer; ask more questions, add a weaker checkpoint or a "
-                f"higher --temperature, or see {args.work} for what was dropped."
-            )
-        demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
-        write_chosen(args.out, [line_of(record, demo) for record in chosen])
-    print_summary(args, len(questions), records, chosen)
-
-
 def all_records(
-    args: argparse.Namespace, jobs: list[Job], prompts: list, tokenizers: list, lines: Lines, header: dict
+    args: argparse.Namespace, jobs: list[Job], sources: list[Source], lines: Lines, header: dict
 ) -> list:
     """The records of OUT.all, those that it lacks made now. Raises InputError where it, or --out, is of
     another run."""
@@ -357,7 +326,36 @@ def all_records(
             f"{args.out} exists, but is not the output of this run; move it, or name another --out."
         )
     begin = [] if lines.content else [header]
-    return records + answer_all(args, jobs[len(records) :], prompts, tokenizers, lines, begin)
+    return records + answer_all(args, jobs[len(records) :], sources, lines, begin)
+
+
+def build(args: argparse.Namespace) -> None:
+    """From a parsed command line to --out and the summary."""
+    check_args(args)
+    questions = questions_of(args, held_out=False, stops=False)
+    sources = [open_source(args, folder, questions) for folder in args.checkpoint_path]
+    folders = [folder.resolve() for folder in args.checkpoint_path]
+    if len(set(folders)) < len(folders):
+        raise InputError(
+            f"--checkpoint_path names {max(folders, key=folders.count)} "
+            "twice; for more answers raise --samples."
+        )
+
+    header, jobs = make_header(args, questions), list_jobs(args, questions)
+    with closing(Lines(args.work)) as lines:
+        records = all_records(args, jobs, sources, lines, header)
+        models = len(args.checkpoint_path)
+        chosen = choose(records, models, args.right, args.wrong) if args.tuples else different(records)
+        if not chosen:
+            raise InputError(
+                "There is nothing to choose: no question has both a right and a "
+                "wrong answer; ask more questions, add a weaker checkpoint or a "
+                f"higher --temperature, or see {args.work} for what was dropped."
+            )
+        demo = {question.id: question.content for question in questions} if args.annotate_demo else {}
+        write_chosen(args.out, [line_of(record, demo) for record in chosen])
+
+    print_summary(args, len(questions), records, chosen)
 
 
 def main(argv: list[str] | None = None) -> None:

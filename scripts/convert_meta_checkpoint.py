@@ -42,6 +42,30 @@ NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+OURS = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)"
+)
+
+
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """One shard: tensors by name."""
+    with opened(path):
+        pass  # else a pipe would be waited for, and a file that may not be read called broken
+    try:
+        shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}."
+        ) from None
+
+    if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
+        raise InputError(f"{path} holds no tensors by name.")
+    for name, tensor in shard.items():
+        if isinstance(tensor, Tensor) and not (tensor.layout == torch.strided and tensor.is_floating_point()):
+            raise InputError(f"{path}: {name} is {tensor.dtype}, but weights are floating-point numbers.")
+
+    return shard
 
 
 def open_shards(folder: Path) -> list[dict[str, Tensor]]:
@@ -58,26 +82,8 @@ def open_shards(folder: Path) -> list[dict[str, Tensor]]:
             raise InputError(
                 f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing."
             )
+
     return [open_shard(path) for path in paths]
-
-
-def open_shard(path: Path) -> dict[str, Tensor]:
-    """One shard: tensors by name."""
-    with opened(path):
-        pass  # else a pipe would be waited for, and a file that may not be read called broken
-    try:
-        shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}."
-        ) from None
-    if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
-        raise InputError(f"{path} holds no tensors by name.")
-    for name, tensor in shard.items():
-        if isinstance(tensor, Tensor) and not (tensor.layout == torch.strided and tensor.is_floating_point()):
-            raise InputError(f"{path}: {name} is {tensor.dtype}, but weights are floating-point numbers.")
-    return shard
 
 
 def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
@@ -106,6 +112,7 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
             )
             if others_fit and sum(part.shape[dim] for part in parts[::repeats]) == shape[dim]:
                 return torch.cat(parts[::repeats], dim)
+
     found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
     raise InputError(f"{folder}: the parts of {name} have shapes {found}, which do not make {shape}.")
 
@@ -117,6 +124,12 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
     return weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
+def rope_scaling(dim: int, n_layers: int) -> dict:
+    """Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3."""
+    small = (dim, n_layers) in ((2048, 16), (3072, 28))
+    return {"rope_type": "llama3"} | asdict(LLAMA32_ROPE if small else LLAMA31_ROPE)
+
+
 def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> dict:
     """`config.json` from Meta's params.json and the tensors' shapes."""
     where = f"{folder}/params.json"
@@ -126,14 +139,17 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
         raise InputError(
             f"{where}: dim={dim} must be a multiple of n_heads={n_heads}, and use_scaled_rope true or false."
         )
+
     first = shards[0]
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         if not isinstance(first.get(name), Tensor) or first[name].dim() != 2:
             raise InputError(f"{folder}/consolidated.00.pth has no matrix {name}.")
+
     if params.get("vocab_size", -1) == -1:  # as Llama 2 says
         vocab = first["output.weight"].shape[0] * len(shards)
     else:
         vocab = read_field(params, "vocab_size", int, where)
+
     llama3 = vocab > 100000
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -157,40 +173,8 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
         "eos_token_id": [128001, 128008, 128009] if llama3 else 2,
     }
     if scaled:
-        # Meta's params.json does not say the factor: 32 for Llama 3.2's 1B and 3B, 8 for 3.1 and 3.3
-        rope = LLAMA32_ROPE if (dim, n_layers) in ((2048, 16), (3072, 28)) else LLAMA31_ROPE
-        config["rope_scaling"] = {"rope_type": "llama3"} | asdict(rope)
+        config["rope_scaling"] = rope_scaling(dim, n_layers)
     return config
-
-
-def convert(source: Path, out: Path) -> None:
-    """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or
-    broken."""
-    beside = out.with_name(out.name + ".tmp")
-    check_new_folder(out, "--out", beside)
-    shards, params = open_shards(source), read_json(source / "params.json")
-    config = make_config(params, shards, source)
-    check_names(shards, config, source)
-    beside.mkdir(parents=True, exist_ok=True)
-    held = os.open(beside, os.O_RDONLY)
-    try:
-        lock(held, beside)
-        clear(beside)
-        try:
-            write_weights(shards, config, source, beside)
-            write_file(beside / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-            copy_tokenizer(source, beside)
-            os.replace(beside, out)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-    finally:
-        os.close(held)
-
-
-OURS = re.compile(
-    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)"
-)
 
 
 def clear(beside: Path) -> None:
@@ -253,8 +237,34 @@ def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, f
         write_tensors(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         progress.step()
+
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_file(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+def convert(source: Path, out: Path) -> None:
+    """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or
+    broken."""
+    beside = out.with_name(out.name + ".tmp")
+    check_new_folder(out, "--out", beside)
+    shards, params = open_shards(source), read_json(source / "params.json")
+    config = make_config(params, shards, source)
+    check_names(shards, config, source)
+    beside.mkdir(parents=True, exist_ok=True)
+    held = os.open(beside, os.O_RDONLY)
+    try:
+        lock(held, beside)
+        clear(beside)
+        try:
+            write_weights(shards, config, source, beside)
+            write_file(beside / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+            copy_tokenizer(source, beside)
+            os.replace(beside, out)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    finally:
+        os.close(held)
 
 
 def main(argv: list[str] | None = None) -> None:

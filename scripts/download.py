@@ -57,6 +57,10 @@ def read_table() -> list[File]:
         return [File(**row) for row in csv.DictReader(file, delimiter="\t")]
 
 
+def is_below(file: File, name: str) -> bool:
+    return file.file == name or file.file.startswith(name.rstrip("/") + "/")
+
+
 def chosen(files: list[File], names: list[str]) -> list[File]:
     """The files whose path is a name or lies below it; InputError for a name that fits none."""
     for name in names:
@@ -66,43 +70,8 @@ def chosen(files: list[File], names: list[str]) -> list[File]:
     return [file for file in files if any(name == "all" or is_below(file, name) for name in names)]
 
 
-def is_below(file: File, name: str) -> bool:
-    return file.file == name or file.file.startswith(name.rstrip("/") + "/")
-
-
 def digest_of(path: Path) -> str:
     return hashlib.sha256(read_bytes(path)).hexdigest()
-
-
-def fetch(file: File, folder: Path, source: str) -> None:
-    """Downloads one file, or verifies the one that is there. Raises InputError; what has come stays in
-    NAME.part."""
-    path = folder / file.file
-    if os.path.lexists(path):
-        if digest_of(path) != file.sha256:
-            raise InputError(
-                f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away."
-            )
-        return
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(check_writable(part), "a+b") as out:
-            lock(out, part)
-            try:
-                receive(file, out, file.url(source))
-            finally:
-                if not out.tell():
-                    part.unlink()  # nothing came
-            if digest_of(part) != file.sha256:
-                part.unlink()
-                raise InputError(
-                    f"{file.url(source)} gave another file than the one in "
-                    "download.tsv (its sha256 differs); nothing is kept."
-                )
-            os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{part} cannot be written: {error.strerror or error}.") from None
 
 
 def receive(file: File, out, url: str) -> None:
@@ -131,8 +100,41 @@ def receive(file: File, out, url: str) -> None:
         raise InputError(
             f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}; run it again to go on."
         ) from None
+
     if have < size:
         raise InputError(f"{url} broke off after {have} of {size} bytes; run it again to go on.")
+
+
+def fetch(file: File, folder: Path, source: str) -> None:
+    """Downloads one file, or verifies the one that is there. Raises InputError; what has come stays in
+    NAME.part."""
+    path = folder / file.file
+    if os.path.lexists(path):
+        if digest_of(path) != file.sha256:
+            raise InputError(
+                f"{path} is there, but is not the file in download.tsv (its sha256 differs); move it away."
+            )
+        return
+
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(check_writable(part), "a+b") as out:
+            lock(out, part)
+            try:
+                receive(file, out, file.url(source))
+            finally:
+                if not out.tell():
+                    part.unlink()  # nothing came
+            if digest_of(part) != file.sha256:
+                part.unlink()
+                raise InputError(
+                    f"{file.url(source)} gave another file than the one in "
+                    "download.tsv (its sha256 differs); nothing is kept."
+                )
+            os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{part} cannot be written: {error.strerror or error}.") from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -145,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "Name what to fetch, as in: python scripts/download.py gsm8k mmlu; --list shows all."
         )
+
     files = chosen(files, args.names)
     for file in files:
         check_folder((args.out / file.file).parent, "--out")
@@ -154,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
     for file in files:
         fetch(file, args.out, args.source)
         progress.step()
+
     print(f"{len(files)} files, {sum(int(file.bytes) for file in files):,} bytes, verified in {args.out}")
 
 

@@ -32,21 +32,15 @@ import tp
 from files import check_not_input, check_writable
 from judge import needs_judge
 from model import pick_device
-from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for, summarise
+from scripts.lib.bench import Bench, Variant, label, parse_rules, settings_for
+from scripts.lib.fastchat import check_model_answers, write_model_answers
 from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
 from scripts.lib.pair import check_settings, name_models, schemes_of
 from scripts.lib.public_tasks import TASKS
 from scripts.lib.ranks import add_rank_flags, check_flags, own_device
-from scripts.lib.results import (
-    PEERS,
-    check_model_answers,
-    check_parts,
-    merge,
-    part,
-    rank_and_size,
-    write_model_answers,
-)
+from scripts.lib.results import PEERS, check_parts, merge, part, rank_and_size
 from scripts.lib.scoring import Question
+from scripts.lib.summary import summarise
 from scripts.lib.tasks import add_question_flags, questions_of
 
 
@@ -100,26 +94,9 @@ def check_failed(records: list[dict]) -> None:
         )
 
 
-def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their
-    summary rows.
-
-    As one of several processes only its share, into its own part of --out, and rows of that; with --merge
-    nothing is answered.
-    """
-    rules = parse_rules(args.verify, args.threshold)
-    labels = [label(rule) for rule in rules]
-    rank, size = share_of(args)
-    check_args(args, rules, size)
-    check_outputs(args, labels, rank, size)
-    questions = with_samples(questions_of(args, scored=False), args.samples)
-    if args.merge:
-        records = merge(args.out, args.merge, labels, questions)
-    else:
-        records = answer_share(args, rules, questions, rank, size)
-    if args.model_answers and (args.merge or size == 1) and tp.RANK == 0:
-        write_model_answers(args.model_answers, records, questions)
-    return records, summarise(records, labels) if records else []
+def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
+    """Where this process writes: --out, or its part of it."""
+    return part(args.out, rank, size) if size > 1 else args.out
 
 
 def answer_share(
@@ -130,11 +107,6 @@ def answer_share(
     largest = max(settings_for(args, rule).speculate_k for rule in rules)
     with closing(Bench(args, questions, any(needs_judge(rule.name) for rule in rules), largest)) as bench:
         return bench.answer_all(questions, rules)
-
-
-def own_out(args: argparse.Namespace, rank: int, size: int) -> Path | None:
-    """Where this process writes: --out, or its part of it."""
-    return part(args.out, rank, size) if size > 1 else args.out
 
 
 def share_of(args: argparse.Namespace) -> tuple[int, int]:
@@ -193,6 +165,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
             raise InputError(
                 f"--verify {rule.name} runs the folders as they are; leave --mode and --draft_mode out."
             )
+
     args.device = pick_device(own_device(args.device))
     tp.connect(args.device, args.all_reduce)
 
@@ -205,13 +178,38 @@ def check_outputs(args: argparse.Namespace, labels: list[str], rank: int, size: 
         raise InputError(
             f"--out {args.out} is there already; name the --out of the run, or remove what was merged before."
         )
+
     if args.out and size > 1:
         check_parts(args.out, size)
     for path in filter(None, (args.out, own_out(args, rank, size))):
         check_writable(path, "--out")
         check_not_input(path, inputs)
+
     if args.model_answers:
         check_model_answers(args.model_answers, labels, [*inputs, *filter(None, [args.out])])
+
+
+def evaluate(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Answers what is not yet in --out, rule by rule on each question, and returns the records and their
+    summary rows.
+
+    As one of several processes only its share, into its own part of --out, and rows of that; with --merge
+    nothing is answered.
+    """
+    rules = parse_rules(args.verify, args.threshold)
+    labels = [label(rule) for rule in rules]
+    rank, size = share_of(args)
+    check_args(args, rules, size)
+    check_outputs(args, labels, rank, size)
+    questions = with_samples(questions_of(args, scored=False), args.samples)
+    if args.merge:
+        records = merge(args.out, args.merge, labels, questions)
+    else:
+        records = answer_share(args, rules, questions, rank, size)
+
+    if args.model_answers and (args.merge or size == 1) and tp.RANK == 0:
+        write_model_answers(args.model_answers, records, questions)
+    return records, summarise(records, labels) if records else []
 
 
 def report(args: argparse.Namespace) -> None:
@@ -220,12 +218,14 @@ def report(args: argparse.Namespace) -> None:
         print(json.dumps({"questions": args.questions or args.task or "demo", "rows": rows}))
     elif rows:
         print_table(rows)
+
     rank, size = share_of(args)
     if size > 1 and (rank == 0 or args.part):
         more = "without --part" if args.part else "without torchrun"
         print(
             f"When all {size} parts are done: the same command, {more}, with --merge {size}", file=sys.stderr
         )
+
     check_failed(records)
 
 

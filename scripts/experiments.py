@@ -39,15 +39,16 @@ import torch
 from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable, write_file
 from generate import Engine, Settings
-from judge import LABEL_POLICIES, RELAXED, RULES, load_judge, needs_judge
+from judge import LABEL_POLICIES, RELAXED, RULES, JudgeHead, load_judge, needs_judge
 from model import pick_device
 from quantize import load_model, scheme_named
-from scripts.lib import calibration, figures, scored_text
+from scripts.lib import acceptance, calibration, figures
 from scripts.lib.answers import encode_answer, encode_items, read_answers
-from scripts.lib.bench import Bench, Variant, difference, label, shares_of, summarise
+from scripts.lib.bench import Bench, Variant, label
 from scripts.lib.demo_task import (
     FAMILIES,
     WAIT,
+    Problem,
     check,
     choose,
     corrupt,
@@ -64,6 +65,7 @@ from scripts.lib.intervals import interval
 from scripts.lib.likelihood import perplexity, read_pairs
 from scripts.lib.pair import name_models
 from scripts.lib.results import commit, machine
+from scripts.lib.summary import difference, shares_of, summarise
 from scripts.lib.tasks import load_questions
 from scripts.lib.terminal import answer_text
 from scripts.lib.training import (
@@ -106,6 +108,7 @@ def judge_table(args) -> dict:
         # a few problems may all be of one
         if mine := [record for record in records if record["family"] == family]:
             rows += [{"family": family, **row} for row in summary_rows(mine, variants)]
+
     plain, standard, judge = rows[:3]
     return {
         "title": "Plain, standard and judge",
@@ -143,6 +146,7 @@ def m_sweep(args) -> dict:
             f"is fastest at M = {best}; auto reaches {speed['auto'] / speed[best]:.0%} of that "
             f"speed and {speed['auto'] / speed[worst]:.2f} times that of the worst (M = {worst})"
         )
+
     return {
         "title": "Tokens a round against M",
         "n": len(questions),
@@ -170,6 +174,7 @@ def pareto(args) -> dict:
             and row["mean_accepted"] > best.get(row["name"], {"mean_accepted": 0})["mean_accepted"]
         ):
             best[row["name"]] = row
+
     order = sorted(best.values(), key=lambda row: -row["mean_accepted"])
     said = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
     return {
@@ -199,66 +204,70 @@ def equal_risk(args) -> dict:
         row |= {"name": variant.name, "threshold": variant.threshold}
         if variant.name in found:
             row |= {name: found[variant.name][name] for name in ("harms", "bound")}
+
     none = [name for name, c in found.items() if c["threshold"] is None]
     failed = [{"rule": name, "name": name, "threshold": None, "n": found[name]["n"]} for name in none]
     order = sorted((row for row in rows if "bound" in row), key=lambda row: -row["mean_accepted"])
-    found_by = (
-        ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
-        or "nowhere"
-    )
+    said = ", ".join(f"{row['name']} {row['mean_accepted']:.1f} ({row['threshold']:g})" for row in order)
     return {
         "title": f"Every rule at the same risk: at most {args.max_harm:.0%} harmed, 95% confidence",
         "n": len(questions),
         "calibrated_on": n,
         "rows": rows + failed,
         "seed_of_calibration": seed,
-        "finding": f"At the same bound the rules accept m* "
-        f"{found_by}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
+        "finding": "At the same bound the rules accept m* "
+        f"{said or 'nowhere'}{'; none qualifies of ' * bool(none)}{', '.join(none)}.",
     }
 
 
 def other_text(args) -> dict:
-    """Experiment 4: text by other writers of the same task, right and wrong, as JSON lines through
-    score_text.py."""
+    """Experiment 4: text by other writers of the same task, right and wrong, read as score_text.py does."""
     rng, n, rows = random.Random(args.seed), args.limit or 300, []
     chosen = [problem for problem, _ in zip(problems(args.seed, held_out=True), range(n))]
-    mixed = lambda p: "".join(write(s, [rng.randrange(len(x.wordings)) for x in s])  # noqa: E731
-                              for s in (sentence(p, i) for i in range(len(p.steps) + 1)))  # fmt: skip
+    variants = [Variant("standard"), Variant("judge", DELTA), Variant("kl", 2.0)]
+
+    def mixed(problem) -> str:
+        parts = (sentence(problem, i) for i in range(len(problem.steps) + 1))
+        return "".join(write(slots, [rng.randrange(len(slot.wordings)) for slot in slots]) for slots in parts)
+
     writers = {
-        "the target's own style": lambda p: write_answer(p, "target", rng),
+        "the target's own style": lambda problem: write_answer(problem, "target", rng),
         "any wording at random": mixed,
-        "the draft's style": lambda p: write_answer(p, "draft", rng),
+        "the draft's style": lambda problem: write_answer(problem, "draft", rng),
     }
+    tokenizer = load_tokenizer(args.checkpoint_path)
     for writer, write_text in writers.items():
-        data = args.work / "other_text.jsonl"
-        write_file(
-            data,
-            "".join(
-                json.dumps({"prompt": p.question, "response": write_text(p)}) + "\n" for p in chosen
-            ).encode(),
-        )
-        command = argparse.Namespace(
-            **vars(args)
-            | {
-                "data": data,
-                "limit": None,
-                "json": True,
-                "verify": "standard,judge,kl",
-                "threshold": f"judge={DELTA},kl=2",
-                "show": 0,
-            }
-        )
-        rows += [{"writer": writer, **row} for row in scored_text.score(command)]
-    random_rows = {row["rule"].split("=")[0]: row for row in rows if row["writer"] == "any wording at random"}
+        items = [{"prompt": p.question, "response": write_text(p), "errors": []} for p in chosen]
+        _, letters = acceptance.score_texts(args, variants, tokenizer, items, f"the text of {writer}")
+        found = acceptance.summarise(letters, variants, args.speculate_k)
+        rows += [{"writer": writer, **row} for row in found]
+
+    mixed_rows = {row["rule"].split("=")[0]: row for row in rows if row["writer"] == "any wording at random"}
+    standard, judge = mixed_rows["standard"], mixed_rows["judge"]
     return {
         "title": "Somebody else's right answers as the draft",
         "n": n,
         "rows": rows,
-        "finding": "Of right answers in wordings picked at random, standard verification accepts "
-        f"{random_rows['standard']['mean_accepted']:.1f} tokens a round, the judge "
-        f"{random_rows['judge']['mean_accepted']:.1f} ({random_rows['standard']['passed']:.0%} "
-        f"and {random_rows['judge']['passed']:.0%} of the tokens).",
+        "finding": "Of right answers in wordings picked at random, standard "
+        f"verification accepts {standard['mean_accepted']:.1f} tokens a "
+        f"round, the judge {judge['mean_accepted']:.1f} "
+        f"({standard['passed']:.0%} and {judge['passed']:.0%} of the tokens).",
     }
+
+
+def load_target(args, scheme=None) -> tuple:
+    """The demo target in fp32, quantised by a scheme, and its tokenizer."""
+    folder = DEMO / "target"
+    return load_model(folder, args.device, torch.float32, scheme), load_tokenizer(folder)
+
+
+def train_head(args, target, tokenizer, answers: list[dict], name: str, **more) -> tuple[JudgeHead, Path]:
+    """A head on these answers, saved under `name` in the work folder. more: of `TrainSettings`."""
+    settings = TrainSettings(threshold=DELTA, **more)
+    head = train_judge([target], tokenizer, answers, settings, args.work / "features")
+    path = args.work / f"{name}.safetensors"
+    head.save(path)
+    return head, path
 
 
 def read_made(paths: list[Path], script: str) -> list[dict]:
@@ -278,44 +287,8 @@ def family_of(item: dict, tokenizer) -> str:
     return "list" if prompt.lstrip().startswith("The list is") else "story"
 
 
-def out_of_domain(args) -> dict:
-    """Experiment 5."""
-    target, tokenizer, rows = (
-        load_model(DEMO / "target", args.device, torch.float32),
-        load_tokenizer(DEMO / "target"),
-        [],
-    )
-    data = {"judge": read_made(args.judge_data, "scripts/train_demo.py --stages judge"),
-            "autojudge": read_made([args.mined], "scripts/mine_important_tokens.py")}  # fmt: skip
-    for train_family in FAMILIES:
-        for kind, answers in data.items():
-            mine = [item for item in answers if family_of(item, tokenizer) == train_family]
-            path = args.work / f"{kind}_{train_family}.safetensors"
-            train_judge(
-                [target], tokenizer, mine, TrainSettings(threshold=DELTA), args.work / "features"
-            ).save(path)
-            for test_family in FAMILIES:
-                variants = [Variant("plain"), Variant("judge", DELTA)]
-                row = family_row(args, f"{kind}_{train_family}", test_family, variants, path)
-                rows.append({"kind": kind, "trained_on": train_family, "tested_on": test_family, **row})
-    for test_family in FAMILIES:
-        row = family_row(args, "kl", test_family, [Variant("plain"), Variant("kl", 2.0)], None)
-        rows.append({"kind": "kl", "trained_on": "-", "tested_on": test_family, **row})
-    found = {(row["kind"], row["trained_on"] == row["tested_on"]): [] for row in rows}
-    for row in rows:
-        found[row["kind"], row["trained_on"] == row["tested_on"]].append(row)
-    where = {
-        (kind, same): "" if kind == "kl" else " in its family" if same else " on the other family"
-        for kind, same in found
-    }
-    mean = lambda part, key: sum(row[key] for row in part) / len(part)  # noqa: E731
-    said = [
-        f"{key[0]}{where[key]} loses {0 - mean(part, 'difference'):.1%} "
-        f"at m* {mean(part, 'mean_accepted'):.1f}"
-        for key, part in found.items()
-    ]
-    return {"title": "Trained on one family, tested on the other", "n": args.limit or 150, "rows": rows,
-            "finding": "; ".join(said) + "."}  # fmt: skip
+def mean_of(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
 
 
 def family_row(args, name: str, family: str, variants: list[Variant], judge: Path | None) -> dict:
@@ -328,46 +301,87 @@ def family_row(args, name: str, family: str, variants: list[Variant], judge: Pat
     return summary_rows(bench.answer_all(questions, variants), variants)[1]
 
 
+def out_of_domain(args) -> dict:
+    """Experiment 5."""
+    (target, tokenizer), rows = load_target(args), []
+    data = {"judge": read_made(args.judge_data, "scripts/train_demo.py --stages judge"),
+            "autojudge": read_made([args.mined], "scripts/mine_important_tokens.py")}  # fmt: skip
+    for train_family in FAMILIES:
+        for kind, answers in data.items():
+            mine = [item for item in answers if family_of(item, tokenizer) == train_family]
+            _, path = train_head(args, target, tokenizer, mine, f"{kind}_{train_family}")
+            for test_family in FAMILIES:
+                variants = [Variant("plain"), Variant("judge", DELTA)]
+                row = family_row(args, f"{kind}_{train_family}", test_family, variants, path)
+                rows.append({"kind": kind, "trained_on": train_family, "tested_on": test_family, **row})
+
+    for test_family in FAMILIES:
+        row = family_row(args, "kl", test_family, [Variant("plain"), Variant("kl", 2.0)], None)
+        rows.append({"kind": "kl", "trained_on": "-", "tested_on": test_family, **row})
+
+    found: dict[tuple[str, bool], list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["kind"], row["trained_on"] == row["tested_on"]), []).append(row)
+    said = []
+    for (kind, same), part in found.items():
+        where = "" if kind == "kl" else " in its family" if same else " on the other family"
+        lost, m = mean_of(part, "difference"), mean_of(part, "mean_accepted")
+        said.append(f"{kind}{where} loses {0 - lost:.1%} at m* {m:.1f}")
+
+    return {
+        "title": "Trained on one family, tested on the other",
+        "n": args.limit or 150,
+        "rows": rows,
+        "finding": "; ".join(said) + ".",
+    }
+
+
+AFTER_WRONG, AT_THE_END = "right after the wrong characters", "at the end of the sentence"
+
+
+def wrong_start(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """(where it stops, an answer's beginning whose last step goes wrong), in the target's wording."""
+    index = rng.randrange(len(problem.steps) + 1)
+    before = "".join(
+        write(slots, choose(slots, "target", rng)) for slots in (sentence(problem, i) for i in range(index))
+    )
+    picks = choose(sentence(problem, index), "target", rng)
+    at = None
+    while at is None:  # not every corruption is wrong after all
+        wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
+        end, at = match(sentence(problem, index), wrong, 0)
+        at = at if end is None else None
+
+    stop = stop_writing(wrong, at, rng)
+    return AT_THE_END if stop == len(wrong) else AFTER_WRONG, before + wrong[:stop]
+
+
 def self_correction(args) -> dict:
     """Experiment 6: the right answer up to a step, then that step wrong, in the target's wording; greedy from
     there."""
-    target, tokenizer = (
-        load_model(DEMO / "target", args.device, torch.float32),
-        load_tokenizer(DEMO / "target"),
-    )
+    target, tokenizer = load_target(args)
     engine = Engine(target, None, None, Settings("plain"), tokenizer.stop_ids, 400)
     rng, n, cases = random.Random(args.seed), args.limit or 300, []
     progress = Progress("continuations", n)
     for problem, _ in zip(problems(args.seed, held_out=True), range(n)):
-        index = rng.randrange(len(problem.steps) + 1)
-        before = "".join(
-            write(s, choose(s, "target", rng)) for s in (sentence(problem, i) for i in range(index))
-        )
-        picks = choose(sentence(problem, index), "target", rng)
-        at = None
-        while at is None:  # not every corruption is wrong after all
-            wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
-            end, at = match(sentence(problem, index), wrong, 0)
-            at = at if end is None else None
-        stop = stop_writing(wrong, at, rng)
-        where = "at the end of the sentence" if stop == len(wrong) else "right after the wrong characters"
-        prompt, ids, _ = encode_answer(tokenizer, problem.question, before + wrong[:stop])
+        where, forced = wrong_start(problem, rng)
+        prompt, ids, _ = encode_answer(tokenizer, problem.question, forced)
         rest = answer_text(tokenizer, engine.generate(prompt + ids, 200).tokens)
-        verdict = check(problem, before + wrong[:stop] + rest)
+        verdict = check(problem, forced + rest)
         cases.append({"where": where, "at_once": rest.startswith(WAIT), "right": verdict.right,
                       "answer_right": verdict.answer_right, "prompt": problem.question,
-                      "forced": before + wrong[:stop], "continued": rest})  # fmt: skip
+                      "forced": forced, "continued": rest})  # fmt: skip
         progress.step()
+
     rows = []
-    for where in ("right after the wrong characters", "at the end of the sentence", "all"):
-        # of few problems none may be of a kind
-        if mine := [case for case in cases if where in ("all", case["where"])]:
-            shares = {
-                field: sum(case[field] for case in mine) / len(mine)
-                for field in ("at_once", "right", "answer_right")
-            }
-            right = interval(sum(case["right"] for case in mine), len(mine))
-            rows.append({"stopped": where, "n": len(mine), **shares, "interval": right})
+    for where in (AFTER_WRONG, AT_THE_END, "all"):
+        mine = [case for case in cases if where in ("all", case["where"])]
+        if not mine:  # of few problems none may be of a kind
+            continue
+        shares = {name: mean_of(mine, name) for name in ("at_once", "right", "answer_right")}
+        right = interval(sum(case["right"] for case in mine), len(mine))
+        rows.append({"stopped": where, "n": len(mine), **shares, "interval": right})
+
     parts = [f"{row['right']:.0%} {row['stopped']}" for row in rows[:-1]]
     examples = [next((c for c in cases if c["right"] is right and c["at_once"] is once), None)
                 for right in (True, False) for once in (True, False)]  # fmt: skip
@@ -381,88 +395,38 @@ def self_correction(args) -> dict:
     }
 
 
+DELTAS = (0.5, 0.8, 0.9, 0.95)
+
+
 def label_policies(args) -> dict:
     """Experiment 7, label policies: heads trained on the same answers with each, compared by decoding."""
-    target, tokenizer, rows = (
-        load_model(DEMO / "target", args.device, torch.float32),
-        load_tokenizer(DEMO / "target"),
-        [],
-    )
+    (target, tokenizer), rows = load_target(args), []
     answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
     questions = load_questions("demo", None, args.limit or 300, args.seed + 2)
+    variants = [Variant("plain"), *(Variant("judge", delta) for delta in DELTAS)]
     for policy in LABEL_POLICIES:
-        head = train_judge(
-            [target], tokenizer, answers, TrainSettings(policy, threshold=DELTA), args.work / "features"
-        )
-        path = args.work / f"policy_{policy}.safetensors"
-        head.save(path)
-        variants = [Variant("plain"), *(Variant("judge", delta) for delta in (0.5, 0.8, 0.9, 0.95))]
+        head, path = train_head(args, target, tokenizer, answers, f"policy_{policy}", policy=policy)
         bench = bench_of(args, questions, f"policy_{policy}", judge_path=path)
         summary = summary_rows(bench.answer_all(questions, variants), variants)[1:]
-        rows += [
-            {"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"], **row}
-            for row in summary
-        ]
-    mean = {
-        policy: [
-            sum(row[key] for row in rows if row["policy"] == policy) / 4
-            for key in ("mean_accepted", "difference")
-        ]
-        for policy in LABEL_POLICIES
-    }
-    within = [policy for policy in LABEL_POLICIES if -mean[policy][1] <= 0.02]
-    best = max(within, key=lambda policy: mean[policy][0], default="none")
-    lost = {policy: [] for policy in LABEL_POLICIES}
-    for row in rows:
-        lost[row["policy"]].append(f"{0 - row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}")
-    said = "; ".join(f"{policy}: {', '.join(parts)}" for policy, parts in lost.items())
-    return {"title": "Label policies", "n": len(questions), "rows": rows,
-            "finding": f"{best} accepts most over the four thresholds, within 2 "
-                       f"points of plain ({said}, at delta 0.5, 0.8, 0.9, 0.95)."}  # fmt: skip
+        made = {"policy": policy, "auc": head.info["held_out"]["auc"], "l2": head.info["l2"]}
+        rows += [made | row for row in summary]
 
-
-def ablations(args) -> dict:
-    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right
-    ones are."""
-    target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
-    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
-    answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
-    answers = answers[: args.limit]
-    features, labels, number = read_variants(target, draft, answers)
-    keys = torch.tensor([answer.key for answer in answers])
-    test = split_prompts(keys, args.seed, 0.15)[0]
-    for side in (test[number], ~test[number]):
-        if not 0 < labels[side].sum() < side.sum():
-            raise InputError(
-                f"{len(answers)} answers are too few: a side of "
-                "the split lacks right or wrong tokens; give more."
-            )
-    rows = []
-    for name, x in features.items():
-        rows.append(
-            {"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])}
+    by_policy = {policy: [row for row in rows if row["policy"] == policy] for policy in LABEL_POLICIES}
+    within = [policy for policy, mine in by_policy.items() if -mean_of(mine, "difference") <= 0.02]
+    best = max(within, key=lambda policy: mean_of(by_policy[policy], "mean_accepted"), default="none")
+    lost = {
+        policy: ", ".join(
+            f"{0 - row['difference']:.1%} lost at m* {row['mean_accepted']:.1f}" for row in mine
         )
-    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
-    wrong = torch.zeros(len(answers), dtype=torch.bool)
-    wrong[number[labels == 0].unique()] = True
-    own, pool = next(iter(features.values())), order[~test[order]]
-    for size in (50, 100, 200, 500, 1000, 2000):
-        chosen = torch.cat([pool[wrong[pool]][:size], pool[~wrong[pool]][:size]])
-        if len(chosen) == 2 * size:
-            used = torch.isin(number, chosen)
-            figures = fit_and_measure(own, labels, used, test[number])
-            rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
-    auc = {row["name"]: row["auc"] for row in rows}
-    sizes = [row for row in rows if row["what"] != "feature"]
+        for policy, mine in by_policy.items()
+    }
+    said = "; ".join(f"{policy}: {parts}" for policy, parts in lost.items())
     return {
-        "title": "Ablations of feature and data",
-        "n": len(answers),
+        "title": "Label policies",
+        "n": len(questions),
         "rows": rows,
-        "finding": "AUC by feature: "
-        + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
-        + "; by pairs of answers: "
-        + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few")
-        + ".",
+        "finding": f"{best} accepts most over the four thresholds, within 2 points "
+        f"of plain ({said}, at delta {', '.join(map(str, DELTAS))}).",
     }
 
 
@@ -505,6 +469,7 @@ def read_variants(target, draft, answers) -> tuple[dict, torch.Tensor, torch.Ten
         labels.append(torch.tensor(answer.labels("ignore_after"))[kept])
         number.append(torch.full((int(kept.sum()),), n))
         progress.step()
+
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(x) for name, x in parts.items()}, torch.cat(labels), torch.cat(number)
@@ -526,23 +491,64 @@ def fit_and_measure(x: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, 
                 "training_wrong_tokens": int((labels[train] == 0).sum()),
                 "wrong_accepted_at_95": (wrong > cut).float().mean().item(),
             }
+
     return best
 
 
-def autojudge(args) -> dict:
-    """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
-    target, tokenizer = (
-        load_model(DEMO / "target", args.device, torch.float32),
-        load_tokenizer(DEMO / "target"),
-    )
-    mined, problem_of = read_made([args.mined], "scripts/mine_important_tokens.py"), {}
-    if not all("tokens" in item for item in mined):
-        raise InputError(
-            f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote."
+def ablations(args) -> dict:
+    """Experiment 7, features and data: AUC on held-out prompts, and wrong tokens accepted where 95% of right
+    ones are."""
+    target, draft = (load_model(DEMO / role, args.device, torch.float32) for role in ("target", "draft"))
+    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
+    answers = encode_items(load_tokenizer(DEMO / "target"), answers, False, target.args.vocab_size)
+    answers = answers[: args.limit]
+    features, labels, number = read_variants(target, draft, answers)
+    keys = torch.tensor([answer.key for answer in answers])
+    test = split_prompts(keys, args.seed, 0.15)[0]
+    for side in (test[number], ~test[number]):
+        if not 0 < labels[side].sum() < side.sum():
+            raise InputError(
+                f"{len(answers)} answers are too few: a side of "
+                "the split lacks right or wrong tokens; give more."
+            )
+
+    rows = []
+    for name, x in features.items():
+        rows.append(
+            {"what": "feature", "name": name, **fit_and_measure(x, labels, ~test[number], test[number])}
         )
+
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))
+    wrong = torch.zeros(len(answers), dtype=torch.bool)
+    wrong[number[labels == 0].unique()] = True
+    own, pool = next(iter(features.values())), order[~test[order]]
+    for size in (50, 100, 200, 500, 1000, 2000):
+        chosen = torch.cat([pool[wrong[pool]][:size], pool[~wrong[pool]][:size]])
+        if len(chosen) == 2 * size:
+            used = torch.isin(number, chosen)
+            figures = fit_and_measure(own, labels, used, test[number])
+            rows.append({"what": "pairs of a right and a wrong answer", "name": str(size), **figures})
+
+    auc = {row["name"]: row["auc"] for row in rows}
+    sizes = [row for row in rows if row["what"] != "feature"]
+    return {
+        "title": "Ablations of feature and data",
+        "n": len(answers),
+        "rows": rows,
+        "finding": "AUC by feature: "
+        + ", ".join(f"{name} {auc[name]:.3f}" for name in features)
+        + "; by pairs of answers: "
+        + (", ".join(f"{row['name']} {row['auc']:.3f}" for row in sizes) or "too few")
+        + ".",
+    }
+
+
+def compare_labels(args, mined: list[dict], tokenizer) -> dict[tuple[bool, int], int]:
+    """How many mined tokens are (right by the grammar, unimportant by mining). Raises InputError for answers
+    to other problems than those of --mined_seed."""
+    problem_of, found = {}, {(truth, mark): 0 for truth in (True, False) for mark in (0, 1)}
     for seed in args.mined_seed:
         problem_of |= {p.question: p for p, _ in zip(problems(seed, held_out=False), range(5000))}
-    counts = {(truth, found): 0 for truth in (True, False) for found in (0, 1)}
     for item in mined:
         problem = problem_of.get(decode(tokenizer, item["prompt_tokens"][1:], at_start=True).strip())
         if problem is None:
@@ -553,26 +559,37 @@ def autojudge(args) -> dict:
             if mark >= 0:
                 text = decode(tokenizer, item["tokens"][: place + 1])
                 error = check(problem, text).first_error
-                counts[error is None or error >= len(text), mark] += 1
-    head = train_judge([target], tokenizer, mined, TrainSettings(threshold=DELTA), args.work / "features")
-    head.save(args.work / "autojudge.safetensors")
-    questions = load_questions("demo", None, args.limit or 200, args.seed)
-    rows = []
-    for kind, path in (("judge", args.judge_path), ("autojudge", args.work / "autojudge.safetensors")):
-        variants = [
-            Variant("plain"),
-            Variant("standard"),
-            *(Variant("judge", d) for d in (0.5, 0.8, 0.9, 0.95)),
-        ]
-        bench = bench_of(args, questions, f"autojudge_{kind}", judge_path=path)
-        rows += [
-            {"head": kind, **row} for row in summary_rows(bench.answer_all(questions, variants), variants)[2:]
-        ]
-    total, important = sum(counts.values()), counts[True, 0] + counts[False, 0]
-    agree = (counts[True, 1] + counts[False, 0]) / total
-    labelled = {"right, unimportant": counts[True, 1], "wrong, important": counts[False, 0],
-                "right, important": counts[True, 0], "wrong, unimportant": counts[False, 1]}  # fmt: skip
-    wrong, auc = counts[False, 0] + counts[False, 1], head.info["held_out"]["auc"]
+                found[error is None or error >= len(text), mark] += 1
+
+    return found
+
+
+def autojudge(args) -> dict:
+    """Experiment 8: mined labels against the grammar's, and what heads trained on either are worth."""
+    target, tokenizer = load_target(args)
+    mined = read_made([args.mined], "scripts/mine_important_tokens.py")
+    if not all("tokens" in item for item in mined):
+        raise InputError(
+            f"{args.mined} holds annotated answers; autojudge needs what mine_important_tokens.py wrote."
+        )
+
+    found = compare_labels(args, mined, tokenizer)
+    head, path = train_head(args, target, tokenizer, mined, "autojudge")
+
+    questions, rows = load_questions("demo", None, args.limit or 200, args.seed), []
+    variants = [Variant("plain"), Variant("standard"), *(Variant("judge", delta) for delta in DELTAS)]
+    for kind, judge in (("judge", args.judge_path), ("autojudge", path)):
+        records = bench_of(args, questions, f"autojudge_{kind}", judge_path=judge).answer_all(
+            questions, variants
+        )
+        rows += [{"head": kind, **row} for row in summary_rows(records, variants)[2:]]
+
+    total, auc = sum(found.values()), head.info["held_out"]["auc"]
+    important = (found[True, 0] + found[False, 0]) / total
+    agree = (found[True, 1] + found[False, 0]) / total
+    wrong = found[False, 0] + found[False, 1]
+    labelled = {"right, unimportant": found[True, 1], "wrong, important": found[False, 0],
+                "right, important": found[True, 0], "wrong, unimportant": found[False, 1]}  # fmt: skip
     return {
         "title": "AutoJudge's mining",
         "n": len(questions),
@@ -580,12 +597,12 @@ def autojudge(args) -> dict:
         "labels": labelled,
         "auc": auc,
         "mismatches": total,
-        "important": important / total,
+        "important": important,
         "agreement": agree,
-        "finding": f"{important / total:.1%} of {total} mismatches are important; the head's "
-        f"AUC on mined labels is {auc:.3f}; mined labels agree with the grammar's "
-        f"on {agree:.1%}: of {wrong} wrong tokens {counts[False, 1]} changed no "
-        f"final answer, of {total - wrong} right ones {counts[True, 0]} did.",
+        "finding": f"{important:.1%} of {total} mismatches are important; the head's AUC "
+        f"on mined labels is {auc:.3f}; mined labels agree with the grammar's "
+        f"on {agree:.1%}: of {wrong} wrong tokens {found[False, 1]} changed "
+        f"no final answer, of {total - wrong} right ones {found[True, 0]} did.",
     }
 
 
@@ -605,6 +622,7 @@ def rule_cost(args) -> dict:
                     engine.target, engine.head, buffers, engine.settings, engine.visible(256), engine.markers
                 ).tolist()
             times[name].append(time.perf_counter() - began)
+
     base = torch.tensor(times["standard"]).median()
     rows = [
         {
@@ -622,74 +640,54 @@ def rule_cost(args) -> dict:
 TRIED = ("none", "int8", "fp8", "int4", "int4/128")
 
 
-def quantised(args) -> dict:
-    """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
-    tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 300
-    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
-    texts = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", args.seed, 300)]
-    questions, base = load_questions("demo", None, n, args.seed), None
-    for name in TRIED:
-        scheme = scheme_named(name)
-        target = load_model(DEMO / "target", args.device, torch.float32, scheme)
-        row = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, texts)}
-        own = args.work / f"quantised_{name.replace('/', '_')}.safetensors"
-        train_judge(
-            [target], tokenizer, answers, TrainSettings(threshold=DELTA), args.work / "features"
-        ).save(own)
-        heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
-        if name == "none":
-            del heads["the unquantised target"]
-        plain = None
-        for trained_on, path in heads.items():
-            flags = {"mode": scheme.mode, "group_size": scheme.group_size} if scheme else {}
-            kept = f"quantised_{name.replace('/', '_')}_{'own' if path == own else 'first'}"
-            variants = (
-                [Variant("judge", DELTA)]
-                if plain
-                else [Variant("plain"), Variant("standard"), Variant("judge", DELTA)]
-            )
-            records = bench_of(args, questions, kept, judge_path=path, **flags).answer_all(
-                questions, variants
-            )
-            found = {row["rule"].partition("=")[0]: row for row in summary_rows(records, variants)}
-            plain = plain or {**found, "shares": shares_of(records, "plain")}  # another head changes neither
-            base = base or plain["shares"]
-            change = difference(plain["shares"], base)
-            lost = difference(shares_of(records, label(variants[-1])), plain["shares"])
-            rows.append(
-                {
-                    **row,
-                    "plain": plain["plain"]["accuracy"],
-                    "change": change["difference"],
-                    "change_interval": change["difference_interval"],
-                    "standard_m": plain["standard"]["mean_accepted"],
-                    "judge_trained_on": trained_on,
-                    "auc": held_out_auc(
-                        load_judge(path, target), target, tokenizer, answers, args.work / "features"
-                    ),
-                    "judge_m": found["judge"]["mean_accepted"],
-                    "judge": found["judge"]["accuracy"],
-                    "lost": lost["lost"],
-                    "won": lost["won"],
-                }
-            )
+def answer_quantised(args, questions, name: str, judge: Path, plain: dict | None) -> dict:
+    """Rows by rule of a quantised target with a judge, and the shares that plain and the judge have right.
+    plain: what this gave for another judge; plain and standard decoding are not done again then."""
+    scheme = scheme_named(name)
+    flags = {"mode": scheme.mode, "group_size": scheme.group_size} if scheme else {}
+    variants = [Variant("judge", DELTA)]
+    if plain is None:
+        variants = [Variant("plain"), Variant("standard"), *variants]
+    place = name.replace("/", "_")
+    kept = f"quantised_{place}_{'own' if judge.stem == f'quantised_{place}' else 'first'}"
+    records = bench_of(args, questions, kept, judge_path=judge, **flags).answer_all(questions, variants)
+    found = {row["rule"].partition("=")[0]: row for row in summary_rows(records, variants)}
+    return found | {"shares": shares_of(records, "plain"), "judged": shares_of(records, label(variants[-1]))}
+
+
+def quantised_row(plain: dict, found: dict, base: dict, judge: dict) -> dict:
+    """A row of the table. plain, found: from `answer_quantised`; base: shares of the unquantised target;
+    judge: what its columns say of it."""
+    change, lost = difference(plain["shares"], base), difference(found["judged"], plain["shares"])
+    return {
+        "plain": plain["plain"]["accuracy"],
+        "change": change["difference"],
+        "change_interval": change["difference_interval"],
+        "standard_m": plain["standard"]["mean_accepted"],
+        **judge,
+        "judge_m": found["judge"]["mean_accepted"],
+        "judge": found["judge"]["accuracy"],
+        "lost": lost["lost"],
+        "won": lost["won"],
+    }
+
+
+def what_quantising_does(rows: list[dict]) -> str:
+    """The finding in one sentence or two."""
     first, others = rows[0], [row for row in rows[1:] if row["judge_trained_on"] != "this target"]
     said = [
         f"{row['mode']} {row['perplexity'] / first['perplexity'] - 1:+.2%}, "
         f"{100 * row['change']:+.1f} points and m* {row['judge_m']:.1f}"
         for row in others
     ]
-    as_it_is, anew = ([row["auc"] for row in rows[1:] if row["judge_trained_on"] == which] for which in heads)
-    return {
-        "title": "Quantised targets",
-        "n": n,
-        "rows": rows,
-        "finding": "Perplexity, accuracy and the judge's m* beside the unquantised target's "
-        f"({first['perplexity']:.4f}, {first['plain']:.1%}, {first['judge_m']:.1f}): "
-        f"{'; '.join(said)}. Its head has AUC {first['auc']:.4f} there, "
-        f"{min(as_it_is):.4f} to {max(as_it_is):.4f} on quantised targets, where "
-        f"heads of their own reach {min(anew):.4f} to {max(anew):.4f}.",
-    }
+    as_it_is = [row["auc"] for row in others]
+    anew = [row["auc"] for row in rows[1:] if row["judge_trained_on"] == "this target"]
+    return (
+        "Perplexity, accuracy and the judge's m* beside the unquantised target's "
+        f"({first['perplexity']:.4f}, {first['plain']:.1%}, {first['judge_m']:.1f}): {'; '.join(said)}. "
+        f"Its head has AUC {first['auc']:.4f} there, {min(as_it_is):.4f} to {max(as_it_is):.4f} on "
+        f"quantised targets, where heads of their own reach {min(anew):.4f} to {max(anew):.4f}."
+    )
 
 
 def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> float:
@@ -702,6 +700,34 @@ def held_out_auc(head, target, tokenizer, answers: list[dict], cache: Path) -> f
         shards.answer
     ] & (labels >= 0)
     return area_under_curve(torch.cat([head.score(x) for x in shards])[test], labels[test])
+
+
+def quantised(args) -> dict:
+    """Quantised targets, with a head that was trained on the unquantised target and with one of their own."""
+    tokenizer, rows, n = load_tokenizer(DEMO / "target"), [], args.limit or 300
+    answers = read_made(args.judge_data, "scripts/train_demo.py --stages judge")
+    pairs = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", args.seed, 300)]
+    questions, base = load_questions("demo", None, n, args.seed), None
+    for name in TRIED:
+        scheme = scheme_named(name)
+        target, _ = load_target(args, scheme)
+        known = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, pairs)}
+        _, own = train_head(args, target, tokenizer, answers, f"quantised_{name.replace('/', '_')}")
+        heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
+        if name == "none":
+            del heads["the unquantised target"]
+
+        plain = None  # with what stands for standard: another head changes neither
+        for trained_on, path in heads.items():
+            found = answer_quantised(args, questions, name, path, plain)
+            plain = plain or found
+            base = base or plain["shares"]
+            head = load_judge(path, target)
+            auc = held_out_auc(head, target, tokenizer, answers, args.work / "features")
+            judge = {"judge_trained_on": trained_on, "auc": auc}
+            rows.append(known | quantised_row(plain, found, base, judge))
+
+    return {"title": "Quantised targets", "n": n, "rows": rows, "finding": what_quantising_does(rows)}
 
 
 EXPERIMENTS = {
@@ -743,12 +769,14 @@ def as_markdown(result: dict) -> str:
     for case in result.get("examples", []):
         lines += ["", f"> {case['prompt']} **{case['forced'].strip()}**{case['continued']}"]
         lines += [f"> ({'right' if case['right'] else 'wrong'})"]
+
     made = f"`{result['command']}`; {result['machine']}; commit {result['commit']}."
     lines += ["", f"n {result['n']}, seed {result['seed']}; {made}"]
     if "interval" in names:
         lines[-1] += (
             " Intervals are 95%: `interval` is Wilson's; `difference` is to plain on the same problems."
         )
+
     return "\n".join(lines) + "\n"
 
 

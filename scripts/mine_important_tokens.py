@@ -35,22 +35,14 @@ import torch
 from torch import Tensor
 
 from checkpoint import read_config
-from files import Lines, check_not_input, check_writable, read_bytes, write_file
+from files import Lines, check_not_input, check_writable, write_file
 from generate import Engine, NotFinite, Settings
 from model import PAGE, pick_device, run_dtype
+from scripts.lib.fields import check_fields, is_counts, is_seconds, is_text
 from scripts.lib.flags import FIXED_K, add_flags
 from scripts.lib.pair import check_prompt, files_in, load_pair, name_models
 from scripts.lib.ranks import own_device
-from scripts.lib.results import (
-    check_parts,
-    is_counts,
-    is_seconds,
-    is_text,
-    parse_lines,
-    part,
-    rank_and_size,
-    resume,
-)
+from scripts.lib.results import check_parts, part, rank_and_size, read_part, resume
 from scripts.lib.scoring import CHECKERS, Question
 from scripts.lib.tasks import add_question_flags, questions_of
 from scripts.lib.terminal import answer_text, encode_prompt
@@ -115,6 +107,7 @@ def mine(
         else:
             important.append([at, token])
         at += 1
+
     return {"tokens": kept, "unimportant": unimportant, "important": important}
 
 
@@ -127,6 +120,7 @@ def training_lines(record: dict) -> list[dict]:
         lines.append(
             {"prompt_tokens": record["prompt_tokens"], "tokens": ids, "labels": [-100] * at + [0], **source}
         )
+
     if record["unimportant"]:
         labels = [-100] * len(record["tokens"])
         for at in record["unimportant"]:
@@ -134,6 +128,7 @@ def training_lines(record: dict) -> list[dict]:
         lines.append(
             {"prompt_tokens": record["prompt_tokens"], "tokens": record["tokens"], "labels": labels, **source}
         )
+
     return lines
 
 
@@ -153,13 +148,8 @@ def check_record(record: dict, where: str) -> dict:
                 and all(is_counts(pair) and len(pair) == 2 and pair[0] < n for pair in value)
             ),
         }
-    if wrong := next(
-        (name for name, kind in kinds.items() if name not in record or not kind(record[name])), None
-    ):
-        raise InputError(
-            f"{where}: field {wrong!r} is missing or wrong; remove the file, or name another --out."
-        )
-    return record
+
+    return check_fields(record, kinds, where)
 
 
 def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
@@ -174,6 +164,7 @@ def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
     for path in (args.out, part(args.out, rank, size)):
         check_writable(path, "--out")
         check_not_input(path, inputs)
+
     if args.out.exists() and not list(args.out.parent.glob(f"{glob.escape(args.out.name)}.part*of*")):
         raise InputError(f"--out {args.out} is there already, and not from mining; name another file.")
     if not args.merge:
@@ -196,63 +187,34 @@ def encode_prompts(
     return prompts
 
 
-def run(args: argparse.Namespace) -> None:
-    """Mines this process's share of the questions; alone, it also merges."""
-    rank, size = rank_and_size()
-    check_args(args, rank, size)
-    questions = questions_of(args, held_out=args.held_out, stops=False)
-    if args.merge:
-        merge(args, questions, args.merge)
-        return
-    tokenizer = load_tokenizer(args.checkpoint_path)
-    prompts = encode_prompts(args, tokenizer, questions[rank::size])
-    with closing(Lines(part(args.out, rank, size))) as lines:
-        mine_share(args, tokenizer, questions[rank::size], prompts, lines)
-    if size == 1:
-        merge(args, questions, 1)
-    elif rank == 0:
-        print(
-            f"When all {size} processes are done: the same command, without torchrun, with --merge {size}",
-            file=sys.stderr,
-        )
-
-
 def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
-    """Loads the pair and mines the questions that `lines` lacks."""
-    pair = load_pair(
-        args.checkpoint_path,
-        args.draft_checkpoint_path,
-        None,
-        args.device,
-        run_dtype(args.precision, args.device),
-    )
+    """Loads the pair and mines the questions that `lines` lacks; each is one line, written whole."""
+    dtype = run_dtype(args.precision, args.device)
+    pair = load_pair(args.checkpoint_path, args.draft_checkpoint_path, None, args.device, dtype)
     header = {"target": pair[0].fingerprint, "draft": pair[1].fingerprint, "chat": args.chat,
               "max_new_tokens": args.max_new_tokens}  # fmt: skip
     done = {record["question"] for record in resume(lines, header, check_record)}
     if not lines.content:
         lines.add(header)
-    if mineable := [question for question in questions if question.id not in done]:
-        length = max(map(len, prompts.values())) + args.max_new_tokens
-        settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
-        engine = Engine(*pair[:2], None, settings, tokenizer.stop_ids, length)
-        print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
-        mine_all(args, engine, tokenizer, mineable, prompts, lines)
+    todo = [question for question in questions if question.id not in done]
+    if not todo:
+        return
 
+    length = max(map(len, prompts.values())) + args.max_new_tokens
+    settings = Settings("standard", speculate_k=args.speculate_k, compile=args.compile)
+    engine = Engine(*pair[:2], None, settings, tokenizer.stop_ids, length)
+    print(f"warmed up in {engine.warm_up():.1f} s", file=sys.stderr)
 
-def mine_all(
-    args, engine: Engine, tokenizer: Tokenizer, questions: list, prompts: dict, lines: Lines
-) -> None:
-    """Mines questions one by one; each is one line, written whole."""
-    progress = Progress("questions", len(questions))
-    for question in questions:
+    progress = Progress("questions", len(todo))
+    source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
+    for question in todo:
         prompt, began = prompts[question.id], time.monotonic()
         try:
-            record = mine(engine, prompt, question, tokenizer, args.max_new_tokens)
+            found = mine(engine, prompt, question, tokenizer, args.max_new_tokens)
         except NotFinite:
-            record = {"skipped": "not finite"}
-        source = f"{args.checkpoint_path.name} and {args.draft_checkpoint_path.name}"
+            found = {"skipped": "not finite"}
         lines.add(
-            record
+            found
             | {
                 "question": question.id,
                 "group": question.group,
@@ -272,16 +234,10 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     """
     records, headers = {}, set()
     for rank in range(size):
-        path = part(args.out, rank, size)
-        if not path.is_file():
-            raise InputError(
-                f"There is no {path}; run all {size} processes to their end before --merge {size}."
-            )
-        (_, header), *lines = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
-        if "target" not in header:
-            raise InputError(f"{path} is not a part of mining, or its run had not begun.")
+        header, lines = read_part(args.out, rank, size, "mining")
         records |= {check_record(record, where)["question"]: record for where, record in lines}
         headers.add(json.dumps(header))
+
     if len(headers) > 1:
         raise InputError(f"The parts of {args.out} are of different models or settings; mine them again.")
     missing = [question for question in questions if question.id not in records]
@@ -290,6 +246,7 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
             f"The parts of {args.out} lack {len(missing)} questions, the first is "
             f"{missing[0].prompt[:60]!r}; give --questions, --limit and --seed as for mining."
         )
+
     found = [records[question.id] for question in questions]
     mined = [record for record in found if "skipped" not in record]
     text = "".join(json.dumps(line) + "\n" for record in mined for line in training_lines(record))
@@ -303,6 +260,28 @@ def merge(args: argparse.Namespace, questions: list[Question], size: int) -> Non
     print(f"{args.out}: {len(mined)} questions mined, {len(found) - len(mined)} "
           f"skipped{why}, in {sum(r['seconds'] for r in found):.0f} s: "
           f"{important + others} mismatches, {important} important ({share:.1%})")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Mines this process's share of the questions; alone, it also merges."""
+    rank, size = rank_and_size()
+    check_args(args, rank, size)
+    questions = questions_of(args, held_out=args.held_out, stops=False)
+    if args.merge:
+        merge(args, questions, args.merge)
+        return
+
+    tokenizer = load_tokenizer(args.checkpoint_path)
+    prompts = encode_prompts(args, tokenizer, questions[rank::size])
+    with closing(Lines(part(args.out, rank, size))) as lines:
+        mine_share(args, tokenizer, questions[rank::size], prompts, lines)
+    if size == 1:
+        merge(args, questions, 1)
+    elif rank == 0:
+        print(
+            f"When all {size} processes are done: the same command, without torchrun, with --merge {size}",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         change = found / (rows[0]["perplexity"] if rows else found) - 1
         rows.append({"mode": name, "perplexity": found, "bits_per_token": math.log2(found), "change": change})
         print(f"{name:10} perplexity {found:.4f} ({change:+.2%}), {math.log2(found):.4f} bits a token")
+
     print(json.dumps({"text": args.text, "tokens": n, "window": window, "stride": args.stride, "rows": rows}))
 
 

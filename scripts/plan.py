@@ -213,6 +213,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             )
         where = args.draft_tp or place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
+
     return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
 
 
@@ -266,6 +267,7 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
             "best_speculate_k": best,
             "best_tokens_per_second": best_speed,
         }
+
     return lines, figures
 
 
@@ -318,6 +320,26 @@ def scheme_written(text: str | None, where: str) -> Scheme | None:
     return scheme
 
 
+def parsed_command(command: str, where: str) -> argparse.Namespace:
+    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
+    none."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            return benchmark_args.parse_args(Parser(None), shlex.split(command)[2:])
+    except (SystemExit, ValueError):
+        reason = said.getvalue().strip() or "no command line"
+        raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
+
+
+def parts_of(report: dict, where: str) -> list[str]:
+    """The names of a report's parts."""
+    for row_number, row in enumerate(field_of(report, "rows", list, where), 1):
+        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
+            raise InputError(f"{where}, row {row_number}: field 'part' is missing or no text.")
+    return [row["part"] for row in report["rows"]]
+
+
 def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | None]]:
     """(shape, scheme) of target and draft, None without one, and the schemes of --modes by name, of a report
     by benchmark.py. One of schema 1 says so in its command and its parts alone."""
@@ -343,22 +365,35 @@ def measured_models(report: dict, where: str) -> tuple[list, dict[str, Scheme | 
         raise InputError(
             f"{where}: schema {shortened(str(report['schema']))} is not known, only 1 and {SCHEMA}."
         )
+
     found = {
         name: scheme_written(field_of(modes, name, str | None, f"{where}, modes"), where) for name in modes
     }
     return [shape and (shape, scheme) for shape, scheme in zip(shapes, schemes)], found
 
 
-def parsed_command(command: str, where: str) -> argparse.Namespace:
-    """The arguments of benchmark.py in a report's command. Raises InputError naming the file for what is
-    none."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            return benchmark_args.parse_args(Parser(None), shlex.split(command)[2:])
-    except (SystemExit, ValueError):
-        reason = said.getvalue().strip() or "no command line"
-        raise InputError(f"{where}: field 'command' is none of scripts/benchmark.py: {reason}") from None
+def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], where: str) -> float:
+    """Seconds of a part of a report."""
+    what, count, at = match["what"], match["number"], match["at"]
+    if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
+        raise InputError(
+            f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
+        )
+
+    if match["mode"]:
+        if match["mode"] not in modes:
+            raise InputError(
+                f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
+            )
+        plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
+
+    if plan.draft is None and what != "plain step":
+        raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
+    m, position = int(count or 0), int(at)
+    if what == "verify":
+        return plan.target.seconds(plan.gpu, position, m, m)
+    whole_round = plan.round(m, position)
+    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
 
 
 def predictions(report: dict, where: str = "The report") -> list[tuple[str, float, float]]:
@@ -369,6 +404,7 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
         models, modes = measured_models(report, where)
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+
     dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(
         field_of(report, "dtype", str, where)
     )
@@ -383,37 +419,8 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
             here = f"{where}, row {row_number}"
             seconds = predicted(plan, match, modes, here)
             found.append((part, seconds * 1e3, positive(report["rows"][row_number - 1], "ms", here)))
+
     return found
-
-
-def parts_of(report: dict, where: str) -> list[str]:
-    """The names of a report's parts."""
-    for row_number, row in enumerate(field_of(report, "rows", list, where), 1):
-        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
-            raise InputError(f"{where}, row {row_number}: field 'part' is missing or no text.")
-    return [row["part"] for row in report["rows"]]
-
-
-def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], where: str) -> float:
-    """Seconds of a part of a report."""
-    what, count, at = match["what"], match["number"], match["at"]
-    if len(count) > 9 or len(at) > 9 or (what != "plain step" and not int(count or 0)):
-        raise InputError(
-            f"{where}: {shortened(match[0])} is at no position, or of no number of rows, that can be."
-        )
-    if match["mode"]:
-        if match["mode"] not in modes:
-            raise InputError(
-                f"{where}: mode {shortened(match['mode'])} is not among those that the report names."
-            )
-        plan = replace(plan, target=replace(plan.target, scheme=modes[match["mode"]]))
-    if plan.draft is None and what != "plain step":
-        raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
-    m, position = int(count or 0), int(at)
-    if what == "verify":
-        return plan.target.seconds(plan.gpu, position, m, m)
-    whole_round = plan.round(m, position)
-    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
 
 
 def check(folder: Path) -> tuple[list[str], dict]:
@@ -428,6 +435,7 @@ def check(folder: Path) -> tuple[list[str], dict]:
             lines.append(
                 f"{path.stem:22} {part:34} {expected:6.2f} ms {measured:6.2f} ms  {all_errors[-1]:+.0%}"
             )
+
     if not all_errors:
         raise InputError(f"{folder} holds no report by scripts/benchmark.py to hold predictions against.")
     middle = sorted(all_errors)[len(all_errors) // 2]
@@ -495,6 +503,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     else:
         found = [describe(parse_args([*each, *argv])) for each in DEFAULTS]
         lines, figures = [line for part, _ in found for line in part], [figures for _, figures in found]
+
     print("\n".join(lines))
     print(json.dumps(figures))
 

@@ -22,6 +22,15 @@ from files import check_not_input, check_writable, parse_object, read_text
 from scripts.lib.figures import RUN_FIGURES, draw, drawing, save
 from scripts.lib.runs import MOST_RULES, read_run
 
+
+def outputs_of(file: Path) -> list[Path]:
+    """The figures of a result file, beside it."""
+    if not file.name:
+        raise InputError(f"{file} is a folder; name a result file.")
+    return [file.with_name(file.stem + (f".{name}.png" if name else ".png"))
+            for name in (RUN_FIGURES if file.suffix == ".jsonl" else [""])]  # fmt: skip
+
+
 # What a field may be
 
 
@@ -46,28 +55,13 @@ def draw_run(file: Path) -> list[Path]:
             if figure := make(records):
                 save(figure, path, f"n = {n}, {caption}")
                 written.append(path)
+
     if not written:
         raise InputError(
             f"{file} has nothing to draw: no rule in it accepts draft tokens, as plain does not."
         )
+
     return written
-
-
-def outputs_of(file: Path) -> list[Path]:
-    """The figures of a result file, beside it."""
-    if not file.name:
-        raise InputError(f"{file} is a folder; name a result file.")
-    return [file.with_name(file.stem + (f".{name}.png" if name else ".png"))
-            for name in (RUN_FIGURES if file.suffix == ".jsonl" else [""])]  # fmt: skip
-
-
-def draw_files(files: list[Path]) -> None:
-    """Draws the figures of each result file beside it, and prints their names."""
-    for output in (output for file in files for output in outputs_of(file)):
-        check_writable(output, "The figure")
-        check_not_input(output, files, "The figure")
-    for file in files:
-        print(*(draw_run(file) if file.suffix == ".jsonl" else draw_result(file)), sep="\n")
 
 
 def draw_result(file: Path) -> list[Path]:
@@ -82,6 +76,15 @@ def draw_result(file: Path) -> list[Path]:
             f"{file} is not a result of experiments.py, benchmark.py or evaluate.py: {error}"
         ) from None
     return written
+
+
+def draw_files(files: list[Path]) -> None:
+    """Draws the figures of each result file beside it, and prints their names."""
+    for output in (output for file in files for output in outputs_of(file)):
+        check_writable(output, "The figure")
+        check_not_input(output, files, "The figure")
+    for file in files:
+        print(*(draw_run(file) if file.suffix == ".jsonl" else draw_result(file)), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:

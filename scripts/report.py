@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from files import check_not_input, check_writable, write_file
 from scripts.lib.flags import add_flags
@@ -69,14 +70,26 @@ NAMES = {  # of a header's fields, where its own word does not say it
     "compile": "compiled",
     "details": "figures of each token",
 }
+COLUMNS = (
+    "m*: draft tokens accepted a round, without the target's own token. By the rule alone: the share of all "
+    "tokens that the target would not have said. Points to plain: on the same questions; lost are right by "
+    "plain and wrong by the rule, won the other way."
+)
 MADE = ("command", "date", "time", "machine", "commit")  # how a run was made: first, where the header says it
+
+
+def svg(kind: str, place: str, body: str) -> str:
+    """A small drawing beside a name. place: its viewBox."""
+    return f'<svg class="{kind}" viewBox="{place}" aria-hidden="true">{body}</svg>'
+
+
+def fill(rule: int) -> str:
+    return f"fill:var(--c{rule % COLOURS})"
 
 
 def mark(rule: int) -> str:
     """The shape of a rule."""
-    fill = f"var(--c{rule % COLOURS})"
-    shape = SHAPES[rule % len(SHAPES)]
-    return f'<svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path d="{shape}" style="fill:{fill}"/></svg>'
+    return svg("mark", "-6 -6 12 12", f'<path d="{SHAPES[rule % len(SHAPES)]}" style="{fill(rule)}"/>')
 
 
 def percent(share: float) -> str:
@@ -90,10 +103,12 @@ def cells_of(row: dict, threshold: float | None) -> dict[str, str | None]:
         right = (
             f"{percent(row['accuracy'])} ({' to '.join(f'{100 * share:.1f}' for share in row['interval'])})"
         )
+
     if row.get("difference") is not None:
         low, high = (100 * x for x in row["difference_interval"])
         difference = f"{100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
         changed = f"{row['lost']} / {row['won']}" if "lost" in row else None
+
     drafts = row["mean_accepted"] is not None
     return {
         "threshold": None if threshold is None else f"{threshold:g}",
@@ -119,15 +134,8 @@ def summary_table(rows: list[dict], records: list[dict]) -> str:
         line = "".join(f'<td class="n">{html.escape(cells.get(name) or "-")}</td>' for name in names)
         lines.append(f"<tr><th>{mark(number)} {html.escape(row['rule'])}</th>{line}</tr>")
     heads = "".join(f'<th class="n">{name}</th>' for name in names)
-    return (
-        f"<div "
-        f'class="wide"><table><thead><tr><th>rule</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-        '</div><p class="soft">m*: draft tokens accepted a round, without the target\'s own token. By '
-        "the rule alone: the "
-        "share of all tokens that the target would not have said. Points to plain: on the same "
-        "questions; lost are right "
-        "by plain and wrong by the rule, won the other way.</p>"
-    )
+    table = f"<table><thead><tr><th>rule</th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="wide">{table}</div><p class="soft">{COLUMNS}</p>'
 
 
 def settings_list(header: dict, written: float) -> str:
@@ -150,6 +158,14 @@ def settings_list(header: dict, written: float) -> str:
 LEFT, RIGHT, TOP, BOTTOM = 58, 425, 12, 215
 
 
+class Axis(NamedTuple):
+    """at: where a value is drawn; numbers: those that are named."""
+
+    name: str
+    at: Callable[[float], float]
+    numbers: list[float]
+
+
 def scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1
     return lambda value: round(begin + (value - low) / span * (end - begin), 1)
@@ -165,38 +181,55 @@ def ticks(low: float, high: float) -> list[float]:
     ]
 
 
-def axes(x: Callable, y: Callable, xs: list[float], ys: list[float], x_name: str, y_name: str) -> str:
+def axes(x: Axis, y: Axis) -> str:
     """Grid lines with their numbers, and the names of both axes."""
-    parts = [f'<path class="axis" d="M{LEFT} {y(v)}H{RIGHT}"/>'
-             f'<text x="{LEFT - 6}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>' for v in ys]  # fmt: skip
-    parts += [f'<text x="{x(v)}" y="{BOTTOM + 18}" text-anchor="middle">{v:g}</text>' for v in xs]
-    at = f'transform="translate(11 {(TOP + BOTTOM) / 2}) rotate(-90)"'
-    return "".join(parts) + (
-        f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" '
-        f'text-anchor="middle">{x_name}</text>'
-        f'<text {at} text-anchor="middle">{y_name}</text>'
-    )
+    parts = []
+    for v in y.numbers:
+        parts.append(f'<path class="axis" d="M{LEFT} {y.at(v)}H{RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y.at(v) + 4}" text-anchor="end">{v:g}</text>')
+    parts += [f'<text x="{x.at(v)}" y="{BOTTOM + 18}" text-anchor="middle">{v:g}</text>' for v in x.numbers]
+    parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">{x.name}</text>')
+    turned = f'transform="translate(11 {(TOP + BOTTOM) / 2}) rotate(-90)"'
+    parts.append(f'<text {turned} text-anchor="middle">{y.name}</text>')
+    return "".join(parts)
 
 
 def point(rule: int, x: float, y: float, title: str) -> str:
-    shape, fill = SHAPES[rule % len(SHAPES)], f"var(--c{rule % COLOURS})"
-    return f'<path transform="translate({x} {y})" d="{shape}" style="fill:{fill}"><title>{html.escape(title)}</title></path>'
+    place = f'transform="translate({x} {y})" d="{SHAPES[rule % len(SHAPES)]}" style="{fill(rule)}"'
+    return f"<path {place}><title>{html.escape(title)}</title></path>"
 
 
 def figure(body: str, title: str, caption: str, legend: list[str], bottom: float = 260) -> str:
     """A figure of 440 by `bottom` with a legend of marked entries below it."""
-    entries = "".join(f"<li>{entry}</li>" for entry in legend)
-    return (
-        f'<figure><svg viewBox="0 0 440 {bottom:g}" role="img" '
-        f'aria-label="{html.escape(title)}">{body}</svg>'
-        f'<ul class="legend">{entries}</ul>'
-        f"<figcaption><b>{html.escape(title)}</b>. {html.escape(caption)}</figcaption></figure>"
-    )
+    entries, name = "".join(f"<li>{entry}</li>" for entry in legend), html.escape(title)
+    drawing = f'<svg viewBox="0 0 440 {bottom:g}" role="img" aria-label="{name}">{body}</svg>'
+    said = f"<figcaption><b>{name}</b>. {html.escape(caption)}</figcaption>"
+    return f'<figure>{drawing}<ul class="legend">{entries}</ul>{said}</figure>'
 
 
 def legend_of(rules: list[str], numbers: list[int]) -> list[str]:
     """The marks of some rules with their names."""
     return [f"{mark(number)} {html.escape(rules[number])}" for number in numbers]
+
+
+def pareto_point(number: int, row: dict, x: Axis, y: Axis) -> str:
+    """A rule's point with its interval and threshold; of plain, which has no m*, a line across."""
+    right = y.at(100 * row["accuracy"])
+    if row["mean_accepted"] is None:
+        if row["rule"] != "plain":
+            return ""
+        return f'<path d="M{LEFT} {right}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>'
+
+    at, (top, bottom) = x.at(row["mean_accepted"]), (y.at(100 * share) for share in reversed(row["interval"]))
+    low, high = map(percent, row["interval"])
+    title = f"{row['rule']}: {percent(row['accuracy'])} right, {low} to {high}, m* {row['mean_accepted']:.2f}"
+    drawn = f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>'
+    drawn += point(number, at, right, title)
+    if row["threshold"] is not None:
+        name = f"{row['threshold']:g}"
+        drawn += f'<text class="small" x="{at - 6}" y="{right - 6}" text-anchor="end">{name}</text>'
+
+    return drawn
 
 
 def pareto_figure(rows: list[dict]) -> str:
@@ -206,54 +239,32 @@ def pareto_figure(rows: list[dict]) -> str:
     drawn = [(number, row) for number, row in scored if row["mean_accepted"] is not None]
     if not drawn:
         return ""
+
     low = max(0, 100 * min(row["interval"][0] for _, row in scored) - 1)
     most = max(row["mean_accepted"] for _, row in drawn) * 1.08
-    x, y = scale(0, most, LEFT, RIGHT), scale(low, 100.5, BOTTOM, TOP)
-    body, families = (
-        [
-            axes(
-                x, y, ticks(0, most), ticks(low, 100), "m*, draft tokens accepted a round", "right answers, %"
-            )
-        ],
-        {},
-    )
-    for number, row in scored:
-        title = f"{row['rule']}: {percent(row['accuracy'])} right, {percent(row['interval'][0])} to {percent(row['interval'][1])}"
-        if row["mean_accepted"] is None:
-            if row["rule"] == "plain":
-                at = y(100 * row["accuracy"])
-                body.append(f'<path d="M{LEFT} {at}H{RIGHT}" stroke="currentColor" stroke-dasharray="2 4"/>')
-            continue
-        at, (top, bottom) = x(row["mean_accepted"]), (y(100 * share) for share in reversed(row["interval"]))
-        body.append(
-            f'<path d="M{at} {top}V{bottom}M{at - 3} {top}h6M{at - 3} {bottom}h6" stroke="currentColor"/>'
-        )
-        body.append(point(number, at, y(100 * row["accuracy"]), f"{title}, m* {row['mean_accepted']:.2f}"))
-        if row["threshold"] is not None:
-            body.append(
-                f'<text class="small" x="{at - 6}" y="{y(100 * row["accuracy"]) - 6}" '
-                f'text-anchor="end">'
-                f"{row['threshold']:g}</text>"
-            )
-        families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append(
-            (at, y(100 * row["accuracy"]))
-        )
-    for points in families.values():
-        body.insert(
-            1, f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>'
-        )
-    legend = legend_of([row["rule"] for row in rows], [number for number, _ in drawn])
-    plain = [
-        '<svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path d="M-6 0H6" stroke="currentColor" '
-        'stroke-dasharray="2 2"/></svg> plain'
-        for row in rows
-        if row["rule"] == "plain" and row["accuracy"] is not None
+    x = Axis("m*, draft tokens accepted a round", scale(0, most, LEFT, RIGHT), ticks(0, most))
+    y = Axis("right answers, %", scale(low, 100.5, BOTTOM, TOP), ticks(low, 100))
+
+    families: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for _, row in drawn:
+        place = x.at(row["mean_accepted"]), y.at(100 * row["accuracy"])
+        families.setdefault((row["name"], row["rule"].partition("@")[2]), []).append(place)
+
+    lines = [
+        f'<polyline class="none axis" points="{" ".join(f"{a},{b}" for a, b in sorted(points))}"/>'
+        for points in families.values()
     ]
+
+    plain = [row for _, row in scored if row["rule"] == "plain"]
+    points = [pareto_point(number, row, x, y) for number, row in scored]
+    legend = legend_of([row["rule"] for row in rows], [number for number, _ in drawn])
+    dashes = '<path d="M-6 0H6" stroke="currentColor" stroke-dasharray="2 2"/>'
+    legend += [svg("mark", "-6 -6 12 12", dashes) + " plain"] * len(plain)
     return figure(
-        "".join(body),
+        "".join([axes(x, y), *reversed(lines), *points]),
         "Right answers against accepted tokens",
         "Upright lines: 95% intervals; numbers: thresholds; up and right is better.",
-        legend + plain,
+        legend,
     )
 
 
@@ -267,18 +278,19 @@ def accepted_figure(records: list[dict], rules: list[str]) -> str:
         rule: [100 * found[n] / found.total() for n in range(most + 1)] for rule, found in counts.items()
     }
     high = max(map(max, shares.values())) * 1.05
-    x, y = scale(0, most, LEFT + 8, RIGHT - 8), scale(0, high, BOTTOM, TOP)
     whole = [v for v in ticks(0, most) if v == int(v)]
-    body = [axes(x, y, whole, ticks(0, high), "draft tokens that a round accepted",
-                 "share of the rounds, %")]  # fmt: skip
+    x = Axis("draft tokens that a round accepted", scale(0, most, LEFT + 8, RIGHT - 8), whole)
+    y = Axis("share of the rounds, %", scale(0, high, BOTTOM, TOP), ticks(0, high))
+    body = [axes(x, y)]
     for rule, values in shares.items():
         number = rules.index(rule)
-        points = " ".join(f"{x(n)},{y(value)}" for n, value in enumerate(values))
+        points = " ".join(f"{x.at(n)},{y.at(value)}" for n, value in enumerate(values))
         body.append(f'<polyline class="none" points="{points}" style="stroke:var(--c{number % COLOURS})"/>')
         body += [
-            point(number, x(n), y(value), f"{rule}: {value:.1f}% of rounds accepted {n}")
+            point(number, x.at(n), y.at(value), f"{rule}: {value:.1f}% of rounds accepted {n}")
             for n, value in enumerate(values)
         ]
+
     return figure(
         "".join(body),
         "Accepted tokens a round",
@@ -302,26 +314,25 @@ def origin_figure(records: list[dict], rules: list[str]) -> str:
             title = f"{rule}: {percent(share)} {name}"
             width = x(left + share) - x(left)
             body.append(
-                f'<g><title>{html.escape(title)}</title><rect class="{letter}" x="{x(left)}" '
-                f'y="{top}" '
+                f'<g><title>{html.escape(title)}</title><rect class="{letter}" x="{x(left)}" y="{top}" '
                 f'width="{width:.1f}" height="{height}" stroke="currentColor" stroke-width=".5"/>'
             )
             if width > 34:
                 at = (x(left) + x(left + share)) / 2
                 body.append(
-                    f'<text x="{at:.1f}" y="{top + 17}" text-anchor="middle">{letter} '
-                    f"{100 * share:.0f}%</text>"
+                    f'<text x="{at:.1f}" y="{top + 17}" '
+                    f'text-anchor="middle">{letter} {100 * share:.0f}%</text>'
                 )
             body.append("</g>")
             left += share
+
+    square = '<rect class="{}" width="12" height="12" stroke="currentColor"/>'
     legend = [
-        f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><rect class="{letter}" width="12" '
-        f'height="12" '
-        f'stroke="currentColor"/></svg> {letter}: {name}'
+        svg("mark", "0 0 12 12", square.format(letter)) + f" {letter}: {name}"
         for letter, name in ORIGINS.items()
     ]
-    return figure("".join(body), "Who put in the tokens", "Shares of all tokens of a rule's answers.", legend,
-                  TOP + len(bars) * (height + 26) + 8)  # fmt: skip
+    caption, bottom = "Shares of all tokens of a rule's answers.", TOP + len(bars) * (height + 26) + 8
+    return figure("".join(body), "Who put in the tokens", caption, legend, bottom)
 
 
 class Pieces:
@@ -332,6 +343,15 @@ class Pieces:
 
     def __call__(self, text: str) -> int:
         return self.number.setdefault(text, len(self.number))
+
+
+def has_details(record: dict) -> bool:
+    return all(record.get(name) for name in ("p", "kl", "top"))
+
+
+def thousandths(share: float) -> float | int:
+    """A probability in few characters, with 3 digits where it is small: those are what one looks for."""
+    return round(1000 * share) if share >= 0.1 else float(f"{1000 * share:.3g}")
 
 
 def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
@@ -356,16 +376,8 @@ def page_answer(record: dict, rules: list[str], pieces: Pieces) -> dict:
             "s": [round(1000 * x) for x in record["score"]] if record.get("score") else None,
             "top": {at: pieces(top) for at, top in enumerate(record["top"]) if top is not None},
         }
+
     return answer
-
-
-def has_details(record: dict) -> bool:
-    return all(record.get(name) for name in ("p", "kl", "top"))
-
-
-def thousandths(share: float) -> float | int:
-    """A probability in few characters, with 3 digits where it is small: those are what one looks for."""
-    return round(1000 * share) if share >= 0.1 else float(f"{1000 * share:.3g}")
 
 
 def page_data(records: list[dict], rules: list[str]) -> str:
@@ -391,16 +403,19 @@ def notes(records: list[dict]) -> str:
             f"{failed[0]['rule']} to item {failed[0]['index']}: {failed[0]['failed']}"
         )
         records = [record for record in records if not record.get("failed")]
+
     if bare := sum(not (record.get("origin") and record.get("cuts")) for record in records):
         lines.append(
             f"{bare} of {n} answers do not say who accepted their tokens, and are not coloured: they are "
             "of transformers, or older than this report; run scripts/evaluate.py anew with another --out."
         )
+
     if bare := sum(not has_details(record) for record in records):
         lines.append(
             f"{bare} of {n} answers come without probability, KL and score of their tokens: "
             "run scripts/evaluate.py with --details and another --out to see them here."
         )
+
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
 
 

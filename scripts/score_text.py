@@ -48,6 +48,7 @@ def read_texts(path: Path, limit: int | None) -> list[dict]:
         if not isinstance(prompt, str) or not isinstance(response, str) or not response:
             raise InputError(f"{where}: prompt and response must be text, and the response not empty.")
         items.append({"prompt": prompt, "response": response, "errors": []})
+
     if not items:
         raise InputError(f"{path} holds no texts; give JSON lines with prompt and response.")
     return items
@@ -61,6 +62,7 @@ def check_args(args: argparse.Namespace) -> list[Variant]:
         raise InputError(
             f"--verify {ahead[0]} looks ahead within a round, and a text has no rounds; take another rule."
         )
+
     sizes = (args.speculate_k, *(variant.k for variant in variants))
     if any(variant.name not in RULES for variant in variants) or "auto" in sizes:
         raise InputError(f"--verify takes {', '.join(RULES)} here, and M is a number: the text is the draft.")
@@ -82,8 +84,8 @@ def print_table(rows: list[dict]) -> None:
     print("rule            tokens  passed  by the rule alone     m*")
     for row in rows:
         print(
-            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} {row['by_rule']:18.1%} "
-            f"{row['mean_accepted']:6.2f}"
+            f"{row['rule']:15} {row['tokens']:6} {row['passed']:7.1%} "
+            f"{row['by_rule']:18.1%} {row['mean_accepted']:6.2f}"
         )
 
 
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     """From a parsed command line to the table, or its JSON."""
     variants = check_args(args)
     tokenizer, items = load_tokenizer(args.checkpoint_path), read_texts(args.data, args.limit)
-    texts, letters = score_texts(args, variants, tokenizer, items)
+    texts, letters = score_texts(args, variants, tokenizer, items, str(args.data))
     rows = summarise(letters, variants, args.speculate_k)
     if args.json:
         print(json.dumps({"data": str(args.data), "speculate_k": args.speculate_k, "rows": rows}))
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
     for text, marked in list(zip(texts, letters))[: args.show]:
         for variant, mine in zip(variants, marked):
             print(f"{label(variant)}: {coloured(tokenizer, text, mine, paint)}\n")
+
     if args.show:
         print(paint.legend)
     print_table(rows)

@@ -74,6 +74,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
     for problem, _ in zip(problems(seed, held_out=False), range(20000)):
         style = rng.choice(["target", "draft"])
         texts.append(problem.question + write_answer_with_errors(problem, style, rng, 0.1)[0])
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -105,6 +106,7 @@ def training_row(
         answer, errors = write_answer_with_errors(problem, style, rng, rate)
     else:
         answer, errors = write_answer(problem, style, rng), []
+
     pieces = sp.encode(problem.question + answer, out_type=str)
     ids, mask = [sp.bos_id(), *sp.piece_to_id(pieces)], [0]
     # characters from the answer's start; SentencePiece puts a space before all
@@ -113,6 +115,7 @@ def training_row(
         begin, end = end, end + len(piece)
         wrong = any(begin < b and end > a for a, b in errors)
         mask.append(int(end > 0 and not wrong))
+
     assert ids[: len(prompt)] == prompt
     return [*ids, sp.eos_id()], [*mask, 1]
 
@@ -155,7 +158,51 @@ def init_weights(model: Transformer, seed: int) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) -> Transformer:
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where what an optimizer remembers of a weight is not of its shape, or no number."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim()]
+            if not kept or any(x.shape != weight.shape for x in kept):
+                raise ValueError("an optimizer's state is not of its weights")
+            if not all(x.isfinite().all() for x in (weight, *kept)):
+                raise ValueError("it holds numbers that are not finite")
+
+
+def resume(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
+) -> int:
+    """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
+
+    Raises InputError for a file of another run, and for one that no run has saved.
+    """
+    content = read_bytes(state)
+    try:
+        saved = torch.load(
+            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
+        )
+        if (saved["seed"], saved["steps"]) != (seed, steps):
+            raise InputError(
+                f"{state} is of another seed or number of steps; remove it, or name another --work."
+            )
+        if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
+            raise ValueError(f"step is {saved['step']!r}")
+        model.load_state_dict(saved["model"])
+        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+            check_moments(optimizer)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged pickle raises has no end
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
+        ) from None
+
+    return saved["step"]
+
+
+def train_model(role: str, sp, state: Path, *, seed: int, device: str, steps: int) -> Transformer:
     """Trains the target or the draft for `steps` batches; `state` is where it resumes from."""
     model = Transformer(PRESETS[role])
     init_weights(model, seed)
@@ -202,50 +249,8 @@ def train_model(role: str, sp, state: Path, seed: int, device: str, steps: int) 
             buffer = io.BytesIO()
             torch.save(content, buffer)
             write_file(state, buffer.getvalue())
+
     return model
-
-
-def resume(
-    model: Transformer, optimizers: list[torch.optim.Optimizer], state: Path, seed: int, steps: int
-) -> int:
-    """Puts model and optimizers where a killed run saved them, and returns the steps that it had done.
-
-    Raises InputError for a file of another run, and for one that no run has saved.
-    """
-    content = read_bytes(state)
-    try:
-        saved = torch.load(
-            io.BytesIO(content), weights_only=True, map_location=next(model.parameters()).device
-        )
-        if (saved["seed"], saved["steps"]) != (seed, steps):
-            raise InputError(
-                f"{state} is of another seed or number of steps; remove it, or name another --work."
-            )
-        if type(saved["step"]) is not int or not 0 < saved["step"] <= steps:
-            raise ValueError(f"step is {saved['step']!r}")
-        model.load_state_dict(saved["model"])
-        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
-            check_moments(optimizer)
-    except InputError:
-        raise
-    except Exception as error:  # what a damaged pickle raises has no end
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"{state} is damaged ({shortened(reason)}); remove it, and its model is trained anew."
-        ) from None
-    return saved["step"]
-
-
-def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError where what an optimizer remembers of a weight is not of its shape, or no number."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim()]
-            if not kept or any(x.shape != weight.shape for x in kept):
-                raise ValueError("an optimizer's state is not of its weights")
-            if not all(x.isfinite().all() for x in (weight, *kept)):
-                raise ValueError("it holds numbers that are not finite")
 
 
 def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
@@ -262,6 +267,7 @@ def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
             progress.step()
+
     write_file(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -326,18 +332,6 @@ def save_folder(model: Transformer, tokenizer: Path, folder: Path) -> None:
         write_file(folder / file, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def train_all(args: argparse.Namespace) -> None:
-    """Runs the stages that are asked for, each from where it stopped."""
-    stages = check_args(args)
-    args.work.mkdir(parents=True, exist_ok=True)
-    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
-    try:
-        lock(held, args.work)
-        run_stages(args, stages)
-    finally:
-        os.close(held)
-
-
 def check_args(args: argparse.Namespace) -> list[str]:
     """The stages. Raises InputError for what cannot run or be written, before there is any work."""
     stages = args.stages.split(",")
@@ -352,25 +346,10 @@ def check_args(args: argparse.Namespace) -> list[str]:
         check_folder(path.parent, "--work" if path.parent == args.work else "--out")
         if path.parent.is_dir():
             check_writable(path)
+
     if args.device.type == "cpu" and set(PRESETS) & set(stages):
         check_compiler()
     return stages
-
-
-def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
-    """Tokenizer, target, draft, judge: those of `stages`, with the files of the earlier ones."""
-    tokenizer = args.work / "tokenizer.model"
-    if "tokenizer" in stages and not tokenizer.exists():
-        train_tokenizer(tokenizer, args.seed)
-    sp = load_pieces(tokenizer) if set(PRESETS) & set(stages) else None
-    for role in PRESETS:
-        if role in stages:
-            steps = args.steps or SCHEDULE[role][0]
-            model = train_model(role, sp, args.work / f"{role}.pt", args.seed, args.device, steps)
-            save_folder(model, tokenizer, args.out / role)
-            print(f"{role}: written to {args.out / role}", file=sys.stderr)
-    if "judge" in stages:
-        train_demo_judge(args.out, args.work, args.seed, args.device)
 
 
 def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -384,12 +363,45 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise InputError(
             f"{path} is no SentencePiece model; remove it, and run the stage tokenizer."
         ) from None
+
     if not 0 < pieces.vocab_size() <= VOCAB_SIZE or min(pieces.bos_id(), pieces.eos_id()) < 0:
         raise InputError(
             f"{path} is no tokenizer of at most {VOCAB_SIZE} pieces with "
             "begin and end; remove it, and run the stage tokenizer."
         )
+
     return pieces
+
+
+def run_stages(args: argparse.Namespace, stages: list[str]) -> None:
+    """Tokenizer, target, draft, judge: those of `stages`, with the files of the earlier ones."""
+    tokenizer = args.work / "tokenizer.model"
+    if "tokenizer" in stages and not tokenizer.exists():
+        train_tokenizer(tokenizer, args.seed)
+    sp = load_pieces(tokenizer) if set(PRESETS) & set(stages) else None
+    for role in PRESETS:
+        if role in stages:
+            steps = args.steps or SCHEDULE[role][0]
+            model = train_model(
+                role, sp, args.work / f"{role}.pt", seed=args.seed, device=args.device, steps=steps
+            )
+            save_folder(model, tokenizer, args.out / role)
+            print(f"{role}: written to {args.out / role}", file=sys.stderr)
+
+    if "judge" in stages:
+        train_demo_judge(args.out, args.work, args.seed, args.device)
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Runs the stages that are asked for, each from where it stopped."""
+    stages = check_args(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    held = os.open(args.work, os.O_RDONLY)  # the folder: its files are replaced as the training goes on
+    try:
+        lock(held, args.work)
+        run_stages(args, stages)
+    finally:
+        os.close(held)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,11 @@
 """Shared by all tests: tiny checkpoints in published form, made by transformers, and where real data files lie."""
 
 import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, a thread each
@@ -85,6 +89,56 @@ def make_folder(
     tensors = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=tensors, max_shard_size=shard)
     return model
+
+
+class Child:
+    """A script's `main` in a silent child of this process, which has loaded PyTorch already: signals, locks and files
+    are as in a process of its own, without the seconds that a start takes."""
+
+    def __init__(self, main: Callable[[list[str]], None], argv: list[str], **environ: str):
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for number in range(3):
+                os.dup2(nothing, number)
+            os._exit(exit_code(main, argv, environ))
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal where one ended it, None while it runs."""
+        if self.code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.code = os.waitstatus_to_exitcode(ended[1])
+        return self.code
+
+    def wait(self) -> int:
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    def send(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def exit_code(main: Callable[[list[str]], None], argv: list[str], environ: dict[str, str]) -> int:
+    """What a fresh interpreter would end with: of a child of pytest, whose streams are the descriptors 0, 1 and 2."""
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    return code
 
 
 @pytest.fixture(scope="session")

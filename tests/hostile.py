@@ -406,15 +406,13 @@ def call_main(script: str, argv: list[str]) -> None:
 
 
 def scripts() -> list[str]:
-    """All scripts: what begins by cli.run_script."""
+    """All scripts: what begins by cli.run_script; judge.py runs two of them."""
     found = [
-        path
+        path.name
         for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
         if "run_script(" in path.read_text(encoding="utf-8")
     ]
-    return sorted(
-        path.name for path in found if path.name not in ("cli.py", "calibrate.py")
-    )  # judge.py runs calibrate.py
+    return sorted({"judge.py", *found} - {"cli.py", "calibrate.py", "train_judge.py"})
 
 
 def spoilt_flag(
@@ -816,9 +814,9 @@ def call(case: Case) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before, code = (sys.stdin, sys.stdout, sys.stderr), 0
     sys.stdin, sys.stdout = (
-        open(0, encoding="utf-8", closefd=False),
-        open(1, "w", encoding="utf-8", closefd=False),
-    )  # noqa: SIM115
+        open(0, encoding="utf-8", closefd=False),  # noqa: SIM115
+        open(1, "w", encoding="utf-8", closefd=False),  # noqa: SIM115
+    )
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     try:
         call_main(case.script, case.argv)
@@ -986,7 +984,8 @@ def said_badly(case: Case, done: Done) -> Iterator[str]:
         yield f"exit code {done.code}"
     elif done.code == 2 and "2>" not in case.streams:
         *notices, last = [line for line in done.err.split("\n") if line.strip()] or [""]
-        sentence = rf"{re.escape(case.script)}[ \w]*: ."
+        name = r"(train_)?judge\.py" if case.script == "judge.py" else re.escape(case.script)  # it forwards
+        sentence = rf"{name}[ \w]*: ."
         if not re.match(sentence, last) or not last.endswith("."):
             yield "no sentence that begins with the script's name and ends in a full stop"
         elif any(re.match(sentence, line) for line in notices):

@@ -21,7 +21,7 @@ from dataclasses import replace
 from unicodedata import east_asian_width
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, exit_code
 
 from cli import InputError
 from scripts.annotate import (
@@ -70,11 +70,6 @@ class Terminal:
     """annotate.py on a pseudo-terminal of its own."""
 
     def __init__(self, *args, rows: int = 24, columns: int = 80, **env: str):
-        env = (
-            {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-            | {"TERM": "xterm", "OMP_NUM_THREADS": "1"}
-            | env
-        )
         fresh = pty.openpty()
         self.before, self.output = termios.tcgetattr(fresh[1]), b""  # how every pseudo-terminal begins
         for fd in fresh:
@@ -82,7 +77,8 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-            os.execve(sys.executable, [sys.executable, SCRIPT, *map(str, args)], env)
+            os.environ.pop("NO_COLOR", None)
+            os._exit(exit_code(main, list(map(str, args)), {"TERM": "xterm"} | env))
 
     def read(self) -> bool:
         """Takes in what there is; False at the end."""
@@ -456,7 +452,9 @@ def test_marks_reopen_as_they_were_and_widen_to_whole_tokens(tokenizer):
 
 
 def make_session(tmp_path, tokenizer, items=ITEMS, ask_all: bool = False) -> Session:
-    session = Session(items, Journal(tmp_path / "out.marks"), tokenizer, tmp_path / "out", ask_all, True)
+    session = Session(
+        items, Journal(tmp_path / "out.marks"), tokenizer, tmp_path / "out", ask_all=ask_all, colour=True
+    )
     session.write_out()
     return session
 

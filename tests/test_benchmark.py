@@ -60,7 +60,7 @@ def test_imposed_acceptance_of_the_peer(accept):
     target, draft = (
         random_model(ModelArgs(48, n, 6, 2, 64, 101, 8), "cpu", torch.float32, seed=n) for n in (2, 1)
     )
-    peers = Peers(target, draft, [5, 6, 7], 36, 5, accept)
+    peers = Peers(target, draft, [5, 6, 7], 36, k=5, accept=accept)
     plain, rounds, forward = peers.generate(peers.target, 36), [], peers.target.forward
     peers.target.forward = lambda *rest, **named: (rounds.append(1), forward(*rest, **named))[1]
     with peers.impose():

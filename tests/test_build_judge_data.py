@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import Child
 
 from checkpoint import DEMO
 from cli import InputError
@@ -259,16 +257,10 @@ def test_a_run_killed_for_real_resumes_to_the_same_files(tmp_path):
     more = ("--limit", "4", "--temperature", "0,1", "--max_new_tokens", "150")
     main(command(tmp_path / "whole.jsonl", *more))
     out, work = tmp_path / "cut.jsonl", tmp_path / "cut.jsonl.all"
-    script = [sys.executable, str(ROOT / "scripts" / "build_judge_data.py"), *command(out, *more)]
-    child = subprocess.Popen(
-        script,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    child = Child(main, command(out, *more))
     while child.poll() is None and not (work.exists() and work.read_bytes().count(b"\n") >= 4):
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
+    child.send(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not out.exists()
     main(command(out, *more))
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

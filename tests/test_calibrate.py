@@ -1,6 +1,9 @@
 """Protects: the exact bound, that a walk keeps it and picking the best does not, what is counted, what is written."""
 
+import functools
+import itertools
 import json
+import math
 import os
 import random
 
@@ -13,7 +16,7 @@ from safetensors.torch import save
 import judge
 from cli import InputError
 from scripts import calibrate
-from scripts.lib import answers, calibration, guarantee
+from scripts.lib import answers, calibration, guarantee, terminal
 from scripts.lib.calibration import figures, fixed_sequence, is_harmed, least_n, most_harms
 from scripts.lib.intervals import upper_bound
 from scripts.lib.scoring import Question
@@ -70,39 +73,48 @@ def test_a_walk_stops_at_the_first_failure_and_never_looks_beyond():
     assert figures([], 100, 0.95)["threshold"] is None
 
 
-def simulate(n: int, draws: int, max_harm: float, confidence: float) -> tuple[float, float]:
-    """How often the threshold chosen has a true harm above max_harm: by the walk, and by picking the loosest of all
-    thresholds whose own bound is within max_harm. Harm at each threshold is drawn apart, which makes picking worst."""
-    true = torch.tensor([0.9, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1]) * max_harm  # all but the first are above
-    generator, limit = torch.Generator().manual_seed(0), most_harms(n, max_harm, confidence)
-    walked = picked = 0
-    for _ in range(draws):
-        harms = torch.binomial(torch.full((len(true),), float(n)), true, generator=generator)
+def chance(harms: range, n: int, share: float) -> float:
+    """How likely it is that so many of n are harmed, where each is with the chance `share`."""
+    return sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in harms)
+
+
+@pytest.fixture
+def quick_limit(monkeypatch):
+    """The same limit for the same numbers, looked for once."""
+    monkeypatch.setattr(calibration, "most_harms", functools.cache(most_harms))
+
+
+@pytest.mark.parametrize("n, max_harm, confidence", [(400, 0.05, 0.9), (59, 0.05, 0.95)])
+def test_the_walk_keeps_its_confidence_and_picking_the_best_does_not(quick_limit, n, max_harm, confidence):
+    """Exactly, over all that can come out: how often the threshold chosen has a true harm above max_harm, by the walk,
+    and by picking the loosest threshold whose own bound is within max_harm. Harm at each threshold is drawn apart,
+    which makes picking worst."""
+    true = [0.9 * max_harm] + [1.1 * max_harm] * 7  # all but the first are above
+    limit = most_harms(n, max_harm, confidence)
+    passes = [chance(range(limit + 1), n, share) for share in true]
+    walked = picked = total = 0.0
+    for outcome in itertools.product((True, False), repeat=len(true)):
+        likely = math.prod(p if within else 1 - p for p, within in zip(passes, outcome))
+        total += likely
+        harms = [limit if within else limit + 1 for within in outcome]
         passed = fixed_sequence(
-            list(range(len(true))), lambda t, _, harms=harms: int(harms[t]), n, max_harm, confidence
+            list(range(len(true))), lambda t, _, harms=harms: harms[t], n, max_harm, confidence
         )
-        walked += bool(passed) and bool(true[passed[-1][0]] > max_harm)
-        within = [t for t in range(len(true)) if harms[t] <= limit]
-        picked += bool(within) and bool(true[within[-1]] > max_harm)
-    return walked / draws, picked / draws
+        walked += likely * bool(passed and true[passed[-1][0]] > max_harm)
+        within = [t for t in range(len(true)) if outcome[t]]
+        picked += likely * bool(within and true[within[-1]] > max_harm)
+    assert total == pytest.approx(1) and 0 < walked <= 1 - confidence
+    assert picked > 2 * (1 - confidence), "picking without the test would be as good: this shows nothing"
 
 
-def test_the_walk_keeps_its_confidence_and_picking_the_best_does_not():
-    walked, picked = simulate(n=400, draws=4000, max_harm=0.05, confidence=0.9)
-    assert walked <= 0.1 + 3 * (0.1 * 0.9 / 4000) ** 0.5
-    assert picked > 0.2, "picking without the test would be as good: the simulation shows nothing"
-
-
-def test_at_the_edge_the_walk_fails_as_often_as_it_may():
-    """A rule whose first threshold is just above the bound: it passes about 1 - confidence of the time, not never."""
-    n, max_harm, passed = 400, 0.05, 0
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(4000):
-        harms = int(
-            torch.binomial(torch.tensor(float(n)), torch.tensor(max_harm * 1.0001), generator=generator)
-        )
-        passed += bool(fixed_sequence([1], lambda *_, harms=harms: harms, n, max_harm, 0.9))
-    assert 0.03 < passed / 4000 <= 0.1 + 3 * (0.1 * 0.9 / 4000) ** 0.5
+@pytest.mark.parametrize("n, max_harm, confidence", [(400, 0.05, 0.9), (59, 0.05, 0.95), (250, 0.02, 0.99)])
+def test_at_the_edge_the_walk_fails_as_often_as_it_may(quick_limit, n, max_harm, confidence):
+    """A rule whose first threshold is just above the bound passes almost 1 - confidence of the time: one harm more that
+    were let through would be too many."""
+    passing = [k for k in range(n + 1) if fixed_sequence([1], lambda *_, k=k: k, n, max_harm, confidence)]
+    assert passing == list(range(len(passing)))  # few harms pass, many do not
+    assert 0 < chance(range(len(passing)), n, max_harm * 1.0001) <= 1 - confidence
+    assert chance(range(len(passing) + 1), n, max_harm * 1.0001) > 1 - confidence
 
 
 def command(tmp_path, *more: str) -> list[str]:
@@ -287,14 +299,14 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
     import generate
 
     out = tmp_path / "judge.safetensors"
-    flags = command(tmp_path, "--max_harm", "0.4", "--limit", "8", "--walk", "0.95,0.8", "--out", str(out))
+    flags = command(tmp_path, "--max_harm", "0.4", "--limit", "6", "--walk", "0.95,0.8", "--out", str(out))
     judge.main(["calibrate", *flags])
     first, answers = out.read_bytes(), (tmp_path / "answers.jsonl").read_bytes()
     with safe_open(out, "pt") as handle:
         header = json.loads(handle.metadata()["judge"])
     info, threshold = header["info"]["calibration"], header["threshold"]
     assert (
-        info["n"] == 8 and info["conditions"]["speculate_k"] == 16 and threshold == info["threshold"] == 0.8
+        info["n"] == 6 and info["conditions"]["speculate_k"] == 16 and threshold == info["threshold"] == 0.8
     )
     lines = answers.splitlines(keepends=True)
     (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:50])  # as a kill leaves it
@@ -306,7 +318,8 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
         (["--threshold", "0.95"], "\nGuarantee"), (["--max_new_tokens", "20"], "No guarantee: calibrated with max_new_tokens 200"),
         (["--speculate_k", "8"], "No guarantee: calibrated with speculate_k 16"), (["--temperature", "1"], "with temperature 0"),
     ):  # fmt: skip
-        generate.main(["--judge_path", str(out), "--device", "cpu", *more])
+        # a prompt, so that nothing is decoded plainly to compare
+        generate.main(["--judge_path", str(out), "--device", "cpu", "--prompt", terminal.DEMO_PROMPT, *more])
         assert word in "\n" + capsys.readouterr().err, more
     # calibrated again in place: the answers are the same judge's, and still serve
     judge.main(
@@ -314,7 +327,7 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
             "calibrate",
             "--judge_path",
             str(out),
-            *command(tmp_path, "--max_harm", "0.5", "--limit", "8", "--walk", "0.95,0.8"),
+            *command(tmp_path, "--max_harm", "0.5", "--limit", "6", "--walk", "0.95,0.8"),
         ]
     )
     assert len((tmp_path / "answers.jsonl").read_bytes().splitlines()) == len(lines)
@@ -334,13 +347,14 @@ def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypat
         "generate.py": generate.main,
     }
     smaller = {
-        "--limit 200": "--limit 12",
-        "--limit 300": "--limit 5",
-        "--max_harm 0.02": "--max_harm 0.5",
+        "--limit 200": "--limit 6 --seed 1",
+        "--limit 300": "--limit 3",
+        "--max_harm 0.02": "--max_harm 0.7 --walk 0.9,0.5",
         "--compile": "",
     }
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(terminal, "COMPARED", 1)
     said = []
     for line in lines:
         for written, small in smaller.items():
@@ -352,7 +366,7 @@ def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypat
     assert len(said) == 4 and "answers (" in said[0] and "it has no calibration yet" in said[1]
     assert "harmed with 95% confidence up to delta" in said[2] and "written to judge.safetensors" in said[2]
     assert (
-        "Guarantee: with 95% confidence, at most 50% of questions like these" in said[3]
+        "Guarantee: with 95% confidence, at most 70% of questions like these" in said[3]
         and "(these: demo, " in said[3]
     )
     judge.main(
@@ -402,7 +416,7 @@ def test_the_cheap_form_counts_answers_not_tokens(tmp_path, capsys, monkeypatch)
     from scripts.lib.demo_task import problems, write_answer_with_errors
 
     rng, lines = random.Random(0), []
-    for problem, _ in zip(problems(123, held_out=True), range(40)):
+    for problem, _ in zip(problems(123, held_out=True), range(12)):
         text, errors = write_answer_with_errors(problem, "target", rng, 0.4)
         lines.append(
             {"prompt": problem.question, "response": text, "errors": [list(span) for span in errors]}

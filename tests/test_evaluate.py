@@ -17,10 +17,11 @@ from cli import InputError
 from files import Lines
 from scripts.evaluate import main, print_table, share_of
 from scripts.lib import bench, turns
-from scripts.lib.bench import parse_rules, summarise
+from scripts.lib.bench import parse_rules
 from scripts.lib.ranks import own_device
 from scripts.lib.results import by_key, check_parts, check_same_questions, merge, part, rank_and_size, resume
 from scripts.lib.scoring import Question
+from scripts.lib.summary import summarise
 from scripts.lib.token_details import NotFinite
 
 
@@ -74,6 +75,8 @@ def run(out, *more: str) -> list[str]:
         "plain,standard,judge",
         "--device",
         "cpu",
+        "--max_new_tokens",
+        "40",
         "--out",
         str(out),
         "--json",
@@ -320,10 +323,10 @@ def test_a_refused_run_leaves_no_file_behind(tmp_path, capsys, more):
 def test_answers_without_finite_logits_are_recorded_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
     decode, out = turns.decode_turn, tmp_path / "out.jsonl"
 
-    def fails(engine, prompt, max_new_tokens, seed, stops, tokenizer):
-        if engine.settings.verify == "judge" and seed == 0:
+    def fails(how, prompt, stops):
+        if how.engine.settings.verify == "judge" and how.seed == 0:
             raise NotFinite("The logits are not finite.")
-        return decode(engine, prompt, max_new_tokens, seed, stops, tokenizer)
+        return decode(how, prompt, stops)
 
     monkeypatch.setattr(turns, "decode_turn", fails)
     for _ in range(2):  # the second run finds all of it in the file
@@ -453,7 +456,7 @@ def test_pick_device_names_a_gpu_and_makes_it_current(monkeypatch):
     assert model.pick_device("cpu") == torch.device("cpu") and not asked
 
 
-TAKES_THE_DEVICE = ("bench.py",)  # modules whose callers have picked it
+TAKES_THE_DEVICE = ("acceptance.py", "bench.py", "peers.py")  # modules whose callers have picked it
 
 
 def test_every_script_picks_its_device_by_pick_device():

@@ -49,7 +49,10 @@ def prepared():
     """The world of tests/hostile.py, how it is, and every script's flags."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     root.chmod(0o755)
+    environ = dict(os.environ)
     yield hostile.prepared(root)
+    os.environ.clear()
+    os.environ.update(environ)
     for path in root.rglob("*"):
         if path.is_dir() and not path.is_symlink():
             path.chmod(0o700)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 import kernels
@@ -86,25 +85,52 @@ def filled_cache(generator, n_kv, length, d, end, dtype):
     return k, v
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("n_kv, group, d, length", [(2, 3, 20, 700), (1, 1, 32, 400), (2, 4, 128, 900)])
-@pytest.mark.parametrize("rows", [1, 2, 17, 33, 65])
-def test_attend_against_float64(device, n_kv, group, d, length, rows):
-    """The Triton kernel, in Triton's interpreter where there is no GPU; at the borders of its blocks and parts."""
+SHAPES = [(2, 3, 20, 700), (1, 1, 32, 400), (2, 4, 128, 900)]
+
+
+def check_attend(device, n_kv, group, d, length, rows, lasts, dtype, noise):
+    """The Triton kernel against float64, the last row at each of the positions `lasts`."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(rows)
-    other = (
-        (torch.float16, 4e-3) if device == "cpu" else (torch.bfloat16, 3e-2)
-    )  # the interpreter's bf16 is wrong
-    for dtype, noise in ((torch.float32, 1e-5), other):
-        for last in (rows - 1, 64, 127, 128, length - 1) if dtype == torch.float32 else (129,):
-            pos = torch.arange(last - rows + 1, last + 1)
-            k, v = filled_cache(generator, n_kv, length, d, last + 1, dtype)
-            q = torch.randn(1, rows, n_kv * group, d, generator=generator).to(dtype)
-            moved = (x.to(device) for x in (heads_as_rows(q, n_kv)[0], k, v, pos))
-            y = kernels.attend(*moved).cpu().view(rows, n_kv * group, d)
-            exact = exact_attention(q[0], k[0], v[0], pos)
-            assert (y.double() - exact).abs().max() < noise, (dtype, last)
+    for last in lasts:
+        pos = torch.arange(last - rows + 1, last + 1)
+        k, v = filled_cache(generator, n_kv, length, d, last + 1, dtype)
+        q = torch.randn(1, rows, n_kv * group, d, generator=generator).to(dtype)
+        moved = (x.to(device) for x in (heads_as_rows(q, n_kv)[0], k, v, pos))
+        y = kernels.attend(*moved).cpu().view(rows, n_kv * group, d)
+        exact = exact_attention(q[0], k[0], v[0], pos)
+        assert (y.double() - exact).abs().max() < noise, (dtype, last)
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("n_kv, group, d, length", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 17, 33, 65])
+def test_attend_against_float64(device, n_kv, group, d, length, rows):
+    """At the borders of its blocks and parts; in Triton's interpreter, where a program takes ms, on a CPU."""
+    shape = n_kv, group, d, length, rows
+    check_attend(device, *shape, (rows - 1, 64, 127, 128, length - 1), torch.float32, 1e-5)
+    # the interpreter's bf16 is wrong
+    other, noise = (torch.float16, 4e-3) if device == "cpu" else (torch.bfloat16, 3e-2)
+    check_attend(device, *shape, (129,), other, noise)
+
+
+@pytest.mark.parametrize(
+    "shape, rows, lasts",
+    [
+        *[(SHAPES[1], rows, [rows - 1, 64, 127, 128, 399]) for rows in (1, 2, 17, 33, 65)],
+        *[(SHAPES[0], rows, [rows - 1, 64, 127, 128, 699]) for rows in (1, 17)],
+        (SHAPES[0], 43, [42, 699]),  # 129 rows a head: one more than a block takes
+        (SHAPES[2], 2, [1, 64, 127, 128, 899]),
+        (SHAPES[2], 33, [899]),
+    ],
+)
+def test_attend_in_the_interpreter(shape, rows, lasts):
+    """What the test above does, where a CPU is quick: few rows, or few positions."""
+    check_attend("cpu", *shape, rows, lasts, torch.float32, 1e-5)
+    if rows * shape[1] <= 33:
+        check_attend("cpu", *shape, rows, [129], torch.float16, 4e-3)
 
 
 def test_attend_of_the_first_draft_step_at_position_0():

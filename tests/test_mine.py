@@ -121,21 +121,22 @@ def test_a_kept_cache_gives_the_output_of_a_fresh_one(pair, keep):
     assert engine.generate(other, 30, keep=keep).tokens == fresh
 
 
-def run(tmp_path, out: str, *more: str, env: dict | None = None) -> subprocess.CompletedProcess:
+FEW = ["--limit", "3", "--device", "cpu", "--seed", "5"]
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory):
+    """Three questions of the demo, mined by the command as it is typed: the folder of its `whole`."""
+    folder = tmp_path_factory.mktemp("mined")
     command = [
         sys.executable,
         str(ROOT / "scripts" / "mine_important_tokens.py"),
-        "--limit",
-        "4",
-        "--device",
-        "cpu",
-        "--seed",
-        "4",
+        *FEW,
+        "--out",
+        str(folder / "whole"),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(
-        [*command, "--out", str(tmp_path / out), *more], env=environment, capture_output=True, text=True
-    )
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    return folder
 
 
 def contents(path) -> list[dict]:
@@ -145,46 +146,54 @@ def contents(path) -> list[dict]:
     ]
 
 
-def test_a_killed_or_sharded_run_gives_the_same_training_data(tmp_path):
-    """Whole; cut in the middle of a line and resumed; dealt to two processes as torchrun does, and merged."""
-    assert run(tmp_path, "whole").returncode == 0
-    whole = (tmp_path / "whole").read_bytes()
-    part = (tmp_path / "whole.part0of1").read_bytes()
-    lines = part.splitlines(keepends=True)
-    assert len(lines) == 5 and whole
+def test_a_killed_or_sharded_run_gives_the_same_training_data(mined, tmp_path, monkeypatch, capsys):
+    """Whole; cut in the middle of a line and resumed; dealt to two processes as torchrun does, one of them killed once,
+    and merged."""
+
+    def run(out: str, *more: str) -> None:
+        mining.main([*FEW, "--out", str(tmp_path / out), *more])
+
+    def refused(out: str, *more: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(out, *more)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    whole = (mined / "whole").read_bytes()
+    lines = (mined / "whole.part0of1").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4 and whole
     (tmp_path / "cut.part0of1").write_bytes(b"".join(lines[:3]) + lines[3][:100])
-    assert run(tmp_path, "cut").returncode == 0
+    run("cut")
     assert (tmp_path / "cut").read_bytes() == whole
-    assert contents(tmp_path / "cut.part0of1") == contents(tmp_path / "whole.part0of1")
-    for rank in ("0", "1"):
-        done = run(tmp_path, "two", env={"RANK": rank, "WORLD_SIZE": "2"})
-        assert done.returncode == 0 and not (tmp_path / "two").exists()
-        if rank == "0":
-            early = run(tmp_path, "two", "--merge", "2")
-            assert (
-                early.returncode == 2 and "two.part1of2" in early.stderr and not (tmp_path / "two").exists()
-            )
-    assert run(tmp_path, "two", "--merge", "2").returncode == 0
+    assert contents(tmp_path / "cut.part0of1") == contents(mined / "whole.part0of1")
+    (tmp_path / "two.part0of2").write_bytes(b"".join(lines[:2]) + lines[3][:100])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        run("two")
+        assert not (tmp_path / "two").exists()
+        if rank == 0:
+            with monkeypatch.context() as alone:
+                alone.delenv("RANK")
+                alone.delenv("WORLD_SIZE")
+                assert "two.part1of2" in refused("two", "--merge", "2") and not (tmp_path / "two").exists()
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    run("two", "--merge", "2")
     assert (tmp_path / "two").read_bytes() == whole
-    missing = run(tmp_path, "two", "--merge", "2", "--limit", "5")
-    assert (
-        missing.returncode == 2
-        and "lack 1 questions" in missing.stderr
-        and (tmp_path / "two").read_bytes() == whole
-    )
-    other = run(tmp_path, "whole", "--max_new_tokens", "90")
-    assert (
-        other.returncode == 2
-        and "max_new_tokens" in other.stderr
-        and (tmp_path / "whole").read_bytes() == whole
-    )
+    header, *records = contents(mined / "whole.part0of1")
+    for rank in (0, 1):
+        assert contents(tmp_path / f"two.part{rank}of2") == [header, *records[rank::2]]
+    assert "lack 1 questions" in refused("two", "--merge", "2", "--limit", "4")
+    assert "max_new_tokens" in refused("cut", "--max_new_tokens", "90")
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "cut").read_bytes() == whole
 
 
-def test_mined_labels_are_of_the_drafts_tokens(tmp_path):
+def test_mined_labels_are_of_the_drafts_tokens(mined):
     """On the demo pair: each labelled token is the draft's own choice after the tokens before it, and not the target's;
     and the file is what judge.py train reads."""
-    assert run(tmp_path, "mined").returncode == 0
-    answers, tokenizer = read_answers(tmp_path / "mined"), load_tokenizer(DEMO / "target")
+    answers, tokenizer = read_answers(mined / "whole"), load_tokenizer(DEMO / "target")
     target, draft = (load_model(DEMO / role, dtype=torch.float32) for role in ("target", "draft"))
     encoded = encode_items(tokenizer, answers, False, target.args.vocab_size)
     readers, labelled = [RowReader(model, 17, 300) for model in (target, draft)], 0

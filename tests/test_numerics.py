@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import make_folder
 
+from checkpoint import DEMO
 from generate import Engine, NotFinite, Settings, main
 from judge import JudgeHead
 from quantize import load_model
-from scripts.lib import pair
 from scripts.lib.result import Result
 
 PROMPT = [5, 17, 40, 8]
@@ -101,7 +101,9 @@ def test_debug_numerics_says_where_it_begins(pair):
             engine_of(pair, "standard", debug_numerics=True).generate(PROMPT, 5)
 
 
-@pytest.mark.parametrize("verify", ["plain", "standard"])
+@pytest.mark.parametrize(
+    "verify", ["plain", pytest.param("standard", marks=pytest.mark.slow)]
+)  # compiles for seconds
 def test_compiled_steps_see_it_too(pair, verify):
     target, _ = pair
     engine = engine_of(pair, verify, compile=True)
@@ -120,7 +122,7 @@ def hot(tmp_path_factory):
         for product in (theirs.model.layers[1].mlp.gate_proj, theirs.model.layers[1].mlp.up_proj):
             product.weight.mul_(3000)
     theirs.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes((pair.DEMO / "target" / "tokenizer.model").read_bytes())
+    (folder / "tokenizer.model").write_bytes((DEMO / "target" / "tokenizer.model").read_bytes())
     return folder
 
 
@@ -149,7 +151,7 @@ def test_a_loaded_bad_weight_is_the_folders(pair, tmp_path, capsys):
     with torch.no_grad():
         theirs.model.norm.weight[3] = float("nan")
     theirs.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes((pair.DEMO / "target" / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((DEMO / "target" / "tokenizer.model").read_bytes())
     assert load_model(tmp_path).norm.weight.isnan().sum() == 1
     with pytest.raises(SystemExit) as stop:
         main(

@@ -32,7 +32,7 @@ def small(monkeypatch) -> sentencepiece.SentencePieceProcessor:
 
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     sp = small(monkeypatch)
-    whole = train_demo.train_model("target", sp, tmp_path / "whole.pt", 1, "cpu", 6)
+    whole = train_demo.train_model("target", sp, tmp_path / "whole.pt", seed=1, device="cpu", steps=6)
     batch, killed = train_demo.batch, tmp_path / "killed.pt"
 
     def dies(sp, style, seed, step, late):
@@ -42,15 +42,15 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_demo, "batch", dies)
     try:
-        train_demo.train_model("target", sp, killed, 1, "cpu", 6)
+        train_demo.train_model("target", sp, killed, seed=1, device="cpu", steps=6)
     except KeyboardInterrupt:
         monkeypatch.setattr(train_demo, "batch", batch)
     assert torch.load(killed, weights_only=True)["step"] == 4
-    again = train_demo.train_model("target", sp, killed, 1, "cpu", 6)
+    again = train_demo.train_model("target", sp, killed, seed=1, device="cpu", steps=6)
     for one, other in zip(whole.parameters(), again.parameters()):
         assert torch.equal(one, other)
     try:
-        train_demo.train_model("target", sp, killed, 2, "cpu", 6)
+        train_demo.train_model("target", sp, killed, seed=2, device="cpu", steps=6)
     except InputError as error:
         assert "another seed" in str(error)
     else:
@@ -59,7 +59,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 def test_a_saved_folder_is_what_was_trained(tmp_path, monkeypatch):
     sp = small(monkeypatch)
-    model = train_demo.train_model("target", sp, tmp_path / "state.pt", 1, "cpu", 2)
+    model = train_demo.train_model("target", sp, tmp_path / "state.pt", seed=1, device="cpu", steps=2)
     train_demo.save_folder(model, TOKENIZER, tmp_path / "folder")
     again = load_model(tmp_path / "folder", dtype=torch.float32)
     ids = torch.tensor([[1, 300, 400, 500]])
@@ -125,7 +125,7 @@ def test_two_trainings_do_not_share_a_work_folder(tmp_path, capsys):
 
 def test_damaged_states_and_tokenizers_are_one_sentence(tmp_path, monkeypatch, capsys):
     sp, state = small(monkeypatch), tmp_path / "target.pt"
-    train_demo.train_model("target", sp, state, 1, "cpu", 4)
+    train_demo.train_model("target", sp, state, seed=1, device="cpu", steps=4)
     whole, saved = state.read_bytes(), torch.load(state, weights_only=True)
 
     def changed(**fields) -> bytes:
@@ -139,12 +139,12 @@ def test_damaged_states_and_tokenizers_are_one_sentence(tmp_path, monkeypatch, c
                     changed(step=True), changed(step=5), changed(step=-1), changed(step="4"), changed(optimizers=[]), changed(optimizers=foreign), changed(optimizers=None)):  # fmt: skip
         state.write_bytes(content)
         with pytest.raises(InputError, match="is damaged") as caught:
-            train_demo.train_model("target", sp, state, 1, "cpu", 4)
+            train_demo.train_model("target", sp, state, seed=1, device="cpu", steps=4)
         assert len(str(caught.value)) < 400 and state.read_bytes() == content
     state.unlink()
     os.mkfifo(state)
     with pytest.raises(InputError, match="is a pipe"):
-        train_demo.train_model("target", sp, state, 1, "cpu", 4)
+        train_demo.train_model("target", sp, state, seed=1, device="cpu", steps=4)
     for content, words in (
         (b"junk", "is no SentencePiece model"),
         (b"", "no SentencePiece model|no tokenizer of"),

@@ -18,23 +18,16 @@ from tokenizer import Tokenizer
 Letters = list[str]  # one a token: a(ccepted by the standard test), r(ule alone), t (neither)
 
 
-def score_texts(
-    args: argparse.Namespace, variants: list[Variant], tokenizer: Tokenizer, items: list[dict]
-) -> tuple[list[Encoded], list[list[Letters]]]:
-    """Reads items (prompt, response, errors) through the models: the texts' ids, and for each text and
-    variant its letters. Raises InputError for a text beyond the context, NotFinite for logits that are."""
-    judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
-    dtype = run_dtype(args.precision, args.device)
-    models = load_pair(
-        args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, schemes=schemes_of(args)
-    )
-
-    texts = encode_items(tokenizer, items, args.chat, models[0].args.vocab_size)
-    context = models[0].args.max_position
-    if too_long := [n for n, text in enumerate(texts, 1) if len(text.prompt) + len(text.ids) > context]:
-        raise InputError(f"{args.data}: text {too_long[0]} is longer than the context of {context} tokens.")
-
-    return texts, letters_of(models, variants, texts, args, tokenizer.stop_ids)
+def read_text(
+    readers: list[RowReader], head: JudgeHead | None, text: Encoded
+) -> tuple[list[Tensor], Tensor | None]:
+    """Each model's logits (n, V) before the n tokens of a text, and the judge's scores (n,) of them."""
+    both, base = text.prompt + text.ids, len(text.prompt) - 1
+    hidden = [reader.read(both, base, base, len(both)) for reader in readers]
+    logits = [r.model.output(r.model.norm(h[:-1])).float() for r, h in zip(readers, hidden)]
+    if head is None:
+        return logits, None
+    return logits, head.score(hidden[0][1:], hidden[1][:-1] if head.draft_weight is not None else None)
 
 
 @torch.inference_mode()
@@ -65,19 +58,27 @@ def letters_of(
             )
         found.append(letters)
         progress.step()
+
     return found
 
 
-def read_text(
-    readers: list[RowReader], head: JudgeHead | None, text: Encoded
-) -> tuple[list[Tensor], Tensor | None]:
-    """Each model's logits (n, V) before the n tokens of a text, and the judge's scores (n,) of them."""
-    both, base = text.prompt + text.ids, len(text.prompt) - 1
-    hidden = [reader.read(both, base, base, len(both)) for reader in readers]
-    logits = [r.model.output(r.model.norm(h[:-1])).float() for r, h in zip(readers, hidden)]
-    if head is None:
-        return logits, None
-    return logits, head.score(hidden[0][1:], hidden[1][:-1] if head.draft_weight is not None else None)
+def score_texts(
+    args: argparse.Namespace, variants: list[Variant], tokenizer: Tokenizer, items: list[dict], where: str
+) -> tuple[list[Encoded], list[list[Letters]]]:
+    """Reads items (prompt, response, errors) through the models: the texts' ids, and for each text and
+    variant its letters. Raises InputError for a text beyond the context, NotFinite for logits that are."""
+    judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
+    dtype = run_dtype(args.precision, args.device)
+    models = load_pair(
+        args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, schemes=schemes_of(args)
+    )
+
+    texts = encode_items(tokenizer, items, args.chat, models[0].args.vocab_size)
+    context = models[0].args.max_position
+    if too_long := [n for n, text in enumerate(texts, 1) if len(text.prompt) + len(text.ids) > context]:
+        raise InputError(f"{where}: text {too_long[0]} is longer than the context of {context} tokens.")
+
+    return texts, letters_of(models, variants, texts, args, tokenizer.stop_ids)
 
 
 def rounds_of(letters: list[str], m: int) -> tuple[int, int]:
@@ -105,4 +106,5 @@ def summarise(letters: list[list[list[str]]], variants: list[Variant], m: int) -
             "by_rule": sum(letter == "r" for text in mine for letter in text) / tokens,
             "mean_accepted": sum(a for a, _ in counted) / sum(r for _, r in counted),
         })  # fmt: skip
+
     return rows

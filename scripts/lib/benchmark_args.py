@@ -1,4 +1,4 @@
-"""The command line of benchmark.py and the models that it names, as plan.py reads them again from a report."""
+"""The command line of benchmark.py and the models that it names; plan.py reads both again from a report."""
 
 import argparse
 import re
@@ -39,6 +39,10 @@ def is_preset(name: str) -> bool:
     return name in PRESETS or DIMENSIONS.fullmatch(name) is not None
 
 
+def has_draft(args: argparse.Namespace) -> bool:
+    return bool(args.draft_checkpoint_path or args.draft_preset)
+
+
 def shapes_of(args: argparse.Namespace) -> tuple[ModelArgs, ModelArgs | None]:
     """Target and draft, from folders or presets."""
     target = read_config(args.checkpoint_path) if args.checkpoint_path else shape_of(args.preset)
@@ -59,46 +63,17 @@ def modes_of(args: argparse.Namespace) -> dict[str, str | None] | None:
     }
 
 
+def printable(text: str) -> str:
+    """An argument that is no UTF-8 with question marks for what is not."""
+    return text.encode(errors="replace").decode()
+
+
 def model_name(folder: Path | None, name: str | None) -> str | None:
     """A preset's name or a folder, one of this repository from its root on, so that it is found on other
     machines."""
     if folder is not None and folder.resolve().is_relative_to(ROOT):
         folder = folder.resolve().relative_to(ROOT)
     return printable(str(folder)) if folder is not None else name
-
-
-def has_draft(args: argparse.Namespace) -> bool:
-    return bool(args.draft_checkpoint_path or args.draft_preset)
-
-
-def printable(text: str) -> str:
-    """An argument that is no UTF-8 with question marks for what is not."""
-    return text.encode(errors="replace").decode()
-
-
-def parse_args(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Without a target it names the demo pair and its judge."""
-    add_model_flags(parser)
-    add = parser.add_argument
-    add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
-    add("--draft_preset", help="a draft, likewise")
-    add_round_flags(parser)
-    add_mode_flags(parser)
-    add_measure_flags(parser)
-    add_flags(parser, "compile")
-    add_device_flags(parser)
-    out = "write the figures to this .json file, and the table beside it as .md"
-    add_flags(parser, out={"help": out}, profile={})
-
-    args = parser.parse_args(argv)
-    if args.checkpoint_path is None and args.preset is None:
-        args.checkpoint_path = DEMO / "target"
-        if not args.draft_checkpoint_path and not args.draft_preset:
-            args.draft_checkpoint_path = DEMO / "draft"
-        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
-    if args.verify is None:
-        args.verify = "judge" if args.judge_path or args.preset else "standard"
-    return args
 
 
 def add_round_flags(parser: Parser) -> None:
@@ -122,7 +97,8 @@ def add_round_flags(parser: Parser) -> None:
         "--positions",
         type=many,
         nargs="+",
-        help="where to measure steps and rounds (default: 500, or where the last round ends with the context)",
+        help="where to measure steps and rounds (default: 500, "
+        "or where the last round ends with the context)",
     )
     held = "positions that the cache holds (default: what the run needs); with several, the plain step is "
     add_flags(parser, cache_length={"type": many, "nargs": "+", "help": held + "measured with each"})
@@ -156,3 +132,29 @@ def add_measure_flags(parser: Parser) -> None:
         help="measure a layer's products, unquantised and quantised, and nothing else",
     )
     add("--peers", action="store_true", help="run transformers on the same weights, taking turns")
+
+
+def parse_args(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Without a target it names the demo pair and its judge."""
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
+    add("--draft_preset", help="a draft, likewise")
+    add_round_flags(parser)
+    add_mode_flags(parser)
+    add_measure_flags(parser)
+    add_flags(parser, "compile")
+    add_device_flags(parser)
+    out = "write the figures to this .json file, and the table beside it as .md"
+    add_flags(parser, out={"help": out}, profile={})
+
+    args = parser.parse_args(argv)
+    if args.checkpoint_path is None and args.preset is None:
+        args.checkpoint_path = DEMO / "target"
+        if not args.draft_checkpoint_path and not args.draft_preset:
+            args.draft_checkpoint_path = DEMO / "draft"
+        args.judge_path = args.judge_path or DEMO / "judge.safetensors"
+
+    if args.verify is None:
+        args.verify = "judge" if args.judge_path or args.preset else "standard"
+    return args

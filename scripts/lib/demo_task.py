@@ -19,7 +19,6 @@ WAIT = (
     " Wait, that is wrong."  # follows a wrong step in the target's training text; the step is then done again
 )
 FAMILIES = ("story", "list")
-
 NAMES = {
     "Mia": "she",
     "Tom": "he",
@@ -81,12 +80,6 @@ class Problem:
     answer: int
 
 
-def make_problem(rng: random.Random, family: str | None = None) -> Problem:
-    """A problem of `family` (or of either, by turns of the die)."""
-    family = family or rng.choice(FAMILIES)
-    return make_story(rng) if family == "story" else make_list(rng)
-
-
 def make_story(rng: random.Random) -> Problem:
     name, item = rng.choice(list(NAMES)), rng.choice(ITEMS)
     total = rng.randint(11, 99)
@@ -99,8 +92,24 @@ def make_story(rng: random.Random) -> Problem:
         verb = rng.choice(ASKED[op])
         text.append(f"{NAMES[name].title()} {verb} {number}.")
         total = after
+
     text.append(f"How many {item} now?")
     return Problem("story", " ".join(text), name, item, tuple(steps), total)
+
+
+def apply_list(op: str, numbers: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """The list after one operation."""
+    return {
+        "sort": lambda: tuple(sorted(numbers)),
+        "reverse": lambda: numbers[::-1],
+        "drop first": lambda: numbers[1:],
+        "drop last": lambda: numbers[:-1],
+        "add": lambda: tuple(n + number for n in numbers),
+    }[op]()
+
+
+def show(value: int | tuple[int, ...]) -> str:
+    return str(value) if isinstance(value, int) else "[" + ",".join(map(str, value)) + "]"
 
 
 def make_list(rng: random.Random) -> Problem:
@@ -119,6 +128,7 @@ def make_list(rng: random.Random) -> Problem:
             )
         )
         numbers = after
+
     question = rng.choice(["largest", "smallest", "first plus last"])
     if question == "first plus last":
         steps.append(Step("ends", numbers[0], numbers[-1], numbers[0] + numbers[-1]))
@@ -127,19 +137,10 @@ def make_list(rng: random.Random) -> Problem:
     return Problem("list", " ".join(text), "", question, tuple(steps), answer)
 
 
-def apply_list(op: str, numbers: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """The list after one operation."""
-    return {
-        "sort": lambda: tuple(sorted(numbers)),
-        "reverse": lambda: numbers[::-1],
-        "drop first": lambda: numbers[1:],
-        "drop last": lambda: numbers[:-1],
-        "add": lambda: tuple(n + number for n in numbers),
-    }[op]()
-
-
-def show(value: int | tuple[int, ...]) -> str:
-    return str(value) if isinstance(value, int) else "[" + ",".join(map(str, value)) + "]"
+def make_problem(rng: random.Random, family: str | None = None) -> Problem:
+    """A problem of `family` (or of either, by turns of the die)."""
+    family = family or rng.choice(FAMILIES)
+    return make_story(rng) if family == "story" else make_list(rng)
 
 
 def sentence(problem: Problem, index: int, step: Step | None = None) -> list[Slot]:
@@ -190,37 +191,44 @@ def write_answer(problem: Problem, style: str, rng: random.Random) -> str:
     return "".join(parts)
 
 
-def write_answer_with_errors(
-    problem: Problem, style: str, rng: random.Random, rate: float
-) -> tuple[str, list[tuple[int, int]]]:
-    """An answer in which steps go wrong with probability `rate`, each noticed (`WAIT`) and done again.
-
-    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the
-    writer notices, which is right after the first wrong character, after the wrong number, or at the end of
-    the sentence.
-    """
-    text, spans = "", []
-    for index in range(len(problem.steps) + 1):
-        slots = sentence(problem, index)
-        while rng.random() < rate:
-            picks = choose(slots, style, rng)
-            wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
-            end, at = match(slots, wrong, 0)
-            if end is not None:
-                continue  # not wrong after all
-            stop = stop_writing(wrong, at, rng)
-            spans.append((len(text) + at, len(text) + stop))
-            text += wrong[:stop] + WAIT
-        text += write(slots, choose(slots, style, rng))
-    return text, spans
-
-
 def stop_writing(wrong: str, at: int, rng: random.Random) -> int:
     """Where the writer of a wrong sentence notices: after the wrong digit or word, its number, or the
     sentence."""
     number = max(at + 1, re.compile(r"\d*").match(wrong, at).end())
     first = at + 1 if wrong[at].isdigit() else max(at + 1, re.compile(r"[a-z]*").match(wrong, at).end())
     return rng.choices([first, max(first, number), len(wrong)], [0.6, 0.2, 0.2])[0]
+
+
+def wrong_number(n: int, rng: random.Random) -> int:
+    """A near miss: off by a little, by ten, one digit changed, or two digits swapped."""
+    digits = list(str(n))
+    place = rng.randrange(len(digits))
+    changed = digits[:place] + [rng.choice("0123456789")] + digits[place + 1 :]
+    near = [
+        n + rng.choice([-2, -1, 1, 2]),
+        n + rng.choice([-10, 10, -100, 100]),
+        int("".join(changed)),
+        int("".join(digits[::-1])),
+    ]
+    good = [x for x in near if x > 0 and x != n]
+    return rng.choice(good) if good else n + 1
+
+
+def wrong_list(numbers: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
+    """A list with two numbers swapped, one changed, left out, or written twice."""
+    out, i = list(numbers), rng.randrange(len(numbers))
+    kind = rng.random()
+    if kind < 0.4:
+        out[i] = wrong_number(out[i], rng)
+    elif kind < 0.7 and len(out) > 1:
+        j = rng.randrange(len(out))
+        out[i], out[j] = out[j], out[i]
+    elif kind < 0.85 and len(out) > 2:
+        del out[i]
+    else:
+        out.insert(i, out[i])
+
+    return tuple(out)
 
 
 def corrupt(problem: Problem, index: int, rng: random.Random) -> Step:
@@ -253,67 +261,6 @@ def corrupt(problem: Problem, index: int, rng: random.Random) -> Step:
     return replace(step, op=rng.choice("+-" if step.op != "*" else "+*"))
 
 
-def wrong_number(n: int, rng: random.Random) -> int:
-    """A near miss: off by a little, by ten, one digit changed, or two digits swapped."""
-    digits = list(str(n))
-    place = rng.randrange(len(digits))
-    changed = digits[:place] + [rng.choice("0123456789")] + digits[place + 1 :]
-    near = [
-        n + rng.choice([-2, -1, 1, 2]),
-        n + rng.choice([-10, 10, -100, 100]),
-        int("".join(changed)),
-        int("".join(digits[::-1])),
-    ]
-    good = [x for x in near if x > 0 and x != n]
-    return rng.choice(good) if good else n + 1
-
-
-def wrong_list(numbers: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
-    """A list with two numbers swapped, one changed, left out, or written twice."""
-    out, i = list(numbers), rng.randrange(len(numbers))
-    kind = rng.random()
-    if kind < 0.4:
-        out[i] = wrong_number(out[i], rng)
-    elif kind < 0.7 and len(out) > 1:
-        j = rng.randrange(len(out))
-        out[i], out[j] = out[j], out[i]
-    elif kind < 0.85 and len(out) > 2:
-        del out[i]
-    else:
-        out.insert(i, out[i])
-    return tuple(out)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `check` found. right: final answer and every step. first_error: index of the first wrong character
-    that was not taken back (the text's length when its end is missing), None when all is right. taken_back:
-    those that were."""
-
-    right: bool
-    answer_right: bool
-    first_error: int | None
-    taken_back: tuple[int, ...] = ()
-
-
-def check(problem: Problem, text: str) -> Verdict:
-    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and
-    redone."""
-    at, taken_back, known = 0, [], answer_of(text) == problem.answer
-    for index in range(len(problem.steps) + 1):
-        slots = sentence(problem, index)
-        end, furthest = match(slots, text, at)
-        while end is None:
-            retry = text.find(WAIT, furthest)
-            if retry < 0:
-                return Verdict(False, known, furthest, tuple(taken_back))
-            taken_back.append(furthest)
-            end, furthest = match(slots, text, retry + len(WAIT))
-        at = end
-    complete = text[at:].strip() == ""
-    return Verdict(complete, known, None if complete else at, tuple(taken_back))
-
-
 def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
     """Matches a sentence at `start`: (where it ends or None, the furthest character that was still right)."""
     ends, furthest = {start}, start
@@ -332,7 +279,46 @@ def match(slots: list[Slot], text: str, start: int) -> tuple[int | None, int]:
         if not following:
             return None, furthest
         ends = following
+
     return max(ends), furthest
+
+
+def write_answer_with_errors(
+    problem: Problem, style: str, rng: random.Random, rate: float
+) -> tuple[str, list[tuple[int, int]]]:
+    """An answer in which steps go wrong with probability `rate`, each noticed (`WAIT`) and done again.
+
+    Returns the text and the character spans of the wrong tokens: from the first wrong character to where the
+    writer notices, which is right after the first wrong character, after the wrong number, or at the end of
+    the sentence.
+    """
+    text, spans = "", []
+    for index in range(len(problem.steps) + 1):
+        slots = sentence(problem, index)
+        while rng.random() < rate:
+            picks = choose(slots, style, rng)
+            wrong = write(sentence(problem, index, corrupt(problem, index, rng)), picks)
+            end, at = match(slots, wrong, 0)
+            if end is not None:
+                continue  # not wrong after all
+            stop = stop_writing(wrong, at, rng)
+            spans.append((len(text) + at, len(text) + stop))
+            text += wrong[:stop] + WAIT
+        text += write(slots, choose(slots, style, rng))
+
+    return text, spans
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` found. right: final answer and every step. first_error: index of the first wrong character
+    that was not taken back (the text's length when its end is missing), None when all is right. taken_back:
+    those that were."""
+
+    right: bool
+    answer_right: bool
+    first_error: int | None
+    taken_back: tuple[int, ...] = ()
 
 
 def answer_of(text: str) -> int | None:
@@ -340,6 +326,25 @@ def answer_of(text: str) -> int | None:
     none."""
     found = re.findall(r"(?:answer is|result is|Answer:) ([0-9]+)\.", text)
     return int(found[-1]) if found and len(found[-1]) <= 300 else None
+
+
+def check(problem: Problem, text: str) -> Verdict:
+    """Checks an answer: each sentence must be one of the right wordings, or be taken back with `WAIT` and
+    redone."""
+    at, taken_back, known = 0, [], answer_of(text) == problem.answer
+    for index in range(len(problem.steps) + 1):
+        slots = sentence(problem, index)
+        end, furthest = match(slots, text, at)
+        while end is None:
+            retry = text.find(WAIT, furthest)
+            if retry < 0:
+                return Verdict(False, known, furthest, tuple(taken_back))
+            taken_back.append(furthest)
+            end, furthest = match(slots, text, retry + len(WAIT))
+        at = end
+
+    complete = text[at:].strip() == ""
+    return Verdict(complete, known, None if complete else at, tuple(taken_back))
 
 
 def is_held_out(problem: Problem) -> bool:

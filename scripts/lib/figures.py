@@ -7,17 +7,8 @@ from pathlib import Path
 
 from cli import InputError, one_line
 from files import replacing
-from scripts.lib.runs import (
-    accepted_counts,
-    is_count,
-    is_figure,
-    is_interval,
-    is_share,
-    is_text,
-    maybe,
-    range_of,
-    run_rows,
-)
+from scripts.lib.fields import is_count, is_figure, is_interval, is_share, is_text, maybe
+from scripts.lib.runs import accepted_counts, range_of, run_rows
 
 
 def new_figure(columns: int = 1, rows: int = 1, height: float = 4.4):
@@ -43,7 +34,7 @@ def in_words(rule: str) -> str:
 
 
 def bars(
-    axis, names: list[str], values: list[float | None], title: str, label: str, errors=None, most=None
+    axis, names: list[str], values: list[float | None], title: str, label: str, *, errors=None, most=None
 ) -> None:
     """Horizontal bars with their values in a column at the right, where no axis cuts them. most: what can be
     at all."""
@@ -58,6 +49,7 @@ def bars(
             capsize=2,
             label="95% interval",
         )
+
     axis.set_yticks(range(len(names)), [one_line(name)[:60] for name in names])
     axis.invert_yaxis()
     for i, value in enumerate(values):
@@ -92,31 +84,33 @@ def percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def of_many(rows: list[dict]) -> float:
-    """The height of a figure with a bar a row."""
-    return max(4.4, 0.3 * len(rows) + 1.5)
-
-
 M_STAR = "m*, accepted draft tokens a round"
+
+
+def bar_figure(names: list[str], label: str, *columns: tuple):
+    """Bars of the same rows in axes side by side. columns: (title, values), and a third where `bars` is to
+    know more."""
+    figure, axes = new_figure(len(columns), height=max(4.4, 0.3 * len(names) + 1.5))
+    for axis, (title, values, *more) in zip(axes, columns):
+        bars(axis, names, values, title, label, **(more[0] if more else {}))
+    shared_legend(figure)
+    return figure
+
+
+def column(rows: list[dict], key: str) -> list[float | None]:
+    return [row[key] for row in rows]
 
 
 def judge_table(result: dict):
     rows = [row for row in result["rows"] if row["family"] == "both"]
-    figure, axes = new_figure(3, height=of_many(rows))
-    names, label = [in_words(row["rule"]) for row in rows], "all answers together"
-    bars(axes[0], names, [row["mean_accepted"] for row in rows], M_STAR, label)
-    bars(axes[1], names, [row["tokens_per_second"] for row in rows], "tokens a second", label)
-    bars(
-        axes[2],
-        names,
-        [percent(row["accuracy"]) for row in rows],
-        "right at every step, %",
-        label,
-        spread(rows),
-        100,
+    right = [percent(row["accuracy"]) for row in rows]
+    return bar_figure(
+        [in_words(row["rule"]) for row in rows],
+        "all answers together",
+        (M_STAR, column(rows, "mean_accepted")),
+        ("tokens a second", column(rows, "tokens_per_second")),
+        ("right at every step, %", right, {"errors": spread(rows), "most": 100}),
     )
-    shared_legend(figure)
-    return figure
 
 
 def m_sweep(result: dict):
@@ -132,61 +126,17 @@ def m_sweep(result: dict):
             )
             for row in auto:
                 axis.axhline(row[key], color=line.get_color(), linestyle=":", label=f"{name}, auto")
+
     titles = "tokens a round, the target's own among them", "tokens a second"
     for axis, title in zip(axes, titles):
         axis.set(xlabel="M, draft tokens a round (auto: chosen round by round)", title=title, ylim=(0, None))
         axis.legend()
-    return figure
 
-
-def pareto(result: dict):
-    """Accuracy against m*: one axis, or with more than three rules an axis each, the others in grey."""
-    rows = [row for row in result["rows"] if row.get("accuracy") is not None]
-    plain = next((row for row in rows if row["name"] == "plain"), None)
-    rows = [row for row in rows if row["name"] != "plain" and row["mean_accepted"] is not None]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    if not names:
-        raise InputError("No rule in it that drafts has an accuracy; there is nothing to draw.")
-    columns, together = min(4, len(names)), len(names) <= 3
-    lines = -(-len(names) // columns)
-    figure, axes = new_figure() if together else new_figure(columns, lines, 3.2 * lines + 0.8)
-    span = max(row["mean_accepted"] for row in rows), 100 * (1 - min(row["accuracy"] for row in rows))
-    for number, name in enumerate(names):
-        axis, mine = axes[0 if together else number], [row for row in rows if row["name"] == name]
-        if not together:
-            others = [row for row in rows if row["name"] != name]
-            axis.plot(
-                [row["mean_accepted"] for row in others],
-                [100 * row["accuracy"] for row in others],
-                ".",
-                color="lightgrey",
-                label="the other rules",
-                zorder=0,
-            )
-            axis.set_title(name, fontsize=10)
-        x, y = [row["mean_accepted"] for row in mine], [100 * row["accuracy"] for row in mine]
-        label = name if together else "the rule; line: 95% interval; number: its threshold"
-        axis.errorbar(x, y, yerr=spread(mine), marker="o", markersize=4, capsize=2, alpha=0.8, label=label,
-                      color=f"C{number % 10}" if together else "tab:blue")  # fmt: skip
-        name_points(axis, mine, x, y, span)
-    for axis in axes[: 1 if together else len(names)]:
-        if plain is not None:
-            axis.axhline(100 * plain["accuracy"], color="grey", linestyle=":", label="plain")
-        axis.set(xlim=(0, 1.1 * span[0] or 1), ylim=(None if together else 99 - 1.3 * span[1], 101))
-        axis.set_xlabel(M_STAR, fontsize=10 if together else 8)
-        axis.set_ylabel(result.get("measure", "right at every step, %"), fontsize=10 if together else 8)
-    for axis in axes[1 if together else len(names) :]:
-        axis.remove()
-    if together:
-        axes[0].set_title(result["title"] + "; line: 95% interval, number: threshold", fontsize=10)
-        axes[0].legend(fontsize=8)
-    else:
-        shared_legend(figure)
     return figure
 
 
 def name_points(
-    axis, rows: list[dict], x: list[float], y: list[float], span: tuple[float, float], colour="black"
+    axis, rows: list[dict], x: list[float], y: list[float], span: tuple[float, float], *, colour="black"
 ) -> None:
     """Writes each point's threshold beside it, and of points that follow one another closely the first and
     the last. span: of the axes."""
@@ -201,6 +151,7 @@ def name_points(
             and abs(y[number] - y[last]) < 0.06 * span[1]
         )
         groups[-1].append(number) if near else groups.append([number])
+
     for place, group in enumerate(groups):
         left = x[group[0]] < span[0] / 2
         text = " to ".join(
@@ -217,75 +168,127 @@ def name_points(
         )
 
 
+def draw_rule(axis, mine: list[dict], others: list[dict], span: tuple[float, float], number: int) -> None:
+    """A rule's points, named by their thresholds, before those of the others, where it has an axis alone."""
+    name, label, colour = mine[0]["name"], mine[0]["name"], f"C{number % 10}"
+    if others:
+        x, y = column(others, "mean_accepted"), [100 * row["accuracy"] for row in others]
+        axis.plot(x, y, ".", color="lightgrey", label="the other rules", zorder=0)
+        axis.set_title(name, fontsize=10)
+        label, colour = "the rule; line: 95% interval; number: its threshold", "tab:blue"
+    x, y = column(mine, "mean_accepted"), [100 * row["accuracy"] for row in mine]
+    style = {"marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.8}
+    axis.errorbar(x, y, yerr=spread(mine), color=colour, label=label, **style)
+    name_points(axis, mine, x, y, span)
+
+
+def pareto(result: dict):
+    """Accuracy against m*: one axis, or with more than three rules an axis each, the others in grey."""
+    rows = [row for row in result["rows"] if row.get("accuracy") is not None]
+    plain = next((row for row in rows if row["name"] == "plain"), None)
+    rows = [row for row in rows if row["name"] != "plain" and row["mean_accepted"] is not None]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    if not names:
+        raise InputError("No rule in it that drafts has an accuracy; there is nothing to draw.")
+
+    span = max(row["mean_accepted"] for row in rows), 100 * (1 - min(row["accuracy"] for row in rows))
+    together, columns = len(names) <= 3, min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = new_figure() if together else new_figure(columns, lines, 3.2 * lines + 0.8)
+    for number, name in enumerate(names):
+        axis = axes[0 if together else number]
+        mine, others = [row for row in rows if row["name"] == name], []
+        if not together:
+            others = [row for row in rows if row["name"] != name]
+        draw_rule(axis, mine, others, span, number)
+
+    used = 1 if together else len(names)
+    for axis in axes[:used]:
+        if plain is not None:
+            axis.axhline(100 * plain["accuracy"], color="grey", linestyle=":", label="plain")
+        axis.set(xlim=(0, 1.1 * span[0] or 1), ylim=(None if together else 99 - 1.3 * span[1], 101))
+        axis.set_xlabel(M_STAR, fontsize=10 if together else 8)
+        axis.set_ylabel(result.get("measure", "right at every step, %"), fontsize=10 if together else 8)
+
+    for axis in axes[used:]:
+        axis.remove()
+    if together:
+        axes[0].set_title(result["title"] + "; line: 95% interval, number: threshold", fontsize=10)
+        axes[0].legend(fontsize=8)
+    else:
+        shared_legend(figure)
+
+    return figure
+
+
 def equal_risk(result: dict):
     rows = [row for row in result["rows"] if row.get("accuracy") is not None and row["name"] != "plain"]
-    figure, axes = new_figure(2, height=of_many(rows))
-    names, label = (
+    return bar_figure(
         [in_words(row["rule"]) for row in rows],
         "each rule at the threshold that calibration allows",
+        (M_STAR, column(rows, "mean_accepted")),
+        ("tokens a second", column(rows, "tokens_per_second")),
     )
-    bars(axes[0], names, [row["mean_accepted"] for row in rows], M_STAR, label)
-    bars(axes[1], names, [row["tokens_per_second"] for row in rows], "tokens a second", label)
-    shared_legend(figure)
-    return figure
 
 
 def other_text(result: dict):
-    figure, (axis,) = new_figure(height=of_many(result["rows"]))
-    names = [f"{row['writer']}: {in_words(row['rule'])}" for row in result["rows"]]
-    bars(axis, names, [row["mean_accepted"] for row in result["rows"]], result["title"], M_STAR)
-    shared_legend(figure)
-    return figure
+    rows = result["rows"]
+    names = [f"{row['writer']}: {in_words(row['rule'])}" for row in rows]
+    return bar_figure(names, M_STAR, (result["title"], column(rows, "mean_accepted")))
 
 
 def out_of_domain(result: dict):
-    rows, label = result["rows"], "the rule (and the family that it was trained on) on a family"
-    figure, axes = new_figure(2, height=of_many(rows))
-    names = [f"{row['kind']} ({row['trained_on']}) on {row['tested_on']}" for row in rows]
+    rows = result["rows"]
     lost = [None if row["difference"] is None else -100 * row["difference"] for row in rows]
-    bars(axes[0], names, lost, "right answers lost to plain, points", label)
-    bars(axes[1], names, [row["mean_accepted"] for row in rows], M_STAR, label)
-    shared_legend(figure)
-    return figure
+    return bar_figure(
+        [f"{row['kind']} ({row['trained_on']}) on {row['tested_on']}" for row in rows],
+        "the rule (and the family that it was trained on) on a family",
+        ("right answers lost to plain, points", lost),
+        (M_STAR, column(rows, "mean_accepted")),
+    )
 
 
 def self_correction(result: dict):
-    rows, label = result["rows"], "share of the answers, whose number is in brackets"
-    figure, axes = new_figure(2)
-    names = [f"{row['stopped']} ({row['n']})" for row in rows]
-    bars(
-        axes[0],
-        names,
-        [percent(row["at_once"]) for row in rows],
-        "wrong span taken back at once, %",
-        label,
-        most=100,
+    rows, most = result["rows"], {"most": 100}
+    return bar_figure(
+        [f"{row['stopped']} ({row['n']})" for row in rows],
+        "share of the answers, whose number is in brackets",
+        ("wrong span taken back at once, %", [percent(row["at_once"]) for row in rows], most),
+        ("right at every step in the end, %", [percent(row["right"]) for row in rows], most),
     )
-    bars(
-        axes[1],
-        names,
-        [percent(row["right"]) for row in rows],
-        "right at every step in the end, %",
-        label,
-        most=100,
-    )
-    shared_legend(figure)
-    return figure
 
 
 def quantised(result: dict):
-    rows, label = result["rows"], "the target's weights, and what the judge was trained on"
-    figure, axes = new_figure(2, height=of_many(rows))
-    names = [f"{row['mode']}, judge of {row['judge_trained_on']}" for row in rows]
+    rows = result["rows"]
     base = rows[0]["perplexity"]
     more = [
         100 * (row["perplexity"] / base - 1) if base and row["perplexity"] is not None else None
         for row in rows
     ]
-    bars(axes[0], names, more, "perplexity against unquantised, % more", label)
-    bars(axes[1], names, [row["judge_m"] for row in rows], f"{M_STAR}, by the judge", label)
-    shared_legend(figure)
-    return figure
+    return bar_figure(
+        [f"{row['mode']}, judge of {row['judge_trained_on']}" for row in rows],
+        "the target's weights, and what the judge was trained on",
+        ("perplexity against unquantised, % more", more),
+        (f"{M_STAR}, by the judge", column(rows, "judge_m")),
+    )
+
+
+def rule_cost(result: dict):
+    rows = result["rows"]
+    return bar_figure(
+        [in_words(row["rule"]) for row in rows],
+        "beside verification by the rule standard",
+        ("% added to the time of a verification", [percent(row["added"]) for row in rows]),
+    )
+
+
+def threshold_of(rule: str) -> float | None:
+    """The threshold in a rule's label."""
+    found = re.search(r"=(-?[0-9.]{1,12}(?:e-?[0-9]{1,2})?)(?:@|$)", rule)
+    try:
+        return float(found[1]) if found else None
+    except ValueError:
+        return None
 
 
 def by_delta(result: dict, key: str):
@@ -301,22 +304,19 @@ def by_delta(result: dict, key: str):
         x, y = [row["mean_accepted"] for row in rows], [100 * row["difference"] for row in rows]
         (line,) = axis.plot(x, y, marker="o", label=name)
         name_points(
-            axis, rows, x, y, (max(x, default=1), max(y, default=0) - min(y, default=0)), line.get_color()
+            axis,
+            rows,
+            x,
+            y,
+            (max(x, default=1), max(y, default=0) - min(y, default=0)),
+            colour=line.get_color(),
         )
+
     axis.set(xlabel=M_STAR, ylabel="right answers against plain, points")
     axis.margins(0.12)
     axis.set_title(result["title"] + "; number: threshold", fontsize=10)
     axis.legend()
     return figure
-
-
-def threshold_of(rule: str) -> float | None:
-    """The threshold in a rule's label."""
-    found = re.search(r"=(-?[0-9.]{1,12}(?:e-?[0-9]{1,2})?)(?:@|$)", rule)
-    try:
-        return float(found[1]) if found else None
-    except ValueError:
-        return None
 
 
 def ablations(result: dict):
@@ -337,23 +337,10 @@ def ablations(result: dict):
             [row["auc"] for row in rows],
             title,
             "of held-out tokens",
-            errors,
+            errors=errors,
         )
         axis.set_xlim(max(0, min((row["auc"] for row in known), default=0) - 0.05), 1)
-    shared_legend(figure)
-    return figure
 
-
-def rule_cost(result: dict):
-    figure, (axis,) = new_figure(height=of_many(result["rows"]))
-    values = [percent(row["added"]) for row in result["rows"]]
-    bars(
-        axis,
-        [in_words(row["rule"]) for row in result["rows"]],
-        values,
-        "% added to the time of a verification",
-        "beside verification by the rule standard",
-    )
     shared_legend(figure)
     return figure
 
@@ -372,17 +359,9 @@ FIGURES = {
     "label_policies": lambda result: by_delta(result, "policy"),
     "autojudge": lambda result: by_delta(result, "head"),
 }
-
-
 SPEED = {"mean_accepted": maybe(is_figure), "tokens_per_second": is_figure}
-
-
 SCORED = {"accuracy": maybe(is_share), "interval": maybe(is_interval)}
-
-
 CHANGE = {"rule": is_text, "mean_accepted": maybe(is_figure), "difference": maybe(is_figure)}
-
-
 ROW_FIELDS = {  # what a figure needs of each row
     "judge_table": {"rule": is_text, "family": is_text} | SPEED | SCORED,
     "m_sweep": {
@@ -434,6 +413,7 @@ def check_result(result: dict, name: str) -> None:
     for field, good in texts.items():
         if not good(result.get(field)):
             raise InputError(f"field {field!r} is missing or of another type than is written.")
+
     rows = result.get("rows")
     if not isinstance(rows, list) or not 0 < len(rows) <= 1000:
         raise InputError("field 'rows' must be a list of 1 to 1000 rows.")
@@ -477,6 +457,7 @@ def run_accepted(records: list[dict]):
         shares = [100 * found[n] / rounds for n in range(most + 1)]
         axis.plot(range(most + 1), shares, marker="os^vDPX*"[number % 8], markersize=4, alpha=0.8,
                   label=f"{rule}: m* {mean:.2f}, {rounds} rounds")  # fmt: skip
+
     axis.set(xlabel="draft tokens that a round accepted", ylabel="rounds, %", ylim=(0, None))
     axis.set_title("m* is their mean; the answer's end cuts its last round", fontsize=10)
     axis.legend(fontsize=8)
@@ -484,6 +465,16 @@ def run_accepted(records: list[dict]):
 
 
 RUN_FIGURES = {"pareto": run_pareto, "accepted": run_accepted, "m_sweep": run_m_sweep}
+
+
+def stack(axis, place: int, pieces: list[tuple[str, dict]]) -> None:
+    """One bar of a report's rows, one after the other."""
+    left = 0.0
+    for label, row in pieces:
+        ms, (low, high) = row["ms"], range_of(row)
+        errors = [[max(ms - low, 0)], [max(high - ms, 0)]]
+        axis.barh(place, ms, left=left, xerr=errors, capsize=2, alpha=0.8, label=f"{label}: {shown(ms)} ms")
+        left += ms
 
 
 def round_parts(result: dict):
@@ -497,40 +488,27 @@ def round_parts(result: dict):
     ]
     if not rounds:
         raise InputError("This result of scripts/benchmark.py holds no rounds; there is nothing to draw.")
-    between = next(
-        words
-        for key, words in (("ms_p25", "25% to 75%"), ("ms_min", "least to most"), ("", "10% to 90%"))
-        if not key or key in parts[rounds[0][0]]
-    )
+
+    words = {"ms_p25": "25% to 75%", "ms_min": "least to most"}
+    between = next((words[key] for key in words if key in parts[rounds[0][0]]), "10% to 90%")
     figure, axes = new_figure(len(rounds))
     for axis, (name, m, at) in zip(axes, rounds):
-        bars_shown = [
-            ("plain step", [("the target, 1 row", f"plain step at {at}")]),
-            (
-                "draft loop, verification",
-                [
-                    (f"draft loop, {m} tokens", f"draft loop, M = {m} at {at}"),
-                    (f"verification, {int(m) + 1} rows", f"verify {int(m) + 1} rows at {at}"),
-                ],
-            ),
-            ("round", [("round as a whole", name)]),
-        ]
-        for place, (_, pieces) in enumerate(bars_shown):
-            left = 0.0
-            for label, part in pieces:
-                if part not in parts:
-                    continue
-                ms, (low, high) = parts[part]["ms"], range_of(parts[part])
-                errors = [[max(ms - low, 0)], [max(high - ms, 0)]]
-                axis.barh(
-                    place, ms, left=left, xerr=errors, capsize=2, alpha=0.8, label=f"{label}: {shown(ms)} ms"
-                )
-                left += ms
-        axis.set_yticks(range(len(bars_shown)), [bar for bar, _ in bars_shown])
+        shown_bars = {
+            "plain step": [("the target, 1 row", f"plain step at {at}")],
+            "draft loop, verification": [
+                (f"draft loop, {m} tokens", f"draft loop, M = {m} at {at}"),
+                (f"verification, {int(m) + 1} rows", f"verify {int(m) + 1} rows at {at}"),
+            ],
+            "round": [("round as a whole", name)],
+        }
+        for place, pieces in enumerate(shown_bars.values()):
+            stack(axis, place, [(label, parts[part]) for label, part in pieces if part in parts])
+        axis.set_yticks(range(len(shown_bars)), list(shown_bars))
         axis.invert_yaxis()
         axis.set(xlabel=f"milliseconds, median; line: {between} of the times")
         axis.set_title(f"a round of {m} draft tokens (M), at position {at}", fontsize=10)
         axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
     return figure
 
 
@@ -570,6 +548,7 @@ def draw(result: dict, path: Path) -> None:
         raise InputError(
             f"There is no figure for {one_line(repr(name))[:60]}; known are {', '.join(FIGURES)}."
         )
+
     check_result(result, "" if measured else name)
     if measured:
         imposed = result.get("imposed_acceptance")
@@ -577,5 +556,6 @@ def draw(result: dict, path: Path) -> None:
         caption += "" if imposed is None else f", imposed acceptance of {imposed}"
     else:
         caption = f"n = {result['n']}, {result['machine']}, commit {result['commit']}"
+
     with drawing():
         save(round_parts(result) if measured else FIGURES[name](result), path, caption)

@@ -75,4 +75,5 @@ def perplexity(
         raise NotFinite(
             f"{what}: the model's logits are not finite, or far off; try --precision fp32 or bf16."
         )
+
     return math.exp(mean)

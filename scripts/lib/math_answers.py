@@ -92,8 +92,7 @@ WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
 BEGINS_VALUE = re.compile(r"[\w({\[|]|\\(?!cdot|cup|pm|le|ge|ne|in|text|end|\\|\})")
 BEGINS_FACTOR = r"[a-zA-Z({]|\\(?!cdot|cup|rfloor|rceil)[a-zA-Z]"
 RELATION = re.compile(r"(\\(?:le|ge|ne)(?![a-zA-Z])|[<>])")
-# at which formulas are compared, with positive letters; one more with negative ones, where they are real
-# there
+# at which formulas are compared, with positive letters; one more with negative ones, where those are real
 POINTS = 3
 LONGEST = 2000  # characters; what is longer is compared as text
 MOST_STEPS = 3000  # comparisons of parts, likewise
@@ -103,23 +102,6 @@ MOST_FACTORIAL = 500
 
 class TooMuch(Exception):
     """A comparison would take too long."""
-
-
-def final_math(text: str) -> str | None:
-    """The answer that a text gives, as written there, or None; the rule is on top."""
-    if boxed := [found.end() for found in re.finditer(r"\\(?:boxed|fbox)\s*", text)]:
-        inside = group_at(text, boxed[-1])
-        return inside.strip() or None if inside is not None else None
-    if marks := list(ANSWER_IS.finditer(text)):
-        rest = text[marks[-1].end() :].lstrip()
-        formula = re.match(
-            r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.DOTALL
-        )
-        if formula:
-            return next(filter(None, formula.groups())).strip()
-        return re.split(r"\.(?:\s|$)|\n", rest)[0].strip(" *") or None
-    numbers = LAST_NUMBER.findall(text)
-    return numbers[-1] if numbers else None
 
 
 def group_at(text: str, at: int) -> str | None:
@@ -135,20 +117,43 @@ def group_at(text: str, at: int) -> str | None:
     return None
 
 
-def same_math(a: str, b: str) -> bool:
-    """Whether two answers say the same; what counts as that is on top."""
-    if max(len(a), len(b)) > LONGEST:
-        return a.split() == b.split()
-    try:
-        a, b = tidy(a), tidy(b)
-        left = [MOST_STEPS]
-        if same(a, b, left):
-            return True
-        (name, inner), (other, others) = named(a), named(b)
-        alike = not (name and other) or name == other or max(len(name), len(other)) > 2
-        return alike and (inner, others) != (a, b) and same(inner, others, left)
-    except (TooMuch, RecursionError):
-        return squeezed(a) == squeezed(b)
+def final_math(text: str) -> str | None:
+    """The answer that a text gives, as written there, or None; the rule is on top."""
+    if boxed := [found.end() for found in re.finditer(r"\\(?:boxed|fbox)\s*", text)]:
+        inside = group_at(text, boxed[-1])
+        return inside.strip() or None if inside is not None else None
+    if marks := list(ANSWER_IS.finditer(text)):
+        rest = text[marks[-1].end() :].lstrip()
+        formula = re.match(
+            r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.DOTALL
+        )
+        if formula:
+            return next(filter(None, formula.groups())).strip()
+        return re.split(r"\.(?:\s|$)|\n", rest)[0].strip(" *") or None
+
+    numbers = LAST_NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def separated(text: str) -> str:
+    """With words between two values as what they are: "and" and "or" outside of \\text, others marked as
+    \\between them."""
+
+    def between(found: re.Match) -> str:
+        word = found[1].strip(" ,;")
+        before, after = text[: found.start()].rstrip(), text[found.end() :].lstrip()
+        if before and after and word in ("and", "or", "and also"):
+            return f" {word} "
+        if not re.search(r"[\w})\]!|]$", before) or not BEGINS_VALUE.match(after):
+            return found[0]
+        return f"\\text{{{word}}}\\between " if word else " and "
+
+    return WORDS.sub(between, text)
+
+
+def joined(word: str, text: str) -> str:
+    """A comma for "and" and "or", but a union for the "or" of inequalities."""
+    return r" \cup " if "or" in word and RELATION.search(text) else ", "
 
 
 @lru_cache(maxsize=1024)
@@ -195,50 +200,6 @@ def tidy(text: str) -> str:
     return text
 
 
-def separated(text: str) -> str:
-    """With words between two values as what they are: "and" and "or" outside of \\text, others marked as
-    \\between them."""
-
-    def between(found: re.Match) -> str:
-        word = found[1].strip(" ,;")
-        before, after = text[: found.start()].rstrip(), text[found.end() :].lstrip()
-        if before and after and word in ("and", "or", "and also"):
-            return f" {word} "
-        if not re.search(r"[\w})\]!|]$", before) or not BEGINS_VALUE.match(after):
-            return found[0]
-        return f"\\text{{{word}}}\\between " if word else " and "
-
-    return WORDS.sub(between, text)
-
-
-def joined(word: str, text: str) -> str:
-    """A comma for "and" and "or", but a union for the "or" of inequalities."""
-    return r" \cup " if "or" in word and RELATION.search(text) else ", "
-
-
-@lru_cache(maxsize=1024)
-def named(text: str) -> tuple[str, str]:
-    r"""("x", "5") of x = 5 and x = 2+3 = 5; ("x", "1, 2") of x = 1, x = 2; ("x", "[2,5)") of 2 \le x < 5; else ("", text)."""
-    if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1 or len(parts := split(text, ",")) > 1:
-        pairs = [named(part) for part in parts]
-        names, inner = {name for name, _ in pairs}, [each for _, each in pairs]
-        if len(names) > 1 or names == {""}:
-            found = NAME.match(text)
-            return (
-                (squeezed(found[1]), text[found.end() :])
-                if found and "=" not in text[found.end() :]
-                else ("", text)
-            )
-        if RELATION.search(text) and "\\cup" not in text:
-            inner = [both(*inner)] if len(inner) == 2 else [text]
-        return names.pop(), (r"\cup " if "\\cup" in text else ", ").join(inner)
-    if RELATION.search(text):
-        return interval(text)
-    if found := NAME.match(text):
-        return squeezed(found[1]), text[found.end() :].split("=")[-1].strip()
-    return "", text if re.search(r"[a-zA-Z]", text) else text.split("=")[-1].strip()  # 5 of 2+3 = 5
-
-
 def interval(text: str) -> tuple[str, str]:
     """The letter and the interval of an inequality; ("", text) of what is none of one letter between or
     beside bounds."""
@@ -250,6 +211,7 @@ def interval(text: str) -> tuple[str, str]:
             {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}.get(pieces[1], pieces[1]),
             pieces[0],
         ]
+
     if len(pieces) == 5 and pieces[1] in (">", "\\ge") and pieces[3] in (">", "\\ge"):
         pieces = [
             pieces[4],
@@ -258,6 +220,7 @@ def interval(text: str) -> tuple[str, str]:
             "<" if pieces[1] == ">" else "\\le",
             pieces[0],
         ]
+
     letter = pieces[2] if len(pieces) == 5 else pieces[0]
     if len(pieces) not in (3, 5) or not re.fullmatch(r"[a-zA-Z]|\\[a-z]+", letter):
         return "", text
@@ -268,84 +231,11 @@ def interval(text: str) -> tuple[str, str]:
             letter,
             f"{'(' if pieces[1] == '<' else '['}{pieces[0]},{pieces[4]}{')' if pieces[3] == '<' else ']'}",
         )
+
     bound = pieces[2]
     below, above = f"(-\\infty,{bound}", f"{bound},\\infty)"
     return letter, {"<": below + ")", "\\le": below + "]", ">": "(" + above, "\\ge": "[" + above,
                     "\\ne": f"{below})\\cup ({above}"}[pieces[1]]  # fmt: skip
-
-
-def both(one: str, other: str) -> str:
-    """What two half-lines, one from below and one from above, have in common; other intervals stay a list."""
-    if one.startswith("(-\\infty"):
-        one, other = other, one
-    (_, lower), (_, upper) = structure(one), structure(other)
-    if lower[1:] == ["\\infty"] and upper[:1] == ["-\\infty"]:
-        return f"{one[0]}{lower[0]},{upper[1]}{other[-1]}"
-    return f"{one}, {other}"
-
-
-def same(a: str, b: str, left: list[int]) -> bool:
-    """`same_math` of tidy texts, part by part. left: [steps that it may take]. Raises TooMuch."""
-    left[0] -= 1
-    if left[0] < 0:
-        raise TooMuch
-    (kind, parts), (other, others) = structure(a), structure(b)
-    if kind != other:
-        return False
-    if kind == "":
-        return squeezed(a) == squeezed(b) or same_value(a, b)
-    if len(parts) != len(others):
-        return False
-    if kind not in ("list", "union"):
-        return all(same(part, each, left) for part, each in zip(parts, others))
-    common = Counter(map(squeezed, parts)) & Counter(map(squeezed, others))
-    rest = without_these(others, Counter(common))
-    for part in without_these(parts, Counter(common)):  # in any order
-        found = next((i for i, each in enumerate(rest) if same(part, each, left)), None)
-        if found is None:
-            return False
-        del rest[found]
-    return True
-
-
-def without_these(parts: list[str], common: Counter) -> list[str]:
-    """The parts less those that are counted there, as often as they are."""
-    kept = []
-    for part in parts:
-        if common[squeezed(part)]:
-            common[squeezed(part)] -= 1
-        else:
-            kept.append(part)
-    return kept
-
-
-def squeezed(text: str) -> str:
-    """For comparing as text: without space; a word or one letter in brackets, (C), without its case and
-    those."""
-    text = re.sub(r"(?<=\d)\s+(?=\d)", "\\\\between", WORDS.sub(r"\1", text))
-    text = re.sub(r"\s+|(?<=\\frac)\{(?=\w\}\{\w\})", "", text)
-    text = re.sub(r"\^\{(\w)\}", r"^\1", text)
-    word = re.fullmatch(r"\(?([a-zA-Z])\)?|([a-zA-Z]{2,})", text)
-    return (word[1] or word[2]).lower() if word else text
-
-
-def structure(text: str) -> tuple[str, list[str]]:
-    """What a tidy text is made of: (kind, parts). Kind "" is a single value; brackets or "matrix" keep the
-    order of parts."""
-    if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1:
-        return "union", parts
-    if matrix := re.fullmatch(r"\\begin\s*\{([bpv]?matrix)\}(.*)\\end\s*\{\1\}", text, re.DOTALL):
-        rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
-        return f"{'v' * (matrix[1] == 'vmatrix')}matrix {len(rows)}", [
-            cell.strip() for row in rows for cell in row.split("&")
-        ]
-    if text.startswith("\\{") and text.endswith("\\}"):
-        return "list", plus_minus(split(text[2:-2], ","))
-    if len(parts := split(text, ",")) > 1 or len(plus_minus([text])) > 1:
-        return "list", plus_minus(parts)
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(parts := split(text[1:-1], ",")) > 1:
-        return text[0] + text[-1], parts
-    return "", [text]
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -370,27 +260,78 @@ def plus_minus(parts: list[str]) -> list[str]:
             for part in parts for sign in ("+-" if mark.search(part) else "+")]  # fmt: skip
 
 
-def same_value(a: str, b: str) -> bool:
-    """Whether two texts have the same value wherever their letters point; of two equations, up to one
-    factor."""
-    sides = [text.split("=") for text in (a, b)]
-    if not all(len(side) == len(sides[0]) <= 2 for side in sides):
-        return False
-    values = [
-        [evaluate("-".join(f"({part})" for part in side), point) for side in sides]
-        for point in range(POINTS + 1)
-    ]
-    if any(x is None for pair in values[:POINTS] for x in pair):
-        return False
-    if any(x is None or isinstance(x, complex) and x.imag for x in values[POINTS]):
-        del values[POINTS]
-    try:
-        if len(sides[0]) == 1:
-            return all(equal(x, y) for x, y in values)
-        ratios = [x / y if y else None for x, y in values]
-        return None not in ratios and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
-    except ArithmeticError:  # a fraction beyond what floats hold, beside one
-        return False
+def structure(text: str) -> tuple[str, list[str]]:
+    """What a tidy text is made of: (kind, parts). Kind "" is a single value; brackets or "matrix" keep the
+    order of parts."""
+    if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1:
+        return "union", parts
+    if matrix := re.fullmatch(r"\\begin\s*\{([bpv]?matrix)\}(.*)\\end\s*\{\1\}", text, re.DOTALL):
+        rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
+        return f"{'v' * (matrix[1] == 'vmatrix')}matrix {len(rows)}", [
+            cell.strip() for row in rows for cell in row.split("&")
+        ]
+    if text.startswith("\\{") and text.endswith("\\}"):
+        return "list", plus_minus(split(text[2:-2], ","))
+    if len(parts := split(text, ",")) > 1 or len(plus_minus([text])) > 1:
+        return "list", plus_minus(parts)
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(parts := split(text[1:-1], ",")) > 1:
+        return text[0] + text[-1], parts
+    return "", [text]
+
+
+def both(one: str, other: str) -> str:
+    """What two half-lines, one from below and one from above, have in common; other intervals stay a list."""
+    if one.startswith("(-\\infty"):
+        one, other = other, one
+    (_, lower), (_, upper) = structure(one), structure(other)
+    if lower[1:] == ["\\infty"] and upper[:1] == ["-\\infty"]:
+        return f"{one[0]}{lower[0]},{upper[1]}{other[-1]}"
+    return f"{one}, {other}"
+
+
+def squeezed(text: str) -> str:
+    """For comparing as text: without space; a word or one letter in brackets, (C), without its case and
+    those."""
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "\\\\between", WORDS.sub(r"\1", text))
+    text = re.sub(r"\s+|(?<=\\frac)\{(?=\w\}\{\w\})", "", text)
+    text = re.sub(r"\^\{(\w)\}", r"^\1", text)
+    word = re.fullmatch(r"\(?([a-zA-Z])\)?|([a-zA-Z]{2,})", text)
+    return (word[1] or word[2]).lower() if word else text
+
+
+@lru_cache(maxsize=1024)
+def named(text: str) -> tuple[str, str]:
+    r"""("x", "5") of x = 5 and x = 2+3 = 5; ("x", "1, 2") of x = 1, x = 2; ("x", "[2,5)") of 2 \le x < 5;
+    else ("", text)."""
+    if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1 or len(parts := split(text, ",")) > 1:
+        pairs = [named(part) for part in parts]
+        names, inner = {name for name, _ in pairs}, [each for _, each in pairs]
+        if len(names) > 1 or names == {""}:
+            found = NAME.match(text)
+            return (
+                (squeezed(found[1]), text[found.end() :])
+                if found and "=" not in text[found.end() :]
+                else ("", text)
+            )
+        if RELATION.search(text) and "\\cup" not in text:
+            inner = [both(*inner)] if len(inner) == 2 else [text]
+        return names.pop(), (r"\cup " if "\\cup" in text else ", ").join(inner)
+    if RELATION.search(text):
+        return interval(text)
+    if found := NAME.match(text):
+        return squeezed(found[1]), text[found.end() :].split("=")[-1].strip()
+    return "", text if re.search(r"[a-zA-Z]", text) else text.split("=")[-1].strip()  # 5 of 2+3 = 5
+
+
+def without_these(parts: list[str], common: Counter) -> list[str]:
+    """The parts less those that are counted there, as often as they are."""
+    kept = []
+    for part in parts:
+        if common[squeezed(part)]:
+            common[squeezed(part)] -= 1
+        else:
+            kept.append(part)
+    return kept
 
 
 Value = Fraction | complex
@@ -403,17 +344,65 @@ def equal(x: Value, y: Value) -> bool:
     return abs(x - y) <= 1e-9 * max(abs(x), abs(y))
 
 
-@lru_cache(maxsize=1024)
-def evaluate(text: str, point: int) -> Value | None:
-    """The value of a formula, with its letters at an arbitrary point; None for what is no formula, or not
-    finite there."""
-    try:
-        parser = Formula(text, point)
-        value = parser.sum()
-        finite = isinstance(value, Fraction) or cmath.isfinite(value)
-        return value if finite and parser.at == len(parser.text) else None
-    except (ValueError, ArithmeticError, RecursionError):
-        return None
+def whole(digits: str) -> Fraction:
+    """A number of digits. Raises ValueError for one that is too long to compute with."""
+    if len(digits) > MOST_BITS // 4:
+        raise ValueError("too many digits")
+    return Fraction(int(digits))
+
+
+def bounded(value: Value) -> Value:
+    """The same. Raises ValueError for a fraction too long to compute with."""
+    if (
+        isinstance(value, Fraction)
+        and max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_BITS
+    ):
+        raise ValueError("too long a fraction")
+    return value
+
+
+def float_of(value: Value) -> complex:
+    return float(value) if isinstance(value, Fraction) else value
+
+
+def raised(value: Value, exponent: Value) -> Value:
+    """A power: exact where that is whole and not too large. Raises ArithmeticError for what is too large
+    altogether."""
+    if isinstance(value, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+        if abs(exponent) * bits <= MOST_BITS:
+            return value ** int(exponent)
+
+    if (
+        isinstance(value, Fraction)
+        and isinstance(exponent, Fraction)
+        and exponent == Fraction(1, 2)
+        and value >= 0
+    ):
+        above, below = math.isqrt(value.numerator), math.isqrt(value.denominator)
+        if above**2 == value.numerator and below**2 == value.denominator:
+            return Fraction(above, below)
+
+    return float_of(value) ** float_of(exponent)
+
+
+def rounded(value: Value, how: Callable) -> Fraction:
+    """Floor or ceiling. Raises ValueError for what is no real number."""
+    if isinstance(value, complex):
+        raise ValueError("no real number")
+    return Fraction(how(value))
+
+
+def factorial(value: Value, step: int) -> Fraction:
+    """value! or, with step 2, value!!. Raises ValueError for what has none, or too large a one."""
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MOST_FACTORIAL:
+        raise ValueError("no factorial")
+    return Fraction(math.prod(range(int(value), 0, -step)))
+
+
+def chosen(n: Value, k: Value) -> Fraction:
+    """n over k. Raises ValueError as `factorial`."""
+    return factorial(n, 1) / factorial(k, 1) / factorial(n - k, 1)
 
 
 class Formula:
@@ -558,60 +547,78 @@ class Formula:
         return Fraction(5003 + seed % 10007, -10007 if self.negative else 10007)
 
 
-def whole(digits: str) -> Fraction:
-    """A number of digits. Raises ValueError for one that is too long to compute with."""
-    if len(digits) > MOST_BITS // 4:
-        raise ValueError("too many digits")
-    return Fraction(int(digits))
+@lru_cache(maxsize=1024)
+def evaluate(text: str, point: int) -> Value | None:
+    """The value of a formula, with its letters at an arbitrary point; None for what is no formula, or not
+    finite there."""
+    try:
+        parser = Formula(text, point)
+        value = parser.sum()
+        finite = isinstance(value, Fraction) or cmath.isfinite(value)
+        return value if finite and parser.at == len(parser.text) else None
+    except (ValueError, ArithmeticError, RecursionError):
+        return None
 
 
-def bounded(value: Value) -> Value:
-    """The same. Raises ValueError for a fraction too long to compute with."""
-    if (
-        isinstance(value, Fraction)
-        and max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_BITS
-    ):
-        raise ValueError("too long a fraction")
-    return value
+def same_value(a: str, b: str) -> bool:
+    """Whether two texts have the same value wherever their letters point; of two equations, up to one
+    factor."""
+    sides = [text.split("=") for text in (a, b)]
+    if not all(len(side) == len(sides[0]) <= 2 for side in sides):
+        return False
+    values = [
+        [evaluate("-".join(f"({part})" for part in side), point) for side in sides]
+        for point in range(POINTS + 1)
+    ]
+    if any(x is None for pair in values[:POINTS] for x in pair):
+        return False
+    if any(x is None or isinstance(x, complex) and x.imag for x in values[POINTS]):
+        del values[POINTS]
+    try:
+        if len(sides[0]) == 1:
+            return all(equal(x, y) for x, y in values)
+        ratios = [x / y if y else None for x, y in values]
+        return None not in ratios and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
+    except ArithmeticError:  # a fraction beyond what floats hold, beside one
+        return False
 
 
-def raised(value: Value, exponent: Value) -> Value:
-    """A power: exact where that is whole and not too large. Raises ArithmeticError for what is too large
-    altogether."""
-    if isinstance(value, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-        if abs(exponent) * bits <= MOST_BITS:
-            return value ** int(exponent)
-    if (
-        isinstance(value, Fraction)
-        and isinstance(exponent, Fraction)
-        and exponent == Fraction(1, 2)
-        and value >= 0
-    ):
-        above, below = math.isqrt(value.numerator), math.isqrt(value.denominator)
-        if above**2 == value.numerator and below**2 == value.denominator:
-            return Fraction(above, below)
-    return float_of(value) ** float_of(exponent)
+def same(a: str, b: str, left: list[int]) -> bool:
+    """`same_math` of tidy texts, part by part. left: [steps that it may take]. Raises TooMuch."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise TooMuch
+    (kind, parts), (other, others) = structure(a), structure(b)
+    if kind != other:
+        return False
+    if kind == "":
+        return squeezed(a) == squeezed(b) or same_value(a, b)
+    if len(parts) != len(others):
+        return False
+    if kind not in ("list", "union"):
+        return all(same(part, each, left) for part, each in zip(parts, others))
+    common = Counter(map(squeezed, parts)) & Counter(map(squeezed, others))
+    rest = without_these(others, Counter(common))
+    for part in without_these(parts, Counter(common)):  # in any order
+        found = next((i for i, each in enumerate(rest) if same(part, each, left)), None)
+        if found is None:
+            return False
+        del rest[found]
+
+    return True
 
 
-def rounded(value: Value, how: Callable) -> Fraction:
-    """Floor or ceiling. Raises ValueError for what is no real number."""
-    if isinstance(value, complex):
-        raise ValueError("no real number")
-    return Fraction(how(value))
-
-
-def float_of(value: Value) -> complex:
-    return float(value) if isinstance(value, Fraction) else value
-
-
-def factorial(value: Value, step: int) -> Fraction:
-    """value! or, with step 2, value!!. Raises ValueError for what has none, or too large a one."""
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MOST_FACTORIAL:
-        raise ValueError("no factorial")
-    return Fraction(math.prod(range(int(value), 0, -step)))
-
-
-def chosen(n: Value, k: Value) -> Fraction:
-    """n over k. Raises ValueError as `factorial`."""
-    return factorial(n, 1) / factorial(k, 1) / factorial(n - k, 1)
+def same_math(a: str, b: str) -> bool:
+    """Whether two answers say the same; what counts as that is on top."""
+    if max(len(a), len(b)) > LONGEST:
+        return a.split() == b.split()
+    try:
+        a, b = tidy(a), tidy(b)
+        left = [MOST_STEPS]
+        if same(a, b, left):
+            return True
+        (name, inner), (other, others) = named(a), named(b)
+        alike = not (name and other) or name == other or max(len(name), len(other)) > 2
+        return alike and (inner, others) != (a, b) and same(inner, others, left)
+    except (TooMuch, RecursionError):
+        return squeezed(a) == squeezed(b)

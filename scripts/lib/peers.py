@@ -1,6 +1,7 @@
 """Hugging Face transformers on our weights, to compare speeds and results with: plain, compiled, assisted by
 a draft."""
 
+import argparse
 import contextlib
 import time
 from collections.abc import Callable
@@ -11,12 +12,8 @@ from torch import Tensor
 
 from checkpoint import weight_plan
 from cli import InputError
-from model import ROPES, Transformer
-
-try:
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-except ImportError:
-    LlamaForCausalLM = None
+from model import ROPES, Transformer, run_dtype
+from tokenizer import Tokenizer
 
 SAID = 7  # any token
 
@@ -32,6 +29,92 @@ def timed(action: Callable, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def transformers_for(flag: str):
+    """The package, which is loaded here. Raises InputError beginning with `flag` where there is none."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            f"{flag} needs the package transformers; pip install -r requirements-dev.txt."
+        ) from None
+    return transformers
+
+
+def draft_always(model, k: int) -> None:
+    """Makes an assistant propose k tokens every round, however unsure it is."""
+    config = model.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = k, "constant"
+    config.assistant_confidence_threshold = 0.0
+
+
+def peer(args: argparse.Namespace, tokenizer: Tokenizer, k: int | None) -> Callable:
+    """transformers on the folders of a command line: (prompt, max_new_tokens) -> (tokens, seconds of prefill,
+    seconds of decoding). k: draft tokens a round, None: plainly."""
+    theirs = transformers_for("--verify hf" + "-assisted" * (k is not None))
+    theirs.utils.logging.disable_progress_bar()
+
+    def load(folder):
+        more = {"dtype": run_dtype(args.precision, args.device), "local_files_only": True}
+        return theirs.AutoModelForCausalLM.from_pretrained(folder, **more).to(args.device).eval()
+
+    target = load(args.checkpoint_path)
+    more = {"do_sample": False, "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.stop_ids[0]}
+    if k is not None:
+        more["assistant_model"] = load(args.draft_checkpoint_path)
+        draft_always(more["assistant_model"], k)
+
+    @torch.inference_mode()
+    def run(prompt: list[int], max_new_tokens: int) -> tuple[list[int], float, float]:
+        ids, seconds = torch.tensor([prompt], device=args.device), []
+        # the first token alone stands for the prefill, which our figures leave out
+        for length in (1, max_new_tokens):
+            started = time.monotonic()
+            found = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **more)
+            seconds.append(time.monotonic() - started)
+        return found[0, len(prompt) :].tolist(), seconds[0], max(seconds[1] - seconds[0], 1e-9)
+
+    return run
+
+
+def twin(model: Transformer):
+    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further
+    memory."""
+    transformers, a = transformers_for("--peers"), model.args
+    rope = {"rope_type": "default", "rope_theta": a.rope_theta}
+    if a.rope_scaling is not None:
+        kinds = {kind: name for name, kind in ROPES.items()}
+        rope |= {"rope_type": kinds[type(a.rope_scaling)]} | asdict(a.rope_scaling)
+
+    config = transformers.LlamaConfig(
+        vocab_size=a.vocab_size,
+        hidden_size=a.dim,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.n_layer,
+        num_attention_heads=a.n_head,
+        num_key_value_heads=a.n_kv_head,
+        head_dim=a.head_dim,
+        rms_norm_eps=a.norm_eps,
+        max_position_embeddings=a.max_position,
+        rope_parameters=rope,
+        tie_word_embeddings=a.tie_embeddings,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(config)
+    for name, row in weight_plan(a).items():
+        owner, _, leaf = name.rpartition(".")
+        view = model.get_parameter(row.ours)[row.first : row.first + row.shape[0]].detach()
+        setattr(theirs.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
+
+    if a.tie_embeddings:
+        theirs.lm_head.weight = theirs.model.embed_tokens.weight
+    with torch.device(model.device):
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its table is no weight
+    theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+    return theirs.eval()
+
+
 class Peers:
     """Decodes n tokens after a prompt; each way returns the seconds of decoding alone, without prefill.
 
@@ -40,17 +123,22 @@ class Peers:
     """
 
     def __init__(
-        self, target: Transformer, draft: Transformer | None, prompt: list[int], n: int, k: int, accept: int | None
-    ):  # fmt: skip
+        self,
+        target: Transformer,
+        draft: Transformer | None,
+        prompt: list[int],
+        n: int,
+        *,
+        k: int,
+        accept: int | None,
+    ):
         self.device, self.prompt, self.n, self.k, self.accept = target.device, prompt, n, k, accept
         self.target, self.compiled = twin(target), twin(target)
         if self.device.type == "cpu":  # on a GPU transformers compiles a static cache's forward by itself
             self.compiled.forward = torch.compile(self.compiled.forward)
         self.draft = twin(draft) if draft is not None else None
         if self.draft is not None:
-            config = self.draft.generation_config
-            config.num_assistant_tokens, config.num_assistant_tokens_schedule = k, "constant"
-            config.assistant_confidence_threshold = 0.0
+            draft_always(self.draft, k)
 
     def plain(self) -> float:
         """`generate` as it is, with its dynamic cache."""
@@ -83,9 +171,8 @@ class Peers:
             "eos_token_id": None,
             "pad_token_id": 0,
         }
-        return model.generate(
-            ids, attention_mask=mask, generation_config=GenerationConfig(**config, **more), **assistant
-        )
+        config = type(model.generation_config)(**config, **more)
+        return model.generate(ids, attention_mask=mask, generation_config=config, **assistant)
 
     @contextlib.contextmanager
     def impose(self):
@@ -116,43 +203,3 @@ class Peers:
             yield
         finally:
             AssistedCandidateGenerator.get_candidates, self.target.forward = original, forward
-
-
-def twin(model: Transformer):
-    """A transformers LlamaForCausalLM whose parameters are views of a model's: the same weights, no further
-    memory."""
-    if LlamaForCausalLM is None:
-        raise InputError("--peers needs the package transformers; pip install -r requirements-dev.txt.")
-
-    a = model.args
-    rope = {"rope_type": "default", "rope_theta": a.rope_theta}
-    if a.rope_scaling is not None:
-        kinds = {kind: name for name, kind in ROPES.items()}
-        rope |= {"rope_type": kinds[type(a.rope_scaling)]} | asdict(a.rope_scaling)
-    config = LlamaConfig(
-        vocab_size=a.vocab_size,
-        hidden_size=a.dim,
-        intermediate_size=a.intermediate_size,
-        num_hidden_layers=a.n_layer,
-        num_attention_heads=a.n_head,
-        num_key_value_heads=a.n_kv_head,
-        head_dim=a.head_dim,
-        rms_norm_eps=a.norm_eps,
-        max_position_embeddings=a.max_position,
-        rope_parameters=rope,
-        tie_word_embeddings=a.tie_embeddings,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM(config)
-    for name, row in weight_plan(a).items():
-        owner, _, leaf = name.rpartition(".")
-        view = model.get_parameter(row.ours)[row.first : row.first + row.shape[0]].detach()
-        setattr(theirs.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
-    if a.tie_embeddings:
-        theirs.lm_head.weight = theirs.model.embed_tokens.weight
-    with torch.device(model.device):
-        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its table is no weight
-    theirs.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
-    return theirs.eval()

@@ -37,7 +37,8 @@ from scripts.lib.scoring import Question, final_number
 
 LETTERS = "ABCDEFGHIJ"
 # characters of a file and of a line: a gzipped one can hold a thousand times its size
-MOST_TEXT, MOST_LINE = (1 << 30, 1 << 26)
+# characters of a file and of a line: a gzipped one can hold a thousand times its size
+MOST_TEXT, MOST_LINE = 1 << 30, 1 << 26
 
 
 class Item(NamedTuple):
@@ -117,10 +118,10 @@ def read_gsm8k(path: Path) -> list[Item]:
 
 def gsm8k_chat(item: Item) -> str:
     return (
-        f"Given the following problem, reason and give a final answer to the problem.\nProblem: "
-        f"{item.question}\n"
-        'Your response should end with "The final answer is [answer]" where [answer] is the response to the '
-        "problem."
+        "Given the following problem, reason and give a final answer to the problem.\n"
+        f"Problem: {item.question}\n"
+        'Your response should end with "The final answer is [answer]" where [answer] '
+        "is the response to the problem."
     )
 
 
@@ -148,6 +149,7 @@ def read_humaneval(path: Path) -> list[Item]:
             )
         solution = str(line.get("canonical_solution", ""))
         items.append(Item(line["prompt"], solution, solution, content=line))
+
     return items
 
 
@@ -176,7 +178,17 @@ def read_arc(path: Path) -> list[Item]:
             raise InputError(f"{where} must have an instruction with Answer1: ..., and an answer as answer1.")
         letter = LETTERS[int(answer[1]) - 1]
         items.append(Item(found[1].strip(), letter, letter, choices, content=line))
+
     return items
+
+
+def read_rows(file: Path) -> list[list[str]]:
+    """The rows of a CSV file. Raises InputError naming the line where it is none."""
+    reader = csv.reader(read_lines(file))
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num} is no CSV: {error}.") from None
 
 
 def read_mmlu(path: Path) -> list[Item]:
@@ -202,16 +214,8 @@ def read_mmlu(path: Path) -> list[Item]:
                     f"{file}, row {number} must be a question, four choices, and 0 to 3 or A to D."
                 )
             items.append(Item(row[0].strip(), letter, letter, tuple(row[1:5]), subject, content=row))
+
     return items
-
-
-def read_rows(file: Path) -> list[list[str]]:
-    """The rows of a CSV file. Raises InputError naming the line where it is none."""
-    reader = csv.reader(read_lines(file))
-    try:
-        return list(reader)
-    except csv.Error as error:
-        raise InputError(f"{file}, line {reader.line_num} is no CSV: {error}.") from None
 
 
 def lettered(item: Item) -> str:
@@ -225,9 +229,9 @@ def choice_base(item: Item) -> str:
 def choice_chat(item: Item) -> str:
     letters = LETTERS[: len(item.choices)]
     named = ", ".join(letters[:-1]) + f" {{}} {letters[-1]}"
-    count = {3: "three", 4: "four", 5: "five"}.get(len(letters), str(len(letters)))
+    how_many = {3: "three", 4: "four", 5: "five"}.get(len(letters), str(len(letters)))
     return (
-        f"Given the following question and {count} candidate answers ({named.format('and')}), choose the "
+        f"Given the following question and {how_many} candidate answers ({named.format('and')}), choose the "
         f"best answer.\n"
         f"Question: {item.question}\n{lettered(item)}\n"
         f'Your response should end with "The best answer is [the_answer_letter]" where the '
@@ -237,7 +241,8 @@ def choice_chat(item: Item) -> str:
 
 
 def subject_header(item: Item) -> str:
-    return f"The following are multiple choice questions (with answers) about {item.group.replace('_', ' ')}.\n\n"
+    subject = item.group.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
 
 def read_turns(path: Path) -> list[Item]:
@@ -258,6 +263,7 @@ def read_turns(path: Path) -> list[Item]:
                 f"{where}: field 'question_id' must be a whole number, as in FastChat's question.jsonl."
             )
         items.append(Item(turns[0], "", "", (), str(line.get("category", "")), tuple(turns[1:]), line))
+
     return items
 
 
@@ -307,56 +313,23 @@ TASKS = {
 }
 
 
-def read_task(
-    name: str,
-    path: Path,
-    chat: bool,
-    shots: int | None = None,
-    shots_data: Path | None = None,
-    limit: int | None = None,
-) -> list[Question]:
-    """The questions of a task. limit: so many, the groups (subjects, categories) in turn.
-
-    shots: examples before each question; default: those of the table on top for a base model, none with chat.
-    Raises InputError naming file, line and field of whatever is wrong.
-    """
-    task = TASKS[name]
-    shots = (0 if chat else task.shots) if shots is None else shots
-    if shots and task.checker in ("none", "code"):
-        raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
-    if shots_data and not shots:
-        raise InputError(
-            f"--shots_data {shots_data} names examples, but none are "
-            "put before a question; give --shots, or leave it out."
-        )
-    items = task.read(path)
-    if not items:
-        raise InputError(f"--data {path} holds no questions.")
-    numbered = in_turn(list(enumerate(items)))[:limit]
-    groups = {item.group for _, item in numbered}
-    examples = read_examples(task, shots_data or training_path(task, path), shots, groups) if shots else {}
+def question_of(task: Task, chat: bool, index: int, item: Item, examples: list[Item]) -> Question:
+    """An item in its task's words, after its examples."""
     words = task.chat if chat else task.base
-    questions = []
-    for index, item in numbered:
-        before = "" if chat else task.header(item)
-        for example in examples.get(item.group, []):
-            before += words(example) + ("\n\n" if chat else " ") + example.shown.strip() + "\n\n"
-        turns = [turn if chat else f"\nUSER: {turn}\nASSISTANT:" for turn in item.more_turns]
-        asked = words(item)
-        questions.append(
-            Question(
-                index,
-                before + asked,
-                item.answer,
-                task.checker,
-                item.group,
-                item.content,
-                asked,
-                () if chat else task.stops,
-                tuple(turns),
-            )  # fmt: skip
-        )
-    return questions
+    before = "" if chat else task.header(item)
+    for example in examples:
+        before += words(example) + ("\n\n" if chat else " ") + example.shown.strip() + "\n\n"
+    return Question(
+        index,
+        before + words(item),
+        item.answer,
+        task.checker,
+        item.group,
+        item.content,
+        asked=words(item),
+        stops=() if chat else task.stops,
+        more_turns=tuple(turn if chat else f"\nUSER: {turn}\nASSISTANT:" for turn in item.more_turns),
+    )
 
 
 def in_turn(numbered: list[tuple[int, Item]]) -> list[tuple[int, Item]]:
@@ -385,6 +358,7 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
             f"--shots {shots} needs examples: there is no {source}; "
             "name a file with --shots_data, or --shots 0."
         )
+
     items, found = task.read(source), {}
     for group in groups:
         own = [item for item in items if not task.header(item) or item.group == group][:shots]
@@ -393,4 +367,39 @@ def read_examples(task: Task, source: Path, shots: int, groups: set[str]) -> dic
                 f"--shots {shots} is too many: {source} has {len(own)} examples{group and ' of ' + group}."
             )
         found[group] = own
+
     return found
+
+
+def read_task(
+    name: str,
+    path: Path,
+    chat: bool,
+    *,
+    shots: int | None = None,
+    shots_data: Path | None = None,
+    limit: int | None = None,
+) -> list[Question]:
+    """The questions of a task. limit: so many, the groups (subjects, categories) in turn.
+
+    shots: examples before each question; default: those of the table on top for a base model, none with chat.
+    Raises InputError naming file, line and field of whatever is wrong.
+    """
+    task = TASKS[name]
+    shots = (0 if chat else task.shots) if shots is None else shots
+    if shots and task.checker in ("none", "code"):
+        raise InputError(f"--shots {shots} does not go with --task {name}; leave it out.")
+    if shots_data and not shots:
+        raise InputError(
+            f"--shots_data {shots_data} names examples, but none are "
+            "put before a question; give --shots, or leave it out."
+        )
+
+    items = task.read(path)
+    if not items:
+        raise InputError(f"--data {path} holds no questions.")
+
+    numbered = in_turn(list(enumerate(items)))[:limit]
+    groups = {item.group for _, item in numbered}
+    examples = read_examples(task, shots_data or training_path(task, path), shots, groups) if shots else {}
+    return [question_of(task, chat, index, item, examples.get(item.group, [])) for index, item in numbered]

@@ -1,14 +1,11 @@
 """Results files of scripts/evaluate.py: a header, then one JSON line an answer. Resuming, sharing out,
-merging, exporting.
+merging.
 
 Each process of `torchrun` keeps its share of the questions in OUT.partRANKofSIZE; `merge` joins the parts.
-MT-Bench's and Spec-Bench's answers are exported as FastChat's `model_answer` files, one a rule, which
-gen_judgment.py reads.
 """
 
 import argparse
 import glob
-import hashlib
 import json
 import os
 import platform
@@ -22,62 +19,35 @@ from pathlib import Path
 import torch
 
 from cli import InputError, shortened, whole
-from files import (
-    Lines,
-    check_folder,
-    check_not_input,
-    check_writable,
-    is_number,
-    parse_object,
-    read_bytes,
-    write_file,
-)
+from files import Lines, parse_object, read_bytes, write_file
 from judge import RULES
+from scripts.lib.fields import is_count, is_counts, is_figure, is_seconds, is_text, is_verdict, maybe
 from scripts.lib.flags import MOST_PROCESSES
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
 
 
-def is_count(value) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_seconds(value) -> bool:
-    return is_number(value) and value >= 0
-
-
-def is_verdict(value) -> bool:
-    return value is None or type(value) is bool
-
-
 def is_index(value) -> bool:
-    return is_count(value) or (
-        isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value) is not None
-    )
+    """A question's number, or "12.3": sample 3 of question 12."""
+    return is_count(value) or (is_text(value) and re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", value) is not None)
 
 
 def is_rule(value) -> bool:
-    return isinstance(value, str) and re.split("[=@]", value)[0] in ("plain", *RULES, *PEERS)
+    return is_text(value) and re.split("[=@]", value)[0] in ("plain", *RULES, *PEERS)
 
 
-def is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-def is_counts(value) -> bool:
-    return isinstance(value, list) and all(map(is_count, value))
+TURN = {
+    "text": is_text,
+    "new_tokens": is_count,
+    "rounds": is_count,
+    "seconds": is_seconds,
+    "accept_lengths": is_counts,
+}
 
 
 def is_turns(value) -> bool:
-    kinds = {
-        "text": is_text,
-        "new_tokens": is_count,
-        "rounds": is_count,
-        "seconds": is_seconds,
-        "accept_lengths": is_counts,
-    }
     return isinstance(value, list) and all(
-        isinstance(turn, dict) and all(kind(turn.get(name)) for name, kind in kinds.items()) for turn in value
+        isinstance(turn, dict) and all(kind(turn.get(name)) for name, kind in TURN.items()) for turn in value
     )
 
 
@@ -99,11 +69,18 @@ ANSWER = {  # the fields that every answer has, and that are relied on
 }
 MAYBE = {  # those that some have
     "item": is_count,
-    "threshold": lambda value: value is None or is_number(value),
+    "threshold": maybe(is_figure),
     "turns": is_turns,
     "time": is_seconds,
-    "mean_score": lambda value: value is None or is_number(value),
+    "mean_score": maybe(is_figure),
     "failed": is_text,
+}
+CONSISTENT: dict[str, Callable[[dict], bool]] = {
+    "answer_right": lambda r: (r["right"] is None) == (r["answer_right"] is None),
+    "accepted": lambda r: r["accepted_by_rule"] <= r["accepted"] <= r["drafted"],
+    "rounds": lambda r: r["rounds"] > 0 or not r["drafted"],
+    "tokens": lambda r: "failed" in r or len(r["tokens"]) > 0,
+    "index": lambda r: r.get("item", r["index"]) in (r["index"], int(str(r["index"]).partition(".")[0])),
 }
 
 
@@ -116,6 +93,7 @@ def check_answer(record: dict, where: str) -> dict:
             f"{where} has no field {missing!r}, so it is no whole "
             "answer; remove the line, or name another --out."
         )
+
     fields = ANSWER | {name: kind for name, kind in MAYBE.items() if name in record}
     wrong = next((name for name, kind in fields.items() if not kind(record[name])), None)
     if wrong is None:
@@ -126,27 +104,11 @@ def check_answer(record: dict, where: str) -> dict:
             f"{where}: field {wrong!r} cannot be {found} in an "
             "answer; remove the line, or name another --out."
         )
+
     return record
 
 
-CONSISTENT: dict[str, Callable[[dict], bool]] = {
-    "answer_right": lambda r: (r["right"] is None) == (r["answer_right"] is None),
-    "accepted": lambda r: r["accepted_by_rule"] <= r["accepted"] <= r["drafted"],
-    "rounds": lambda r: r["rounds"] > 0 or not r["drafted"],
-    "tokens": lambda r: "failed" in r or len(r["tokens"]) > 0,
-    "index": lambda r: r.get("item", r["index"]) in (r["index"], int(str(r["index"]).partition(".")[0])),
-}
-
-
 MADE = ("command", "machine", "commit")  # of a header: how a run was made, which another run may do otherwise
-
-
-def how_made() -> dict:
-    """What a header says beside the settings."""
-    command = shlex.join(
-        os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:])
-    )
-    return dict(zip(MADE, (command, machine(), commit())))
 
 
 def machine() -> str:
@@ -175,6 +137,14 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def how_made() -> dict:
+    """What a header says beside the settings."""
+    command = shlex.join(
+        os.fsencode(word).decode(errors="replace") for word in (Path(sys.argv[0]).name, *sys.argv[1:])
+    )
+    return dict(zip(MADE, (command, machine(), commit())))
 
 
 def unlike(header: dict, other: dict) -> list[str]:
@@ -274,6 +244,18 @@ def check_parts(out: Path, size: int) -> None:
             )
 
 
+def read_part(out: Path, rank: int, size: int, what: str) -> tuple[dict, list[tuple[str, dict]]]:
+    """The header of a part, and (where, record) of its lines. Raises InputError where it is missing, or no
+    part of `what`."""
+    path = part(out, rank, size)
+    if not path.is_file():
+        raise InputError(f"There is no {path}; run all {size} processes to their end before --merge {size}.")
+    (_, header), *records = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
+    if "target" not in header:
+        raise InputError(f"{path} is not a part of {what}, or its run had not begun.")
+    return header, records
+
+
 def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict]:
     """Writes OUT from the parts of `size` processes, in the order of the questions, and returns the records.
 
@@ -282,18 +264,12 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
     """
     found, header = {}, None
     for rank in range(size):
-        path = part(out, rank, size)
-        if not path.is_file():
-            raise InputError(
-                f"There is no {path}; run all {size} processes to their end before --merge {size}."
-            )
-        (_, first), *records = parse_lines(path, read_bytes(path).rpartition(b"\n")[0]) or [("", {})]
-        if "target" not in first:
-            raise InputError(f"{path} is not a part of a run, or its run had not begun.")
+        path, (first, records) = part(out, rank, size), read_part(out, rank, size, "a run")
         header = header or first
         if differ := unlike(header, first):
             raise InputError(f"{path} is of other settings than {part(out, 0, size)} ({', '.join(differ)}).")
         found = by_key(path, [check_answer(record, where) for where, record in records], found)
+
     check_same_questions(out, found, questions)
     keys = [(label, question.index) for question in questions for label in labels]
     if missing := [key for key in keys if key not in found]:
@@ -307,74 +283,7 @@ def merge(out: Path, size: int, labels: list[str], questions: list) -> list[dict
             f"The parts of {out} hold {len(extra)} answers more, first that of {extra[0][0]} "
             f"to question {extra[0][1]}; give --verify, --threshold and --limit as for them."
         )
+
     lines = [header, *(found[key] for key in keys)]
     write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines[1:]
-
-
-def check_model_answers(folder: Path, labels: list[str], kept: list[Path]) -> None:
-    """Raises InputError where the answer files of these rules could not be written, or would replace one of
-    `kept`."""
-    check_folder(folder, "--model_answers")
-    for label in labels:
-        path = folder / f"{model_name(label)}.jsonl"
-        if folder.is_dir():
-            check_writable(path, "--model_answers")
-        check_not_input(path, kept, "--model_answers")
-
-
-def model_name(rule: str) -> str:
-    """A rule's label as the name of a file and of a model."""
-    return re.sub(r"[^\w.@=-]", "_", rule)
-
-
-def model_answers(records: list[dict], content: dict) -> dict[str, str]:
-    """FastChat's answer files: {file name: text}, one a rule, sorted by question_id. content: index -> line
-    of question.jsonl.
-
-    Spec-Bench's counts are in each choice: new_tokens, wall_time (s, prefill included), decoding_steps and
-    accept_lengths (tokens that each round put out).
-    """
-    files: dict[str, list] = {}
-    for record in records:
-        line, model = content[record.get("item", record["index"])], model_name(record["rule"])
-        turns = record["turns"]
-        choice = {
-            "index": 0,
-            "turns": [turn["text"].strip() for turn in turns],
-            "decoding_steps": [turn["rounds"] for turn in turns],
-            "new_tokens": [turn["new_tokens"] for turn in turns],
-            "wall_time": [turn["seconds"] for turn in turns],
-            "accept_lengths": [n for turn in turns for n in turn["accept_lengths"]],
-        }
-        known = f"{model} {line['question_id']} {choice['turns']}"
-        answer_id = hashlib.sha256(known.encode()).hexdigest()[:22]
-        files.setdefault(model, []).append(
-            {
-                "question_id": line["question_id"],
-                "category": line.get("category"),
-                "answer_id": answer_id,
-                "model_id": model,
-                "choices": [choice],
-                "tstamp": record["time"],
-            }
-        )
-    return {
-        f"{model}.jsonl": "".join(
-            json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["question_id"])
-        )
-        for model, lines in files.items()
-    }
-
-
-def write_model_answers(folder: Path, records: list[dict], questions: list) -> None:
-    """Writes one answer file a rule into `folder`, each by rename. Raises InputError for a record without its
-    turns."""
-    for record in records:
-        if "turns" not in record or "time" not in record:
-            raise InputError(
-                f"The answer of {record['rule']} to question {record['index']} lacks 'turns' or 'time'."
-            )
-    content = {question.index: question.content for question in questions}
-    for name, text in model_answers(records, content).items():
-        write_file(folder / name, text.encode())

@@ -4,104 +4,46 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
 from cli import InputError
-from files import is_number, parse_json, read_text
-from scripts.lib.bench import summarise
-
-# in result lines, one entry a token; may be missing
-PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")
-
-
-MOST = 10**9  # of a count in a result file
-
+from files import parse_json, read_text
+from scripts.lib.fields import (
+    is_count,
+    is_counts,
+    is_figure,
+    is_seconds,
+    is_share,
+    is_text,
+    is_verdict,
+    maybe,
+)
+from scripts.lib.summary import summarise
 
 MOST_RULES = 40  # in one figure
-
-
-def is_figure(value) -> bool:
-    """Whether a number is of a size that a figure can show."""
-    return is_number(value, -1e12, 1e12)
-
-
-def is_share(value) -> bool:
-    return is_figure(value) and -1e-3 <= value <= 1 + 1e-3  # rounding; intervals of many samples
-
-
-def is_interval(value) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_figure, value))
-
-
-def is_count(value) -> bool:
-    return type(value) is int and 0 <= value <= MOST
-
-
-def is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-def maybe(kind: Callable) -> Callable:
-    """None, too, or missing."""
-    return lambda value: value is None or kind(value)
-
-
-FIELDS = {  # of an answer; `maybe` fields may be missing
+FIELDS = {  # of an answer; those of OPTIONAL may be missing
     "rule": is_text,
     "index": lambda value: is_count(value) or is_text(value),
     "family": is_text,
     "question": is_text,
-    "right": lambda value: value is None or isinstance(value, bool),
+    "right": is_verdict,
     "text": is_text,
-    "answer_right": lambda value: value is None or isinstance(value, bool),
-    "tokens": lambda value: isinstance(value, list) and all(type(token) is int for token in value),
+    "answer_right": is_verdict,
+    "tokens": is_counts,
     "rounds": is_count,
     "drafted": is_count,
     "accepted": is_count,
     "accepted_by_rule": is_count,
-    "seconds_decode": lambda value: is_figure(value) and 0 <= value <= MOST,
+    "seconds_decode": is_seconds,
     "threshold": maybe(is_figure),
     "speculate_k": lambda value: value in (None, "auto") or is_count(value),
     "failed": maybe(is_text),
     "item": maybe(is_count),
     "final_answer": lambda value: value is None or isinstance(value, (str, int, float)),
 }
-
-
 OPTIONAL = ("failed", "threshold", "speculate_k", "item", "final_answer")
-
-
-def read_run(path: Path) -> tuple[dict, list[dict]]:
-    """The header and the answers of a results file of scripts/evaluate.py. A last line that was cut off is
-    left out, with a note. Raises InputError naming file, line and field of whatever else is wrong."""
-    *lines, rest = read_text(path).split("\n")
-    if rest and lines:
-        print(
-            f"{path}: the last line is cut off and left out; the same evaluate.py command goes on there.",
-            file=sys.stderr,
-        )
-    parsed = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    if not parsed or not isinstance(parsed[0], dict) or "target" not in parsed[0] or "rule" in parsed[0]:
-        raise InputError(
-            f"{path} is not a results file of scripts/evaluate.py: its first line is no header of a run."
-        )
-    for name, value in parsed[0].items():
-        if depth(value) > 3 or not finite(value):
-            raise InputError(f"{path}, line 1: field {name!r} is no setting that scripts/evaluate.py writes.")
-    seen: set = set()
-    for number, record in enumerate(parsed[1:], 2):
-        check_record(record, f"{path}, line {number}")
-        if (record["rule"], record["index"]) in seen:
-            raise InputError(
-                f"{path}, line {number}: item {record['index']} was answered by {record['rule']} before."
-            )
-        seen.add((record["rule"], record["index"]))
-    if not seen:
-        raise InputError(f"{path} holds no answers yet; run scripts/evaluate.py with this --out.")
-    check_together(path, parsed[1:])
-    return parsed[0], parsed[1:]
+PER_TOKEN = ("origin", "cuts", "p", "kl", "score", "top")  # one entry a token; may be missing
 
 
 def depth(value) -> int:
@@ -119,27 +61,11 @@ def finite(value) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def check_record(record, where: str) -> None:
-    """Raises InputError beginning with `where` for what scripts/evaluate.py did not write."""
-    for name, good in FIELDS.items():
-        if (
-            not isinstance(record, dict)
-            or (name not in record and name not in OPTIONAL)
-            or not good(record.get(name))
-        ):
-            raise InputError(
-                f"{where}: field {name!r} is missing or of another type than scripts/evaluate.py writes."
-            )
-    if record["accepted_by_rule"] > record["accepted"]:
-        raise InputError(
-            f"{where}: field 'accepted_by_rule' is "
-            f"{record['accepted_by_rule']}, more than were accepted at all."
-        )
-    if record["drafted"] and not record["rounds"]:
-        raise InputError(f"{where}: field 'rounds' is 0, but 'drafted' is {record['drafted']}.")
-    if record["right"] is not None and record["answer_right"] is None:
-        raise InputError(f"{where}: field 'answer_right' is missing, though 'right' is there.")
-    check_tokens(record, where)
+def turn_ends(record: dict) -> list[int]:
+    """Up to which token each turn of an answer goes."""
+    return list(accumulate(turn["new_tokens"] for turn in record.get("turns") or [])) or [
+        len(record["tokens"])
+    ]
 
 
 def check_tokens(record: dict, where: str) -> None:
@@ -161,6 +87,7 @@ def check_tokens(record: dict, where: str) -> None:
                 else "number"
             )
             raise InputError(f"{where}: field {name!r} holds what is no {what}.")
+
     if set(record.get("origin") or "") - set("artb"):
         raise InputError(f"{where}: field 'origin' must be of the letters a, r, t and b.")
     cuts = record.get("cuts")
@@ -169,12 +96,37 @@ def check_tokens(record: dict, where: str) -> None:
             f"{where}: field 'cuts' must be whole numbers that "
             f"add up to the {len(record['text'])} characters."
         )
+
     turns = record.get("turns") or []
     good = isinstance(turns, list) and all(
         isinstance(turn, dict) and is_count(turn.get("new_tokens")) for turn in turns
     )
     if not good or turn_ends(record)[-1:] != [n]:
         raise InputError(f"{where}: field 'turns' must name new_tokens that add up to the {n} tokens.")
+
+
+def check_record(record, where: str) -> None:
+    """Raises InputError beginning with `where` for what scripts/evaluate.py did not write."""
+    for name, good in FIELDS.items():
+        if (
+            not isinstance(record, dict)
+            or (name not in record and name not in OPTIONAL)
+            or not good(record.get(name))
+        ):
+            raise InputError(
+                f"{where}: field {name!r} is missing or of another type than scripts/evaluate.py writes."
+            )
+
+    if record["accepted_by_rule"] > record["accepted"]:
+        raise InputError(
+            f"{where}: field 'accepted_by_rule' is "
+            f"{record['accepted_by_rule']}, more than were accepted at all."
+        )
+    if record["drafted"] and not record["rounds"]:
+        raise InputError(f"{where}: field 'rounds' is 0, but 'drafted' is {record['drafted']}.")
+    if record["right"] is not None and record["answer_right"] is None:
+        raise InputError(f"{where}: field 'answer_right' is missing, though 'right' is there.")
+    check_tokens(record, where)
 
 
 def check_together(path: Path, records: list[dict]) -> None:
@@ -186,6 +138,7 @@ def check_together(path: Path, records: list[dict]) -> None:
             raise InputError(
                 f"{path}, line {number}: field 'right' is known for some answers of {record['rule']} alone."
             )
+
     for rule in scored:
         mine = [record for record in records if record["rule"] == rule]
         if any("failed" in record for record in mine):
@@ -195,6 +148,41 @@ def check_together(path: Path, records: list[dict]) -> None:
                 f"{path}: the answers of {rule} hold no tokens, "
                 "or took no time; there is nothing to show of it."
             )
+
+
+def read_run(path: Path) -> tuple[dict, list[dict]]:
+    """The header and the answers of a results file of scripts/evaluate.py. A last line that was cut off is
+    left out, with a note. Raises InputError naming file, line and field of whatever else is wrong."""
+    *lines, rest = read_text(path).split("\n")
+    if rest and lines:
+        print(
+            f"{path}: the last line is cut off and left out; the same evaluate.py command goes on there.",
+            file=sys.stderr,
+        )
+
+    parsed = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    if not parsed or not isinstance(parsed[0], dict) or "target" not in parsed[0] or "rule" in parsed[0]:
+        raise InputError(
+            f"{path} is not a results file of scripts/evaluate.py: its first line is no header of a run."
+        )
+
+    for name, value in parsed[0].items():
+        if depth(value) > 3 or not finite(value):
+            raise InputError(f"{path}, line 1: field {name!r} is no setting that scripts/evaluate.py writes.")
+
+    seen: set = set()
+    for number, record in enumerate(parsed[1:], 2):
+        check_record(record, f"{path}, line {number}")
+        if (record["rule"], record["index"]) in seen:
+            raise InputError(
+                f"{path}, line {number}: item {record['index']} was answered by {record['rule']} before."
+            )
+        seen.add((record["rule"], record["index"]))
+
+    if not seen:
+        raise InputError(f"{path} holds no answers yet; run scripts/evaluate.py with this --out.")
+    check_together(path, parsed[1:])
+    return parsed[0], parsed[1:]
 
 
 def accepted_a_round(origin: str) -> list[int]:
@@ -216,13 +204,6 @@ def run_rows(records: list[dict]) -> list[dict]:
             "tokens_a_round": 1 + (row["mean_accepted"] or 0),
         }
     return rows
-
-
-def turn_ends(record: dict) -> list[int]:
-    """Up to which token each turn of an answer goes."""
-    return list(accumulate(turn["new_tokens"] for turn in record.get("turns") or [])) or [
-        len(record["tokens"])
-    ]
 
 
 def accepted_counts(records: list[dict]) -> dict[str, Counter]:

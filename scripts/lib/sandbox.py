@@ -51,8 +51,6 @@ MOST_SOURCES = 100  # ways to read a text that are tried
 # RLIMIT_*, bytes
 LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0, "DISK": 64 << 20}
 CHILD = (Path(__file__).parent / "sandbox_child.py").read_text(encoding="utf-8")
-
-
 # where a plain completion has left the function
 STOPS = ("\ndef ", "\nclass ", "\nif __name__", "\nprint(", "\n#", "\n```")
 GLUED_FENCE = re.compile(r"^(.*\S:)[ \t]*(```[ \t]*(?:python3?|py)[ \t]*)$", re.IGNORECASE | re.MULTILINE)
@@ -68,6 +66,55 @@ class Outcome(NamedTuple):
 
     verdict: str
     reason: str
+
+
+def clear_level(here: int) -> str | None:
+    """Removes from an open folder what is no folder, and empty ones, until one is met that is not empty: its
+    name."""
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=here)
+                continue
+            try:
+                os.rmdir(entry.name, dir_fd=here)
+            except OSError:
+                os.chmod(entry.name, 0o700, dir_fd=here)
+                return entry.name
+    return clear_level(here) if any(os.scandir(here)) else None
+
+
+def clear(path: str) -> None:
+    """Empties a folder, however deep, with one folder open at a time and no long path."""
+    below, here = [], os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while True:
+            inner = clear_level(here)
+            if inner is None and not below:
+                return
+            outer, here = (
+                here,
+                os.open(inner or "..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here),
+            )
+            os.close(outer)
+            if inner is None:
+                os.rmdir(below.pop(), dir_fd=here)
+            else:
+                below.append(inner)
+    finally:
+        os.close(here)
+
+
+@contextmanager
+def folder() -> Iterator[str]:
+    """An empty folder that is gone afterwards, whatever was made in it."""
+    path = tempfile.mkdtemp()
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            clear(path)
+            os.rmdir(path)
 
 
 class Process:
@@ -124,36 +171,6 @@ class Process:
         return by_itself and killed and self.seconds > CPU_S / 2
 
 
-@lru_cache(maxsize=1024)
-def outcome_of(prompt: str, tests: str, name: str, text: str) -> Outcome:
-    """The outcome of a text, by the fields of its item. Whatever was started for it is gone afterwards."""
-    ours, theirs = socket.socketpair()
-    deadline, started = time.monotonic() + WALL_S, []
-    with folder() as one, folder() as other:
-        try:
-            with ours, theirs:
-                started.append(
-                    Process(
-                        "answer", theirs, one, [list(islice(programs_of(prompt, name, text), MOST_SOURCES))]
-                    )
-                )
-                started.append(Process("tests", ours, other, [prompt, tests, name]))
-            report = read_report(*started, deadline)
-        finally:
-            spent = [process.end(1.0 if time.monotonic() < deadline else 0.0) for process in started]
-    if report is not None and report[0] in ("pass", "unchecked"):
-        return Outcome(*report)
-    if any(spent):
-        return Outcome("timeout", f"it used more than {CPU_S} s of processor time")
-    if time.monotonic() >= deadline:
-        return Outcome("timeout", f"it took more than {WALL_S:g} s")
-    return (
-        Outcome(*report)
-        if report is not None
-        else Outcome("fail", "the tests ended before they said anything")
-    )
-
-
 def read_report(answer: Process, tests: Process, deadline: float) -> list[str] | None:
     """What the tests' process says, [verdict, reason]; None when it ends without, or the time is up."""
     pipe, data = tests.child.stdout.fileno(), b""
@@ -167,60 +184,81 @@ def read_report(answer: Process, tests: Process, deadline: float) -> list[str] |
         data += chunk
         if not chunk:
             break
+
     try:
         verdict, reason = json.loads(data)
     except ValueError:
         return None
+
     return [str(verdict), str(reason)]
 
 
-@contextmanager
-def folder() -> Iterator[str]:
-    """An empty folder that is gone afterwards, whatever was made in it."""
-    path = tempfile.mkdtemp()
-    try:
-        yield path
-    finally:
-        with suppress(OSError):
-            clear(path)
-            os.rmdir(path)
+def blocks_of(text: str) -> list[list[str]]:
+    """The contents of Markdown's code blocks; of each one up to every line that may end it, first that which
+    should: a fence no deeper than its own. A docstring's example is deeper, as a rule."""
+    lines, blocks, at = text.split("\n"), [], 0
+    fences = [
+        (i, found)
+        for i, line in enumerate(lines)
+        if (found := re.match(r"([ \t>]*)(`{3,}|~{3,})([^`]*)$", line))
+    ]
+    for place, (begin, opening) in enumerate(fences):
+        if begin < at:
+            continue
+        rest = fences[place + 1 : place + 1 + MOST_SOURCES]
+        ends = [(len(found[1]) > len(opening[1]), i) for i, found in rest
+                if found[2].startswith(opening[2]) and not found[3].strip()]  # fmt: skip
+        ends = [i for _, i in sorted(ends)]
+        inside = [re.sub(r"^[ \t]*> ?", "", line) if ">" in opening[1] else line for line in lines]
+        blocks.append(["\n".join(inside[begin + 1 : end]) for end in ends[:8] or [len(lines)]])
+        at = ends[0] + 1 if ends else len(lines)
+
+    return blocks[-MOST_SOURCES:]
 
 
-def clear(path: str) -> None:
-    """Empties a folder, however deep, with one folder open at a time and no long path."""
-    below, here = [], os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        while True:
-            inner = clear_level(here)
-            if inner is None and not below:
-                return
-            outer, here = (
-                here,
-                os.open(inner or "..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here),
-            )
-            os.close(outer)
-            if inner is None:
-                os.rmdir(below.pop(), dir_fd=here)
-            else:
-                below.append(inner)
-    finally:
-        os.close(here)
+def cut(code: str, after: int) -> str:
+    """What comes before the first of STOPS."""
+    return code[: min((end for stop in STOPS if (end := code.find(stop, after)) >= 0), default=len(code))]
 
 
-def clear_level(here: int) -> str | None:
-    """Removes from an open folder what is no folder, and empty ones, until one is met that is not empty: its
-    name."""
-    with os.scandir(here) as entries:
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.name, dir_fd=here)
-                continue
-            try:
-                os.rmdir(entry.name, dir_fd=here)
-            except OSError:
-                os.chmod(entry.name, 0o700, dir_fd=here)
-                return entry.name
-    return clear_level(here) if any(os.scandir(here)) else None
+def without_prose(code: str, stops: tuple[str, ...] = ()) -> str:
+    """What comes before the first line, after the first, that begins with one of `stops`, or unindented as no
+    code does."""
+    for found in re.finditer(r"(?<=\n)(?!\s).+", code):
+        if not LINE_OF_CODE.match(found[0]) or found[0].startswith(stops):
+            return code[: found.start()]
+    return code
+
+
+def unfenced(text: str, defines: re.Pattern) -> Iterator[str]:
+    """Code that stands in a text without a block: from each line that may begin it, to each that may end
+    it."""
+    first = defines.search(text)
+    begins = [
+        found.start() for found in re.finditer(r"^(?:import|from|def|class|async|@)\b", text, re.MULTILINE)
+    ]
+    for begin in [*[begin for begin in begins if begin < first.start()][:8], first.start()]:
+        code = without_prose(text[begin:], ("if __name__", "print("))
+        tops = [found.start() for found in re.finditer(r"^(?!\s)", code, re.MULTILINE)]
+        for end in [len(code), *reversed(tops[-8:])]:
+            if defines.search(code, 0, end):
+                yield code[:end]
+
+
+def defined(prompt: str, name: str, code: str) -> str:
+    """A program of code that defines the function: it takes the place of the prompt's definition."""
+    before = list(re.finditer(rf"^[ \t]*(?:async )?def {name}\b", prompt, re.MULTILINE))
+    return prompt[: before[-1].start()] + "\n" + textwrap.dedent(code) if before else textwrap.dedent(code)
+
+
+def completed(prompt: str, code: str) -> Iterator[str]:
+    """Programs of a prompt and code that continues it, as it is or indented anew."""
+    first = next((line for line in code.split("\n") if line.strip()), "")
+    spaces = re.sub(r"^[ \t]+", lambda found: found[0].expandtabs(4), code, flags=re.MULTILINE)
+    if first[:1] in (" ", "\t"):
+        yield prompt + code
+    yield prompt + textwrap.indent(textwrap.dedent(spaces), "    ")
+    yield prompt + "    " + spaces.lstrip()
 
 
 def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
@@ -244,6 +282,7 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
     if indented:
         yield from completed(prompt, without_prose(cut(text, 0)))
         yield from completed(prompt, cut(text, 0))
+
     for at in reversed(range(len(blocks))):
         if any(map(defines.search, blocks[at])):
             before = [block for block in (blocks[i][0] for i in range(at)) if not defines.search(block)]
@@ -253,6 +292,7 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
                         prompt, name, "\n".join([*map(textwrap.dedent, before), textwrap.dedent(code)])
                     )
                 yield defined(prompt, name, code)
+
     for block in blocks:
         yield from completed(prompt, block[0])
     if defines.search(text):
@@ -262,71 +302,35 @@ def programs_of(prompt: str, name: str, text: str) -> Iterator[str]:
         yield from completed(prompt, cut(text, 0))
 
 
-def blocks_of(text: str) -> list[list[str]]:
-    """The contents of Markdown's code blocks; of each one up to every line that may end it, first that which
-    should: a fence no deeper than its own. A docstring's example is deeper, as a rule."""
-    lines, blocks, at = text.split("\n"), [], 0
-    fences = [
-        (i, found)
-        for i, line in enumerate(lines)
-        if (found := re.match(r"([ \t>]*)(`{3,}|~{3,})([^`]*)$", line))
-    ]
-    for place, (begin, opening) in enumerate(fences):
-        if begin < at:
-            continue
-        rest = fences[place + 1 : place + 1 + MOST_SOURCES]
-        ends = [(len(found[1]) > len(opening[1]), i) for i, found in rest
-                if found[2].startswith(opening[2]) and not found[3].strip()]  # fmt: skip
-        ends = [i for _, i in sorted(ends)]
-        inside = [re.sub(r"^[ \t]*> ?", "", line) if ">" in opening[1] else line for line in lines]
-        blocks.append(["\n".join(inside[begin + 1 : end]) for end in ends[:8] or [len(lines)]])
-        at = ends[0] + 1 if ends else len(lines)
-    return blocks[-MOST_SOURCES:]
+@lru_cache(maxsize=1024)
+def outcome_of(prompt: str, tests: str, name: str, text: str) -> Outcome:
+    """The outcome of a text, by the fields of its item. Whatever was started for it is gone afterwards."""
+    ours, theirs = socket.socketpair()
+    deadline, started = time.monotonic() + WALL_S, []
+    with folder() as one, folder() as other:
+        try:
+            with ours, theirs:
+                started.append(
+                    Process(
+                        "answer", theirs, one, [list(islice(programs_of(prompt, name, text), MOST_SOURCES))]
+                    )
+                )
+                started.append(Process("tests", ours, other, [prompt, tests, name]))
+            report = read_report(*started, deadline)
+        finally:
+            spent = [process.end(1.0 if time.monotonic() < deadline else 0.0) for process in started]
 
-
-def cut(code: str, after: int) -> str:
-    """What comes before the first of STOPS."""
-    return code[: min((end for stop in STOPS if (end := code.find(stop, after)) >= 0), default=len(code))]
-
-
-def unfenced(text: str, defines: re.Pattern) -> Iterator[str]:
-    """Code that stands in a text without a block: from each line that may begin it, to each that may end
-    it."""
-    first = defines.search(text)
-    begins = [
-        found.start() for found in re.finditer(r"^(?:import|from|def|class|async|@)\b", text, re.MULTILINE)
-    ]
-    for begin in [*[begin for begin in begins if begin < first.start()][:8], first.start()]:
-        code = without_prose(text[begin:], ("if __name__", "print("))
-        tops = [found.start() for found in re.finditer(r"^(?!\s)", code, re.MULTILINE)]
-        for end in [len(code), *reversed(tops[-8:])]:
-            if defines.search(code, 0, end):
-                yield code[:end]
-
-
-def without_prose(code: str, stops: tuple[str, ...] = ()) -> str:
-    """What comes before the first line, after the first, that begins with one of `stops`, or unindented as no
-    code does."""
-    for found in re.finditer(r"(?<=\n)(?!\s).+", code):
-        if not LINE_OF_CODE.match(found[0]) or found[0].startswith(stops):
-            return code[: found.start()]
-    return code
-
-
-def defined(prompt: str, name: str, code: str) -> str:
-    """A program of code that defines the function: it takes the place of the prompt's definition."""
-    before = list(re.finditer(rf"^[ \t]*(?:async )?def {name}\b", prompt, re.MULTILINE))
-    return prompt[: before[-1].start()] + "\n" + textwrap.dedent(code) if before else textwrap.dedent(code)
-
-
-def completed(prompt: str, code: str) -> Iterator[str]:
-    """Programs of a prompt and code that continues it, as it is or indented anew."""
-    first = next((line for line in code.split("\n") if line.strip()), "")
-    spaces = re.sub(r"^[ \t]+", lambda found: found[0].expandtabs(4), code, flags=re.MULTILINE)
-    if first[:1] in (" ", "\t"):
-        yield prompt + code
-    yield prompt + textwrap.indent(textwrap.dedent(spaces), "    ")
-    yield prompt + "    " + spaces.lstrip()
+    if report is not None and report[0] in ("pass", "unchecked"):
+        return Outcome(*report)
+    if any(spent):
+        return Outcome("timeout", f"it used more than {CPU_S} s of processor time")
+    if time.monotonic() >= deadline:
+        return Outcome("timeout", f"it took more than {WALL_S:g} s")
+    return (
+        Outcome(*report)
+        if report is not None
+        else Outcome("fail", "the tests ended before they said anything")
+    )
 
 
 code_is_allowed = False
@@ -348,6 +352,7 @@ def check_allowed() -> None:
         raise InputError(
             "Checking code needs Linux or another POSIX system, where it can limit what a program does."
         )
+
     found = outcome_of(
         "def f():\n", "def check(candidate):\n    assert candidate() == (1, 'a')", "f", "    return 1, 'a'"
     )

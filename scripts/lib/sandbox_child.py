@@ -339,7 +339,7 @@ def enter_namespaces(folder: str, disk: int) -> None:
 
         libc = ctypes.CDLL(None, use_errno=True)
         # CLONE_NEWUSER; PID, NET, IPC, NS
-        user, others = (0x10000000, 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000)
+        user, others = 0x10000000, 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000
         ids = {
             "setgroups": "deny",
             "uid_map": f"{os.getuid()} {os.getuid()} 1",
@@ -385,15 +385,8 @@ def lock_files(folder: str) -> None:
     all_rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     read_file, read_dir = 1 << 2, 1 << 3
     rules = libc.syscall(444, struct.pack("Q", all_rights), 8, 0)
-    libraries = (
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        "/usr/local/lib",
-        "/usr/share/zoneinfo",
-        "/etc/ld.so.cache",
-    )
+    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+    libraries += ("/usr/share/zoneinfo", "/etc/ld.so.cache")
     readable = dict.fromkeys(
         (*sys.path, os.path.join(sys.base_prefix, "lib"), *libraries, "/dev/urandom"), read_file
     )
@@ -429,17 +422,8 @@ def forbid_events(folder: str, tell) -> None:
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     nameless = getattr(os, "O_TMPFILE", 0)
     harmless = ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk")
-    refused = (
-        "os.",
-        "socket.",
-        "subprocess.",
-        "ctypes.",
-        "signal.",
-        "resource.",
-        "pty.",
-        "sqlite3.",
-        "syslog.",
-    )
+    refused = ("os.", "socket.", "subprocess.", "ctypes.", "signal.")
+    refused += ("resource.", "pty.", "sqlite3.", "syslog.")
 
     def within(path, folders: tuple) -> bool:
         path = real(os.fsdecode(path if path is not None else "."))

@@ -117,23 +117,6 @@ SPACED_GROUPS = re.compile(r"(?<![\w.,/^])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")
 DOTTED_GROUPS = re.compile(
     r"(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]{1,2}(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3})(?![.,]?[0-9]))"
 )
-LETTER_AFTER_MARK = re.compile(
-    r"(?:(?i:\banswer[*_\s]*(?:is\b|:)|\b(?:option|choice) is\b)|\\boxed(?=\s*\{))(?:\\[a-z]+\{|\W){0,60}"
-    r"(?i:(?:option|choice)\W+)?(?:([A-J])(?![\w'])|(?<=\()([a-j])(?=\)))"
-)
-BOLD_LETTER = re.compile(r"\*\*\(?([A-J])(?:[).:]+\s|[).:]*\*\*)")
-LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
-
-
-def final_number(text: str) -> str | None:
-    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on
-    top."""
-    text = plain(text)
-    for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
-        if found := number_after(text, mark):
-            return one_spelling(found)
-    last = deque(NUMBER.finditer(text), maxlen=1)
-    return one_spelling(last[0]) if last else None
 
 
 def plain(text: str) -> str:
@@ -152,30 +135,12 @@ def plain(text: str) -> str:
     return re.sub(r"(?<=[0-9])\0", " ", mixed).replace("\0", "")
 
 
-def number_after(text: str, mark: re.Match) -> re.Match | None:
-    """The number that a mark gives: next to it, after the "=" that follows there, or the last of what it is
-    said in."""
-    begin, end = mark.end(), len(text)
-    if mark[0].endswith("{"):
-        begin, end = mark.end(), closing(text, mark.end())
-    elif mark["headed"] is not None:
-        begin = NEXT_TO.match(text, begin).end()
-        blank = re.compile(r"\n\s*\n").search(text, begin)
-        end = blank.start() if blank else end
-    elif sentence := SENTENCE_END.search(text, NEXT_TO.match(text, begin).end()):
-        end = sentence.start()
-    if not (first := NUMBER.match(text, NEXT_TO.match(text, begin, end).end(), end)):
-        last = deque(NUMBER.finditer(text, begin, end), maxlen=1)
-        return last[0] if last else None
-    clause = CLAUSE_END.search(text, first.end(), end)
-    equals = re.compile("[=≈]").finditer(text, first.end(), clause.start() if clause else end)
-    values = [
-        first,
-        *filter(None, (NUMBER.search(text, sign.end(), end) for sign in deque(equals, maxlen=20))),
-    ]
-    return next(
-        (value for value in reversed(values) if not OPERATOR.match(text, value.end(), end)), values[-1]
-    )
+LETTER_AFTER_MARK = re.compile(
+    r"(?:(?i:\banswer[*_\s]*(?:is\b|:)|\b(?:option|choice) is\b)|\\boxed(?=\s*\{))(?:\\[a-z]+\{|\W){0,60}"
+    r"(?i:(?:option|choice)\W+)?(?:([A-J])(?![\w'])|(?<=\()([a-j])(?=\)))"
+)
+BOLD_LETTER = re.compile(r"\*\*\(?([A-J])(?:[).:]+\s|[).:]*\*\*)")
+LONE_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])")
 
 
 def closing(text: str, at: int) -> int:
@@ -188,24 +153,32 @@ def closing(text: str, at: int) -> int:
     return len(text)
 
 
-def one_spelling(number: re.Match) -> str:
-    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as
-    written."""
-    sign, digits, below = (
-        "-" if number["sign"] else "",
-        number["digits"].replace(",", ""),
-        number["below"] or "1",
+def number_after(text: str, mark: re.Match) -> re.Match | None:
+    """The number that a mark gives: next to it, after the "=" that follows there, or the last of what it is
+    said in."""
+    begin, end = mark.end(), len(text)
+    if mark[0].endswith("{"):
+        begin, end = mark.end(), closing(text, mark.end())
+    elif mark["headed"] is not None:
+        begin = NEXT_TO.match(text, begin).end()
+        blank = re.compile(r"\n\s*\n").search(text, begin)
+        end = blank.start() if blank else end
+    elif sentence := SENTENCE_END.search(text, NEXT_TO.match(text, begin).end()):
+        end = sentence.start()
+
+    if not (first := NUMBER.match(text, NEXT_TO.match(text, begin, end).end(), end)):
+        last = deque(NUMBER.finditer(text, begin, end), maxlen=1)
+        return last[0] if last else None
+
+    clause = CLAUSE_END.search(text, first.end(), end)
+    equals = re.compile("[=≈]").finditer(text, first.end(), clause.start() if clause else end)
+    values = [
+        first,
+        *filter(None, (NUMBER.search(text, sign.end(), end) for sign in deque(equals, maxlen=20))),
+    ]
+    return next(
+        (value for value in reversed(values) if not OPERATOR.match(text, value.end(), end)), values[-1]
     )
-    exponent = number["e"] or number["ten"] or "0"
-    power = number["power"] or "1"
-    if max(len(digits), len(below)) > MOST_DIGITS or max(len(exponent), len(power)) > 4:
-        return sign + as_written(digits, below, exponent, power)
-    value, size = Fraction(digits), max(abs(int(exponent)), abs(int(power)) * len(digits))
-    if size > MOST_DIGITS or not value and int(power) < 0:
-        return sign + as_written(digits, below, exponent, power)
-    value = value ** int(power) * Fraction(10) ** int(exponent)
-    value = value + Fraction(int(number["above"]), int(below)) if number["above"] else value / int(below)
-    return decimal(-value if sign else value)
 
 
 def as_written(digits: str, below: str, exponent: str, power: str) -> str:
@@ -229,6 +202,37 @@ def decimal(value: Fraction) -> str:
         return str(value)
     digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
     return ("-" if value < 0 else "") + f"{digits[:-places]}.{digits[-places:]}"
+
+
+def one_spelling(number: re.Match) -> str:
+    """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as
+    written."""
+    sign, digits, below = (
+        "-" if number["sign"] else "",
+        number["digits"].replace(",", ""),
+        number["below"] or "1",
+    )
+    exponent = number["e"] or number["ten"] or "0"
+    power = number["power"] or "1"
+    if max(len(digits), len(below)) > MOST_DIGITS or max(len(exponent), len(power)) > 4:
+        return sign + as_written(digits, below, exponent, power)
+    value, size = Fraction(digits), max(abs(int(exponent)), abs(int(power)) * len(digits))
+    if size > MOST_DIGITS or not value and int(power) < 0:
+        return sign + as_written(digits, below, exponent, power)
+    value = value ** int(power) * Fraction(10) ** int(exponent)
+    value = value + Fraction(int(number["above"]), int(below)) if number["above"] else value / int(below)
+    return decimal(-value if sign else value)
+
+
+def final_number(text: str) -> str | None:
+    """The number that a text gives as its answer, in one spelling (18.00 is 18), or None; the rule is on
+    top."""
+    text = plain(text)
+    for mark in list(NUMBER_MARK.finditer(text))[:-20:-1]:
+        if found := number_after(text, mark):
+            return one_spelling(found)
+    last = deque(NUMBER.finditer(text), maxlen=1)
+    return one_spelling(last[0]) if last else None
 
 
 def final_letter(text: str) -> str | None:

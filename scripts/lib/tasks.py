@@ -29,31 +29,6 @@ DEMO_LIMIT = 100  # demo problems without --limit: their stream has no end
 OWN = ("number", "math", "choice", "code")  # the checkers for files of one's own
 
 
-def load_questions(
-    source: str, checker: str | None, limit: int | None = None, seed: int = 2026, held_out: bool = True
-) -> list[Question]:
-    """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
-
-    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
-    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
-    """
-    if checker is not None and checker not in CHECKERS:
-        raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
-    name, _, family = str(source).partition(":")
-    if name == "demo":
-        if family and family not in FAMILIES or checker not in (None, "demo"):
-            raise InputError(
-                f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo."
-            )
-        stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
-        return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
-    lines = islice(json_lines(Path(source), "--questions"), limit)
-    questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
-    if not questions:
-        raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
-    return distinct(questions)
-
-
 def distinct(questions: list[Question]) -> list[Question]:
     """Each question once, the first of equals: two of the same are not two observations."""
     kept: dict[str, Question] = {}
@@ -62,36 +37,6 @@ def distinct(questions: list[Question]) -> list[Question]:
     if len(kept) < len(questions):
         print(f"left out {len(questions) - len(kept)} questions that come more than once", file=sys.stderr)
     return list(kept.values())
-
-
-def read_question(item: dict, where: str, index: int, checker: str | None) -> Question:
-    """The question of one line. Raises InputError beginning with `where`."""
-    checker = item.get("checker", checker)
-    if checker not in OWN:
-        raise InputError(
-            f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker."
-        )
-    prompt = read_text(item, ("prompt", "question"), where)
-    fields = ("reference", "answer", "canonical_solution")
-    if checker == "code":
-        check_allowed()
-        read_text(item, ("test",), where)
-        if not read_text(item, ("entry_point",), where).isidentifier():
-            raise InputError(
-                f"{where}: field 'entry_point' is {item['entry_point']!r}, which is no function's name."
-            )
-        reference = read_text(item, fields, where) if any(name in item for name in fields) else ""
-    else:
-        reference = read_text(item, fields, where)
-        find = {"number": final_number, "math": str.strip, "choice": choice_of}[checker]
-        kind, found = "letter" if checker == "choice" else "number", find(reference)
-        if found is None:
-            raise InputError(
-                f"{where}: the reference {reference[-60:]!r} gives "
-                f"no {kind}, which --checker {checker} needs."
-            )
-    group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
-    return Question(index, prompt, reference, checker, group, item)
 
 
 def choice_of(reference: str) -> str | None:
@@ -112,6 +57,64 @@ def read_text(item: dict, names: tuple[str, ...], where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: field {name!r} must be text that is not empty.")
     return value
+
+
+def read_question(item: dict, where: str, index: int, checker: str | None) -> Question:
+    """The question of one line. Raises InputError beginning with `where`."""
+    checker = item.get("checker", checker)
+    if checker not in OWN:
+        raise InputError(
+            f"{where}: field 'checker' is {checker!r}; give {', '.join(OWN)} there or with --checker."
+        )
+
+    prompt = read_text(item, ("prompt", "question"), where)
+    fields = ("reference", "answer", "canonical_solution")
+    if checker == "code":
+        check_allowed()
+        read_text(item, ("test",), where)
+        if not read_text(item, ("entry_point",), where).isidentifier():
+            raise InputError(
+                f"{where}: field 'entry_point' is {item['entry_point']!r}, which is no function's name."
+            )
+        reference = read_text(item, fields, where) if any(name in item for name in fields) else ""
+    else:
+        reference = read_text(item, fields, where)
+        find = {"number": final_number, "math": str.strip, "choice": choice_of}[checker]
+        kind, found = "letter" if checker == "choice" else "number", find(reference)
+        if found is None:
+            raise InputError(
+                f"{where}: the reference {reference[-60:]!r} gives "
+                f"no {kind}, which --checker {checker} needs."
+            )
+
+    group = next((item[name] for name in ("group", "subject") if isinstance(item.get(name), str)), "")
+    return Question(index, prompt, reference, checker, group, item)
+
+
+def load_questions(
+    source: str, checker: str | None, limit: int | None = None, seed: int = 2026, held_out: bool = True
+) -> list[Question]:
+    """The first `limit` questions of a source (of a file: all, by default); what a source is, is said on top.
+
+    checker: for the lines of a file that name none. seed, held_out: of the demo's problems. Raises InputError
+    naming file, line and field of whatever is wrong, and when code would have to run that is not allowed.
+    """
+    if checker is not None and checker not in CHECKERS:
+        raise InputError(f"--checker {checker} is unknown; known are {', '.join(CHECKERS)}.")
+    name, _, family = str(source).partition(":")
+    if name == "demo":
+        if family and family not in FAMILIES or checker not in (None, "demo"):
+            raise InputError(
+                f"--questions {source} is demo, demo:story or demo:list, and goes with --checker demo."
+            )
+        stream = islice(problems(seed, held_out, family or None), limit or DEMO_LIMIT)
+        return distinct([Question(i, p.question, "", "demo", p.family, p) for i, p in enumerate(stream)])
+
+    lines = islice(json_lines(Path(source), "--questions"), limit)
+    questions = [read_question(item, where, index, checker) for index, (where, item) in enumerate(lines)]
+    if not questions:
+        raise InputError(f"{source} holds no questions; give JSON lines with prompt and reference.")
+    return distinct(questions)
 
 
 def add_question_flags(parser) -> None:
@@ -174,7 +177,9 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
         raise InputError(
             f"--task {args.task} needs --chat here: a base model's answers do not end by themselves."
         )
-    return read_task(args.task, args.data, args.chat, args.shots, args.shots_data, args.limit)
+
+    more = {"shots": args.shots, "shots_data": args.shots_data, "limit": args.limit}
+    return read_task(args.task, args.data, args.chat, **more)
 
 
 def question_header(args) -> dict:
@@ -191,6 +196,7 @@ def question_header(args) -> dict:
         questions = args.questions or "demo"
         data = None if questions.partition(":")[0] == "demo" else digest(Path(questions))
         return {"questions": questions, "data": data, "checker": args.checker, "seed": args.seed}
+
     return {
         "questions": task,
         "data": digest(args.data),

@@ -51,6 +51,7 @@ def token_details(
         # rounding may leave it a little below 0
         kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
         top.append(log_p.argmax(-1))
+
     proposing = draft_hidden[:-1] if head is not None and head.draft_weight is not None else None
     score = head.score(hidden[1:], proposing) if head is not None else None
     found = Details(torch.cat(p), torch.cat(kl), score, torch.cat(top))
@@ -59,6 +60,7 @@ def token_details(
             "The details of an answer are not finite: the models' "
             "logits overflow; try --precision fp32 or bf16."
         )
+
     return found
 
 

@@ -4,8 +4,10 @@ record."""
 import json
 import re
 import time
+from collections.abc import Callable
 from functools import reduce
 from operator import add
+from typing import NamedTuple
 
 from generate import Engine
 from scripts.lib.result import Result
@@ -15,6 +17,7 @@ from scripts.lib.token_details import cuts
 from tokenizer import Decoder, Tokenizer
 
 SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", "seconds_decode")
+# of which each turn has one entry a token, or text
 # of which each turn has one entry a token, or text
 LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")
 
@@ -35,69 +38,50 @@ def cut(text: str, stops: tuple[str, ...]) -> str:
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
-def decode_turn(
-    engine: Engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer
-) -> Result:
-    """An answer, which ends with the round in which one of `stops` comes up."""
+class Answering(NamedTuple):
+    """How questions are answered. engine: ours, or a peer's (see `peers.peer`)."""
+
+    engine: Engine | Callable
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    seed: int
+
+
+def decode_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> Result:
+    """An answer of our engine, which ends with the round in which one of `stops` comes up."""
+    engine, tokenizer = how.engine, how.tokenizer
     if not stops:
-        return engine.generate(prompt, max_new_tokens, seed)
-    engine.generator.manual_seed(seed % 2**63)
+        return engine.generate(prompt, how.max_new_tokens, how.seed)
+
+    engine.generator.manual_seed(how.seed % 2**63)
     result, decoder, text = Result(len(prompt)), Decoder(tokenizer), ""
-    for token, _ in engine.stream(prompt, max_new_tokens, result):
+    for token, _ in engine.stream(prompt, how.max_new_tokens, result):
         text += decoder.push(token) if token not in tokenizer.stop_ids else ""
         if any(stop in text for stop in stops):
             result.stop_reason = "text"
             break
+
     return result
 
 
-def answer_turn(
-    engine, prompt: list[int], max_new_tokens: int, seed: int, stops: tuple, tokenizer: Tokenizer
-) -> dict:
-    """The record of one turn, by our engine or by one of the peers."""
-    if isinstance(engine, Engine):
-        result = decode_turn(engine, prompt, max_new_tokens, seed, stops, tokenizer)
-        text = answer_text(tokenizer, result.tokens)
-        record = json.loads(as_json(engine, result, text)) | {"origin": "".join(result.origin)}
+def answer_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> dict:
+    """The record of one turn, by our engine or by a peer."""
+    if isinstance(how.engine, Engine):
+        result = decode_turn(how, prompt, stops)
+        text = answer_text(how.tokenizer, result.tokens)
+        record = json.loads(as_json(how.engine, result, text)) | {"origin": "".join(result.origin)}
     else:
-        tokens, prefill, seconds = engine(prompt, max_new_tokens)
-        record = {"prompt_tokens": len(prompt), "tokens": tokens, "text": answer_text(tokenizer, tokens),
-                  "seconds_prefill": prefill, "seconds_decode": seconds,
-                  "rounds": 0, "accepted": 0, "accepted_by_rule": 0, "drafted": 0}  # fmt: skip
-    return record | {"cuts": cuts(tokenizer, record["tokens"])}
+        tokens, prefill, seconds = how.engine(prompt, how.max_new_tokens)
+        record = {
+            "prompt_tokens": len(prompt),
+            "tokens": tokens,
+            "text": answer_text(how.tokenizer, tokens),
+            "seconds_prefill": prefill,
+            "seconds_decode": seconds,
+            **dict.fromkeys(("rounds", "accepted", "accepted_by_rule", "drafted"), 0),
+        }
 
-
-def answer_turns(
-    engine, parts: list[list[int]], question: Question, max_new_tokens: int, seed: int, tokenizer, more
-) -> dict:
-    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and
-    took.
-
-    parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
-    """
-    context, records = [], []
-    for part in parts:
-        context = context + part
-        record = answer_turn(engine, context, max_new_tokens, seed, question.stops, tokenizer)
-        records.append(record | more(context, record["tokens"]))
-        context = context + said_ids(record, question.stops)
-    whole = join(records)
-    if question.checker == "none":
-        whole |= {"turns": [summary_of(record, question.stops) for record in records], "time": time.time()}
-    return whole
-
-
-def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
-    """The record of a question without an answer: what the logits were, instead of a text; all counts are
-    zero."""
-    n = len(parts[0])
-    record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
-    if isinstance(engine, Engine):
-        record = json.loads(as_json(engine, Result(n), "")) | {"origin": ""} | record
-    record |= {"cuts": [], "stop_reason": "failed"}
-    if question.checker == "none":
-        record |= {"turns": [summary_of(record, ()) for _ in parts], "time": time.time()}
-    return record
+    return record | {"cuts": cuts(how.tokenizer, record["tokens"])}
 
 
 def said_ids(record: dict, stops: tuple[str, ...]) -> list[int]:
@@ -120,6 +104,7 @@ def join(records: list[dict]) -> dict:
     for name in LISTS:
         if whole.get(name) is not None:
             whole[name] = reduce(add, (record[name] for record in records))
+
     if "mean_accepted" in whole:
         whole["mean_accepted"] = (
             whole["accepted"] / whole["rounds"] if whole["rounds"] and whole["drafted"] else 0.0
@@ -129,12 +114,13 @@ def join(records: list[dict]) -> dict:
         )
         scores = [record["mean_score"] for record in records if record["mean_score"] is not None]
         whole["mean_score"] = sum(scores) / len(scores) if scores else None
+
     return whole
 
 
 def summary_of(record: dict, stops: tuple[str, ...]) -> dict:
-    """What one turn said, and what it took: new_tokens, rounds, seconds with prefill, tokens that each round
-    put out."""
+    """What one turn said, and what it took: new_tokens, rounds, seconds with prefill, tokens of each
+    round."""
     rounds = re.findall("[ar]*[tb]|[ar]+$", record.get("origin", ""))
     return {
         "text": cut(record["text"], stops),
@@ -143,3 +129,35 @@ def summary_of(record: dict, stops: tuple[str, ...]) -> dict:
         "seconds": record["seconds_prefill"] + record["seconds_decode"],
         "accept_lengths": [len(tokens) for tokens in rounds],
     }
+
+
+def answer_turns(how: Answering, parts: list[list[int]], question: Question, more: Callable) -> dict:
+    """The record of a question: a single turn's, or several turns' joined, with "turns", what each said and
+    took.
+
+    parts: from `turn_ids`. more: (prompt, tokens) -> further fields of a turn.
+    """
+    context, records = [], []
+    for part in parts:
+        context = context + part
+        record = answer_turn(how, context, question.stops)
+        records.append(record | more(context, record["tokens"]))
+        context = context + said_ids(record, question.stops)
+
+    whole = join(records)
+    if question.checker == "none":
+        whole |= {"turns": [summary_of(record, question.stops) for record in records], "time": time.time()}
+    return whole
+
+
+def failed_turn(engine, parts: list[list[int]], question: Question, sentence: str) -> dict:
+    """The record of a question without an answer: what the logits were, instead of a text; all counts are
+    zero."""
+    n = len(parts[0])
+    record = {"prompt_tokens": n, "tokens": [], "text": "", "failed": sentence, **dict.fromkeys(SUMS, 0)}
+    if isinstance(engine, Engine):
+        record = json.loads(as_json(engine, Result(n), "")) | {"origin": ""} | record
+    record |= {"cuts": [], "stop_reason": "failed"}
+    if question.checker == "none":
+        record |= {"turns": [summary_of(record, ()) for _ in parts], "time": time.time()}
+    return record
