@@ -81,8 +81,8 @@ def traffic(
 ) -> dict[str, int]:
     """Collectives of one forward of T rows through L layers: counts, and bytes that each rank puts in.
 
-    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for logits
-    an all-gather, of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
+    2 L + 1 all-reduces (attention, feed-forward; the embedding) of T dim numbers of `itemsize` bytes; for
+    logits an all-gather, of T pairs (value, index) of 16 bytes where only the most likely token counts, of T
     ceil(vocabulary / world) fp32 logits where a rule or sampling needs probabilities (gather).
     """
     each, reduces = 4 * -(-args.vocab_size // world) if gather else 16, 2 * args.n_layer + 1

@@ -143,7 +143,7 @@ def describe_guarantee(calibration: dict | None, run: dict, threshold: float) ->
     """Whether a calibrated bound covers a run under these conditions, and one sentence that says it, or why
     not.
 
-    All that a run may differ in must stand in the calibration, and be equal. A run may put out more tokens,
+    All that a run may differ in must stand in the calibration, and be equal. Its answers may be longer,
     where questions that were cut off have counted as harmed.
     """
     if calibration is None:
