@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,12 @@ HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 @pytest.fixture(autouse=True)
 def forgets(monkeypatch, tmp_path):
     """Each test starts without permission, with folders for tested code that are its own, and leaves no outcome that
-    another child or interpreter gave."""
-    real = sandbox.CHILD, sandbox.sys.executable
+    another interpreter gave."""
+    real = sandbox.sys.executable
     monkeypatch.setattr(sandbox, "code_is_allowed", False)
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     yield
-    if (sandbox.CHILD, sandbox.sys.executable) != real:
+    if sandbox.sys.executable != real:
         sandbox.outcome_of.cache_clear()
 
 
@@ -281,7 +282,8 @@ UNGUARDED = {  # these end by an exception of their own
     "interrupt": "raise KeyboardInterrupt",
     "deep recursion": "def g(): g()\ng()",
 }
-CHILD = sandbox.CHILD
+CHILD, RUN = sandbox.CHILD, sandbox.outcome_of.__wrapped__
+OUTCOMES = {}  # a changed child: its `outcome_of`
 NO_NAMESPACES = ('    enter_namespaces(folder, limits["DISK"])\n', "")
 NO_HOOK = ("    sys.addaudithook(hook)\n", "")
 NO_LANDLOCK = ("    lock_files(folder)\n", "")
@@ -305,7 +307,8 @@ def without(monkeypatch, *parts: tuple[str, str]) -> None:
         assert child.count(part) == 1
         child = child.replace(part, instead)
     monkeypatch.setattr(sandbox, "CHILD", child)
-    sandbox.outcome_of.cache_clear()
+    # outcomes of its own, kept: whether code can be run at all is then asked once, not once a test
+    monkeypatch.setattr(sandbox, "outcome_of", OUTCOMES.setdefault(child, lru_cache()(RUN)))
 
 
 def running_below(folder: Path) -> list[str]:
@@ -515,7 +518,7 @@ SENT = {  # what a call writes itself, with the channel as n -> a word of the re
 
 @pytest.mark.parametrize("sent", SENT)
 def test_what_is_no_answer_fails_with_the_reason(sent, places):
-    write = f"import os\ndef f(x):\n    for n in range(3, 64):\n        try: os.write(n, b'{sent}')\n        except OSError: continue\n    while True: pass"
+    write = f"import os, time\ndef f(x):\n    for n in range(3, 64):\n        try: os.write(n, b'{sent}')\n        except OSError: continue\n    time.sleep(60)"
     found = found_by(ONE_AND_FIVE, write)
     assert found.verdict == "fail" and SENT[sent] in found.reason
 
