@@ -24,7 +24,7 @@ from torch import Tensor
 import kernels
 import tp
 from files import check_writable
-from judge import RULES, JudgeHead, Rule, mixture, rule_mask
+from judge import RULES, JudgeHead, Rule, mixture, rule_mask, standard
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
 from quantize import open_checkpoint
@@ -61,7 +61,7 @@ class Settings:
     @property
     def rule(self) -> Rule:
         """The rule; without a draft the standard test, of which nothing is asked."""
-        return RULES.get(self.verify, RULES["standard"])
+        return RULES.get(self.verify) or Rule(standard)
 
     @property
     def needs_probabilities(self) -> bool:
@@ -222,8 +222,9 @@ def relaxed_test(
         (p, q), m = pq, len(b.drafted)
         return accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
     relaxed = rule_mask(
-        s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold, b.stop_ids, s.min_prob
-    )
+        s.verify, b.drafted, logits[:-1], b.draft_logits, scores, b.threshold,
+        stop_ids=b.stop_ids, min_prob=s.min_prob,
+    )  # fmt: skip
     return relaxed if allowed is None else relaxed & allowed
 
 
@@ -609,8 +610,8 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
         pair.check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
     capacity = capacity_for(length, settings.speculate_k)
     models = pair.load_pair(
-        target, draft, args.judge_path, device, run_dtype(args.precision, device), capacity,
-        pair.schemes_of(args), args.draft_tp,
+        target, draft, args.judge_path, device, run_dtype(args.precision, device),
+        capacity=capacity, schemes=pair.schemes_of(args), draft_tp=args.draft_tp,
     )  # fmt: skip
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)

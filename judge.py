@@ -26,7 +26,6 @@ from torch import Tensor
 from checkpoint import read_safetensors
 from files import is_number, parse_object, write_file
 from model import Transformer
-from scripts.lib.markers import Markers, make_markers  # noqa: F401  until generate.py takes them from there
 
 # What a head reads: the target's pre-norm hidden state at the token's own position; and the draft's, too, in
 # the row that proposed the token.
@@ -271,10 +270,6 @@ class Rule:
     ahead: int = 0  # draft tokens after its own that it looks at; with fewer drafted, a token does not pass
     walk: tuple[float, ...] = ()  # thresholds from strict to loose, for calibration
 
-    @property
-    def needs_draft_logits(self) -> bool:
-        return "draft" in self.reads
-
 
 INF, TARGET, BOTH = math.inf, ("target",), ("target", "draft")
 RULES = {
@@ -314,7 +309,7 @@ def check_threshold(name: str, threshold: float, what: str = "--threshold") -> f
 
 
 def rule_mask(
-    name: str, drafted: Tensor, target_logits, draft_logits, scores, threshold, stop_ids: Tensor, min_prob=0.0
+    name: str, drafted: Tensor, target_logits, draft_logits, scores, threshold, *, stop_ids, min_prob=0.0
 ) -> Tensor:
     """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone, nor does a token
     that the target gives less than min_prob.

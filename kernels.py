@@ -452,7 +452,7 @@ def parts_for(device: torch.device, programs: int, wanted: int = 2) -> int:
 
 @dataclass
 class Graph:
-    """A captured CUDA graph and what it puts out, in place, at each replay."""
+    """A captured CUDA graph, and its output, which each replay writes anew."""
 
     graph: torch.cuda.CUDAGraph
     output: Tensor | None

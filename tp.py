@@ -219,10 +219,9 @@ def check_environment() -> tuple[int, int]:
             found[name] = cli.whole(low, 65535)(os.environ.get(name, ""))
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{name}={error} in a rank's environment; start ranks by torchrun.") from None
-    rank, world = found["RANK"], found["WORLD_SIZE"]
-    if rank >= world:
-        raise InputError(f"RANK={rank} must be below WORLD_SIZE={world}; start ranks by torchrun.")
-    return rank, world
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise InputError("RANK={RANK} must be below WORLD_SIZE={WORLD_SIZE}; see torchrun.".format(**found))
+    return found["RANK"], found["WORLD_SIZE"]
 
 
 def meet(rank: int, world: int) -> None:

@@ -10,7 +10,7 @@ Judge decoding gives up speculative decoding's promise of the target's own outpu
 back: "with 95% confidence, at most 2% of questions like these are answered wrong because of the rule". Harm
 is a question that plain decoding answers right and the rule wrong. An answer that --max_new_tokens cut off,
 or whose logits are not finite, could have come to be right or wrong, and counts as whichever makes a harm: so
-the bound also holds where more tokens may be put out, and no failure makes it better. Thresholds are walked
+the bound also holds where answers may be longer, and no failure makes it better. Thresholds are walked
 from the strictest to the loosest, each is tested with the exact binomial (Clopper-Pearson) bound, and the
 walk stops at the first that fails: testing in a fixed order needs no correction for the number of thresholds
 (Learn then Test, arXiv 2110.01052), whereas picking the best one afterwards would void the bound.
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, help="a judge (default: --judge_path itself) or, for another rule, JSON")
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
-    add_question_flags(add)
+    add_question_flags(parser)
     add_engine_flags(parser)
     return parser.parse_args(argv)
 

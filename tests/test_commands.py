@@ -99,7 +99,7 @@ def workplace(tmp_path, monkeypatch):
         if (DATA / name).exists():
             (tmp_path / "data" / name).symlink_to(DATA / name)
     labelled, rng = [], random.Random(0)
-    for problem in islice(problems(7, held_out=False), 20):
+    for problem in islice(problems(7, held_out=False), 32):
         text, errors = write_answer_with_errors(problem, "target", rng, 0.4)
         labelled.append(json.dumps({"prompt": problem.question, "response": text, "errors": errors}) + "\n")
     for name in ("annotated.jsonl", "texts.jsonl"):  # a person marked the first, and wrote the second

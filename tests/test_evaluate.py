@@ -262,7 +262,7 @@ def test_damaged_files_of_answers_are_left_as_they_are(finished, tmp_path, capsy
 
 def test_what_cannot_be_an_output_is_refused_before_any_work(finished, tmp_path, capsys, monkeypatch):
     """Nothing is loaded, nothing is written, and a device, a pipe, a socket stay what they are."""
-    monkeypatch.setattr(bench, "load_pair", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr(bench, "load_pair", lambda *_, **more: pytest.fail("models were loaded"))
     monkeypatch.setattr(bench, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
@@ -456,7 +456,7 @@ def test_pick_device_names_a_gpu_and_makes_it_current(monkeypatch):
     assert model.pick_device("cpu") == torch.device("cpu") and not asked
 
 
-TAKES_THE_DEVICE = ("acceptance.py", "bench.py", "peers.py")  # modules whose callers have picked it
+TAKES_THE_DEVICE = ("acceptance.py", "bench.py", "calibration.py", "peers.py")  # whose callers have picked it
 
 
 def test_every_script_picks_its_device_by_pick_device():

@@ -131,13 +131,13 @@ def crafted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_a_rule_reads_its_own_row(name):
     tokens, target, draft, scores = crafted()
     threshold = torch.tensor(default_of(name))
-    assert rule_mask(name, tokens, target, draft, scores, threshold, NO_STOPS).tolist() == [
+    assert rule_mask(name, tokens, target, draft, scores, threshold, stop_ids=NO_STOPS).tolist() == [
         False,
         True,
         False,
     ]
     shifted = rule_mask(
-        name, tokens, target.roll(1, 0), draft.roll(1, 0), scores.roll(1), threshold, NO_STOPS
+        name, tokens, target.roll(1, 0), draft.roll(1, 0), scores.roll(1), threshold, stop_ids=NO_STOPS
     )
     assert shifted.tolist() == [False, False, True]
 
@@ -146,7 +146,7 @@ def test_a_rule_reads_its_own_row(name):
 def test_no_rule_accepts_a_stop_token(name):
     tokens, target, draft, scores = crafted()
     mask = rule_mask(
-        name, tokens, target, draft, scores, torch.tensor(default_of(name)), torch.tensor([7, 5])
+        name, tokens, target, draft, scores, torch.tensor(default_of(name)), stop_ids=torch.tensor([7, 5])
     )
     assert mask.tolist() == [False, False, False]
 
@@ -160,9 +160,11 @@ def test_window_looks_at_the_five_tokens_after():
         tokens[1] = 2
         if second is not None:
             tokens[second] = 2
-        mask = rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([7]))
+        mask = rule_mask("window", tokens, target, None, None, torch.tensor(0.3), stop_ids=torch.tensor([7]))
         assert mask[1].item() is passes and not mask[3:].any()  # the last six are never relaxed
-        assert not rule_mask("window", tokens, target, None, None, torch.tensor(0.3), torch.tensor([2]))[1]
+        assert not rule_mask(
+            "window", tokens, target, None, None, torch.tensor(0.3), stop_ids=torch.tensor([2])
+        )[1]
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 7])

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from test_generate import HEAD, Scripted, V, counting, one_hot, run
 
 import generate
-import judge
 from cli import InputError
 from generate import SIZES, Engine, Settings
 from judge import JudgeHead, mixture
@@ -19,7 +18,7 @@ from scripts.lib import answers, features, flags
 from scripts.lib.features import RowReader
 from scripts.lib.guarantee import Drift, describe_guarantee
 from scripts.lib.intervals import upper_bound
-from scripts.lib.markers import make_markers
+from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
 from scripts.lib.pair import check_settings
 from scripts.lib.terminal import DEMO_PROMPT
@@ -92,7 +91,7 @@ def test_sampled_ensemble_has_the_mixtures_distribution(allowed):
         0.4,
     )
     target, draft = Scripted(lambda n, t: p_logits), Scripted(lambda n, t: q_logits)
-    table = judge.Markers(torch.zeros(2, V, dtype=torch.uint8) + int(allowed), 1)
+    table = Markers(torch.zeros(2, V, dtype=torch.uint8) + int(allowed), 1)
     engine = Engine(target, draft, None, Settings("ensemble", weight, 1, temperature=1.0), [], 8, table)
     engine.buffers.region.fill_(int(allowed))
     count, n = torch.zeros(V), 8000
@@ -150,7 +149,7 @@ def test_markers_are_found_however_the_text_is_cut(ids, inside):
 
 def test_a_rule_applies_only_between_the_markers():
     """Tokens: 6 opens, 7 closes. The target would count up; the draft counts by two, and the judge likes all of it."""
-    markers = judge.Markers(
+    markers = Markers(
         torch.tensor([[0, 0, 0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.uint8), 1
     )
     target, draft = Scripted(counting(1), score=lambda n, t: 9.0), Scripted(counting(2))
@@ -414,7 +413,7 @@ def test_a_guarantee_says_of_which_questions_and_that_none_is_checked():
         "(400 calibrated on, data ab)" in describe_guarantee(CALIBRATED, run_, 1.0)[1]
     )  # an older one has no description
     assert describe_guarantee(None, {"verify": "judge"}, 0.5) == (
-        False, "No guarantee: this judge has no calibration; judge.py calibrate finds how much harm it does at most.")  # fmt: skip
+        False, "No guarantee: this judge has no calibration; calibrate.py finds how much harm it does at most.")  # fmt: skip
     assert "--verify topk has no calibration" in describe_guarantee(None, {"verify": "topk"}, 2.0)[1]
 
 

@@ -633,7 +633,7 @@ def count(folder: str, verify: str) -> dict:
     with Count() as counted:
         engine.steps(engine.visible(20), 5)[1]()
     gather = engine.settings.needs_probabilities
-    assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
+    assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather=gather), counted.found
     return counted.found
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cli import InputError, Progress
 from generate import NotFinite
-from judge import JudgeHead, rule_mask
+from judge import JudgeHead, needs_judge, rule_mask
 from model import run_dtype
 from scripts.lib.answers import Encoded, encode_items
 from scripts.lib.bench import Variant, label, settings_for
@@ -52,7 +52,16 @@ def letters_of(
         letters = []
         for s in settings:
             threshold = torch.tensor(s.resolved(head).threshold or 0.0)
-            rule = rule_mask(s.verify, tokens, logits[0], logits[-1], scores, threshold, stops, s.min_prob)
+            rule = rule_mask(
+                s.verify,
+                tokens,
+                logits[0],
+                logits[-1],
+                scores,
+                threshold,
+                stop_ids=stops,
+                min_prob=s.min_prob,
+            )
             letters.append(
                 ["a" if own else "r" if mine else "t" for own, mine in zip(standard, rule.tolist())]
             )
@@ -66,8 +75,9 @@ def score_texts(
     args: argparse.Namespace, variants: list[Variant], tokenizer: Tokenizer, items: list[dict], where: str
 ) -> tuple[list[Encoded], list[list[Letters]]]:
     """Reads items (prompt, response, errors) through the models: the texts' ids, and for each text and
-    variant its letters. Raises InputError for a text beyond the context, NotFinite for logits that are."""
-    judge = args.judge_path if any(variant.name == "judge" for variant in variants) else None
+    variant its letters. Raises InputError for a text beyond the context, NotFinite for logits that are
+    not."""
+    judge = args.judge_path if any(needs_judge(variant.name) for variant in variants) else None
     dtype = run_dtype(args.precision, args.device)
     models = load_pair(
         args.checkpoint_path, args.draft_checkpoint_path, judge, args.device, dtype, schemes=schemes_of(args)
@@ -86,9 +96,8 @@ def rounds_of(letters: list[str], m: int) -> tuple[int, int]:
     after it."""
     at = accepted = rounds = 0
     while at < len(letters):
-        run = next(
-            (i for i, letter in enumerate(letters[at : at + m]) if letter == "t"), len(letters[at : at + m])
-        )
+        drafted = letters[at : at + m]
+        run = drafted.index("t") if "t" in drafted else len(drafted)
         accepted, rounds, at = accepted + run, rounds + 1, at + run + 1
     return accepted, rounds
 

@@ -174,9 +174,9 @@ class Bench:
             judge,
             args.device,
             dtype,
-            capacity,
-            schemes_of(args),
-            getattr(args, "draft_tp", None),
+            capacity=capacity,
+            schemes=schemes_of(args),
+            draft_tp=getattr(args, "draft_tp", None),
         )
         for model in self.models[:2]:
             if model is not None:

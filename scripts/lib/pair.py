@@ -88,7 +88,7 @@ def check_memory(
 
 def load_pair(
     target: Path | Checkpoint, draft: Path | Checkpoint | None, judge: Path | None,
-    device: torch.device, dtype: torch.dtype, capacity: int = 0,
+    device: torch.device, dtype: torch.dtype, *, capacity: int = 0,
     schemes: tuple[Scheme | None, Scheme | None] = (None, None), draft_tp: str | None = None,
 ) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
     """Loads what is named, after checking that draft and target fit together and into memory.

@@ -101,7 +101,8 @@ def text_of(item: dict, name: str, where: str) -> str:
     value = item.get(name)
     if not isinstance(value, str) or not value.strip():
         raise InputError(
-            f"{where}: field {name!r} must be text that is not empty; docs/evaluation.md says which file it is from."
+            f"{where}: field {name!r} must be text that is not empty; docs/evaluation.md says which file "
+            "it is from."
         )
     return value
 

@@ -1,4 +1,4 @@
-"""What commands under torchrun share: flags that concern ranks, each rank's device, and where the draft goes."""
+"""What commands under torchrun share: the flags of ranks, each rank's device, and where the draft goes."""
 
 import argparse
 import os

@@ -26,10 +26,10 @@ from scripts.lib.result import Result
 from tokenizer import Decoder, Tokenizer, decode
 
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
-DEMO_FORMS = """the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She multiplies \
-it by 3. She sells 79. How many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) and "The list \
-is [5,17,23,8]. Sort it. Drop the first. Add 4 to each. What is the largest?" (4 or 5 numbers, 2 or 3 steps); \
-it answers everything else, and wrong."""
+DEMO_FORMS = """the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She \
+multiplies it by 3. She sells 79. How many apples now?" (3 or 4 steps; numbers from 11 to 99, times 2 to 6) \
+and "The list is [5,17,23,8]. Sort it. Drop the first. Add 4 to each. What is the largest?" (4 or 5 numbers, \
+2 or 3 steps); it answers everything else, and wrong."""
 
 
 class Paint:
@@ -288,7 +288,7 @@ def introduce(args: argparse.Namespace, engine) -> Drift:
     return announce(args, engine)
 
 
-def parse_args(argv: list[str] | None, doc: str) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
     """The command line of generate.py. Without a target it names the demo pair and a demo problem."""
     parser, tokens = Parser(doc), whole(1, MOST_TOKENS)
     group = parser.add_argument_group("models")
