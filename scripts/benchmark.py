@@ -2,7 +2,7 @@
 bandwidth.
 
     python scripts/benchmark.py --compile --peers                   # the demo pair, beside transformers
-    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --compile
+    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 14 --compile
     python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out mine.json
 
 Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see
