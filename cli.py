@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         if action.type in (None, str):  # a file's name may be any bytes, a text may not
             for text in arg_strings:
                 if not text.isascii() and text != text.encode(errors="replace").decode():
-                    raise argparse.ArgumentError(action, f"{shortened(text)} must be valid UTF-8")
+                    raise argparse.ArgumentError(action, f"{shortened(text)} is not valid Unicode")
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str):

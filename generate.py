@@ -24,7 +24,7 @@ from torch import Tensor
 import kernels
 import tp
 from files import check_writable
-from judge import RULES, JudgeHead, Rule, mixture, rule_mask
+from judge import RULES, JudgeHead, Rule, mixture, rule_mask, standard
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
 from quantize import open_checkpoint
@@ -61,7 +61,7 @@ class Settings:
     @property
     def rule(self) -> Rule:
         """The rule; without a draft the standard test, of which nothing is asked."""
-        return RULES.get(self.verify, RULES["standard"])
+        return RULES.get(self.verify) or Rule(standard)
 
     @property
     def needs_probabilities(self) -> bool:

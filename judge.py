@@ -309,15 +309,7 @@ def check_threshold(name: str, threshold: float, what: str = "--threshold") -> f
 
 
 def rule_mask(
-    name: str,
-    drafted: Tensor,
-    target_logits,
-    draft_logits,
-    scores,
-    threshold,
-    *,
-    stop_ids: Tensor,
-    min_prob=0.0,
+    name: str, drafted: Tensor, target_logits, draft_logits, scores, threshold, *, stop_ids, min_prob=0.0
 ) -> Tensor:
     """What the rule alone accepts, bool (M,). A stop token never passes on the rule alone, nor does a token
     that the target gives less than min_prob.

@@ -111,7 +111,8 @@ Packed = tuple[torch.dtype, tuple[int, ...]]  # type and shape
 class Format:
     """How a mode packs weights (N, K), each row by itself; K is a multiple of unit(scheme).
 
-    pack: fp32 (N, K) and the largest magnitude of each row (N,) -> packed weight and scales, (N, ...) each.
+    pack: fp32 (N, K), that it may overwrite, and the largest magnitude of each row (N,) -> packed weight and
+    scales, (N, ...) each.
     unpack: what these stand for, fp32 (N, K). shapes: types and shapes of both, for N and K. unit: columns
     that are kept together. settings: fields of a scheme that concern the mode. kernels: by type of device,
     or "dynamic" for quantised activations. capability: what a GPU needs to have such numbers.
@@ -131,8 +132,8 @@ def format_by_rows(dtype: torch.dtype, largest: float, **more) -> Format:
 
     def pack(w: Tensor, peaks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         scales = (peaks / largest).clamp(min=1e-30)
-        q = w / scales[:, None]
-        return (q if dtype.is_floating_point else q.round()).to(dtype), scales
+        q = w.div_(scales[:, None])
+        return (q if dtype.is_floating_point else q.round_()).to(dtype), scales
 
     def unpack(weight: Tensor, scales: Tensor) -> Tensor:
         return weight.float().mul_(scales[:, None])
@@ -315,8 +316,8 @@ def quantize(
     whole_row: where these are some columns of a weight, gives the largest of all columns from the largest of
     these (N,), so that their scales are those of the whole rows.
     """
-    missing, pack = padded(weight.shape[1], scheme) - weight.shape[1], FORMATS[scheme.mode].pack
-    rows = max(1, IN_CACHE // (weight.shape[1] + missing))
+    form, (n, k) = FORMATS[scheme.mode], weight.shape
+    rows = max(1, IN_CACHE // padded(k, scheme))
     peaks = torch.cat([part.float().abs().amax(1) for part in weight.split(rows)])
     if not peaks.isfinite().all():
         raise InputError(
@@ -325,11 +326,12 @@ def quantize(
     if whole_row is not None:
         peaks = whole_row(peaks)
     kinds = packed_shapes(weight.shape, scheme).values()
-    packed = [torch.empty(size, dtype=dtype, device=weight.device) for dtype, size in kinds]
-    for part, peak, *into in zip(*(x.split(rows) for x in (weight, peaks, *packed))):
-        for place, found in zip(into, pack(F.pad(part.float(), (0, missing)), peak, scheme)):
-            place.copy_(found)
-    return packed[0], packed[1]
+    packed, scales = (torch.empty(size, dtype=dtype, device=weight.device) for dtype, size in kinds)
+    for at in range(0, n, rows):
+        some = slice(at, at + rows)
+        wide = F.pad(weight[some].float(), (0, padded(k, scheme) - k))  # a copy in any case
+        packed[some], scales[some] = form.pack(wide, peaks[some], scheme)
+    return packed, scales
 
 
 def slice_rows(columns: int) -> int:

@@ -126,10 +126,8 @@ class Journal:
 
     def take(self, record: dict) -> None:
         """Takes one line in. Raises InputError for one that is no record."""
-        key, record = (
-            record.get("answer"),
-            {name: value for name, value in record.items() if name != "answer"},
-        )
+        key = record.get("answer")
+        record = {name: value for name, value in record.items() if name != "answer"}
         good = isinstance(key, str) and record.keys() == {"errors", "done"}
         if not good or not are_spans(record["errors"]) or type(record["done"]) is not bool:
             raise InputError("a line is no record.")

@@ -2,8 +2,8 @@
 bandwidth.
 
     python scripts/benchmark.py --compile --peers                   # the demo pair, beside transformers
-    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 14 --compile
-    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out mine.json
+    python scripts/benchmark.py --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --speculate_k 20
+    python scripts/benchmark.py --checkpoint_path DIR --draft_checkpoint_path DIR2 --out benchmarks/mine.json
 
 Presets have random weights: of a published shape, or of DIMxLAYERS. All parts take turns, so that they see
 the machine in the same state; a step is timed right after one that is not, as in decoding, where the step
@@ -699,7 +699,7 @@ def settings_of(args: argparse.Namespace, bench: Workbench | None) -> dict:
         "model": model_name(args.checkpoint_path, args.preset),
         "draft_model": model_name(args.draft_checkpoint_path, args.draft_preset),
         "rule": args.verify if drafts else None,
-        "threshold": bench.fast.settings.threshold if drafts else None,
+        "threshold": (bench.fast.settings.threshold or 0.0) if drafts else None,
         "speculate_k": args.speculate_k if drafts else None,
         "imposed_acceptance": args.accept,
         "mode": schemes[0] and str(schemes[0]),

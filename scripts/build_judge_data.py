@@ -44,12 +44,13 @@ from quantize import load_model
 from scripts.lib.demo_task import annotated
 from scripts.lib.fields import check_fields, is_count, is_text, is_verdict
 from scripts.lib.flags import add_flags
-from scripts.lib.pair import check_prompt, check_settings, files_in
+from scripts.lib.pair import check_settings, files_in
 from scripts.lib.result import Result
 from scripts.lib.results import resume
 from scripts.lib.scoring import CHECKERS, UNDECIDED, Question
-from scripts.lib.tasks import add_question_flags, questions_of
-from scripts.lib.terminal import answer_text, encode_prompt
+from scripts.lib.tasks import add_question_flags, question_files, questions_of
+from scripts.lib.terminal import answer_text
+from scripts.lib.turns import prompt_ids
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -99,14 +100,8 @@ def list_jobs(args: argparse.Namespace, questions: list[Question]) -> list[Job]:
 def open_source(args: argparse.Namespace, folder: Path, questions: list[Question]) -> Source:
     """A folder's tokenizer and prompts. Raises InputError for one that leaves no room for an answer in the
     folder's context."""
-    tokenizer, context, prompts = load_tokenizer(folder), read_config(folder).max_position, {}
-    for question in questions:
-        prompt = encode_prompt(args, tokenizer, question.prompt)
-        try:
-            check_prompt(prompt, args.max_new_tokens, context, context)
-        except InputError as error:
-            raise InputError(f"Question {question.index} and {folder}: {error}") from None
-        prompts[question.id] = prompt
+    tokenizer, context = load_tokenizer(folder), read_config(folder).max_position
+    prompts = prompt_ids(args, tokenizer, questions, context, f" and {folder}")
     return Source(folder, tokenizer, prompts)
 
 
@@ -298,10 +293,7 @@ def check_args(args: argparse.Namespace) -> None:
     args.temperature = read_temperatures(args.temperature)
     args.device = pick_device(args.device)
     args.dtype = run_dtype(args.precision, args.device)
-    inputs = [
-        *filter(None, (args.data, args.shots_data, Path(args.questions or ""))),
-        *files_in(args.checkpoint_path),
-    ]
+    inputs = [*question_files(args), *files_in(args.checkpoint_path)]
     check_writable(args.out, "--out")
     args.work = args.out.with_name(args.out.name + ".all")
     for path in (args.out, args.work):

@@ -41,7 +41,7 @@ from scripts.lib.ranks import add_rank_flags, check_flags, own_device
 from scripts.lib.results import PEERS, check_parts, merge, part, rank_and_size
 from scripts.lib.scoring import Question
 from scripts.lib.summary import summarise
-from scripts.lib.tasks import add_question_flags, questions_of
+from scripts.lib.tasks import add_question_flags, question_files, questions_of
 
 
 def print_table(rows: list[dict]) -> None:
@@ -173,7 +173,7 @@ def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> Non
 def check_outputs(args: argparse.Namespace, labels: list[str], rank: int, size: int) -> None:
     """Raises InputError where what is to be written cannot be, or would replace an input, before anything is
     loaded."""
-    inputs = [Path(path) for path in (args.data, args.shots_data, args.questions, args.judge_path) if path]
+    inputs = [*question_files(args), *filter(None, [args.judge_path])]
     if args.merge and os.path.lexists(args.out):
         raise InputError(
             f"--out {args.out} is there already; name the --out of the run, or remove what was merged before."

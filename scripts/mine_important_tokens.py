@@ -29,7 +29,6 @@ import json
 import time
 from collections import Counter
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,12 +39,13 @@ from generate import Engine, NotFinite, Settings
 from model import PAGE, pick_device, run_dtype
 from scripts.lib.fields import check_fields, is_counts, is_seconds, is_text
 from scripts.lib.flags import FIXED_K, add_flags
-from scripts.lib.pair import check_prompt, files_in, load_pair, name_models
+from scripts.lib.pair import files_in, load_pair, name_models
 from scripts.lib.ranks import own_device
 from scripts.lib.results import check_parts, part, rank_and_size, read_part, resume
 from scripts.lib.scoring import CHECKERS, Question
-from scripts.lib.tasks import add_question_flags, questions_of
-from scripts.lib.terminal import answer_text, encode_prompt
+from scripts.lib.tasks import add_question_flags, question_files, questions_of
+from scripts.lib.terminal import answer_text
+from scripts.lib.turns import prompt_ids
 from tokenizer import Tokenizer, load_tokenizer
 
 GROWTH = 1.5  # a trial that has not ended at so many times the target's own length counts as another answer
@@ -159,8 +159,7 @@ def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
     if args.merge and size > 1:
         raise InputError(f"--merge {args.merge} goes without torchrun.")
     check_writable(args.out, "--out")
-    named = [args.data, args.shots_data, Path(args.questions) if args.questions else None]
-    inputs = [*filter(None, named), *files_in([args.checkpoint_path, args.draft_checkpoint_path])]
+    inputs = [*question_files(args), *files_in([args.checkpoint_path, args.draft_checkpoint_path])]
     for path in (args.out, part(args.out, rank, size)):
         check_writable(path, "--out")
         check_not_input(path, inputs)
@@ -170,21 +169,6 @@ def check_args(args: argparse.Namespace, rank: int, size: int) -> None:
     if not args.merge:
         check_parts(args.out, size)
         args.device = pick_device(own_device(args.device))
-
-
-def encode_prompts(
-    args: argparse.Namespace, tokenizer: Tokenizer, questions: list[Question]
-) -> dict[str, list[int]]:
-    """{question id: prompt ids}; InputError for one that leaves no room for an answer."""
-    folders = (args.checkpoint_path, args.draft_checkpoint_path)
-    context, prompts = min(read_config(folder).max_position for folder in folders), {}
-    for question in questions:
-        prompts[question.id] = encode_prompt(args, tokenizer, question.prompt)
-        try:
-            check_prompt(prompts[question.id], args.max_new_tokens, context, context)
-        except InputError as error:
-            raise InputError(f"Question {question.index}: {error}") from None
-    return prompts
 
 
 def mine_share(args, tokenizer: Tokenizer, questions: list[Question], prompts: dict, lines: Lines) -> None:
@@ -272,7 +256,9 @@ def run(args: argparse.Namespace) -> None:
         return
 
     tokenizer = load_tokenizer(args.checkpoint_path)
-    prompts = encode_prompts(args, tokenizer, questions[rank::size])
+    folders = (args.checkpoint_path, args.draft_checkpoint_path)
+    context = min(read_config(folder).max_position for folder in folders)
+    prompts = prompt_ids(args, tokenizer, questions[rank::size], context)
     with closing(Lines(part(args.out, rank, size))) as lines:
         mine_share(args, tokenizer, questions[rank::size], prompts, lines)
     if size == 1:

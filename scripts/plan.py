@@ -77,7 +77,7 @@ GPUS = {  # data sheets; the latency is assumed (NCCL inside a machine; --all_re
 
 
 def traffic(
-    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, gather: bool
+    args: ModelArgs, rows: int, world: int, itemsize: int, logit_rows: int, *, gather: bool
 ) -> dict[str, int]:
     """Collectives of one forward of T rows through L layers: counts, and bytes that each rank puts in.
 
@@ -113,7 +113,7 @@ class Role:
         """Of one forward of `rows` rows."""
         found, n = self.read(position, rows) / gpu.bandwidth, self.world
         if n > 1:
-            sent = traffic(self.args, rows, n, self.dtype.itemsize, logit_rows, gather)
+            sent = traffic(self.args, rows, n, self.dtype.itemsize, logit_rows, gather=gather)
             moved = 2 * (1 - 1 / n) * sent["reduced_bytes"] + (n - 1) * sent["gathered_bytes"]
             found += (sent["all_reduces"] + sent["gathers"]) * gpu.latency + moved / gpu.link
         return found

@@ -15,7 +15,6 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
-import argparse
 from pathlib import Path
 
 from files import check_not_input, check_writable, parse_object, read_text
@@ -27,29 +26,20 @@ def outputs_of(file: Path) -> list[Path]:
     """The figures of a result file, beside it."""
     if not file.name:
         raise InputError(f"{file} is a folder; name a result file.")
-    return [file.with_name(file.stem + (f".{name}.png" if name else ".png"))
-            for name in (RUN_FIGURES if file.suffix == ".jsonl" else [""])]  # fmt: skip
-
-
-# What a field may be
-
-
-# Drawing
+    names = [f".{name}.png" for name in RUN_FIGURES] if file.suffix == ".jsonl" else [".png"]
+    return [file.with_name(file.stem + name) for name in names]
 
 
 def draw_run(file: Path) -> list[Path]:
     """Draws what a results file of scripts/evaluate.py has figures for; returns the files written."""
     header, records = read_run(file)
-    n, written, rules = (
-        len({record["index"] for record in records}),
-        [],
-        {record["rule"] for record in records},
-    )
+    rules, written = {record["rule"] for record in records}, []
     if len(rules) > MOST_RULES:
         raise InputError(f"{file} holds answers by {len(rules)} rules; a figure can tell {MOST_RULES} apart.")
     caption = ", ".join(
         f"{name} {header[name]}" for name in ("questions", "precision", "device", "torch") if header.get(name)
     )
+    n = len({record["index"] for record in records})
     with drawing():
         for make, path in zip(RUN_FIGURES.values(), outputs_of(file)):
             if figure := make(records):
@@ -88,7 +78,7 @@ def draw_files(files: list[Path]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser: argparse.ArgumentParser = Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "files", type=Path, nargs="+", help="results: .json of experiments or a benchmark, .jsonl of a run"
     )

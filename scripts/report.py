@@ -78,9 +78,9 @@ COLUMNS = (
 MADE = ("command", "date", "time", "machine", "commit")  # how a run was made: first, where the header says it
 
 
-def svg(kind: str, place: str, body: str) -> str:
-    """A small drawing beside a name. place: its viewBox."""
-    return f'<svg class="{kind}" viewBox="{place}" aria-hidden="true">{body}</svg>'
+def small(place: str, body: str) -> str:
+    """A drawing beside a name. place: its viewBox."""
+    return f'<svg class="mark" viewBox="{place}" aria-hidden="true">{body}</svg>'
 
 
 def fill(rule: int) -> str:
@@ -89,7 +89,7 @@ def fill(rule: int) -> str:
 
 def mark(rule: int) -> str:
     """The shape of a rule."""
-    return svg("mark", "-6 -6 12 12", f'<path d="{SHAPES[rule % len(SHAPES)]}" style="{fill(rule)}"/>')
+    return small("-6 -6 12 12", f'<path d="{SHAPES[rule % len(SHAPES)]}" style="{fill(rule)}"/>')
 
 
 def percent(share: float) -> str:
@@ -259,7 +259,7 @@ def pareto_figure(rows: list[dict]) -> str:
     points = [pareto_point(number, row, x, y) for number, row in scored]
     legend = legend_of([row["rule"] for row in rows], [number for number, _ in drawn])
     dashes = '<path d="M-6 0H6" stroke="currentColor" stroke-dasharray="2 2"/>'
-    legend += [svg("mark", "-6 -6 12 12", dashes) + " plain"] * len(plain)
+    legend += [small("-6 -6 12 12", dashes) + " plain"] * len(plain)
     return figure(
         "".join([axes(x, y), *reversed(lines), *points]),
         "Right answers against accepted tokens",
@@ -328,8 +328,7 @@ def origin_figure(records: list[dict], rules: list[str]) -> str:
 
     square = '<rect class="{}" width="12" height="12" stroke="currentColor"/>'
     legend = [
-        svg("mark", "0 0 12 12", square.format(letter)) + f" {letter}: {name}"
-        for letter, name in ORIGINS.items()
+        small("0 0 12 12", square.format(letter)) + f" {letter}: {name}" for letter, name in ORIGINS.items()
     ]
     caption, bottom = "Shares of all tokens of a rule's answers.", TOP + len(bars) * (height + 26) + 8
     return figure("".join(body), "Who put in the tokens", caption, legend, bottom)

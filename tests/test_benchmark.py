@@ -174,8 +174,8 @@ COMMANDS = {  # of docs/latency.md, benchmarks/README.md and the scripts' docstr
     "--compile --peers --accept 14": ["--peers", "--accept", "14", "--max_new_tokens", "20"],
     "--compile --peers": None,
     "--compile --preset Llama-3.1-8B --draft_preset Llama-3.2-1B --speculate_k 20 --accept 17": None,
-    "--preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 14 --compile": None,
-    "--checkpoint_path DIR --draft_checkpoint_path DIR2 --compile --out mine.json": None,
+    "--preset Llama-3.1-8B --draft_preset Llama-3.2-1B --accept 17 --speculate_k 20": None,
+    "--checkpoint_path DIR --draft_checkpoint_path DIR2 --out benchmarks/mine.json": None,
 }  # fmt: skip
 
 

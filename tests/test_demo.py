@@ -45,14 +45,14 @@ def test_the_first_command_of_the_readme(capsys, monkeypatch):
     assert text == re.sub(r"[{}<>]", "", out) and text.endswith(f"{problem_answer}.\n")
 
 
-def test_twenty_held_out_problems(demo):
+def test_held_out_problems(demo):
     target, draft, head, tokenizer = demo
     engines = {
         verify: Engine(target, draft, head, Settings(verify), tokenizer.stop_ids, 320)
         for verify in ("plain", "standard", "judge")
     }
     right, results = dict.fromkeys(engines, 0), {verify: [] for verify in engines}
-    for problem in islice(problems(2026, held_out=True), 20):
+    for problem in islice(problems(2026, held_out=True), 12):
         prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
         for verify, engine in engines.items():
             result = engine.generate(prompt, 200)
@@ -63,10 +63,10 @@ def test_twenty_held_out_problems(demo):
         verify: sum(r.accepted for r in done) / sum(r.rounds for r in done)
         for verify, done in results.items()
     }
-    assert right["plain"] >= 18 and right["judge"] >= right["plain"] - 2
+    assert right["plain"] >= 11 and right["judge"] >= right["plain"] - 1
     assert m_star["judge"] > 1.7 * m_star["standard"] > 5
     assert (
-        sum(r.accepted_by_rule for r in results["judge"]) > 100
+        sum(r.accepted_by_rule for r in results["judge"]) > 60
         and sum(r.accepted_by_rule for r in results["standard"]) == 0
     )
 

@@ -213,7 +213,7 @@ def test_bytes_that_are_no_utf8_are_no_value(capsys):
     for argv in (["--b", "\udc80x"], ["--b=\udc80x"]):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(argv)
-        assert "--b '\\udc80x' must be valid UTF-8" in capsys.readouterr().err
+        assert "--b: '\\udc80x' is not valid Unicode" in capsys.readouterr().err
     assert parser.parse_args(["--b", "\u00e4\U0001f600?"]).b == "\u00e4\U0001f600?"
 
 

@@ -413,7 +413,7 @@ def test_a_guarantee_says_of_which_questions_and_that_none_is_checked():
         "(400 calibrated on, data ab)" in describe_guarantee(CALIBRATED, run_, 1.0)[1]
     )  # an older one has no description
     assert describe_guarantee(None, {"verify": "judge"}, 0.5) == (
-        False, "No guarantee: this judge has no calibration; judge.py calibrate finds how much harm it does at most.")  # fmt: skip
+        False, "No guarantee: this judge has no calibration; calibrate.py finds how much harm it does at most.")  # fmt: skip
     assert "--verify topk has no calibration" in describe_guarantee(None, {"verify": "topk"}, 2.0)[1]
 
 

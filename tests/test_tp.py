@@ -195,7 +195,7 @@ def test_what_does_not_divide_is_refused_by_name(tmp_path, world, change, words)
 
 def test_columns_are_not_cut_inside_a_group(tmp_path):
     make_folder(tmp_path, **WIDE)
-    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "cut o_proj at column 64 of 256"),
+    for scheme, world, words in ((quantize.Scheme("int4", 128), 4, "o_proj from column 0 to 64 of 256"),
                                  (quantize.Scheme("int4", 64), 8, "multiples of 64")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             quantize.load_model(tmp_path, "cpu", None, scheme, Shard(0, world))
@@ -633,7 +633,7 @@ def count(folder: str, verify: str) -> dict:
     with Count() as counted:
         engine.steps(engine.visible(20), 5)[1]()
     gather = engine.settings.needs_probabilities
-    assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather), counted.found
+    assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather=gather), counted.found
     return counted.found
 
 

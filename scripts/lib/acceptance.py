@@ -75,7 +75,8 @@ def score_texts(
     args: argparse.Namespace, variants: list[Variant], tokenizer: Tokenizer, items: list[dict], where: str
 ) -> tuple[list[Encoded], list[list[Letters]]]:
     """Reads items (prompt, response, errors) through the models: the texts' ids, and for each text and
-    variant its letters. Raises InputError for a text beyond the context, NotFinite for logits that are."""
+    variant its letters. Raises InputError for a text beyond the context, NotFinite for logits that are
+    not."""
     judge = args.judge_path if any(needs_judge(variant.name) for variant in variants) else None
     dtype = run_dtype(args.precision, args.device)
     models = load_pair(
@@ -95,9 +96,8 @@ def rounds_of(letters: list[str], m: int) -> tuple[int, int]:
     after it."""
     at = accepted = rounds = 0
     while at < len(letters):
-        run = next(
-            (i for i, letter in enumerate(letters[at : at + m]) if letter == "t"), len(letters[at : at + m])
-        )
+        drafted = letters[at : at + m]
+        run = drafted.index("t") if "t" in drafted else len(drafted)
         accepted, rounds, at = accepted + run, rounds + 1, at + run + 1
     return accepted, rounds
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cli import InputError, one_line, shortened, shortened_value
 from files import is_number, read_json
-from judge import RULES, JudgeHead
+from judge import RELAXED, RULES, JudgeHead, needs_judge
 from model import Transformer
 from scripts.lib.intervals import upper_bound
 from scripts.lib.result import Result
@@ -50,9 +50,9 @@ MOST_SHOWN = 200  # characters of a description or an example
 
 
 def read_calibration(path: Path) -> dict:
-    """What `judge.py calibrate` wrote for a rule. Raises InputError when it is missing or of another kind."""
+    """What `calibrate.py` wrote for a rule. Raises InputError when it is missing or of another kind."""
     if not path.is_file():
-        raise InputError(f"There is no calibration {path}; judge.py calibrate writes one.")
+        raise InputError(f"There is no calibration {path}; calibrate.py writes one.")
     if path.suffix == ".safetensors":
         raise InputError(
             f"{path} is a judge's file, which holds its calibration itself; name it with --judge_path."
@@ -83,11 +83,11 @@ def calibration_of(head: JudgeHead, path: Path) -> dict | None:
 
 
 def check_calibration(calibration: object, where: str) -> None:
-    """Raises InputError beginning with `where` for what `judge.py calibrate` did not write."""
+    """Raises InputError beginning with `where` for what `calibrate.py` did not write."""
     if not isinstance(calibration, dict):
-        raise InputError(f"{where} is no calibration by judge.py calibrate: it is no object.")
+        raise InputError(f"{where} is no calibration by calibrate.py: it is no object.")
     if missing := [name for name in CALIBRATION if name not in calibration]:
-        raise InputError(f"{where} is no calibration by judge.py calibrate: it lacks {missing[0]!r}.")
+        raise InputError(f"{where} is no calibration by calibrate.py: it lacks {missing[0]!r}.")
     c, live = calibration, calibration.get("live") or {}
     rule = RULES.get(str(c["conditions"].get("verify"))) if isinstance(c["conditions"], dict) else None
 
@@ -134,7 +134,7 @@ def check_calibration(calibration: object, where: str) -> None:
         good["cut_off"] = c.get("cut_off", 0) <= c["harms"]
     if bad := [name for name, fine in good.items() if not fine]:
         raise InputError(
-            f"{where} is no calibration by judge.py calibrate: {bad[0]!r} cannot be "
+            f"{where} is no calibration by calibrate.py: {bad[0]!r} cannot be "
             f"{shortened_value(c.get(bad[0]))}."
         )
 
@@ -147,11 +147,10 @@ def describe_guarantee(calibration: dict | None, run: dict, threshold: float) ->
     where questions that were cut off have counted as harmed.
     """
     if calibration is None:
-        what = "this judge" if run.get("verify") == "judge" else f"--verify {run.get('verify')}"
+        what = "this judge" if needs_judge(run.get("verify")) else f"--verify {run.get('verify')}"
         return (
             False,
-            f"No guarantee: {what} has no calibration; judge.py calibrate finds how much harm it does at "
-            f"most.",
+            f"No guarantee: {what} has no calibration; calibrate.py finds how much harm it does at most.",
         )
     c, missing = calibration, object()
     known = dict.fromkeys([*DEPENDS_ON.get(c["kind"], run), *c["conditions"]])
@@ -256,7 +255,7 @@ def announce(args: argparse.Namespace, engine) -> Drift:
         calibration = read_calibration(args.calibration)
     elif engine.head is not None:
         calibration = calibration_of(engine.head, args.judge_path)
-    if calibration is None and args.verify in ("plain", "standard"):
+    if calibration is None and args.verify not in RELAXED:
         return Drift(None)
     run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
     threshold = engine.settings.threshold

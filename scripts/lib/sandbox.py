@@ -92,10 +92,8 @@ def clear(path: str) -> None:
             inner = clear_level(here)
             if inner is None and not below:
                 return
-            outer, here = (
-                here,
-                os.open(inner or "..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here),
-            )
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            outer, here = here, os.open(inner or "..", flags, dir_fd=here)
             os.close(outer)
             if inner is None:
                 os.rmdir(below.pop(), dir_fd=here)

@@ -207,11 +207,8 @@ def decimal(value: Fraction) -> str:
 def one_spelling(number: re.Match) -> str:
     """18.00 as 18, 1/2 as 0.5, 2/6 as 1/3, 1.5e3 as 1500; what is too long to compute with stays as
     written."""
-    sign, digits, below = (
-        "-" if number["sign"] else "",
-        number["digits"].replace(",", ""),
-        number["below"] or "1",
-    )
+    sign, digits = "-" if number["sign"] else "", number["digits"].replace(",", "")
+    below = number["below"] or "1"
     exponent = number["e"] or number["ten"] or "0"
     power = number["power"] or "1"
     if max(len(digits), len(below)) > MOST_DIGITS or max(len(exponent), len(power)) > 4:

@@ -182,6 +182,11 @@ def questions_of(args, held_out: bool = True, scored: bool = True, stops: bool =
     return read_task(args.task, args.data, args.chat, **more)
 
 
+def question_files(args) -> list[Path]:
+    """The files that a command line reads questions from, which no output may replace."""
+    return [Path(path) for path in (args.data, args.shots_data, args.questions) if path]
+
+
 def question_header(args) -> dict:
     """What of a command line decides which questions there are, and in what words."""
 

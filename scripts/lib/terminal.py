@@ -288,7 +288,7 @@ def introduce(args: argparse.Namespace, engine) -> Drift:
     return announce(args, engine)
 
 
-def parse_args(argv: list[str] | None, doc: str) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
     """The command line of generate.py. Without a target it names the demo pair and a demo problem."""
     parser, tokens = Parser(doc), whole(1, MOST_TOKENS)
     group = parser.add_argument_group("models")

@@ -9,7 +9,9 @@ from functools import reduce
 from operator import add
 from typing import NamedTuple
 
+from cli import InputError
 from generate import Engine
+from scripts.lib.pair import check_prompt
 from scripts.lib.result import Result
 from scripts.lib.scoring import Question
 from scripts.lib.terminal import answer_text, as_json, encode_prompt
@@ -20,6 +22,21 @@ SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", 
 # of which each turn has one entry a token, or text
 # of which each turn has one entry a token, or text
 LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")
+
+
+def prompt_ids(
+    args, tokenizer: Tokenizer, questions: list[Question], context: int, where: str = ""
+) -> dict[str, list[int]]:
+    """{question id: prompt ids}. Raises InputError, which goes on with `where` after the question, for one
+    that leaves no room in the context for --max_new_tokens."""
+    prompts = {}
+    for question in questions:
+        prompts[question.id] = encode_prompt(args, tokenizer, question.prompt)
+        try:
+            check_prompt(prompts[question.id], args.max_new_tokens, context, context)
+        except InputError as error:
+            raise InputError(f"Question {question.index}{where}: {error}") from None
+    return prompts
 
 
 def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
