@@ -73,7 +73,7 @@ class Llama3Rope:
         return (1 - smooth) * freqs / factor + smooth * freqs
 
 
-ROPES = {"llama3": Llama3Rope}  # by rope_type: what scales the frequencies
+ROPES = {"llama3": Llama3Rope}  # rope_type -> its fields in config.json, and what they do to the frequencies
 
 
 @dataclass(frozen=True)
