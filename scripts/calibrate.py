@@ -36,15 +36,14 @@ from pathlib import Path
 
 from checkpoint import read_safetensors
 from files import check_folder, check_not_input, check_writable, write_file
-from judge import LABEL_POLICIES, RELAXED, RULES, check_threshold, needs_judge
+from judge import RELAXED, RULES, check_threshold, needs_judge
 from model import pick_device
 from scripts.lib.bench import Variant, settings_for
 from scripts.lib.calibration import by_generating, by_labels, least_n
-from scripts.lib.flags import add_engine_flags
+from scripts.lib.flags import add_engine_flags, add_flags
 from scripts.lib.guarantee import read_calibration
 from scripts.lib.pair import check_settings, files_in, name_models
 from scripts.lib.tasks import add_question_flags, questions_of
-from scripts.lib.training import TrainSettings
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -57,13 +56,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max_false_accept", type=share, help="instead: of wrong answers with a wrong token let through")
     add("--confidence", type=share, default=0.95, help="with which the bound holds")
     add("--walk", help="thresholds with commas between, the strictest first (default: the rule's own)")
-    add(
-        "--label_policy",
-        choices=LABEL_POLICIES,
-        default=TrainSettings.policy,
-        help="which tokens of --data count as wrong",
-    )
-    add("--out", type=Path, help="a judge (default: --judge_path itself) or, for another rule, JSON")
+    add_flags(
+        parser, "label_policy",
+        out={"help": "a judge (default: --judge_path itself) or, for another rule, JSON"},
+    )  # fmt: skip
     add("--answers", type=Path, help="where answers are kept, and resumed from (default: beside --out)")
     add_question_flags(parser)
     add_engine_flags(parser)

@@ -21,14 +21,13 @@ from cli import InputError, Parser, number, run_script, whole  # isort: skip  (f
 import argparse
 from pathlib import Path
 
-import torch
-
 from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable
-from judge import DELTA, FEATURES, LABEL_POLICIES
-from model import DTYPES, pick_device, run_dtype
+from judge import DELTA, FEATURES
+from model import pick_device, run_dtype
 from quantize import load_model
 from scripts.lib.answers import read_answers
+from scripts.lib.flags import add_flags
 from scripts.lib.pair import files_in
 from scripts.lib.training import CAREFUL, GRID, TrainSettings, print_figures, train_judge
 from tokenizer import load_tokenizer
@@ -42,38 +41,22 @@ CHOICE = (
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, prog="train_judge.py")
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, help="the target's folder (default: the demo target, with its draft)")
-    add("--draft_checkpoint_path", type=Path, help="the draft's folder, for --features target+draft")
-    add("--data", type=Path, required=True, nargs="+", help="labelled answers, JSON lines")
+    add, strength = parser.add_argument, number(0, 1e6)
+    add_flags(
+        parser, "checkpoint_path", "chat", "label_policy", "device", "precision",
+        draft_checkpoint_path={"help": "the draft's folder, for --features target+draft"},
+        data={"nargs": "+", "help": "labelled answers, JSON lines"},
+        out={"required": True, "help": "the judge file to write"},
+        speculate_k={"type": whole(1, 1024), "help": "M: features are read M + 1 rows at a time"},
+        seed={"default": TrainSettings.seed, "help": "of the split into training and held-out prompts"},
+    )  # fmt: skip
     add("--guard", type=Path, nargs="+", default=[], help="texts that must never pass, JSON lines as well")
-    add(
-        "--guard_weight",
-        type=number(0, 1e6),
-        default=TrainSettings.guard_weight,
-        help="of all guarded tokens together; all wrong tokens weigh 1",
-    )
-    add("--out", type=Path, required=True, help="the judge file to write")
+    add("--guard_weight", type=strength, default=TrainSettings.guard_weight,
+        help="of all guarded tokens together; all wrong tokens weigh 1")  # fmt: skip
     add("--cache", type=Path, help="folder that keeps features for the next training (default: OUT.features)")
     add("--features", choices=FEATURES, default="target", help="what the head reads")
-    add("--chat", action="store_true", help="prompts in the folder's chat format, as of generate.py --chat")
-    add(
-        "--label_policy",
-        choices=LABEL_POLICIES,
-        default=TrainSettings.policy,
-        help="tokens after an error: right, ignored, or wrong",
-    )
     add("--threshold", type=number(*DELTA), help=f"delta, unless a run names another (default: {CHOICE})")
-    add("--l2", type=number(0, 1e6), help="penalty (default: the best of several by AUC on other prompts)")
-    add("--speculate_k", type=whole(1, 1024), default=16, help="M: features are read M + 1 rows at a time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--precision", choices=DTYPES, help="as for generate.py (default: bf16 on a GPU, fp32 on a CPU)")
-    add(
-        "--seed",
-        type=whole(-(2**62), 2**62),
-        default=TrainSettings.seed,
-        help="of the split into training and held-out prompts",
-    )
+    add("--l2", type=strength, help="penalty (default: the best of several by AUC on other prompts)")
     return parser.parse_args(argv)
 
 

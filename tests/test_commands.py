@@ -48,8 +48,9 @@ ELSEWHERE = (
     "build_judge_data.py --checkpoint_path checkpoints/demo/target",
     "train_judge.py --data answers.jsonl",
     "calibrate.py --judge_path",
-    "generate.py --judge_path",
-)  # in tests/test_calibrate.py, one after the other
+    "generate.py --judge_path",  # these in tests/test_calibrate.py, one after the other
+    "benchmark.py --compile --peers",  # in tests/test_benchmark.py
+)
 
 
 def commands_of(text: str) -> list[tuple[str, str]]:

@@ -242,7 +242,7 @@ def test_what_the_system_refuses_is_one_sentence(error, capsys):
 SCRIPTS = sorted(
     path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
-    if "run_script(" in path.read_text() and path.name != "cli.py"
+    if "__main__" in path.read_text() and path.name != "cli.py"
 )
 
 

@@ -38,6 +38,12 @@ def precisions() -> list[str]:
     return list(DTYPES)
 
 
+def label_policies() -> list[str]:
+    from judge import LABEL_POLICIES
+
+    return list(LABEL_POLICIES)
+
+
 FIXED_K = {"type": whole(1, 1024), "help": "M, draft tokens a round"}  # speculate_k where nothing adapts it
 FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a function, called when added
     "checkpoint_path": {
@@ -78,6 +84,11 @@ FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a f
     "merge": {
         "type": whole(1, MOST_PROCESSES),
         "help": "merge the parts of so many processes into --out, and do nothing else",
+    },
+    "label_policy": {
+        "choices": label_policies,
+        "default": "span",
+        "help": "what tokens after an error count as: right, ignored, or wrong",
     },
     "work": {"type": Path, "help": "where to resume from"},
     "profile": {"type": Path, "help": "write a Chrome trace of one round"},
