@@ -406,13 +406,10 @@ def call_main(script: str, argv: list[str]) -> None:
 
 
 def scripts() -> list[str]:
-    """All scripts: what begins by cli.run_script; judge.py runs two of them."""
-    found = [
-        path.name
-        for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
-        if "run_script(" in path.read_text(encoding="utf-8")
-    ]
-    return sorted({"judge.py", *found} - {"cli.py", "calibrate.py", "train_judge.py"})
+    """All scripts, but those that judge.py runs."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+    found = {path.name for path in files if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    return sorted(found - {"calibrate.py", "train_judge.py"})
 
 
 def spoilt_flag(

@@ -254,7 +254,7 @@ def test_a_killed_run_resumes_to_the_same_files(questions, tmp_path, writer, cap
 
 
 def test_a_run_killed_for_real_resumes_to_the_same_files(tmp_path):
-    more = ("--limit", "4", "--temperature", "0,1", "--max_new_tokens", "150")
+    more = ("--limit", "3", "--temperature", "0,1", "--max_new_tokens", "150")
     main(command(tmp_path / "whole.jsonl", *more))
     out, work = tmp_path / "cut.jsonl", tmp_path / "cut.jsonl.all"
     child = Child(main, command(out, *more))

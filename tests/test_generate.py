@@ -211,45 +211,42 @@ def assert_same_up_to_ties(
     assert best[0] - best[1] < noise * best[0].abs(), f"token {at} differs, and it is no tie: {best.tolist()}"
 
 
+COMPILED = [
+    *[("plain", 0), ("standard", 0), ("judge", 0), ("ensemble", 0.8)],
+    *[
+        pytest.param(verify, 0, marks=pytest.mark.slow)
+        for verify in ("kl", "topk", "typical", "topn_delta", "divergence")
+    ],
+    *[
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("window", 0), ("ensemble", 0), ("standard", 0.8))
+    ],
+]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_is_eager_without_recompiling(pair, device):
+@pytest.mark.parametrize("verify, temperature", COMPILED)
+def test_compiled_is_eager_without_recompiling(pair, device, verify, temperature):
     """For every rule: the same tokens, for any prompt length, output length and cache, and no compilation after warm-up."""
     target, draft = (model.to(device) for model in pair)
     head = JudgeHead(
         torch.randn(64, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor(0.0), 0.5, "", {}
     ).to(device)
-    knobs = {"kl": 3.0, "topk": 5, "typical": 0.05}
-    for verify, temperature in [
-        ("plain", 0),
-        ("standard", 0),
-        ("judge", 0),
-        ("kl", 0),
-        ("topk", 0),
-        ("typical", 0),
-        ("topn_delta", 0),
-        ("divergence", 0),
-        ("window", 0),
-        ("ensemble", 0),
-        ("standard", 0.8),
-        ("ensemble", 0.8),
-    ]:
-        settings = {
-            "threshold": knobs.get(verify),
-            "speculate_k": 5,
-            "temperature": temperature,
-            "top_k": 20 if temperature else None,
-            "min_prob": 0.001 if verify == "topn_delta" else 0.0,
-        }
-        eager = Engine(target, draft, head, Settings(verify, **settings), [96], 300)
-        fast = Engine(target, draft, head, Settings(verify, **settings, compile=True), [96], 300)
-        fast.warm_up()
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for length, new in ((1, 40), (3, 7), (70, 33), (240, 60)):
-                prompt = torch.randint(
-                    0, 96, (length,), generator=torch.Generator().manual_seed(length)
-                ).tolist()
-                expected, found = eager.generate(prompt, new, seed=7), fast.generate(prompt, new, seed=7)
-                assert found.tokens == expected.tokens and found.origin == expected.origin
+    settings = {
+        "threshold": {"kl": 3.0, "topk": 5, "typical": 0.05}.get(verify),
+        "speculate_k": 5,
+        "temperature": temperature,
+        "top_k": 20 if temperature else None,
+        "min_prob": 0.001 if verify == "topn_delta" else 0.0,
+    }
+    eager = Engine(target, draft, head, Settings(verify, **settings), [96], 300)
+    fast = Engine(target, draft, head, Settings(verify, **settings, compile=True), [96], 300)
+    fast.warm_up()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length, new in ((1, 40), (3, 7), (70, 33), (240, 60)):
+            prompt = torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+            expected, found = eager.generate(prompt, new, seed=7), fast.generate(prompt, new, seed=7)
+            assert found.tokens == expected.tokens and found.origin == expected.origin
     for model in pair:
         model.to("cpu")
 

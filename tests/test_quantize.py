@@ -319,16 +319,18 @@ def test_what_is_quantised(folder):
     )
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4"), Scheme("fp8", lm_head=True)], ids=str)
-def test_decoding_with_quantised_weights(folder, scheme):
+@pytest.mark.parametrize("scheme, compiled", [
+    *[(scheme, False) for scheme in (Scheme("int8"), Scheme("int4"), Scheme("fp8", lm_head=True))],
+    (Scheme("int8"), True), *[pytest.param(scheme, True, marks=pytest.mark.slow) for scheme in (Scheme("int4"), Scheme("fp8", lm_head=True))],
+], ids=str)  # fmt: skip
+def test_decoding_with_quantised_weights(folder, scheme, compiled):
     """Standard is plain, compiled is eager, through the whole engine; a prefill asks the LM head for no row."""
     model = load_model(folder, "cpu", torch.float32, scheme)
     prompt = torch.randint(0, 96, (70,), generator=torch.Generator().manual_seed(1)).tolist()
     plainly = Engine(model, None, None, Settings("plain"), [], 150).generate(prompt, 40).tokens
-    for compiled in (False, True):
-        engine = Engine(model, model, None, Settings("standard", speculate_k=5, compile=compiled), [], 150)
-        result = engine.generate(prompt, 40)
-        assert result.tokens == plainly and result.mean_accepted > 4
+    engine = Engine(model, model, None, Settings("standard", speculate_k=5, compile=compiled), [], 150)
+    result = engine.generate(prompt, 40)
+    assert result.tokens == plainly and result.mean_accepted > 4
 
 
 def pack_int6(w: torch.Tensor, peaks: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
