@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli import InputError, one_line, shortened, shortened_value
 from files import is_number, read_json
-from judge import RELAXED, RULES, JudgeHead, needs_judge
+from judge import RULES, JudgeHead, needs_judge, relaxed_rules
 from model import Transformer
 from scripts.lib.intervals import upper_bound
 from scripts.lib.result import Result
@@ -255,7 +255,7 @@ def announce(args: argparse.Namespace, engine) -> Drift:
         calibration = read_calibration(args.calibration)
     elif engine.head is not None:
         calibration = calibration_of(engine.head, args.judge_path)
-    if calibration is None and args.verify not in RELAXED:
+    if calibration is None and args.verify not in relaxed_rules():
         return Drift(None)
     run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
     threshold = engine.settings.threshold
