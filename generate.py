@@ -581,7 +581,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.judge_path and not args.draft_checkpoint_path:
         raise InputError("--judge_path needs a draft; name one with --draft_checkpoint_path.")
     if args.min_prob and not settings.rule.knob:
-        raise InputError(f"--min_prob is a floor under a rule, but --verify {args.verify} has none.")
+        raise InputError(
+            f"--min_prob is a floor under a rule, but --verify {args.verify} has none; leave it out."
+        )
     if args.interactive and (args.json or args.profile or args.prompt is not None or args.num_samples != 1):
         raise InputError("--interactive goes without --json, --profile, --prompt and --num_samples.")
     if args.profile:

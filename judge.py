@@ -257,7 +257,7 @@ def mixture(p: Tensor, q: Tensor, weight: Tensor, min_prob: float = 0.0) -> Tens
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of RULES: a rule, its knob, and all that the engine asks of it; it branches on no rule's name."""
+    """One entry of RULES: a rule, its knob, and all that the engine asks, which knows no rule by name."""
 
     accept: Callable[..., Tensor]
     knob: str | None = None  # what the threshold is called; without one a rule is never asked

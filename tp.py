@@ -237,7 +237,8 @@ def meet(rank: int, world: int) -> None:
         dist.init_process_group("gloo", store=STORE, rank=rank, world_size=world, timeout=PATIENCE)
         HOST, RANK = dist.new_group(backend="gloo", timeout=timedelta(days=30)), rank
     except RuntimeError as error:
-        raise InputError(f"The ranks cannot meet: {cli.first_line(error)}.") from None
+        where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        raise InputError(f"The ranks cannot meet at {where}: {cli.first_line(error)}.") from None
     finally:
         signal.alarm(0)
     # Two ranks that compile the same at once would read half a file
@@ -315,8 +316,7 @@ def connect(device: torch.device, way: str | None) -> None:
         return
     if way is not None and device.type == "cpu":
         raise InputError(f"--all_reduce {way} needs GPUs; on a CPU it is gloo's, leave the flag out.")
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    bound = {} if device.type == "cpu" else {"device_id": device}
+    backend, bound = ("gloo", {}) if device.type == "cpu" else ("nccl", {"device_id": device})
     try:
         GROUP = dist.new_group(backend=backend, timeout=PATIENCE, **bound).group_name
         if way == "symmetric":

@@ -299,7 +299,11 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
 
     group = parser.add_argument_group("what to say")
     add = group.add_argument
-    add("--prompt", help="text, a number N for a synthetic prompt of N tokens, or - for standard input")
+    add(
+        "--prompt",
+        help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo "
+        "problem)",
+    )
     add_flags(group, "chat")
     add("--interactive", action="store_true", help="ask for prompts, stream answers; Ctrl-C stops an answer")
     add("--num_samples", type=tokens, default=1, help="answers to the prompt")
