@@ -584,7 +584,9 @@ def test_a_port_in_use_and_ranks_that_never_come(folders, tmp_path):
         codes, errors = Ranks(tmp_path / "a", 2, *todo, port=taken.getsockname()[1]).wait()
     assert codes == [2, -signal.SIGALRM] and "EADDRINUSE" in errors[0] and not errors[1], errors
     codes, errors = Ranks(tmp_path / "b", 1, {"start_seconds": 2, "world": 2}, todo[1]).wait()
-    assert codes == [2] and "The ranks cannot meet at" in errors[0] and "1/2 clients joined" in errors[0], errors
+    assert codes == [2] and "The ranks cannot meet at" in errors[0] and "1/2 clients joined" in errors[0], (
+        errors
+    )
 
 
 def test_a_person_may_think_for_as_long_as_it_takes(tmp_path):
