@@ -106,7 +106,7 @@ def test_a_diff_is_short_applies_and_is_the_one_on_the_page(name, tmp_path):
 CHECK = """
 import sys, torch, generate
 from quantize import Scheme, load_model
-folder, expected = sys.argv[1], torch.load(sys.argv[1] + "/expected.pt")
+folder, expected = sys.argv[1], torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
 linear = load_model(folder, dtype=torch.float32)
 with torch.inference_mode():
     error = (linear(expected["ids"])[1] - expected["logits"]).abs().max() / expected["logits"].abs().max()
