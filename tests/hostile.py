@@ -981,7 +981,9 @@ def said_badly(case: Case, done: Done) -> Iterator[str]:
         yield f"exit code {done.code}"
     elif done.code == 2 and "2>" not in case.streams:
         *notices, last = [line for line in done.err.split("\n") if line.strip()] or [""]
-        name = r"(train_)?judge\.py" if case.script == "judge.py" else re.escape(case.script)  # it forwards
+        name = (
+            r"(judge|train_judge|calibrate)\.py" if case.script == "judge.py" else re.escape(case.script)
+        )  # it forwards
         sentence = rf"{name}[ \w]*: ."
         if not re.match(sentence, last) or not last.endswith("."):
             yield "no sentence that begins with the script's name and ends in a full stop"
