@@ -24,7 +24,7 @@ from torch import Tensor
 import kernels
 import tp
 from files import check_writable
-from judge import RULES, JudgeHead, Rule, mixture, rule_mask, standard
+from judge import PLAIN, RULES, JudgeHead, Rule, mixture, rule_mask
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
 from quantize import open_checkpoint
@@ -47,7 +47,7 @@ class Settings:
 
     verify: str = "judge"  # plain (no draft), or a name in RULES
     threshold: float | None = None
-    speculate_k: int = 16
+    speculate_k: int = 16  # M; the commands' default stands in scripts/lib/flags.py
     temperature: float = 0.0
     top_k: int | None = None
     compile: bool = False
@@ -61,7 +61,7 @@ class Settings:
     @property
     def rule(self) -> Rule:
         """The rule; without a draft the standard test, of which nothing is asked."""
-        return RULES.get(self.verify) or Rule(standard)
+        return RULES.get(self.verify, PLAIN)
 
     @property
     def needs_probabilities(self) -> bool:
@@ -92,7 +92,7 @@ class Buffers:
     stop_ids: Tensor  # (n,)
     region: Tensor  # (1,) state of the markers' automaton after tokens[pos]
 
-    def first(self, m: int) -> "Buffers":
+    def cut_to(self, m: int) -> "Buffers":
         """The same memory for a round of only m draft tokens."""
         cut = {name: getattr(self, name)[:m] for name in ("drafted", "draft_logits", "draft_hidden")}
         return replace(self, uniforms=self.uniforms[: 2 * m + 1], **cut)
@@ -103,7 +103,7 @@ class Buffers:
 
 
 def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> Tensor:
-    """Decodes one token without a draft: reads tokens[pos], writes tokens[pos + 1], advances; a Report."""
+    """Decodes one token without a draft: reads tokens[pos], writes the next one; a packed Report."""
     _, logits = model(b.tokens[b.pos][None], b.pos, len(visible))
     own, peak = choose(logits[0], b.uniforms[:1], s, model.args.vocab_size)
     b.tokens[b.pos + 1] = own
@@ -144,7 +144,7 @@ def verify_step(
     model: Transformer, head: JudgeHead | None, b: Buffers, s: Settings, visible: Tensor,
     markers: Markers | None,
 ) -> Tensor:  # fmt: skip
-    """One round's verification of the M draft tokens. Returns a Report.
+    """One round's verification of the M draft tokens. Returns a packed Report.
 
     Row i of the logits predicts draft token i; row i + 1 of the hidden states is read at draft token i.
     """
@@ -319,7 +319,7 @@ class Engine:
     def use_sizes(self, sizes: tuple[int, ...]) -> None:
         """Prepares verification for these M, none above speculate_k."""
         self.sizes, self.pace = sizes, Pace(sizes)
-        self.verify_steps = {m: (self.compiled(verify_step), self.buffers.first(m)) for m in sizes}
+        self.verify_steps = {m: (self.compiled(verify_step), self.buffers.cut_to(m)) for m in sizes}
         self.graphs: dict[int, tuple[kernels.Graph, ...]] = {}  # by M; empty, or one for each of `sizes`
 
     def compiled(self, step: Callable) -> Callable:
@@ -506,12 +506,12 @@ class Engine:
             torch.cuda.synchronize()
         result.seconds_prefill, began = time.monotonic() - started, time.monotonic()
 
-        pos, rows, ahead = len(prompt) - 1, self.settings.speculate_k + 1, None
+        pos, rows, in_flight = len(prompt) - 1, self.settings.speculate_k + 1, None  # rows: M + 1
         while len(result.tokens) < max_new_tokens and result.stop_reason == "length":
             left = max_new_tokens - len(result.tokens)
-            current = ahead or self.launch_for(pos + rows, left)
+            current = in_flight or self.launch_for(pos + rows, left)
             more = self.overlap and left > 1  # this round gives at least one token
-            ahead = self.launch_for(pos + 2 * rows, left - 1) if more else None
+            in_flight = self.launch_for(pos + 2 * rows, left - 1) if more else None
 
             got = self.collect(current)
             if got.flawed:

@@ -257,10 +257,10 @@ def mixture(p: Tensor, q: Tensor, weight: Tensor, min_prob: float = 0.0) -> Tens
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of RULES: a rule, its knob, and all that the engine asks of it. Nothing else names a rule."""
+    """One entry of RULES: a rule, its knob, and all that the engine asks of it; it branches on no rule's name."""
 
     accept: Callable[..., Tensor]
-    knob: str | None = None  # what the threshold is called; None: there is none
+    knob: str | None = None  # what the threshold is called; without one a rule is never asked
     low: float = 0.0
     high: float = 0.0
     default: float | None = None  # None: the judge's own threshold counts
@@ -289,7 +289,12 @@ RULES = {
     "ensemble": Rule(ensemble, "w", 0, 1, 0.5, reads=BOTH, mixes=True,
                      walk=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)),
 }  # fmt: skip
-RELAXED = [name for name, rule in RULES.items() if rule.knob]  # these accept more than the standard test
+PLAIN = Rule(standard)  # where there is no draft, nothing is asked
+
+
+def relaxed_rules() -> list[str]:
+    """The rules that accept more than the standard test."""
+    return [name for name, rule in RULES.items() if rule.knob]
 
 
 def needs_judge(verify: str) -> bool:

@@ -363,7 +363,7 @@ def default_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int, mode: str) 
 class QuantLinear(nn.Module):
     """A linear layer of packed weights, laid out for a kernel if its format has one for their device.
 
-    n_out and n_in are the sizes that packing has padded.
+    n_out and n_in are the sizes without the padding of packing.
     """
 
     def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, scheme: Scheme):

@@ -6,7 +6,7 @@ right.
 
 The recipe of Judge Decoding (arXiv 2501.19309): per question one right and one wrong answer, from different
 models where there is a choice; a person then marks the wrong spans (scripts/annotate.py). A line of --out is
-what judge.py train reads: `{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A
+what train_judge.py reads: `{"prompt", "response", "reference", "right", "errors", "source", "question"}`. A
 right answer has no errors, []; a wrong one has null, which judge.py refuses until somebody has put [start,
 end] there.
 
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
             "default": 400,
             "help": "after which an answer is cut off, and dropped",
         },
-        chat={"help": "put questions into the folder's chat format, as judge.py train --chat will"},
+        chat={"help": "put questions into the folder's chat format, as train_judge.py --chat will"},
     )
     add(
         "--tuples",

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from checkpoint import read_safetensors
 from files import check_folder, check_not_input, check_writable, write_file
-from judge import RELAXED, RULES, check_threshold, needs_judge
+from judge import RULES, check_threshold, needs_judge, relaxed_rules
 from model import pick_device
 from scripts.lib.bench import Variant, settings_for
 from scripts.lib.calibration import by_generating, by_labels, least_n
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, prog="calibrate.py")
     add = parser.add_argument
-    add("--verify", choices=RELAXED, default="judge", help="the rule to calibrate")
+    add("--verify", choices=relaxed_rules(), default="judge", help="the rule to calibrate")
     share = number(1e-6, 0.999999)
     add("--max_harm", type=share, help="largest share of questions answered wrong because of the rule")
     add("--max_false_accept", type=share, help="instead: of wrong answers with a wrong token let through")
@@ -126,6 +126,8 @@ def walk_of(args: argparse.Namespace) -> list[float]:
     """The thresholds to walk, as given or the rule's own. Raises InputError when they are out of range or out
     of order."""
     rule = RULES[args.verify]
+    if not rule.walk:
+        raise InputError(f"--verify {args.verify} has no walk; give its entry in RULES one, strict to loose.")
     try:
         walk = [float(part) for part in args.walk.split(",")] if args.walk is not None else list(rule.walk)
     except ValueError:

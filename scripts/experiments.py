@@ -39,7 +39,7 @@ import torch
 from checkpoint import DEMO
 from files import check_folder, check_not_input, check_writable, write_file
 from generate import Engine, Settings
-from judge import LABEL_POLICIES, RELAXED, RULES, JudgeHead, load_judge, needs_judge
+from judge import LABEL_POLICIES, RULES, JudgeHead, load_judge, needs_judge, relaxed_rules
 from model import pick_device
 from quantize import load_model, scheme_named
 from scripts.lib import acceptance, calibration, figures
@@ -156,7 +156,7 @@ def m_sweep(args) -> dict:
 
 
 def all_thresholds() -> list[Variant]:
-    return [Variant(name, threshold) for name in RELAXED for threshold in RULES[name].walk]
+    return [Variant(name, threshold) for name in relaxed_rules() for threshold in RULES[name].walk]
 
 
 def pareto(args) -> dict:
@@ -190,7 +190,7 @@ def equal_risk(args) -> dict:
     n, seed, found = args.limit or 250, args.seed + 1, {}
     asked = load_questions("demo", None, n, seed)
     demo = {"task": None, "questions": "demo", "checker": None, "data": None, "seed": seed}
-    for name in RELAXED:
+    for name in relaxed_rules():
         # A file of answers names the judge, if one was loaded.
         kept = args.work / ("calibration_judge.jsonl" if needs_judge(name) else "calibration.jsonl")
         walked = {"verify": name, "max_harm": args.max_harm, "confidence": 0.95, "answers": kept}

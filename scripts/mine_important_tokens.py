@@ -13,7 +13,7 @@ on at the next such place to the right.
 
 The target finishes with the draft's help (`standard` verification, which gives the same tokens), and nothing
 that the caches hold already is read again. Each process keeps its share in OUT.partRANKofSIZE, a line a
-question, and resumes from there. OUT holds what judge.py train reads: for each important token the text up to
+question, and resumes from there. OUT holds what train_judge.py reads: for each important token the text up to
 it with label 0, and for each question the adopted text with label 1 at the unimportant ones.
 """
 
@@ -112,7 +112,7 @@ def mine(
 
 
 def training_lines(record: dict) -> list[dict]:
-    """What judge.py train reads, from a mined question."""
+    """What train_judge.py reads, from a mined question."""
     source = {"source": record["source"], "question": record["question"]}
     lines = []
     for at, token in record["important"]:

@@ -51,7 +51,7 @@ FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a f
         "help": "the target, a Hugging Face snapshot folder (default: the demo pair)",
     },
     "draft_checkpoint_path": {"type": Path, "help": "the draft, with the same vocabulary"},
-    "judge_path": {"type": Path, "help": "judge.safetensors, made by judge.py for this target"},
+    "judge_path": {"type": Path, "help": "judge.safetensors, made by train_judge.py for this target"},
     "device": {"default": best_device, "help": "where to run"},
     "precision": {"choices": precisions, "help": "run type (default: bf16 on a GPU, fp32 on a CPU)"},
     "compile": {"action": "store_true", "help": "compile the step functions with torch.compile"},

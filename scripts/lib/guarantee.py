@@ -4,11 +4,12 @@ fits."""
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cli import InputError, one_line, shortened, shortened_value
 from files import is_number, read_json
-from judge import RELAXED, RULES, JudgeHead, needs_judge
+from judge import RULES, JudgeHead, needs_judge, relaxed_rules
 from model import Transformer
 from scripts.lib.intervals import upper_bound
 from scripts.lib.result import Result
@@ -82,6 +83,15 @@ def calibration_of(head: JudgeHead, path: Path) -> dict | None:
     return head.info.get("calibration")
 
 
+def is_list(value, kind: Callable) -> bool:
+    return isinstance(value, list) and all(map(kind, value))
+
+
+def is_range(name: str, pair) -> bool:
+    """Whether this is the mean and the standard deviation of a live statistic."""
+    return name in WATCHED and is_list(pair, is_number) and len(pair) == 2 and pair[1] >= 0
+
+
 def check_calibration(calibration: object, where: str) -> None:
     """Raises InputError beginning with `where` for what `calibrate.py` did not write."""
     if not isinstance(calibration, dict):
@@ -104,9 +114,7 @@ def check_calibration(calibration: object, where: str) -> None:
         "kind": c["kind"] in ("harm", "false_accept"),
         "conditions": rule is not None and rule.knob is not None,
         "threshold": threshold(c["threshold"]),
-        "passed": isinstance(c["passed"], list)
-        and all(map(threshold, c["passed"]))
-        and c["threshold"] in c["passed"],
+        "passed": is_list(c["passed"], threshold) and c["threshold"] in c["passed"],
         "max_harm": is_number(c["max_harm"], 0, 1),
         "confidence": is_number(c["confidence"], 0, 1),
         "n": count(c["n"]) and 0 < c["n"] <= MOST_UNITS,
@@ -114,17 +122,9 @@ def check_calibration(calibration: object, where: str) -> None:
         "bound": is_number(c["bound"], 0, 1),
         "data": text(c["data"]),
         "questions": text(c.get("questions", "")),
-        "examples": isinstance(c.get("examples", []), list) and all(map(text, c.get("examples", []))),
+        "examples": is_list(c.get("examples", []), text),
         "cut_off": count(c.get("cut_off", 0)),
-        "live": isinstance(live, dict)
-        and all(
-            name in WATCHED
-            and isinstance(pair, list)
-            and len(pair) == 2
-            and all(is_number(x) for x in pair)
-            and pair[1] >= 0
-            for name, pair in live.items()
-        ),
+        "live": isinstance(live, dict) and all(is_range(name, pair) for name, pair in live.items()),
     }
     if all(good.values()):
         bound = upper_bound(c["harms"], c["n"], c["confidence"])
@@ -255,7 +255,7 @@ def announce(args: argparse.Namespace, engine) -> Drift:
         calibration = read_calibration(args.calibration)
     elif engine.head is not None:
         calibration = calibration_of(engine.head, args.judge_path)
-    if calibration is None and args.verify not in RELAXED:
+    if calibration is None and args.verify not in relaxed_rules():
         return Drift(None)
     run = conditions(engine, args.chat, args.max_new_tokens, args.speculate_k)
     threshold = engine.settings.threshold
