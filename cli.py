@@ -142,6 +142,7 @@ class Progress:
         self.due = time.monotonic() + 2
 
     def step(self) -> None:
+        """One more is done."""
         self.done += 1
         finished = self.done == self.total
         if time.monotonic() > self.due or (finished and Progress.line_is_open):

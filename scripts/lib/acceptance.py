@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cli import InputError, Progress
 from generate import NotFinite
-from judge import JudgeHead, needs_judge, rule_mask
+from judge import JudgeHead, needs_judge, rule_mask, standard
 from model import run_dtype
 from scripts.lib.answers import Encoded, encode_items
 from scripts.lib.bench import Variant, label, settings_for
@@ -48,7 +48,7 @@ def letters_of(
             raise NotFinite(f"The logits of text {number} are not finite; try --precision fp32 or bf16.")
 
         tokens = torch.tensor(text.ids, device=target.device)
-        standard = (logits[0].argmax(-1) == tokens).tolist()
+        by_standard = standard(tokens, logits[0], None, None, None).tolist()
         letters = []
         for s in settings:
             threshold = torch.tensor(s.resolved(head).threshold or 0.0)
@@ -63,7 +63,7 @@ def letters_of(
                 min_prob=s.min_prob,
             )
             letters.append(
-                ["a" if own else "r" if mine else "t" for own, mine in zip(standard, rule.tolist())]
+                ["a" if own else "r" if mine else "t" for own, mine in zip(by_standard, rule.tolist())]
             )
         found.append(letters)
         progress.step()

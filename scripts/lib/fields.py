@@ -41,6 +41,15 @@ def is_interval(value) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_figure, value))
 
 
+DECODED = {  # what decoding counted for an answer: its token ids, and draft tokens over all rounds
+    "tokens": is_counts,
+    "rounds": is_count,
+    "drafted": is_count,
+    "accepted": is_count,
+    "accepted_by_rule": is_count,
+}
+
+
 def maybe(kind: Callable) -> Callable:
     """None, too, or missing."""
     return lambda value: value is None or kind(value)

@@ -21,7 +21,7 @@ import torch
 from cli import InputError, shortened, whole
 from files import Lines, parse_object, read_bytes, write_file
 from judge import RULES
-from scripts.lib.fields import is_count, is_counts, is_figure, is_seconds, is_text, is_verdict, maybe
+from scripts.lib.fields import DECODED, is_count, is_counts, is_figure, is_seconds, is_text, is_verdict, maybe
 from scripts.lib.flags import MOST_PROCESSES
 
 PEERS = {"hf": "transformers generate", "hf-assisted": "transformers generate with assistant_model"}
@@ -59,11 +59,7 @@ ANSWER = {  # the fields that every answer has, and that are relied on
     "text": is_text,
     "right": is_verdict,
     "answer_right": is_verdict,
-    "tokens": is_counts,
-    "rounds": is_count,
-    "drafted": is_count,
-    "accepted": is_count,
-    "accepted_by_rule": is_count,
+    **DECODED,
     "seconds_prefill": is_seconds,
     "seconds_decode": is_seconds,
 }

@@ -10,8 +10,8 @@ from pathlib import Path
 from cli import InputError
 from files import parse_json, read_text
 from scripts.lib.fields import (
+    DECODED,
     is_count,
-    is_counts,
     is_figure,
     is_seconds,
     is_share,
@@ -30,11 +30,7 @@ FIELDS = {  # of an answer; those of OPTIONAL may be missing
     "right": is_verdict,
     "text": is_text,
     "answer_right": is_verdict,
-    "tokens": is_counts,
-    "rounds": is_count,
-    "drafted": is_count,
-    "accepted": is_count,
-    "accepted_by_rule": is_count,
+    **DECODED,
     "seconds_decode": is_seconds,
     "threshold": maybe(is_figure),
     "speculate_k": lambda value: value in (None, "auto") or is_count(value),
