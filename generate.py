@@ -598,6 +598,8 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
     """Loads what the command line names and builds the engine for this prompt (none: for a conversation)."""
     settings, device = settings_of(args), pick_device(own_device(args.device))
     tp.connect(device, args.all_reduce)
+    if args.pdl:
+        kernels.use_pdl(device)
     target, draft = (
         folder and open_checkpoint(folder) for folder in (args.checkpoint_path, args.draft_checkpoint_path)
     )

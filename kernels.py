@@ -7,6 +7,7 @@ Triton kernel that reads from the device how far the text goes, so that one capt
 position. `few_rows` multiplies up to 64 rows with quantised weights there; on a CPU kernels.cpp does.
 """
 
+import functools
 import gc
 import hashlib
 import json
@@ -39,18 +40,42 @@ FLAGS = (
     "-fno-signed-zeros -fopenmp "
     "-shared -fPIC"
 )
+PDL = False  # set by `use_pdl`
 MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
 cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTorch's products
 why_not = ""  # what kept it from being built
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., K) times the transpose of weight (N, K), both of one type -> (..., N)."""
+def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+    """x (..., K) times the transpose of weight (N, K), both of one type -> (..., N).
+
+    wide: in fp32, where tensor cores give their sums so, instead of rounded to that type.
+    """
     ours = cpu_kernels is not None and x.device.type == "cpu" and not torch.is_grad_enabled()
     ours = ours and x.dtype == weight.dtype and weight.is_contiguous()
     if ours and 0 < x.numel() // x.shape[-1] <= most_rows(weight.dtype, *weight.shape):
         return cpu_kernels.linear(x, weight)
+    wide &= x.device.type == "cuda" and x.dtype != torch.float32 and not torch.is_grad_enabled()
+    if wide and x.numel() > x.shape[-1]:  # Inductor's own product of one row gives them anyway
+        y = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
+        return y.view(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
+
+
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest number of each row (..., V), NaN if there is one, and its index, the lowest of equals.
+
+    On a GPU in two stages: a row of a vocabulary would be one program's work.
+    """
+    width = 256
+    if x.device.type == "cpu" or x.shape[-1] <= 2 * width:
+        index = x.argmax(-1)
+        return x.gather(-1, index[..., None]).squeeze(-1), index
+    blocks = F.pad(x, (0, -x.shape[-1] % width), value=-float("inf")).unflatten(-1, (-1, width))
+    peaks, within = blocks.max(-1)
+    block = peaks.argmax(-1, keepdim=True)
+    index = block * width + within.gather(-1, block)
+    return peaks.gather(-1, block).squeeze(-1), index.squeeze(-1)
 
 
 @torch.compiler.assume_constant_result
@@ -148,15 +173,71 @@ def processor() -> str:
 
 
 if triton is not None:
+    # Of 16 bits twice, four levels each become 128 + level in bf16, level, and level * scale + offset,
+    # which is rounded once; $5 and $7: scale and offset twice
+    INT4_TO_BF16 = tl.constexpr("""{
+        .reg .b32 a, b, c, d, one, less;
+        mov.b32 one, 0x3F803F80; mov.b32 less, 0xC300C300;
+        shr.b32 b, $4, 4; shr.b32 c, $4, 8; shr.b32 d, $4, 12;
+        lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA; lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA; lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
+        fma.rn.bf16x2 a, a, one, less; fma.rn.bf16x2 b, b, one, less;
+        fma.rn.bf16x2 c, c, one, less; fma.rn.bf16x2 d, d, one, less;
+        fma.rn.bf16x2 $0, a, $5, $7; fma.rn.bf16x2 $1, b, $5, $7;
+        fma.rn.bf16x2 $2, c, $5, $7; fma.rn.bf16x2 $3, d, $5, $7;
+    }""")
+
+    @triton.jit
+    def rotated(x, table, lines, at, dims, inside, D: tl.constexpr):
+        """Numbers at x + lines + dims, in fp32, turned by the angles of positions `at` of a `rope_table`."""
+        other = (dims + D // 2) % D
+        angle = table + at[:, None] * D + (dims % (D // 2))[None, :]
+        own = tl.load(x + lines[:, None] + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+        across = tl.load(x + lines[:, None] + other[None, :], mask=inside, other=0.0).to(tl.float32)
+        cos = tl.load(angle, mask=inside, other=0.0)
+        sin = tl.load(angle + D // 2, mask=inside, other=0.0)
+        return own * cos + tl.where(dims < D // 2, -across, across) * sin
+
+    @triton.jit
+    def joined(
+        out, part, peak, total, place, used, where, dims,
+        ROWS: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Joins `used` parts of a row, the first one at `place`, and writes it to out + where."""
+        best, sums = -float("inf"), 0.0
+        y = tl.zeros([BLOCK_D], tl.float32)
+        for first in range(0, used, BLOCK_P):
+            numbers = first + tl.arange(0, BLOCK_P)
+            there, at = numbers < used, place + numbers * ROWS
+            # what other programs have just written is not in this multiprocessor's own cache
+            peaks = tl.load(peak + at, mask=there, other=-float("inf"), cache_modifier=".cg")
+            totals = tl.load(total + at, mask=there, other=0.0, cache_modifier=".cg")
+            mask = there[:, None] & (dims[None, :] < D)
+            parts = tl.load(
+                part + at[:, None] * D + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+            )
+            higher = tl.maximum(best, tl.max(peaks, 0))
+            weight, shrink = tl.exp(peaks - higher), tl.exp(best - higher)
+            y = y * shrink + tl.sum(parts * weight[:, None], 0)
+            sums, best = sums * shrink + tl.sum(totals * weight, 0), higher
+        tl.store(out + where + dims, (y / sums).to(out.dtype.element_ty), mask=dims < D)
 
     @triton.jit
     def attend_part(
-        q, k, v, pos, part, peak, total, scale, cache_length,
+        qkv, table, pos, k, v, out, part, peak, total, arrived, scale, cache_length,
         ROWS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+        JOIN: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     ):  # fmt: skip
-        """Attention of the rows of one KV head over one part of the positions, before normalising."""
-        head, number = tl.program_id(0), tl.program_id(1)
+        """Attention of the rows of one KV head over one part of the positions, before normalising.
+
+        The program whose part holds a row's position writes that row's key and value first. JOIN: the last
+        program of a head joins the parts.
+        """
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        head, number, n_kv = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
         rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
         dims = tl.arange(0, BLOCK_D)
         at = tl.load(pos + rows % T)  # row r stands for query head r // T of the group and token r % T
@@ -164,94 +245,156 @@ if triton is not None:
         each = tl.maximum(tl.cdiv(length, PARTS), LEAST)
         begin = number * each
         end = tl.minimum(begin + each, length)
+        group: tl.constexpr = ROWS // T
+        width = (group + 2) * n_kv * D  # of a row of qkv: query heads, keys, values
         if begin < length:
+            base = head.to(tl.int64) * cache_length * D
+            if end > tl.load(pos):
+                for first in range(0, T, BLOCK_T):
+                    fresh = first + tl.arange(0, BLOCK_T)
+                    own = tl.load(pos + fresh, mask=fresh < T, other=-1)
+                    mine = ((own >= begin) & (own < end))[:, None] & (dims[None, :] < D)
+                    lines, to = (
+                        fresh * width + (group * n_kv + head) * D,
+                        base + own[:, None] * D + dims[None, :],
+                    )
+                    key = rotated(qkv, table, lines, own, dims, mine, D)
+                    value = tl.load(qkv + lines[:, None] + n_kv * D + dims[None, :], mask=mine, other=0.0)
+                    tl.store(k + to, key.to(k.dtype.element_ty), mask=mine)
+                    tl.store(v + to, value, mask=mine)
+                tl.debug_barrier()  # the loop below reads them
             inside = (rows[:, None] < ROWS) & (dims[None, :] < D)
-            query = tl.load(q + (head * ROWS + rows[:, None]) * D + dims[None, :], mask=inside, other=0.0)
+            lines = (rows % T) * width + (head * group + rows // T) * D
+            query = rotated(qkv, table, lines, at, dims, inside, D).to(qkv.dtype.element_ty)
             best = tl.full([BLOCK_M], -float("inf"), tl.float32)
             sums = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            base = head.to(tl.int64) * cache_length * D
             for start in range(begin, end, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
                 seen = (cols[:, None] < end) & (dims[None, :] < D)
                 offsets = base + cols[:, None] * D + dims[None, :]
                 keys = tl.load(k + offsets, mask=seen, other=0.0)
-                score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+                score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
                 score = tl.where((cols[None, :] <= at[:, None]) & (cols[None, :] < end), score, -float("inf"))
                 higher = tl.maximum(best, tl.max(score, 1))
                 finite = tl.where(higher == -float("inf"), 0.0, higher)  # a row may see nothing of this part
                 weight, shrink = tl.exp(score - finite[:, None]), tl.exp(best - finite)
                 values = tl.load(v + offsets, mask=seen, other=0.0)
-                acc = acc * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+                acc = acc * shrink[:, None] + tl.dot(
+                    weight.to(values.dtype), values, input_precision=PRECISION
+                )
                 sums, best = sums * shrink + tl.sum(weight, 1), higher
             place = (head * PARTS + number) * ROWS + rows
             tl.store(peak + place, best, mask=rows < ROWS)
             tl.store(total + place, sums, mask=rows < ROWS)
             tl.store(part + place[:, None] * D + dims[None, :], acc, mask=inside)
+            if JOIN:
+                tl.debug_barrier()
+                used = tl.cdiv(length, each)
+                if tl.atomic_add(arrived + head, 1, sem="acq_rel") == used - 1:
+                    tl.store(arrived + head, 0)  # for the next launch
+                    for row in tl.static_range(ROWS):
+                        where = (
+                            (row % T) * n_kv * group + head * group + row // T
+                        ) * D  # out is (T, heads, D)
+                        joined(out, part, peak, total, head * PARTS * ROWS + row, used, where, dims,
+                               ROWS, D, 16, BLOCK_D)  # fmt: skip
 
     @triton.jit
     def attend_join(
         out, pos, part, peak, total,
         ROWS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+        PDL: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         """Joins the parts of one row of one KV head."""
-        head, row = tl.program_id(0), tl.program_id(1)
-        numbers, dims = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        head, row, group = tl.program_id(0), tl.program_id(1), ROWS // T
         length = tl.load(pos + T - 1) + 1
-        each = tl.maximum(tl.cdiv(length, PARTS), LEAST)
-        used = numbers * each < length
-        place = (head * PARTS + numbers) * ROWS + row
-        best = tl.load(peak + place, mask=used, other=-float("inf"))
-        weight = tl.exp(best - tl.max(best, 0))
-        sums = tl.load(total + place, mask=used, other=0.0)
-        mask = used[:, None] & (dims[None, :] < D)
-        parts = tl.load(part + place[:, None] * D + dims[None, :], mask=mask, other=0.0)
-        y = tl.sum(parts * weight[:, None], 0) / tl.sum(sums * weight, 0)
-        group = ROWS // T
-        where = (
-            (row % T) * (tl.num_programs(0) * group) + head * group + row // T
-        ) * D  # out is (T, heads, D)
-        tl.store(out + where + dims, y.to(out.dtype.element_ty), mask=dims < D)
+        used = tl.cdiv(length, tl.maximum(tl.cdiv(length, PARTS), LEAST))
+        where = ((row % T) * (tl.num_programs(0) * group) + head * group + row // T) * D
+        joined(out, part, peak, total, head * PARTS * ROWS + row, used, where, tl.arange(0, BLOCK_D),
+               ROWS, D, 32, BLOCK_D)  # fmt: skip
 
     @triton.jit
     def product_part(
         x, w, scales, part, N, K, T, each,
-        INT4: tl.constexpr, GROUP: tl.constexpr, X_K: tl.constexpr,
+        GROUP: tl.constexpr, X_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+        PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """x (T, X_K) times BLOCK_N quantised weight rows, over one part of the columns, each `each` wide:
-        fp32 (T, N)."""
+        fp32 (T, N). GROUP: columns that share a scale and an offset, 16 bits each in one number of `scales`,
+        and weights of 4 bits; 0: weights of a byte and a scale a row. EVEN: every block is whole."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         rows, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         number = tl.program_id(1)
         begin, end = number * each, tl.minimum(number * each + each, K)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         line = n.to(tl.int64)[:, None]
+        limit = tl.minimum(end, X_K)  # x may be narrower than the packed columns
         for start in range(begin, end, BLOCK_K):
-            if INT4:  # a byte holds columns 32 b + i and 32 b + 16 + i
-                byte = tl.arange(0, BLOCK_K // 2)
-                low = start + byte // 16 * 32 + byte % 16
+            if GROUP:  # 16 bits hold columns 32 b + i, + 8, + 16 and + 24
+                i = tl.arange(0, BLOCK_K // 4)
+                low = start + i // 8 * 32 + i % 8
                 packed = tl.load(
-                    w + line * (K // 2) + start // 2 + byte[None, :], mask=low[None, :] < end, other=0
+                    w + line * (K // 4) + start // 4 + i[None, :], mask=(low[None, :] < end) | EVEN, other=0
                 )
-                pair = scales + (line * (K // GROUP) + low[None, :] // GROUP) * 2
-                scale = tl.load(pair, mask=low[None, :] < end, other=0.0).to(tl.float32)
-                offset = tl.load(pair + 1, mask=low[None, :] < end, other=0.0).to(tl.float32)
-                for half in tl.static_range(2):
-                    cols = low + 16 * half
-                    seen = (rows[:, None] < T) & (cols[None, :] < X_K) & (cols[None, :] < end)
+                groups: tl.constexpr = BLOCK_K // GROUP
+                group = start // GROUP + tl.arange(0, groups)
+                pair = tl.load(
+                    scales + line * (K // GROUP) + group[None, :],
+                    mask=(group[None, :] * GROUP < end) | EVEN,
+                    other=0,
+                )
+                quarters = levels_of(packed, pair, x.dtype.element_ty, BLOCK_N, groups, BLOCK_K // 4)
+                for quarter in tl.static_range(4):
+                    cols = low + 8 * quarter
+                    seen = (rows[:, None] < T) & ((cols[None, :] < limit) | EVEN)
                     xs = tl.load(x + rows[:, None] * X_K + cols[None, :], mask=seen, other=0.0)
-                    ws = ((packed >> (4 * half)) & 15).to(tl.float32) * scale + offset
-                    acc += tl.dot(xs, tl.trans(ws.to(xs.dtype)), input_precision="ieee")
+                    acc = tl.dot(xs, tl.trans(quarters[quarter]), acc, input_precision=PRECISION)
             else:
                 cols = start + tl.arange(0, BLOCK_K)
-                seen = (rows[:, None] < T) & (cols[None, :] < X_K) & (cols[None, :] < end)
+                seen = (rows[:, None] < T) & ((cols[None, :] < limit) | EVEN)
                 xs = tl.load(x + rows[:, None] * X_K + cols[None, :], mask=seen, other=0.0)
-                ws = tl.load(w + line * K + cols[None, :], mask=cols[None, :] < end, other=0.0)
-                acc += tl.dot(xs, tl.trans(ws.to(tl.float32).to(xs.dtype)), input_precision="ieee")
-        if not INT4:
+                ws = tl.load(w + line * K + cols[None, :], mask=(cols[None, :] < end) | EVEN, other=0.0)
+                acc = tl.dot(xs, tl.trans(ws.to(tl.float32).to(xs.dtype)), acc, input_precision=PRECISION)
+        if not GROUP:
             acc *= tl.load(scales + n)[None, :]
         tl.store(part + (number * T + rows[:, None]) * N + n[None, :], acc, mask=rows[:, None] < T)
+
+    @triton.jit
+    def levels_of(
+        packed, pair, dtype: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        """The four columns of 16 bits each (N, WIDTH), scaled, from pairs of scale and offset (N, GROUPS).
+
+        No integer is converted: 128 in bf16 and 2^23 in fp32 count ones in their last bits.
+        """
+        if dtype == tl.bfloat16:
+            scale = spread((pair & 0xFFFF) | (pair << 16), N, GROUPS, WIDTH)
+            offset = spread((pair & -65536) | ((pair >> 16) & 0xFFFF), N, GROUPS, WIDTH)
+            a, b, c, d = tl.inline_asm_elementwise(
+                INT4_TO_BF16, "=r,=r,=r,=r,r,r,r,r,r", [packed, scale, offset],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            scale = spread(pair << 16, N, GROUPS, WIDTH).to(tl.float32, bitcast=True)
+            offset = spread(pair & -65536, N, GROUPS, WIDTH).to(tl.float32, bitcast=True)
+            wide = packed.to(tl.int32)
+            a = ((wide & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * scale + offset
+            b = ((wide >> 4 & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * scale + offset
+            c = ((wide >> 8 & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * scale + offset
+            d = ((wide >> 12 & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * scale + offset
+        return a.to(dtype), b.to(dtype), c.to(dtype), d.to(dtype)
+
+    @triton.jit
+    def spread(x, N: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+        """(N, GROUPS) -> (N, WIDTH), each number beside all of its group."""
+        return tl.reshape(tl.broadcast_to(x[:, :, None], [N, GROUPS, WIDTH // GROUPS]), [N, WIDTH])
 
 
 class Tiling(NamedTuple):
@@ -266,63 +409,90 @@ class Tiling(NamedTuple):
 
 
 TILINGS = (  # what the tuner tries; the first one serves where nothing is tuned
-    Tiling(64, 128, 4, 4, 2), Tiling(32, 128, 4, 4, 4), Tiling(16, 256, 4, 4, 4), Tiling(32, 256, 4, 3, 4),
-    Tiling(64, 128, 4, 3, 4), Tiling(64, 256, 8, 3, 2), Tiling(128, 128, 8, 3, 2), Tiling(16, 512, 4, 2, 4),
+    Tiling(64, 128, 4, 4, 2), Tiling(32, 128, 2, 4, 4), Tiling(16, 256, 1, 4, 8), Tiling(32, 256, 2, 3, 4),
+    Tiling(64, 128, 4, 3, 4), Tiling(64, 256, 4, 3, 2), Tiling(128, 128, 4, 3, 2), Tiling(128, 128, 8, 3, 2),
 )  # fmt: skip
 tilings: dict[str, Tiling] = {}  # the choices of this process, by shape
+SCALES = {8: torch.float32, 4: torch.bfloat16}  # by bits of a weight
 
 
-@torch.library.custom_op("judge_fast::few_rows", mutates_args=())
 def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
     """x (..., k) of up to MOST_ROWS rows times a quantised weight -> (..., n), on a GPU.
 
     bits: 8, a number a byte and a scale a row, or 4, as quantize.py packs groups.
     Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into
-    parts that run side by side where the weight has too few rows to fill the GPU; the parts are summed in
-    fp32. The first product of a shape measures TILINGS, unless an earlier process has, on the same kind of
-    GPU.
+    parts that run side by side where the weight has too few rows to fill the GPU; a compiled step sums the
+    parts, in fp32, within the kernel that uses the sums.
     """
-    block_m = power_of_2(x.numel() // x.shape[-1])
-    fitting = [tiling for tiling in TILINGS if weight.shape[0] % tiling.block_n == 0]
-    if x.device.type != "cuda":
-        return product(x, weight, scales, n, bits, fitting[0])
-    key = f"{weight.dtype} {tuple(weight.shape)} in {tuple(scales.shape)}, up to {block_m} rows of {x.dtype}"
-    if key not in tilings:
-        tilings.update(read_tilings(x.device))
-    if tilings.get(key) not in fitting:
-        tilings[key] = tune(fitting, lambda tiling: product(x, weight, scales, n, bits, tiling))
-        write_tilings(x.device)
-    return product(x, weight, scales, n, bits, tilings[key])
-
-
-def product(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int, tiling: Tiling) -> Tensor:
-    """`few_rows` by one tiling, whose block_n divides the rows of the weight."""
     rows = x.numel() // x.shape[-1]
-    n_padded, k = weight.shape[0], weight.shape[1] * 8 // bits
-    blocks = n_padded // tiling.block_n
-    n_parts = parts_for(x.device, blocks, tiling.programs)
-    each = -(-k // n_parts // tiling.block_k) * tiling.block_k
-    n_parts = -(-k // each)
-    part = torch.empty(n_parts, rows, n_padded, dtype=torch.float32, device=x.device)
-    product_part[(blocks, n_parts)](
-        x.contiguous(),
-        weight,
-        scales,
-        part,
-        n_padded,
-        k,
-        rows,
-        each,
-        INT4=bits == 4,
-        GROUP=k // scales.shape[1] if bits == 4 else 1,
-        X_K=x.shape[-1],
-        BLOCK_M=power_of_2(rows),
-        BLOCK_N=tiling.block_n,
-        BLOCK_K=tiling.block_k,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-    )
-    return part.sum(0)[:, :n].to(x.dtype).view(*x.shape[:-1], n)
+    cut = cut_for(weight.dtype, tuple(weight.shape), tuple(scales.shape), rows, x.dtype, x.device, bits)
+    parts = product_parts(x, weight, scales, bits, *cut)
+    total = functools.reduce(torch.add, parts.unbind(0))  # unlike sum(0), fused with what uses it
+    return total[:, :n].to(x.dtype).view(*x.shape[:-1], n)
+
+
+@torch.compiler.assume_constant_result
+def cut_for(
+    dtype: torch.dtype, shape: tuple, scales: tuple, rows: int, x_dtype: torch.dtype, device, bits: int
+) -> tuple[int, int]:
+    """How to cut the product of so many rows with a weight: a number of TILINGS, and the parts of the
+    columns.
+
+    The first product of a shape on a GPU measures TILINGS, on numbers of its own, unless an earlier process
+    has, on the same kind of GPU: a step is tuned while it is compiled.
+    """
+    fitting, k = [tiling for tiling in TILINGS if shape[0] % tiling.block_n == 0], shape[1] * 8 // bits
+
+    def cut(tiling: Tiling) -> tuple[int, int]:
+        programs = parts_for(device, shape[0] // tiling.block_n, tiling.programs)
+        each = -(-k // min(8, programs) // tiling.block_k) * tiling.block_k  # sums of many are not fused
+        return TILINGS.index(tiling), -(-k // each)
+
+    @functools.cache
+    def operands() -> list[Tensor]:
+        kinds = ((rows, k), x_dtype), (shape, dtype), (scales, SCALES[bits])
+        return [torch.zeros(size, dtype=kind, device=device) for size, kind in kinds]
+
+    if device.type != "cuda":
+        return cut(fitting[0])
+    key = f"{dtype} {shape} in {scales}, up to {power_of_2(rows)} rows of {x_dtype}"
+    if key not in tilings:
+        tilings.update(read_tilings(device))
+    if tilings.get(key) not in fitting:
+        tilings[key] = tune(fitting, lambda tiling: product_parts(*operands(), bits, *cut(tiling)))
+        write_tilings(device)
+    return cut(tilings[key])
+
+
+@torch.library.custom_op("judge_fast::product_parts", mutates_args=())
+def product_parts(x: Tensor, weight: Tensor, scales: Tensor, bits: int, tiling: int, parts: int) -> Tensor:
+    """x (..., k) times each of so many parts of a quantised weight's columns -> fp32 (parts, rows, N)."""
+    rows, tiling = x.numel() // x.shape[-1], TILINGS[tiling]
+    n, k = weight.shape[0], weight.shape[1] * 8 // bits
+    out = product_shape(x, weight, scales, bits, tiling, parts)
+    group = k // scales.shape[1] if bits == 4 else 0
+    if bits == 4:  # as numbers of 16 bits, and pairs of scale and offset as one of 32
+        weight, scales = weight.view(torch.int16), scales.view(torch.int32)
+    product_part[(n // tiling.block_n, parts)](
+        x.contiguous(), weight, scales, out, n, k, rows, -(-k // parts // tiling.block_k) * tiling.block_k,
+        GROUP=group, X_K=x.shape[-1], EVEN=k == x.shape[-1] and k % tiling.block_k == 0, **common(x.dtype),
+        BLOCK_M=power_of_2(rows), BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@product_parts.register_fake
+def product_shape(x: Tensor, weight: Tensor, scales: Tensor, bits: int, tiling: int, parts: int) -> Tensor:
+    """What `product_parts` returns, uninitialised."""
+    return x.new_empty(parts, x.numel() // x.shape[-1], weight.shape[0], dtype=torch.float32)
+
+
+def common(dtype: torch.dtype) -> dict:
+    """What every launch is given: how tensor cores multiply numbers of that type, and whether a launch may
+    overlap the one before it."""
+    precision = "tf32x3" if dtype == torch.float32 else "ieee"
+    return {"PRECISION": precision, "PDL": PDL} | ({"launch_pdl": True} if PDL else {})
 
 
 def tune(candidates: list[Tiling], action: Callable[[Tiling], Tensor]) -> Tiling:
@@ -389,54 +559,51 @@ def scaled_product(x: Tensor, weight: Tensor, scales: Tensor, n: int) -> Tensor:
     return y[:, :n].to(x.dtype).view(*x.shape[:-1], n)
 
 
-@few_rows.register_fake
-def few_rows_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
-    """What `few_rows` returns, uninitialised."""
-    return x.new_empty(*x.shape[:-1], n)
+@torch.library.custom_op(
+    "judge_fast::attend", mutates_args=("k_cache", "v_cache"), tags=(torch.Tag.flexible_layout,)
+)
+def attend(qkv: Tensor, rope: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """Attention of T rows over the part of a KV cache that they may see, into which it writes their own keys
+    and values; traffic follows pos, not the cache's length.
 
-
-@torch.library.custom_op("judge_fast::attend", mutates_args=())
-def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
-    """Attention of T rows over the part of a KV cache that they may see; traffic follows pos, not the cache's
-    length.
-
-    q: (n_kv_head, group * T, D), row r being query head r // T of its group and token r % T. k_cache,
-    v_cache: (1, n_kv_head, length, D). pos: (T,) ascending positions; row t sees positions up to pos[t]. ->
-    (1, T, heads * D). The positions are cut into parts that run side by side (flash decoding); softmax and
-    sums are fp32.
+    qkv: (T, (heads + 2 n_kv_head) * D), queries, keys and values, not yet rotated. rope: a `rope_table`, fp32
+    (length, 2, D / 2). pos: (T,) ascending positions; row t sees positions up to pos[t]. k_cache, v_cache:
+    (1, n_kv_head, length, D). -> (1, T, heads * D). The positions are cut into parts that run side by side
+    (flash decoding); softmax and sums are fp32. Of few rows the last program of a head joins its parts, of
+    more a second launch, which spreads the joining over the GPU.
     """
-    n_kv, rows, d = q.shape
+    n_kv, d, t = k_cache.shape[1], k_cache.shape[3], len(pos)
+    rows = (qkv.shape[1] // d - 2 * n_kv) // n_kv * t
     blocks = -(-rows // 128)
-    block_m, block_d = power_of_2(-(-rows // blocks)), power_of_2(d)
-    parts = parts_for(q.device, n_kv * blocks)
-    out = attend_shape(q, k_cache, v_cache, pos)
-    part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=q.device)
-    peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
-    sizes = {"ROWS": rows, "T": len(pos), "D": d, "PARTS": parts, "LEAST": 64, "BLOCK_D": block_d}
-    block_n = 64 if q.itemsize == 2 else 32  # a few blocks in flight fill the shared memory
+    block_m, join = power_of_2(-(-rows // blocks)), rows <= 8
+    parts = parts_for(qkv.device, n_kv * blocks)
+    out = attend_shape(qkv, rope, pos, k_cache, v_cache)
+    part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=qkv.device)
+    peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=qkv.device) for _ in range(2))
+    sizes = {"ROWS": rows, "T": t, "D": d, "PARTS": parts, "LEAST": 64, "BLOCK_D": power_of_2(d)}
+    block_n = 64 if qkv.itemsize == 2 else 32  # a few blocks in flight fill the shared memory
     attend_part[(n_kv, parts, blocks)](
-        q,
-        k_cache,
-        v_cache,
-        pos,
-        part,
-        peak,
-        total,
-        d**-0.5,
-        k_cache.shape[2],
-        **sizes,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=8 if block_m == 128 else 4,
-    )
-    attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, BLOCK_P=power_of_2(parts))
+        qkv.contiguous(), rope, pos, k_cache, v_cache, out, part, peak, total, arrivals(qkv.device),
+        d**-0.5, k_cache.shape[2], **sizes, **common(qkv.dtype), JOIN=join, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_T=min(16, power_of_2(t)), num_warps=8 if block_m == 128 else 4,
+    )  # fmt: skip
+    if not join:
+        launch = {name: value for name, value in common(qkv.dtype).items() if name != "PRECISION"}
+        attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, **launch)
     return out
 
 
 @attend.register_fake
-def attend_shape(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
+def attend_shape(qkv: Tensor, rope: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """What `attend` returns, uninitialised."""
-    return q.new_empty(1, len(pos), q.numel() // len(pos))
+    t, n_kv, d = len(pos), k_cache.shape[1], k_cache.shape[3]
+    return qkv.new_empty(1, t, qkv.numel() // t - 2 * n_kv * d)
+
+
+@functools.cache
+def arrivals(device: torch.device) -> Tensor:
+    """How many parts of each KV head are done; `attend` leaves zeros."""
+    return torch.zeros(1024, dtype=torch.int32, device=device)
 
 
 def power_of_2(n: int) -> int:
@@ -447,7 +614,7 @@ def power_of_2(n: int) -> int:
 def parts_for(device: torch.device, programs: int, wanted: int = 2) -> int:
     """Parts to cut the work of so many programs into: enough for `wanted` programs a multiprocessor."""
     n = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    return max(1, min(64, wanted * n // programs))
+    return max(1, wanted * n // programs)
 
 
 @dataclass
@@ -469,6 +636,15 @@ def capture(action, pool) -> Graph:
     with torch.cuda.graph(graph, pool=pool):
         output = action()
     return Graph(graph, output)
+
+
+def use_pdl(device: torch.device) -> None:
+    """--pdl: from here on a kernel may start while the one before it ends (programmatic dependent launch); it
+    waits before it reads what that one writes. Raises InputError where a GPU has no such launches."""
+    global PDL
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise InputError(f"--pdl needs a GPU of compute capability 9.0 or more, which {device} is not.")
+    PDL = True
 
 
 def check_compiler() -> None:
@@ -497,6 +673,8 @@ def compile_step(step, device: str, cpp_wrapper: bool = True):
     def keep(guards: list) -> list[bool]:
         return [guard.name in ("first", "L['first']") for guard in guards]
 
-    # On a CPU the wrapper around the kernels counts, on a GPU it is captured and gone
-    options = {"cpp_wrapper": cpp_wrapper} if device == "cpu" else {"coordinate_descent_tuning": True}
+    if device == "cpu":  # there the wrapper around the kernels counts, on a GPU it is captured and gone
+        options = {"cpp_wrapper": cpp_wrapper}
+    else:
+        options = {"coordinate_descent_tuning": True, "triton.enable_pdl": PDL}
     return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})

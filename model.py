@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import kernels
-from cli import InputError
+from cli import InputError, first_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAGE = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
             device = torch.device("cuda", device.index or 0)  # set_device takes no other
             torch.cuda.set_device(device)  # graphs, events and Triton's kernels go to the current one
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(f"--device {name} is not usable here ({reason}); cpu always is.") from None
     return device
 
@@ -112,8 +112,7 @@ class ModelArgs:
         return weights * dtype.itemsize + self.cache_bytes(length, dtype)
 
 
-LLAMA31_ROPE = Llama3Rope(8.0, 1.0, 4.0, 8192)
-LLAMA32_ROPE = Llama3Rope(32.0, 1.0, 4.0, 8192)
+LLAMA31_ROPE, LLAMA32_ROPE = (Llama3Rope(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 SMALL, LARGE = {"rope_scaling": LLAMA32_ROPE, "tie_embeddings": True}, {"rope_scaling": LLAMA31_ROPE}
 PRESETS = {  # published shapes, for benchmarks with random weights
     "Llama-3.2-1B": ModelArgs(2048, 16, 32, 8, 8192, 128256, 64, **SMALL),
@@ -167,9 +166,10 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
+        self.wide = False  # as `kernels.linear` has it
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight)
+        return kernels.linear(x, self.weight, self.wide)
 
 
 class Attention(nn.Module):
@@ -184,9 +184,10 @@ class Attention(nn.Module):
         self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
     ) -> Tensor:
         """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask as `see` gives -> (B, T, dim)."""
-        a, (batch, rows, _) = self.args, x.shape
-        qkv = self.wqkv(x).view(batch, rows, -1, a.head_dim)
-        q, k, v = qkv.split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
+        a, qkv, (batch, rows, _) = self.args, self.wqkv(x), x.shape
+        if pos is not None and mask is None:  # a step on a GPU; rope is the whole table
+            return self.wo(kernels.attend(qkv[0], rope, pos, self.k_cache, self.v_cache))
+        q, k, v = qkv.view(batch, rows, -1, a.head_dim).split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if pos is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -200,9 +201,6 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, pos: Tensor, mask: Tensor | None, visible: int) -> Tensor:
         """q (1, T, n_head, head_dim) over the caches -> the same shape."""
         a, rows = self.args, q.shape[1]
-        if mask is None:
-            y = kernels.attend(heads_as_rows(q, a.n_kv_head)[0], self.k_cache, self.v_cache, pos)
-            return y.view(q.shape)
         k, v = self.k_cache[:, :, :visible], self.v_cache[:, :, :visible]
         if use_heads_as_rows(q):
             y = F.scaled_dot_product_attention(heads_as_rows(q, a.n_kv_head), k, v, attn_mask=mask)
@@ -271,6 +269,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(self.local) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, self.local.vocab_size)
+        self.output.wide = True
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
@@ -322,7 +321,8 @@ class Transformer(nn.Module):
         if pos is None:
             rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
         else:
-            rope, mask = self.rope[pos], self.see(x, pos, visible, prefill)
+            mask = self.see(x, pos, visible, prefill)
+            rope = self.rope if mask is None else self.rope[pos]
         for layer in self.layers:
             x = layer(x, rope, pos, mask, visible)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]

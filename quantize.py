@@ -39,7 +39,7 @@ from files import check_new_folder, lock, read_json, replacing, write_file
 from model import ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
-PACKING = 1  # how the numbers lie in the files; a reader refuses any other
+PACKING = 2  # how the numbers lie in the files; a reader refuses any other
 ROWS, COLUMNS = 16, 32  # packed weights are padded to multiples of these
 SLICE = 1 << 22  # numbers unpacked at a time: a copy of a whole matrix in fp32 would be GB
 IN_CACHE = 1 << 18  # numbers packed at a time: a search over them stays in the cache
@@ -200,15 +200,16 @@ def fit(
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """q (N, K) of 0..15 -> (N, K / 2): of 32 columns the first 16 in the lower halves of 16 bytes."""
-    low, high = q.to(torch.uint8).unflatten(1, (-1, 2, 16)).unbind(2)
-    return (low | high << 4).flatten(1)
+    """q (N, K) of 0..15 -> (N, K / 2): of 32 columns i, 8 + i, 16 + i and 24 + i in the 16 bits number i,
+    the first in the lowest."""
+    a, b, c, d = q.to(torch.uint8).unflatten(1, (-1, 4, 8)).unbind(2)
+    return torch.stack([a | b << 4, c | d << 4], -1).flatten(1)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """The inverse of `pack_int4`."""
-    parts = packed.unflatten(1, (-1, 16))
-    return torch.stack([parts & 15, parts >> 4], 2).flatten(1)
+    low, high = packed.unflatten(1, (-1, 8, 2)).unbind(-1)
+    return torch.stack([low & 15, low >> 4, high & 15, high >> 4], 2).flatten(1)
 
 
 def pack_groups(w: Tensor, peaks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

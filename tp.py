@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import cli
+import kernels
 from cli import InputError
 from model import ModelArgs, Transformer
 
@@ -159,10 +160,9 @@ def most_likely(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """The argmax (T,), the lowest of equals, and its logit (T,) (NaN if any of the row is), from whole logits
     (T, vocab_size) or this rank's part of them."""
     if logits.shape[-1] == vocab_size:
-        index = logits.argmax(-1)
-        return index, logits.gather(-1, index[:, None]).squeeze(-1)
+        return kernels.largest(logits)[::-1]
     tokens = torch.arange(logits.shape[-1], device=logits.device) + RANK * logits.shape[-1]
-    value, index = logits.masked_fill(tokens >= vocab_size, -float("inf")).max(-1)  # what fills a part up
+    value, index = kernels.largest(logits.masked_fill(tokens >= vocab_size, -float("inf")))  # filled up
     pairs = all_gather(torch.stack([value.double(), tokens[index].double()], -1))  # fp64 holds both
     best = pairs[..., 0].argmax(0, keepdim=True)
     peak, index = pairs.gather(0, best[..., None].expand(1, -1, 2))[0].unbind(-1)

@@ -1,12 +1,14 @@
 """Protects: products and attention of a few rows against float64, where they are used, and what a step may look at."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 import kernels
-from model import ModelArgs, Transformer, heads_as_rows, random_model
+from model import ModelArgs, Transformer, apply_rope, random_model, rope_table
 
 kernels.use_cpu_kernels()
 ARGS = ModelArgs(48, 2, 6, 2, 64, 101, 16, max_position=4096)
@@ -89,17 +91,26 @@ SHAPES = [(2, 3, 20, 700), (1, 1, 32, 400), (2, 4, 128, 900)]
 
 
 def check_attend(device, n_kv, group, d, length, rows, lasts, dtype, noise):
-    """The Triton kernel against float64, the last row at each of the positions `lasts`."""
+    """The Triton kernel against float64, the last row at each of the positions `lasts`: what it returns, and the caches,
+    where it writes its own rows and nothing else."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(rows)
+    table = rope_table(replace(ARGS, head_dim=d), length, "cpu")
     for last in lasts:
         pos = torch.arange(last - rows + 1, last + 1)
-        k, v = filled_cache(generator, n_kv, length, d, last + 1, dtype)
-        q = torch.randn(1, rows, n_kv * group, d, generator=generator).to(dtype)
-        moved = (x.to(device) for x in (heads_as_rows(q, n_kv)[0], k, v, pos))
+        k, v = filled_cache(generator, n_kv, length, d, int(pos[0]), dtype)
+        qkv = torch.randn(rows, (group + 2) * n_kv * d, generator=generator).to(dtype)
+        moved = [x.to(device) for x in (qkv, table, pos, k, v)]
         y = kernels.attend(*moved).cpu().view(rows, n_kv * group, d)
+        q, own_k, own_v = qkv.view(1, rows, -1, d).split([n_kv * group, n_kv, n_kv], dim=2)
+        q, own_k = (apply_rope(x.double(), table[pos].double()).to(dtype) for x in (q, own_k))
+        k[0, :, pos], v[0, :, pos] = own_k[0].transpose(0, 1), own_v[0].transpose(0, 1)
         exact = exact_attention(q[0], k[0], v[0], pos)
         assert (y.double() - exact).abs().max() < noise, (dtype, last)
+        written = moved[3].cpu()[0, :, pos].double() - k[0, :, pos].double()
+        assert written.abs().max() < noise and torch.equal(moved[4].cpu(), v), (dtype, last)
+        elsewhere = torch.ones(length, dtype=torch.bool).index_fill(0, pos, False)
+        assert torch.equal(moved[3].cpu()[:, :, elsewhere], k[:, :, elsewhere]), (dtype, last)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +147,11 @@ def test_attend_in_the_interpreter(shape, rows, lasts):
 def test_attend_of_the_first_draft_step_at_position_0():
     """Both rows are position 0 then: one visible position."""
     pytest.importorskip("triton")
-    k, v = filled_cache(torch.Generator().manual_seed(0), 1, 64, 16, 1, torch.float32)
-    y = kernels.attend(torch.randn(1, 2, 16), k, v, torch.zeros(2, dtype=torch.long))
-    assert torch.allclose(y.view(2, 16), v[0, 0, :1].expand(2, 16))
+    k, v = filled_cache(torch.Generator().manual_seed(0), 1, 64, 16, 0, torch.float32)
+    qkv = torch.randn(1, 48).expand(2, 48)  # the same token twice
+    y = kernels.attend(qkv, rope_table(ARGS, 64, "cpu"), torch.zeros(2, dtype=torch.long), k, v)
+    assert torch.allclose(y.view(2, 16), qkv[:, 32:]) and torch.equal(v[0, 0, :1], qkv[:1, 32:])
+    assert (v[0, 0, 1:] == 1e4).all() and (k[0, 0, 1:] == 1e4).all()
 
 
 @pytest.mark.parametrize("dtype, noise", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])

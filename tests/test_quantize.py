@@ -113,8 +113,12 @@ def test_packing_of_int4_by_hand():
     q = torch.arange(64).view(2, 32) % 16
     q[1] = 15 - q[1]
     packed = pack_int4(q)
-    assert packed.shape == (2, 16) and packed[0].tolist() == [i | i << 4 for i in range(16)]
-    assert packed[1, 3].item() == (12 | 12 << 4) and torch.equal(unpack_int4(packed), q.to(torch.uint8))
+    by_16_bits = (
+        packed.view(torch.int16).int() & 0xFFFF
+    )  # columns i, 8 + i, 16 + i, 24 + i from the lowest bits on
+    assert by_16_bits[0].tolist() == [i | 8 + i << 4 | i << 8 | 8 + i << 12 for i in range(8)]
+    assert by_16_bits[1, 3].item() == (12 | 4 << 4 | 12 << 8 | 4 << 12) and packed.shape == (2, 16)
+    assert torch.equal(unpack_int4(packed), q.to(torch.uint8))
     q = torch.randint(0, 16, (5, 160), generator=torch.Generator().manual_seed(0))
     assert torch.equal(unpack_int4(pack_int4(q)), q.to(torch.uint8))
 
@@ -175,8 +179,12 @@ def test_every_tiling_gives_the_same_product(scheme, device):
     )
     moved = [part.to(device) for part in (x, *packed)]
     assert len(set(kernels.TILINGS)) == len(kernels.TILINGS)
-    for tiling in kernels.TILINGS:
-        y = kernels.product(*moved, n, 4 if scheme.mode == "int4" else 8, tiling).cpu()
+    for tiling in range(len(kernels.TILINGS)):
+        y = (
+            kernels.product_parts(*moved, 4 if scheme.mode == "int4" else 8, tiling, 2)
+            .cpu()
+            .sum(0)[:, :n][None]
+        )
         assert ((y.double() - exact).abs() / size.clamp(min=1e-30)).max() < 1e-6, tiling
 
 
@@ -712,7 +720,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
     refused("quantised already", lambda: convert(tmp_path / "int8", tmp_path / "b", Scheme("int8")))
     refused("holds int8 weights already", lambda: load_model(tmp_path / "int8", "cpu", None, Scheme("fp8")))
     load_model(tmp_path / "int8", "cpu", None, Scheme("int8"))
-    for entry, match in (({"packing": "marlin"}, "packed as 'marlin' cannot be read"), ({"scheme": {"mode": "int3"}}, "not one that"),
+    for entry, match in (({"packing": "marlin"}, "packed as 'marlin' cannot be read"), ({"packing": 1}, "packed as 1 cannot be read, only as 2"), ({"scheme": {"mode": "int3"}}, "not one that"),
                          ({"scheme": 3}, "not one that")):  # fmt: skip
         broken = shutil.copytree(tmp_path / "int8", tmp_path / "broken", dirs_exist_ok=True)
         (broken / "config.json").write_text(json.dumps(config | {"judge_fast": config["judge_fast"] | entry}))

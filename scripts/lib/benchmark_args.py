@@ -143,7 +143,7 @@ def parse_args(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     add_round_flags(parser)
     add_mode_flags(parser)
     add_measure_flags(parser)
-    add_flags(parser, "compile")
+    add_flags(parser, "compile", "pdl")
     add_device_flags(parser)
     out = "write the figures to this .json file, and the table beside it as .md"
     add_flags(parser, out={"help": out}, profile={})

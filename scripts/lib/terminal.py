@@ -294,7 +294,7 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
     group = parser.add_argument_group("models")
     add_model_flags(group)
     add_device_flags(group)
-    add_flags(group, "compile")
+    add_flags(group, "compile", "pdl")
     add_mode_flags(parser.add_argument_group("quantised weights"))
 
     group = parser.add_argument_group("what to say")
