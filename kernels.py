@@ -11,6 +11,7 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -41,6 +42,7 @@ FLAGS = (
     "-shared -fPIC"
 )
 PDL = False  # set by `use_pdl`
+BLOCK = 256  # of a vocabulary, that one program takes the largest of
 MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
 cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTorch's products
 why_not = ""  # what kept it from being built
@@ -63,18 +65,18 @@ def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest number of each row (..., V), NaN if there is one, and its index, the lowest of equals.
+    """The largest number of each row (..., V), NaN if there is one, and its index, the lowest of equals."""
+    if x.device.type == "cuda" and x.shape[-1] > 2 * BLOCK:  # a vocabulary: one program a row were too few
+        return largest_by_blocks(x)
+    index = x.argmax(-1)
+    return x.gather(-1, index[..., None]).squeeze(-1), index
 
-    On a GPU in two stages: a row of a vocabulary would be one program's work.
-    """
-    width = 256
-    if x.device.type == "cpu" or x.shape[-1] <= 2 * width:
-        index = x.argmax(-1)
-        return x.gather(-1, index[..., None]).squeeze(-1), index
-    blocks = F.pad(x, (0, -x.shape[-1] % width), value=-float("inf")).unflatten(-1, (-1, width))
-    peaks, within = blocks.max(-1)
+
+def largest_by_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`largest` in two stages, of which the first runs side by side."""
+    peaks, within = F.pad(x, (0, -x.shape[-1] % BLOCK), value=-math.inf).unflatten(-1, (-1, BLOCK)).max(-1)
     block = peaks.argmax(-1, keepdim=True)
-    index = block * width + within.gather(-1, block)
+    index = block * BLOCK + within.gather(-1, block)
     return peaks.gather(-1, block).squeeze(-1), index.squeeze(-1)
 
 

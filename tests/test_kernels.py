@@ -70,6 +70,21 @@ def test_linear_takes_what_is_faster_and_leaves_the_rest():
         assert kernels.linear(torch.randn(1, 192), w).requires_grad  # training goes through PyTorch
 
 
+def test_the_largest_in_two_stages_is_the_lowest_of_equals():
+    """As argmax has it, ties within a block, between blocks and in the last, short one; NaN wins, -inf fills a part up."""
+    generator = torch.Generator().manual_seed(0)
+    for width in (513, 768, 1000, 5_000):
+        x = torch.randint(-3, 3, (40, width), generator=generator).float()
+        x[1, width - 1], x[2] = 9, -float("inf")
+        x[3, [7, 300, width - 1]] = 9
+        x[4, [300, 301]] = 9
+        value, index = kernels.largest_by_blocks(x)
+        first = (x == x.amax(-1, keepdim=True)).int().argmax(-1)
+        assert torch.equal(index, first) and torch.equal(value, x.amax(-1)), width
+        x[5, 400] = float("nan")
+        assert kernels.largest_by_blocks(x)[0][5].isnan() and kernels.largest(x)[0][5].isnan()
+
+
 def exact_attention(q, k, v, pos):
     """float64: q (T, H, D), k and v (KV, length, D), pos (T,) -> (T, H, D)."""
     group = q.shape[1] // k.shape[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -186,6 +187,90 @@ def test_every_tiling_gives_the_same_product(scheme, device):
             .sum(0)[:, :n][None]
         )
         assert ((y.double() - exact).abs() / size.clamp(min=1e-30)).max() < 1e-6, tiling
+
+
+def bf16_of(word):
+    """The two bf16 numbers in 32 bits, the lower first, as float64."""
+    halves = torch.stack([word & 0xFFFF, word >> 16], -1).int()
+    return torch.where(halves > 32767, halves - 65536, halves).to(torch.int16).view(torch.bfloat16).double()
+
+
+def run_ptx(text, inputs):
+    """What the few kinds of lines of INT4_TO_BF16 do, on int64 tensors that hold 32 bits -> its outputs $0 to $3."""
+    found = {f"${number}": value for number, value in inputs.items()}
+    for line in re.findall(r"(?:mov|shr|lop3|fma)[^;]*;", text):
+        operation, *names = re.split(r"[ ,]+", line.rstrip(";"))
+        a = [found[name] if name in found else torch.tensor(int(name, 0)) for name in names[1:]]
+        if operation == "fma.rn.bf16x2":
+            exact = bf16_of(a[0]) * bf16_of(a[1]) + bf16_of(a[2])
+            bits = exact.bfloat16().view(torch.int16).long() & 0xFFFF
+            found[names[0]] = bits[..., 0] | bits[..., 1] << 16
+        else:
+            assert operation in ("mov.b32", "shr.b32", "lop3.b32") and (
+                operation != "lop3.b32" or names[4] == "0xEA"
+            )
+            found[names[0]] = {
+                "mov": lambda: a[0],
+                "shr": lambda: a[0] >> a[1],
+                "lop3": lambda: a[0] & a[1] | a[2],
+            }[operation[:-4]]()
+    return [found[f"${number}"] for number in range(4)]
+
+
+def test_int4_becomes_bf16_as_unpacking_has_it():
+    """The inline PTX, line by line: columns, levels, and one rounding of level * scale + offset. No GPU runs it here."""
+    pytest.importorskip("triton")
+    scheme = Scheme("int4", 32)
+    packed, scales = quantize.quantize(weights(64, 256), scheme)
+    words = packed.view(torch.int32).long() & 0xFFFFFFFF  # of two times 16 bits
+    pairs = (scales.view(torch.int32).long() & 0xFFFFFFFF)[..., 0].repeat_interleave(
+        4, 1
+    )  # 4 words of 8 columns a group
+    scale, offset = (half | half << 16 for half in (pairs & 0xFFFF, pairs >> 16))
+    quarters = run_ptx(kernels.INT4_TO_BF16.value, {4: words, 5: scale, 7: offset})
+    # of 32 columns quarter q holds 8 q to 8 q + 7, two a word
+    ours = torch.stack([bf16_of(quarter).unflatten(1, (-1, 4)) for quarter in quarters], 2).reshape(64, 256)
+    exact = unpacked((packed, scales), scheme).double()
+    assert ((ours - exact).abs() <= exact.abs() * 2**-8).all() and torch.equal(
+        ours, exact.bfloat16().double()
+    )
+
+
+def test_parts_cover_every_column(monkeypatch):
+    """Whatever the shape, the GPU and the tiling: at most 8 parts, whole blocks, none beyond the columns' end but the last's."""
+    for device_parts in (1, 3, 20, 500):
+        monkeypatch.setattr(kernels, "parts_for", lambda device, programs, wanted=2, n=device_parts: n)
+        for k in (32, 1120, 4096, 14336):
+            monkeypatch.setattr(kernels, "TILINGS", kernels.TILINGS)
+            number, parts = kernels.cut_for(
+                torch.int8, (128, k), (128,), 5, torch.float32, torch.device("cpu"), 8
+            )
+            block = kernels.TILINGS[number].block_k
+            each = -(-k // parts // block) * block  # as product_parts has it
+            assert 1 <= parts <= min(8, device_parts) and (parts - 1) * each < k <= parts * each, (
+                device_parts,
+                k,
+            )
+
+
+@torch.inference_mode()
+def test_a_product_is_cut_while_its_step_is_compiled(monkeypatch):
+    """And never again, so that nothing is tuned once a step has run."""
+    pytest.importorskip("triton")
+    packed = [quantize.pad_rows(part) for part in quantize.quantize(weights(64, 128), Scheme("int8"))]
+    x, asked, real = torch.randn(1, 2, 128), [], kernels.cut_for
+
+    @torch.compiler.assume_constant_result
+    def counted(*shape):
+        asked.append(torch.zeros(3).sum().item())  # it may make and use tensors, as tuning does
+        return real(*shape)
+
+    monkeypatch.setattr(kernels, "cut_for", counted)
+    step = torch.compile(
+        lambda x: kernels.few_rows(x, *packed, 64, 8) * 2, fullgraph=True, backend="aot_eager"
+    )
+    found = [step(x) for _ in range(3)]
+    assert len(asked) == 1 and torch.equal(found[0], kernels.few_rows(x, *packed, 64, 8) * 2)
 
 
 def test_the_fastest_tiling_is_chosen_once_and_kept(monkeypatch, tmp_path, capsys):
