@@ -209,11 +209,8 @@ def run_ptx(text, inputs):
             assert operation in ("mov.b32", "shr.b32", "lop3.b32") and (
                 operation != "lop3.b32" or names[4] == "0xEA"
             )
-            found[names[0]] = {
-                "mov": lambda: a[0],
-                "shr": lambda: a[0] >> a[1],
-                "lop3": lambda: a[0] & a[1] | a[2],
-            }[operation[:-4]]()
+            moved, kept = operation == "mov.b32", operation == "lop3.b32"
+            found[names[0]] = a[0] if moved else a[0] & a[1] | a[2] if kept else a[0] >> a[1]
     return [found[f"${number}"] for number in range(4)]
 
 
@@ -241,7 +238,6 @@ def test_parts_cover_every_column(monkeypatch):
     for device_parts in (1, 3, 20, 500):
         monkeypatch.setattr(kernels, "parts_for", lambda device, programs, wanted=2, n=device_parts: n)
         for k in (32, 1120, 4096, 14336):
-            monkeypatch.setattr(kernels, "TILINGS", kernels.TILINGS)
             number, parts = kernels.cut_for(
                 torch.int8, (128, k), (128,), 5, torch.float32, torch.device("cpu"), 8
             )
