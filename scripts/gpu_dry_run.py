@@ -29,6 +29,7 @@ from pathlib import Path
 
 from files import check_writable, read_json, write_file
 from judge import RULES
+from kernels import MOST_ROWS
 from quantize import scheme_named
 from scripts.lib import no_gpu
 from scripts.lib.flags import FIXED_K, add_flags
@@ -62,9 +63,10 @@ COPY_SHARE = 0.9  # of a data sheet's bandwidth that a copy reaches; assumed
 
 
 def mode(text: str) -> str:
-    """A flag's `type`: bf16, none (the same), or a mode of quantize.py with its group."""
+    """A flag's `type`: none, bf16 (the same), or a mode of quantize.py with its group."""
     try:
-        return "bf16" if text in ("bf16", "none") or scheme_named(text) is None else text
+        scheme = scheme_named("none" if text == "bf16" else text)
+        return text if scheme is not None else "none"
     except InputError:
         raise argparse.ArgumentTypeError(
             f"{text} must be bf16, none, int8, fp8, int4 or int4/GROUP"
@@ -80,17 +82,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         preset={"default": "Llama-3.1-8B", "help": f"the target: {shape}"},
         draft_preset={"default": "Llama-3.2-1B", "help": f"the draft: {shape}"},
     )
-    modes = "bf16, none (the same), int8, fp8, int4, int4/128"
-    add("--mode", type=mode, default="bf16", help=f"how weights are kept: {modes}")
-    add("--draft_mode", type=mode, default="bf16", help="how the draft's are")
+    modes = "none or bf16: as they are; int8, fp8, int4, int4/128"
+    add("--mode", type=mode, default="none", help=f"quantise the weights so; {modes}")
+    add("--draft_mode", type=mode, default="none", help="quantise the draft's weights so")
+    add_flags(parser, precision={"default": "bf16", "help": "run type"})
     add("--verify", choices=list(RULES), default="standard", help="the rule; judge: with a head of random weights")
     add_flags(parser, "temperature", speculate_k=FIXED_K | {"default": 20})
-    add("--steps", choices=STEPS, nargs="+", default=list(STEPS), help="which steps")
+    add("--steps", choices=STEPS, nargs="*", default=list(STEPS), help="which steps")
     add("--layers", type=whole(2, 16), default=2, help="lower so many; what one adds stands for all others")
     held = {"type": whole(64, 1 << 20), "default": 500, "help": "positions that the cache holds, all of them read"}
     add_flags(parser, "gpu", cache_length=held)
     add("--capability", choices=CAPABILITIES, nargs="+", help="compute capabilities (default: that of --gpu)")
     add("--machine_code", action="store_true", help="compile every Triton kernel, and read its machine code")
+    many = "compile our own kernels for passes of so many rows, by every tiling"
+    add("--rows", type=whole(1, MOST_ROWS), nargs="+", default=[], help=many)
     add("--measured", type=Path, help="a report by benchmark.py, for its bandwidth (default: assumed)")
     add_flags(parser, out={"help": "write the figures, with every launch and kernel, to this .json file"})
     args = parser.parse_args(argv)
@@ -104,7 +109,8 @@ def lower(args: argparse.Namespace, capability: str) -> dict:
     request = {name: value for name, value in vars(args).items() if name not in ("out", "measured", "gpu")}
     request["capability"] = [int(number) for number in capability.split(".")]
     command = [sys.executable, "-W", "ignore", "-m", "scripts.lib.lowering", json.dumps(request)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
@@ -133,17 +139,23 @@ def step_lines(name: str, step: dict, of_gpu: bool) -> list[str]:
 
 def kernel_lines(report: dict) -> list[str]:
     """A row for each kernel of the machine code, once."""
-    head = f"{'kernel':44}{'registers':>10}{'shared':>8}{'stack':>6}{'spills':>7}  unit      loop  loads in it, and outside"
-    lines = dict.fromkeys([head])
-    for step in report["steps"].values():
-        for row in step["machine_code"]:
-            name = row["kernel"] if len(row["kernel"]) <= 42 else f"{row['kernel'][:28]}...{row['kernel'][-11:]}"
-            width, more = (" ".join(f"{n}x{w}" for w, n in row[part].items()) for part in ("loop_loads", "other_loads"))
-            lines[
-                f"{name:44}{row['registers']:10}{row['shared']:8}{row['stack']:6}{row['spills']:7}  {row['unit']:8}"
-                f"{row['loop_instructions']:6}  {width or '-'}; {more or '-'}  {row['tiling']}"
-            ] = None
-    return list(lines)
+    lines = [
+        f"{'kernel':42}{'registers':>10}{'shared':>8}{'stack':>7}{'spills':>7}  {'unit':9}{'loop':>5}  "
+        "bits of loads in the loop; outside"
+    ]
+    found = [row for step in report["steps"].values() for row in step["machine_code"]] + report["by_rows"]
+    for row in found:
+        name = row["kernel"] if len(row["kernel"]) < 42 else f"{row['kernel'][:28]}...{row['kernel'][-10:]}"
+        inside, outside = (
+            " ".join(f"{count}x{width}" for width, count in row[part].items()) or "none"
+            for part in ("loop_loads", "other_loads")
+        )
+        room = "" if row["fits"] else "; MORE SHARED MEMORY THAN THERE IS"
+        lines.append(
+            f"{name:42}{row['registers']:10}{row['shared']:8}{row['stack']:7}{row['spills']:7}  {row['unit']:9}"
+            f"{row['loop_instructions']:5}  {inside}; {outside}; {row['tiling'] or row['shapes']}{room}"
+        )
+    return list(dict.fromkeys(lines))
 
 
 def describe(args: argparse.Namespace, capability: str, costs: Costs) -> tuple[list[str], dict]:
@@ -162,7 +174,7 @@ def describe(args: argparse.Namespace, capability: str, costs: Costs) -> tuple[l
     if of_gpu:
         source = "measured" if args.measured else "assumed"
         lines.append(f"ms: predicted for {args.gpu} at {costs.bandwidth / 1e9:.0f} GB/s ({source}), not measured")
-    if args.machine_code:
+    if args.machine_code or args.rows:
         lines += kernel_lines(report)
     return lines, report
 
@@ -184,6 +196,7 @@ def run(args: argparse.Namespace) -> None:
     for report in reports:
         for step in report["steps"].values():
             del step["launches"], step["machine_code"]
+        del report["by_rows"]
     print(json.dumps(figures))
     if any(step[kind] for report in reports for step in report["steps"].values() for kind in FLAWS):
         sys.exit(1)

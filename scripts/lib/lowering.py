@@ -33,7 +33,7 @@ import quantize
 from checkpoint import weight_plan
 from cli import InputError, run_script
 from judge import JudgeHead, needs_judge
-from model import ModelArgs, Transformer, empty_model, materialise
+from model import DTYPES, ModelArgs, Transformer, empty_model, materialise
 from scripts.lib import machine_code, no_gpu
 from scripts.lib.benchmark_args import shape_of
 
@@ -120,6 +120,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), keywords=None):
         name = function._opname
+        if function.namespace == "judge_fast":
+            with self:
+                return OPDEFS[function._schema.name]._init_fn(*args, **(keywords or {}))
         if name == "_local_scalar_dense":
             self.step.host_syncs.append("a launcher reads a number on the host")
             return 1
@@ -192,7 +195,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def run_launcher(node: torch.fx.Node, recorder: Recorder) -> None:
-    """Calls the launcher of a judge_fast operation on tensors like those that a graph's node is given."""
+    """Calls an operation of judge_fast on tensors like those that a graph's node is given."""
 
     def stand_in(value):
         if not isinstance(value, torch.fx.Node):
@@ -207,7 +210,7 @@ def run_launcher(node: torch.fx.Node, recorder: Recorder) -> None:
     kept: list[Tensor] = []
     args, keywords = torch.fx.node.map_aggregate((node.args, node.kwargs), stand_in)
     with recording(recorder):
-        OPDEFS[node.target._schema.name]._init_fn(*args, **keywords)
+        node.target(*args, **keywords)
     recorder.weights.clear()
 
 
@@ -317,17 +320,25 @@ def read_step(action: Callable[[], None], caches: set, vocabulary: int, compile:
     return step
 
 
+def own_kernels(model: Transformer, rows: int, recorder: Recorder) -> None:
+    """Compiles what a pass of so many rows launches of our own kernels."""
+    kernels.tilings.clear()
+    with recording(recorder):
+        ids, pos = torch.zeros(1, rows, dtype=torch.long, device="cuda"), torch.arange(rows, device="cuda")
+        model(ids, pos)
+
+
 # The pair
 
 
-def make_model(args: ModelArgs, mode: str) -> Transformer:
-    """A model without memory; mode: bf16 or a mode of quantize.py."""
-    model, scheme = empty_model(args), None if mode == "bf16" else quantize.scheme_named(mode)
+def make_model(args: ModelArgs, mode: str, dtype: torch.dtype) -> Transformer:
+    """A model without memory; mode: none or a mode of quantize.py."""
+    model, scheme = empty_model(args), quantize.scheme_named(mode)
     if scheme is not None:
         quantize.prepare(torch.device("cuda"), scheme)
     rows = {row.ours: row for row in weight_plan(args).values()}
     for name in [name for name, _ in model.named_parameters()]:
-        weight = materialise(model, name, torch.bfloat16, "cuda")
+        weight = materialise(model, name, dtype, "cuda")
         if scheme is not None and quantize.is_quantized(rows[name], scheme):
             kinds = quantize.packed_shapes(weight.shape, scheme).values()
             packed = tuple(torch.empty(size, dtype=dtype, device="cuda") for dtype, size in kinds)
@@ -343,7 +354,8 @@ def make_engines(request: dict, layers: int) -> tuple[generate.Engine, generate.
     if shapes[0].vocab_size != shapes[1].vocab_size:
         raise InputError(f"{request['draft_preset']} and {request['preset']} do not share a vocabulary.")
     modes = request["mode"], request["draft_mode"]
-    target, draft = (make_model(shape, mode) for shape, mode in zip(shapes, modes))
+    dtype = DTYPES[request["precision"]]
+    target, draft = (make_model(shape, mode, dtype) for shape, mode in zip(shapes, modes))
     head = None
     if needs_judge(request["verify"]):
         head = JudgeHead(torch.empty(shapes[0].dim, device="cuda"), torch.empty((), device="cuda"), 0.5, "", {})
@@ -371,39 +383,51 @@ def action_of(name: str, drafting: generate.Engine, plain: generate.Engine) -> C
     return steps[0] if name != "verify" else steps[-1]
 
 
-def needed_bytes(args: ModelArgs, mode: str, rows: int, capacity: int) -> int:
+def needed_bytes(args: ModelArgs, mode: str, dtype: torch.dtype, rows: int, capacity: int) -> int:
     """Bytes of weights and of the whole cache that a step must read."""
-    scheme = None if mode == "bf16" else quantize.scheme_named(mode)
-    dtype = torch.bfloat16
-    saved = quantize.weight_bytes(args, dtype, None) - quantize.weight_bytes(args, dtype, scheme)
+    packed = quantize.weight_bytes(args, dtype, quantize.scheme_named(mode))
+    saved = quantize.weight_bytes(args, dtype, None) - packed
     return args.step_bytes(capacity, dtype, rows) - saved
 
 
 def report(request: dict) -> dict:
-    """By step, what it launches in one layer and in `layers`, and how large the whole step is.
+    """By step, what it launches in a layer and in all; and the machine code of our own kernels by rows.
 
     request: the flags of scripts/gpu_dry_run.py.
     """
-    found: dict[str, dict] = {}
-    rows = {"plain": 1, "draft_first": 2, "draft_next": 1, "verify": request["speculate_k"] + 1}
-    few, many = 1, request["layers"]
+    few, many, found, own = 1, request["layers"], {}, []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         for layers in (few, many):
             drafting, plain = make_engines(request, layers)
-            caches = {
-                (tuple(model.layers[0].attention.k_cache.shape), model.dtype) for model in drafting.models
-            }
+            caches = {(tuple(model.layers[0].attention.k_cache.shape), model.dtype) for model in drafting.models}
             for name in request["steps"]:
                 compile = request["machine_code"] and layers == many
                 action = action_of(name, drafting, plain)
                 step = read_step(action, caches, drafting.target.args.vocab_size, compile)
-                found.setdefault(name, {"rows": rows[name]})[layers] = step
+                found.setdefault(name, {})[layers] = step
+            if layers == few and request["rows"]:
+                own = machine_code_by_rows(drafting.models, request["rows"])
+    rows = {"plain": 1, "draft_first": 2, "draft_next": 1, "verify": request["speculate_k"] + 1}
     for name, entry in found.items():
         whose = "draft_" if name.startswith("draft") else ""
         shape, mode = shape_of(request[whose + "preset"]), request[whose + "mode"]
-        entry["bytes_needed"] = needed_bytes(shape, mode, rows[name], drafting.capacity)
-        entry |= whole_step(entry.pop(few), entry.pop(many), many - few, shape.n_layer - few)
-    return {"capability": request["capability"], "positions": drafting.capacity, "steps": found}
+        dtype = DTYPES[request["precision"]]
+        found[name] = {
+            "rows": rows[name], "bytes_needed": needed_bytes(shape, mode, dtype, rows[name], drafting.capacity)
+        } | whole_step(entry[few], entry[many], many - few, shape.n_layer - few)  # fmt: skip
+    return {
+        "capability": request["capability"], "positions": drafting.capacity, "steps": found, "by_rows": own,
+    }  # fmt: skip
+
+
+def machine_code_by_rows(models: list[Transformer], rows: list[int]) -> list[dict]:
+    """Our own kernels in passes of so many rows through a target and a draft, by every tiling."""
+    found = []
+    for model, n in itertools.product(models, rows):
+        step = Step()
+        own_kernels(model, n, Recorder(step, lambda x: False, model.args.vocab_size, compile=True))
+        found += [row | {"head_dim": model.args.head_dim, "rows": n} for row in step.compiled]
+    return found
 
 
 def whole_step(few: Step, many: Step, between: int, further: int) -> dict:

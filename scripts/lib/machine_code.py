@@ -75,13 +75,19 @@ def describe(made) -> dict:
     begin, end = main_loop(rows)
     loop, rest = rows[begin:end], rows[:begin] + rows[end:]
     return {
-        "registers": int(usage["REG"]), "shared": made.metadata.shared, "stack": int(usage["STACK"]),
+        "registers": int(usage["REG"]), "shared": made.metadata.shared,
+        "fits": made.metadata.shared <= most_shared(), "stack": int(usage["STACK"]),
         "spills": sum(row[1] in SPILLS for row in rows), "warps": made.metadata.num_warps,
         "stages": made.metadata.num_stages,
         "unit": next((unit for words, unit in UNITS.items() if words in made.asm["ptx"]), "fma"),
         "instructions": len(rows), "loop_instructions": len(loop), "loop_loads": loads(loop),
         "other_loads": loads(rest),
     }  # fmt: skip
+
+
+def most_shared() -> int:
+    """Bytes of shared memory that a program may have."""
+    return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 
 
 Row = tuple[int, str, str, str]  # address, operation, modifiers, operands
