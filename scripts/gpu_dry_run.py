@@ -86,11 +86,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mode", type=mode, default="none", help=f"quantise the weights so; {modes}")
     add("--draft_mode", type=mode, default="none", help="quantise the draft's weights so")
     add_flags(parser, precision={"default": "bf16", "help": "run type"})
-    add("--verify", choices=list(RULES), default="standard", help="the rule; judge: with a head of random weights")
+    add(
+        "--verify",
+        choices=list(RULES),
+        default="standard",
+        help="the rule; judge: with a head of random weights",
+    )
     add_flags(parser, "temperature", speculate_k=FIXED_K | {"default": 20})
     add("--steps", choices=STEPS, nargs="*", default=list(STEPS), help="which steps")
     add("--layers", type=whole(2, 16), default=2, help="lower so many; what one adds stands for all others")
-    held = {"type": whole(64, 1 << 20), "default": 500, "help": "positions that the cache holds, all of them read"}
+    held = {
+        "type": whole(64, 1 << 20),
+        "default": 500,
+        "help": "positions that the cache holds, all of them read",
+    }
     add_flags(parser, "gpu", cache_length=held)
     add("--capability", choices=CAPABILITIES, nargs="+", help="compute capabilities (default: that of --gpu)")
     add("--machine_code", action="store_true", help="compile every Triton kernel, and read its machine code")
@@ -173,7 +182,9 @@ def describe(args: argparse.Namespace, capability: str, costs: Costs) -> tuple[l
         lines += step_lines(name, step, of_gpu)
     if of_gpu:
         source = "measured" if args.measured else "assumed"
-        lines.append(f"ms: predicted for {args.gpu} at {costs.bandwidth / 1e9:.0f} GB/s ({source}), not measured")
+        lines.append(
+            f"ms: predicted for {args.gpu} at {costs.bandwidth / 1e9:.0f} GB/s ({source}), not measured"
+        )
     if args.machine_code or args.rows:
         lines += kernel_lines(report)
     return lines, report

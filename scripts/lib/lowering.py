@@ -41,7 +41,9 @@ STEPS = ("plain", "draft_first", "draft_next", "verify")
 WEIGHT = 1 << 20  # bytes of an input from which on a kernel that reads it counts as a product
 ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "linear")
-CALL = re.compile(r"^ +(?:\w+ = )?(extern_kernels\.|torch\.ops\.(?:aten|judge_fast)\.)?(\w+)(\.run)?[\w.]*\((.*)")
+CALL = re.compile(
+    r"^ +(?:\w+ = )?(extern_kernels\.|torch\.ops\.(?:aten|judge_fast)\.)?(\w+)(\.run)?[\w.]*\((.*)"
+)
 SOURCE = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", re.MULTILINE | re.DOTALL)
 BUFFER = re.compile(r"\b(?:arg|buf)\d+(?:_\d+)?\b")
 
@@ -135,7 +137,9 @@ class Recorder(TorchDispatchMode):
         devices = [{x.device.type for x in some} for some in (inputs, outputs)]
         if "cuda" in devices[0] and "cpu" in devices[1]:
             self.step.host_syncs.append(f"a launcher copies to the host: {name}")
-        self.step.cache_copies += [f"a launcher makes one: {name}" for x in outputs if self.is_cache(x) and fresh]
+        self.step.cache_copies += [
+            f"a launcher makes one: {name}" for x in outputs if self.is_cache(x) and fresh
+        ]
         self.step.launches.append(Launch(name, "aten", name in PRODUCTS))
         self.step.bytes += sum(x.nbytes for x in (*inputs, *outputs))
         return out
@@ -219,10 +223,14 @@ def run_launcher(node: torch.fx.Node, recorder: Recorder) -> None:
 
 def opaque_nodes(graph: GraphLowering) -> list[torch.fx.Node]:
     """The graph's nodes that are operations of judge_fast."""
-    return [node for node in graph.module.graph.nodes if getattr(node.target, "namespace", "") == "judge_fast"]
+    return [
+        node for node in graph.module.graph.nodes if getattr(node.target, "namespace", "") == "judge_fast"
+    ]
 
 
-def read_launches(lowered: Lowered, is_cache: Callable[[tuple, torch.dtype], bool], vocab: int) -> list[Launch]:
+def read_launches(
+    lowered: Lowered, is_cache: Callable[[tuple, torch.dtype], bool], vocab: int
+) -> list[Launch]:
     """The launches that stand in the code of a lowered step, those of opaque operations left out."""
     graph, found = lowered.graph, []
     body = re.sub(r"'''.*?'''", "", lowered.code, flags=re.DOTALL)
@@ -258,7 +266,11 @@ def flaws_of_graph(step: Step, graph: GraphLowering, is_cache: Callable) -> None
         given = [x.meta.get("val") for x in node.all_input_nodes]
         on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in given)
         to_host = isinstance(value, Tensor) and value.device.type == "cpu"
-        if node.op == "call_function" and on_gpu and (to_host or not isinstance(value, Tensor | tuple | list | None)):
+        if (
+            node.op == "call_function"
+            and on_gpu
+            and (to_host or not isinstance(value, Tensor | tuple | list | None))
+        ):
             step.host_syncs.append(f"{node.target} gives the host {node.name}")
     for name, buffer in graph.name_to_buffer.items():
         layout = getattr(buffer, "layout", None)
@@ -267,7 +279,7 @@ def flaws_of_graph(step: Step, graph: GraphLowering, is_cache: Callable) -> None
                 step.cache_copies.append(f"buffer {name} is a cache once more")
 
 
-def moved_bytes(graph: GraphLowering) -> int:
+def moved_bytes(graph: GraphLowering, rows: int) -> int:
     """Bytes that Inductor's kernels and cuBLAS read and write: of each buffer what a kernel touches, once."""
     total = 0
     with V.set_graph_handler(graph):
@@ -278,7 +290,7 @@ def moved_bytes(graph: GraphLowering) -> int:
             touched: dict[str, int] = {}
             for dep in node.read_writes.reads | node.read_writes.writes:
                 if dep.name not in graph.removed_buffers and not isinstance(dep, WeakDep):
-                    touched[dep.name] = touched.get(dep.name, 0) + numbers_touched(dep)
+                    touched[dep.name] = touched.get(dep.name, 0) + numbers_touched(dep, rows)
             for name, count in touched.items():
                 itemsize = graph.get_dtype(name).itemsize
                 total += min(count, int(graph.get_numel(name))) * itemsize
@@ -290,14 +302,17 @@ def is_opaque(operation) -> bool:
     return getattr(getattr(operation, "op_overload", None), "namespace", "") == "judge_fast"
 
 
-def numbers_touched(dep) -> int:
-    """Numbers of a buffer that a kernel reads or writes; through an index (an embedding) only the rows named."""
-    indirect = isinstance(dep, MemoryDep) and dep.is_indirect()
-    return int(math.prod(dep.size)) if indirect else int(dep.get_numel())
+def numbers_touched(dep, rows: int) -> int:
+    """Numbers of a buffer that a kernel reads or writes; through an index (an embedding, a cache) those of one
+    place for each row of the step."""
+    if not (isinstance(dep, MemoryDep) and dep.is_indirect()):
+        return int(dep.get_numel())
+    direct = [int(size) for var, size in zip(dep.var_names, dep.size) if var in dep.index.free_symbols]
+    return math.prod(direct) * min(rows, math.prod(map(int, dep.size)) // math.prod(direct))
 
 
-def read_step(action: Callable[[], None], caches: set, vocabulary: int, compile: bool) -> Step:
-    """What a step launches. caches: (shape, type) of the models' KV caches."""
+def read_step(action: Callable[[], None], rows: int, caches: set, vocabulary: int, compile: bool) -> Step:
+    """What a step of so many rows launches. caches: (shape, type) of the models' KV caches."""
 
     def is_cache(size: tuple, dtype: torch.dtype) -> bool:
         return (tuple(map(int, size)), dtype) in caches
@@ -310,7 +325,7 @@ def read_step(action: Callable[[], None], caches: set, vocabulary: int, compile:
         step.graph_breaks.append(str(error).splitlines()[0])
         return step
     step.launches = read_launches(lowered, is_cache, vocabulary)
-    step.bytes = moved_bytes(lowered.graph)
+    step.bytes = moved_bytes(lowered.graph, rows)
     flaws_of_graph(step, lowered.graph, is_cache)
     recorder = Recorder(step, lambda x: is_cache(x.shape, x.dtype), vocabulary, compile)
     for node in opaque_nodes(lowered.graph):
@@ -358,7 +373,9 @@ def make_engines(request: dict, layers: int) -> tuple[generate.Engine, generate.
     target, draft = (make_model(shape, mode, dtype) for shape, mode in zip(shapes, modes))
     head = None
     if needs_judge(request["verify"]):
-        head = JudgeHead(torch.empty(shapes[0].dim, device="cuda"), torch.empty((), device="cuda"), 0.5, "", {})
+        head = JudgeHead(
+            torch.empty(shapes[0].dim, device="cuda"), torch.empty((), device="cuda"), 0.5, "", {}
+        )
     settings = generate.Settings(
         verify=request["verify"], speculate_k=request["speculate_k"], temperature=request["temperature"],
         compile=True,
@@ -396,18 +413,20 @@ def report(request: dict) -> dict:
     request: the flags of scripts/gpu_dry_run.py.
     """
     few, many, found, own = 1, request["layers"], {}, []
+    rows = {"plain": 1, "draft_first": 2, "draft_next": 1, "verify": request["speculate_k"] + 1}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         for layers in (few, many):
             drafting, plain = make_engines(request, layers)
-            caches = {(tuple(model.layers[0].attention.k_cache.shape), model.dtype) for model in drafting.models}
+            caches = {
+                (tuple(model.layers[0].attention.k_cache.shape), model.dtype) for model in drafting.models
+            }
             for name in request["steps"]:
                 compile = request["machine_code"] and layers == many
                 action = action_of(name, drafting, plain)
-                step = read_step(action, caches, drafting.target.args.vocab_size, compile)
+                step = read_step(action, rows[name], caches, drafting.target.args.vocab_size, compile)
                 found.setdefault(name, {})[layers] = step
             if layers == few and request["rows"]:
                 own = machine_code_by_rows(drafting.models, request["rows"])
-    rows = {"plain": 1, "draft_first": 2, "draft_next": 1, "verify": request["speculate_k"] + 1}
     for name, entry in found.items():
         whose = "draft_" if name.startswith("draft") else ""
         shape, mode = shape_of(request[whose + "preset"]), request[whose + "mode"]

@@ -5,8 +5,6 @@ compiles to machine code. Nothing can run. What is replaced stays so: `pretend` 
 that does nothing else. With CPU builds of PyTorch that takes the package triton and a C++ compiler.
 """
 
-import contextlib
-import os
 import subprocess
 import types
 from pathlib import Path
@@ -36,7 +34,9 @@ def check_tools() -> None:
     if kernels.triton is None:
         raise InputError("A dry run of the GPU path needs the package triton; pip install triton.")
     if not cuobjdump().is_file():
-        raise InputError(f"A dry run needs cuobjdump, which Triton's wheel brings; there is no {cuobjdump()}.")
+        raise InputError(
+            f"A dry run needs cuobjdump, which Triton's wheel brings; there is no {cuobjdump()}."
+        )
     kernels.check_compiler()
 
 
