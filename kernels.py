@@ -411,7 +411,7 @@ class Tiling(NamedTuple):
 
 
 TILINGS = (  # what the tuner tries; the first one serves where nothing is tuned
-    Tiling(64, 128, 4, 4, 2), Tiling(32, 128, 2, 4, 4), Tiling(16, 256, 1, 4, 8), Tiling(32, 256, 2, 3, 4),
+    Tiling(64, 128, 4, 4, 2), Tiling(32, 128, 2, 4, 4), Tiling(16, 256, 1, 4, 8), Tiling(32, 256, 4, 3, 4),
     Tiling(64, 128, 4, 3, 4), Tiling(64, 256, 4, 3, 2), Tiling(128, 128, 4, 3, 2), Tiling(128, 128, 8, 3, 2),
 )  # fmt: skip
 tilings: dict[str, Tiling] = {}  # the choices of this process, by shape

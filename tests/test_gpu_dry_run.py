@@ -13,19 +13,18 @@ from scripts.lib import no_gpu
 
 pytest.importorskip("triton")
 LAYER = {  # mode of an 8B -> step -> the most kernels a layer; the draft is a 1B
-    "none": {"plain": 11, "draft_next": 10, "verify": 14},
-    "int8": {"verify": 22},
-    "int4": {"verify": 22},
-    "fp8": {"verify": 22},
+    "none": {"plain": 7, "draft_next": 7, "verify": 9},
+    "int8": {"verify": 10},
+    "int4": {"verify": 10},
+    "fp8": {"verify": 10},
 }
-FIRST_STEP = 14  # kernels a layer of a round's first draft step
-PROGRAMS = {"plain": 1, "draft_next": 1, "verify": 21}  # the fewest that the vocabulary's argmax runs in
-PRODUCTS = {  # mode -> the most spills, two-byte loads in the main loop, and its instructions at 64 x 128, one row
-    "int8": (0, 0, 280),
-    "fp8": (0, 0, 280),
-    "int4": (10, 64, 858),
+FIRST_STEP = 9  # kernels a layer of a round's first draft step
+PROGRAMS = {"plain": 128, "draft_next": 128, "verify": 128}  # the fewest that the vocabulary's argmax runs in
+PRODUCTS = {  # mode -> instructions of its main loop at 64 x 128, at most, of one row
+    "int8": 280,
+    "fp8": 280,
+    "int4": 300,
 }
-ATTENTION_SPILLS = 0
 
 
 def dry_run(tmp_path, *flags: str) -> dict:
@@ -78,14 +77,13 @@ def test_products_spill_nothing_and_load_wide(tmp_path, mode):
     shapes = "--preset", "4096x2", "--draft_preset", "64x2"
     report = dry_run(tmp_path, "--steps", "--mode", mode, "--rows", "1", "21", "64", *shapes)
     found = [row for row in report["by_rows"] if row["tiling"] and row["head_dim"] == 64]
-    spills, narrow, instructions = PRODUCTS[mode]
     assert len({row["tiling"] for row in found}) == 8 and {row["rows"] for row in found} == {1, 21, 64}
     for row in found:
         assert row["unit"] != "fma" and row["fits"], row
-        assert row["spills"] <= spills and (spills or not row["stack"]), row
-        assert row["loop_loads"].get("16", 0) <= narrow and row["loop_loads"], row
-    one = [row for row in found if row["rows"] == 1 and "block_n=64, block_k=128, " in row["tiling"]]
-    assert one and all(0 < row["loop_instructions"] <= instructions for row in one)
+        assert not row["spills"] and not row["stack"], row
+        assert row["loop_loads"] and not row["loop_loads"].get("16"), row
+    few = [row for row in found if row["rows"] < 64 and "block_n=64, block_k=128, " in row["tiling"]]
+    assert few and all(0 < row["loop_instructions"] <= PRODUCTS[mode] * (1 + (row["rows"] > 1) * (mode != "int4") * 0.4) for row in few)
 
 
 @pytest.mark.slow
@@ -96,7 +94,7 @@ def test_attention_spills_nothing(tmp_path, precision):
     report = dry_run(tmp_path, "--steps", "--rows", *rows, "--precision", precision)
     assert {row["head_dim"] for row in report["by_rows"]} == {64, 128}
     for row in report["by_rows"]:
-        assert row["spills"] <= ATTENTION_SPILLS and not row["stack"] and row["fits"], row
+        assert not row["spills"] and not row["stack"] and row["fits"], row
 
 
 FAULTS = """

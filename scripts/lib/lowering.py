@@ -42,7 +42,7 @@ STEPS = ("plain", "draft_first", "draft_next", "verify")
 WEIGHT = 1 << 20  # bytes of an input from which on a kernel that reads it counts as a product
 ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 READ_BY_HOST = ("item", "_local_scalar_dense", "is_nonzero", "equal")
-PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "linear")
+PRODUCTS = ("mm", "mm_dtype", "addmm", "bmm", "_scaled_mm", "linear")
 CALL = re.compile(
     r"^ +(?:\w+ = )?(extern_kernels\.|torch\.ops\.(?:aten|judge_fast)\.)?(\w+)(\.run)?[\w.]*\((.*)"
 )
@@ -186,18 +186,17 @@ def recording(recorder: Recorder) -> Iterator[None]:
     """While this lasts, Triton's kernels and the tuner report to the recorder and run nothing."""
     from triton.runtime.jit import JITFunction
 
-    kept = JITFunction.run, kernels.tune, kernels.write_tilings
+    kept = JITFunction.run, kernels.tune
 
     def run(kernel, *args, grid, warmup, **keywords):
         recorder.launched(kernel, grid, args, keywords)
 
     JITFunction.run, kernels.tune = run, recorder.take_first
-    kernels.write_tilings = lambda device: None
     try:
         with recorder:
             yield
     finally:
-        JITFunction.run, kernels.tune, kernels.write_tilings = kept
+        JITFunction.run, kernels.tune = kept
 
 
 def run_launcher(node: torch.fx.Node, recorder: Recorder) -> None:
@@ -418,6 +417,8 @@ def report(request: dict) -> dict:
     few, many, found, own = 1, request["layers"], {}, []
     rows = {"plain": 1, "draft_first": 2, "draft_next": 1, "verify": request["speculate_k"] + 1}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        kernels.arrivals.cache_clear()
+        kernels.arrivals(torch.device("cuda", 0))  # made once a process, not by a step
         for layers in (few, many):
             drafting, plain = make_engines(request, layers)
             caches = {
@@ -479,6 +480,8 @@ def main() -> None:
     """The process that scripts/gpu_dry_run.py starts: flags as JSON in, a report as JSON out."""
     request = json.loads(sys.argv[1])
     no_gpu.pretend(tuple(request["capability"]))
+    kernels.tune = lambda candidates, action: candidates[0]  # nothing can be measured
+    kernels.read_tilings, kernels.write_tilings = lambda device: {}, lambda device: None
     print(json.dumps(report(request)))
 
 
