@@ -401,6 +401,12 @@ def action_of(name: str, drafting: generate.Engine, plain: generate.Engine) -> C
     return steps[0] if name != "verify" else steps[-1]
 
 
+def shapes_of_cache(model: Transformer) -> list[tuple[tuple, torch.dtype]]:
+    """(shape, type) of a layer's cache, and of one that Inductor has flattened."""
+    cache = model.layers[0].attention.k_cache
+    return [(tuple(cache.shape), cache.dtype), ((cache.numel(),), cache.dtype)]
+
+
 def needed_bytes(args: ModelArgs, mode: str, dtype: torch.dtype, rows: int, capacity: int) -> int:
     """Bytes of weights and of the whole cache that a step must read."""
     packed = quantize.weight_bytes(args, dtype, quantize.scheme_named(mode))
@@ -420,9 +426,7 @@ def report(request: dict) -> dict:
         kernels.arrivals(torch.device("cuda", 0))  # made once a process, not by a step
         for layers in (few, many):
             drafting, plain = make_engines(request, layers)
-            caches = {
-                (tuple(model.layers[0].attention.k_cache.shape), model.dtype) for model in drafting.models
-            }
+            caches = {x for model in drafting.models for x in shapes_of_cache(model)}
             for name in request["steps"]:
                 compile = request["machine_code"] and layers == many
                 action = action_of(name, drafting, plain)
