@@ -7,9 +7,9 @@ round, tokens/s.
 
 A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so
 far) over the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an
-all-reduce of n bytes moves 2 (1 - 1/N) n a rank, an all-gather (N - 1) n, a broadcast n. Nothing else is counted: no
-arithmetic, no launches, no host. So this is a bound from below on a round; --check says how far the measured
-ones are from it.
+all-reduce of n bytes moves 2 (1 - 1/N) n a rank, an all-gather (N - 1) n, a broadcast n. Nothing else is
+counted: no arithmetic, no launches, no host. So this is a bound from below on a round; --check says how far
+the measured ones are from it.
 
 Acceptance: a draft token passes with probability a, if those before it did, the same at every place. A round
 of M then accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m*, without the

@@ -1,4 +1,5 @@
-"""Protects: shards are the whole, several ranks say what one process says, traffic and reading, and that all ranks end.
+"""Protects: shards are the whole, several ranks say what one process says and never part, traffic and reading, and that
+all ranks end.
 
 The ranks run this file: `main` at the end takes what a launch shall do, so that one start serves many cases.
 """
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
 import generate
+import kernels
 import model
 import quantize
 import tp
@@ -38,7 +40,7 @@ from model import ModelArgs, preset
 from quantize import load_model
 from scripts.lib.ranks import own_device, place_draft
 from scripts.lib.terminal import DEMO_PROMPT
-from scripts.plan import traffic
+from scripts.plan import decisions, traffic
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -465,6 +467,42 @@ def test_compiled_ranks_say_what_one_process_says(folders, tmp_path, name, verif
     assert_same([command], Ranks(tmp_path / "r", 2, {"run": command}).results())
 
 
+PARTING = {  # name -> flags, and what one says without broadcasts; "": it agrees without, by what all gather
+    "plain": (("gqa", "plain"), ""),
+    "plain, sampled": (("gqa", "plain", "--temperature", "0.8"), "another token"),
+    "standard, shared draft": (("gqa", "standard", "--draft_tp", "shard"), ""),
+    "standard, own drafts": (("gqa", "standard", "--draft_tp", "replicate"), "another "),
+    "standard, shared draft, sampled": (("gqa", "standard", "--draft_tp", "shard", "--temperature", "0.8"), "another "),
+    "standard, own drafts, sampled": (("gqa", "standard", "--draft_tp", "replicate", "--temperature", "0.8"), "another "),
+    "judge, shared draft": (("gqa", "judge", "--draft_tp", "shard"), "another "),
+    "judge, own drafts": (("gqa", "judge", "--draft_tp", "replicate"), "another "),
+    "kl, shared draft": (("tied", "kl", "--draft_tp", "shard", "--threshold", "4"), "another "),
+    "kl, own drafts": (("tied", "kl", "--draft_tp", "replicate", "--threshold", "4"), "another "),
+    "ensemble, shared draft": (("gqa", "ensemble", "--draft_tp", "shard"), "another "),
+    "markers": (("demo", "judge", "--draft_tp", "replicate", "--relax_between", " ", "="), "another "),
+    "the fastest M": (("gqa", "judge", "--draft_tp", "replicate", "--speculate_k", "auto"), "another "),
+}  # fmt: skip
+
+
+def parting(folders: Path, name: str) -> list[str]:
+    return flags(folders, *PARTING[name][0], "--check_ranks", "--max_new_tokens", "48")
+
+
+def test_ranks_never_part_though_one_rounds_otherwise(folders, tmp_path):
+    """On one rank every product, norm, score and probability is off by up to a hundredth; all commit the same to the end."""
+    first, *others = (parting(folders, name) for name in PARTING)
+    found = Ranks(tmp_path / "r", 2, {"round 1": first}, *({"run": each} for each in others)).results()
+    assert all(len(ours["tokens"]) == 48 or ours["stop_reason"] == "stop" for ours in found)
+    assert len(found) == len(PARTING)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, said) in PARTING.items() if said])
+def test_without_rank_0s_word_they_would_part(folders, tmp_path, name):
+    """The same, but the other rank goes by what it finds itself: what the test above protects can happen."""
+    codes, errors = Ranks(tmp_path / "r", 2, {"patience": 5}, {"ignore 1": parting(folders, name)}).wait()
+    assert codes == [2, 2] and "Rank 1 has another " in errors[0], (codes, errors)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -699,12 +737,41 @@ def disturb(what: str) -> None:
                 time.sleep(15)
         return collect(engine, slot)
 
-    if what == "other_seed":
+    if what in ("round", "ignore"):
+        round_otherwise()
+        if what == "ignore":
+            ignore_rank_0()
+    elif what == "other_seed":
         generate.Engine.generate = lambda self, prompt, new, seed=0, keep=0: plainly(
             self, prompt, new, seed + 1, keep
         )
     else:
         generate.Engine.collect = counted
+
+
+def round_otherwise() -> None:
+    """Makes this rank's kernels round unlike another's, far more than any do, and its clock go wrong."""
+
+    def off(x):
+        return x * (1 + 0.01 * torch.cos(1e3 * x)) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    def after(owner, name: str) -> None:
+        exact = getattr(owner, name)
+        setattr(owner, name, lambda *args, **more: off(exact(*args, **more)))
+
+    for owner, name in ((kernels, "linear"), (model.RMSNorm, "forward"), (JudgeHead, "score"),
+                        (generate, "distribution"), (generate, "mixture")):  # fmt: skip
+        after(owner, name)
+    mask, timed = generate.rule_mask, generate.Engine.timed_round
+    generate.rule_mask = lambda name, *args, **more: mask(name, *map(off, args), **more)
+    generate.Engine.timed_round = lambda engine, length, m: timed(engine, length, m) / m**2
+
+
+def ignore_rank_0() -> None:
+    """Makes this rank go by what it finds itself, though it takes part in all that is sent."""
+    broadcast, first = tp.broadcast, tp.first
+    tp.broadcast = lambda *vectors: (broadcast(*vectors), vectors)[1]
+    tp.first = lambda action: (first(action), action())[1]
 
 
 def main(todo: list[dict]) -> None:
