@@ -479,7 +479,7 @@ PARTING = {  # name -> flags, and what one says without broadcasts; "": it agree
     "kl, shared draft": (("tied", "kl", "--draft_tp", "shard", "--threshold", "4"), "Rank 1 has another"),
     "kl, own drafts": (("tied", "kl", "--draft_tp", "replicate", "--threshold", "4"), "Rank 1 has another"),
     "ensemble, shared draft": (("gqa", "ensemble", "--draft_tp", "shard"), "Rank 1 has another"),
-    "markers": (("demo", "judge", "--draft_tp", "replicate", "--relax_between", " ", "="), "Rank 1 has another"),
+    "markers": (("demo", "kl", "--draft_tp", "shard", "--threshold", "0.2", "--relax_between", " ", "="), "Rank 1 has another"),
     "the fastest M": (("gqa", "judge", "--draft_tp", "replicate", "--speculate_k", "auto"), "mismatch"),
 }  # fmt: skip
 
