@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from scripts.lib import pair
 from scripts.lib.guarantee import kind_of, take_calibration
 from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
-from scripts.lib.ranks import check_flags, own_device
+from scripts.lib.ranks import check_flags, check_round, own_device
 from scripts.lib.result import Report, Result, Round
 from scripts.lib.terminal import chat_loop, introduce, parse_args, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
@@ -105,7 +106,7 @@ class Buffers:
 def plain_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor) -> Tensor:
     """Decodes one token without a draft: reads tokens[pos], writes the next one; a packed Report."""
     _, logits = model(b.tokens[b.pos][None], b.pos, len(visible))
-    own, peak = choose(logits[0], b.uniforms[:1], s, model.args.vocab_size)
+    own, peak = choose(logits[0], b.uniforms[:1], s, model)
     b.tokens[b.pos + 1] = own
     b.pos += 1
 
@@ -135,7 +136,7 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, fir
     if b.draft_hidden.numel() > 1:
         b.draft_hidden[b.step] = hidden[0, -1:]
 
-    b.drafted[b.step], peak = choose(logits, b.uniforms[b.step], s, model.args.vocab_size)
+    b.drafted[b.step], peak = choose(logits, b.uniforms[b.step], s, model)
     b.flawed |= not_finite(peak)
     b.step += 1
 
@@ -173,6 +174,8 @@ def verify_step(
 
     # 5. Correct: the target's own token where the prefix ends, or one more where all were accepted
     own = p[accepted] if s.temperature == 0 else pick(residual(p, q, accepted), b.uniforms[2 * m :])
+    if s.temperature > 0 or s.rule.knob:  # else most likely tokens alone decide, which all ranks know
+        accepted, own = tp.broadcast(accepted, own)
     committed = torch.where(index < accepted, torch.cat([b.drafted, own]), own)
 
     # 6. Commit: what is written beyond the new pos is written over by the next round
@@ -228,12 +231,13 @@ def relaxed_test(
     return relaxed if allowed is None else relaxed & allowed
 
 
-def choose(logits: Tensor, uniform: Tensor, s: Settings, vocab_size: int) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, uniform: Tensor, s: Settings, model: Transformer) -> tuple[Tensor, Tensor]:
     """The next token (1,) and the largest logit (1,), from logits (1, V) or a rank's part of them."""
     if s.temperature == 0:
-        return tp.most_likely(logits, vocab_size)
-    logits = tp.whole(logits, vocab_size)
-    return pick(distribution(logits, s.temperature, s.top_k), uniform), logits.amax(-1)
+        return tp.most_likely(logits, model.args.vocab_size)
+    logits = tp.whole(logits, model.args.vocab_size)
+    token = pick(distribution(logits, s.temperature, s.top_k), uniform)
+    return tp.broadcast(token)[0] if tp.divided(model) else token, logits.amax(-1)
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
@@ -339,10 +343,7 @@ class Engine:
             logits = torch.zeros(m, self.target.args.vocab_size, device=device)
         if self.draft is not None and head is not None and head.draft_weight is not None:
             hidden = torch.zeros(m, self.draft.args.dim, device=device, dtype=self.draft.dtype)
-
-        def numbers(n: int) -> Tensor:
-            return torch.zeros(n, dtype=torch.long, device=device)
-
+        numbers = partial(torch.zeros, dtype=torch.long, device=device)
         self.buffers = Buffers(
             tokens=numbers(self.capacity), pos=numbers(1), drafted=numbers(m), draft_logits=logits,
             draft_hidden=hidden, step=numbers(1), flawed=numbers(1), region=numbers(1),
@@ -431,12 +432,14 @@ class Engine:
         b, s = self.buffers, self.settings
         if self.draft is None:
             return [lambda: self.plain_step(self.target, b, s, visible)]
+        verify, part = self.verify_steps[m]
 
         def draft() -> None:
             for i in range(drafts or m):
                 self.draft_step(self.draft, b, s, visible, i == 0)
+            if tp.GROUP and not tp.divided(self.draft):  # each rank drafts by itself: rank 0's count
+                part.drafted[:], b.flawed[:] = tp.broadcast(part.drafted, b.flawed)
 
-        verify, part = self.verify_steps[m]
         return [draft, lambda: verify(self.target, self.head, part, s, visible, self.markers)]
 
     @torch.inference_mode()
@@ -517,7 +520,7 @@ class Engine:
             if got.flawed:
                 self.stop_at_not_finite(got.flawed, prompt + result.tokens)
             if self.settings.check_ranks:
-                tp.check_round(pos, got.accepted, got.tokens)
+                check_round(pos, got.accepted, got.tokens)
             pos += len(got.tokens)
             result.seconds_decode = time.monotonic() - began
             fresh = result.add(got, max_new_tokens, self.stop_ids)

@@ -80,10 +80,8 @@ class Shard:
         """The slices that this rank reads of a tensor of checkpoint.weight_plan; () for all of it."""
         if row.cut is None:
             return ()
-        if row.unit in ("heads", "kv_heads"):
-            span = [head * args.head_dim for head in getattr(self, row.unit)(args)]
-        else:
-            span = getattr(self, row.unit)(args)
+        wide = args.head_dim if row.unit in ("heads", "kv_heads") else 1
+        span = (wide * end for end in getattr(self, row.unit)(args))
         return (slice(None), slice(*span)) if row.cut == "columns" else (slice(*span),)
 
     def intermediate(self, args: ModelArgs) -> tuple[int, int]:
@@ -96,6 +94,11 @@ class Shard:
 
 
 # The collectives. Functional ones, so that they stay inside the compiled steps and the captured graphs.
+#
+# Each rank tunes its kernels by time, so that its norms and products may round unlike another's. The residual
+# stream is the same on all: nothing is added to it but all-reduced sums. So are gathered logits and their
+# argmax. What a rank sums up from these (a score, a probability, a sample) is not, nor is a draft that each
+# rank runs by itself. There rank 0 decides, by `broadcast`: ranks that go on from other tokens part for good.
 
 GROUP = ""  # the name of their process group, set by `connect`
 RANK = 0
@@ -115,9 +118,25 @@ def all_gather(x: Tensor) -> Tensor:
     return ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous()[None], dist.get_world_size(), GROUP))
 
 
+def broadcast(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """Rank 0's vectors (of one type), in one message; without ranks these here, and no operation."""
+    if not GROUP:
+        return vectors
+    theirs = ops.wait_tensor(ops.broadcast(torch.cat(vectors), 0, GROUP))
+    return theirs.split([len(vector) for vector in vectors])
+
+
+def divided(model: Transformer) -> bool:
+    """Whether this rank holds only a part of the model."""
+    return model.local.vocab_size < model.args.vocab_size
+
+
 @torch.library.custom_op("judge_fast::symmetric_all_reduce", mutates_args=())
 def symmetric_all_reduce(x: Tensor) -> Tensor:
-    """`all_reduce` over NVLink by reading the other ranks' memory: a launch and one (or two) exchanges."""
+    """`all_reduce` over NVLink by reading the other ranks' memory: a launch and one (or two) exchanges.
+
+    In one shot every rank adds in the order of ranks; in two each number is added up by one rank.
+    """
     part = SYMMETRIC[x.dtype][: x.numel()].copy_(x.reshape(-1))
     if x.nbytes <= SMALL:
         return torch.ops.symm_mem.one_shot_all_reduce(part, "sum", GROUP).view(x.shape)
@@ -288,25 +307,6 @@ def first(action: Callable):
     if dist.is_initialized():
         dist.broadcast_object_list(found, group=HOST)
     return found[0]
-
-
-def agree(facts: dict) -> None:
-    """Raises InputError, on every rank, naming the first of `facts` in which a rank differs from rank 0."""
-    if not dist.is_initialized():
-        return
-    found = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, {name: str(value) for name, value in facts.items()})
-    for rank, theirs in enumerate(found):
-        for name in [*found[0], *theirs]:
-            they, we = theirs.get(name, "none"), found[0].get(name, "none")
-            if they != we:
-                raise InputError(f"Rank {rank} has another {name} ({they}) than rank 0 ({we}).")
-
-
-def check_round(pos: int, accepted: int, tokens: list[int]) -> None:
-    """Raises InputError where the ranks' rounds differ (--check_ranks). pos: of the last token before it."""
-    at = {f"token at position {pos + 1 + place}": token for place, token in enumerate(tokens)}
-    agree(at | {"number of accepted tokens": accepted})
 
 
 def connect(device: torch.device, way: str | None) -> None:

@@ -7,9 +7,9 @@ round, tokens/s.
 
 A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so
 far) over the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an
-all-reduce of n bytes moves 2 (1 - 1/N) n a rank, an all-gather (N - 1) n. Nothing else is counted: no
-arithmetic, no launches, no host. So this is a bound from below on a round; --check says how far the measured
-ones are from it.
+all-reduce of n bytes moves 2 (1 - 1/N) n a rank, an all-gather (N - 1) n, a broadcast n. Nothing else is
+counted: no arithmetic, no launches, no host. So this is a bound from below on a round; --check says how far
+the measured ones are from it.
 
 Acceptance: a draft token passes with probability a, if those before it did, the same at every place. A round
 of M then accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m*, without the
@@ -73,6 +73,16 @@ def traffic(
             "gathers": int(sent > 0), "gathered_bytes": sent}  # fmt: skip
 
 
+def decisions(m: int, *, replicated: bool, sampled: bool) -> list[int]:
+    """Bytes of each broadcast in a round of m draft tokens, where rank 0 decides for all: int64 numbers.
+
+    A replicated draft's tokens and whether its logits were finite, or, when sampling, each token of a shared
+    one; and the verdict: how many are accepted, and the target's own token. Greedy `standard` needs no
+    verdict, and greedy `plain` nothing at all.
+    """
+    return ([8 * (m + 1)] if replicated else [8] * m * sampled) + [8 * 2]
+
+
 @dataclass(frozen=True)
 class Role:
     """A model of the pair: its whole shape, this rank's part of it, and how its weights are kept."""
@@ -113,11 +123,14 @@ class Plan:
     def round(self, m: int, position: int) -> float:
         """Seconds of a round of m draft tokens: m draft steps, the first of two rows, and a verification of m
         + 1 rows."""
-        drafting = 0.0
+        drafting = deciding = 0.0
         if self.draft is not None and m > 0:
             first, other = (self.draft.seconds(self.gpu, position, rows, 1, self.gather) for rows in (2, 1))
             drafting = first + (m - 1) * other
-        return drafting + self.target.seconds(self.gpu, position, m + 1, m + 1, self.gather)
+            if self.target.world > 1:
+                sent = decisions(m, replicated=self.draft.world == 1, sampled=False)
+                deciding = len(sent) * self.gpu.latency + sum(sent) / self.gpu.link
+        return drafting + deciding + self.target.seconds(self.gpu, position, m + 1, m + 1, self.gather)
 
     def memory(self, length: int, m: int) -> dict[str, float]:
         """Bytes a rank, by what they are for."""

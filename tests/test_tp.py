@@ -1,4 +1,5 @@
-"""Protects: shards are the whole, several ranks say what one process says, traffic and reading, and that all ranks end.
+"""Protects: shards are the whole, several ranks say what one process says and never part, traffic and reading, and that
+all ranks end.
 
 The ranks run this file: `main` at the end takes what a launch shall do, so that one start serves many cases.
 """
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
 import generate
+import kernels
 import model
 import quantize
 import tp
@@ -38,7 +40,7 @@ from model import ModelArgs, preset
 from quantize import load_model
 from scripts.lib.ranks import own_device, place_draft
 from scripts.lib.terminal import DEMO_PROMPT
-from scripts.plan import traffic
+from scripts.plan import decisions, traffic
 from tp import Shard
 
 WIDE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -465,6 +467,53 @@ def test_compiled_ranks_say_what_one_process_says(folders, tmp_path, name, verif
     assert_same([command], Ranks(tmp_path / "r", 2, {"run": command}).results())
 
 
+PARTING = {  # name -> flags, and what one says without broadcasts; "": it agrees without, by what all gather
+    "plain": (("gqa", "plain"), ""),
+    "plain, sampled": (("gqa", "plain", "--temperature", "0.8"), "Rank 1 has another token"),
+    "standard, shared draft": (("gqa", "standard", "--draft_tp", "shard"), ""),
+    "standard, own drafts": (("demo", "standard", "--draft_tp", "replicate"), "Rank 1 has another"),
+    "standard, shared draft, sampled": (("gqa", "standard", "--draft_tp", "shard", "--temperature", "0.8"), "Rank 1 has another"),
+    "standard, own drafts, sampled": (("gqa", "standard", "--draft_tp", "replicate", "--temperature", "0.8"), "Rank 1 has another"),
+    "judge, shared draft": (("gqa", "judge", "--draft_tp", "shard"), "Rank 1 has another"),
+    "judge, own drafts": (("gqa", "judge", "--draft_tp", "replicate"), "Rank 1 has another"),
+    "kl, shared draft": (("tied", "kl", "--draft_tp", "shard", "--threshold", "4"), "Rank 1 has another"),
+    "kl, own drafts": (("tied", "kl", "--draft_tp", "replicate", "--threshold", "4"), "Rank 1 has another"),
+    "ensemble, shared draft": (("gqa", "ensemble", "--draft_tp", "shard"), "Rank 1 has another"),
+    "markers": (("demo", "kl", "--draft_tp", "shard", "--threshold", "0.2", "--relax_between", " ", "="), "Rank 1 has another"),
+    "the fastest M": (("gqa", "judge", "--draft_tp", "replicate", "--speculate_k", "auto"), "mismatch"),
+}  # fmt: skip
+
+
+def parting(folders: Path, name: str) -> list[str]:
+    return flags(folders, *PARTING[name][0], "--check_ranks", "--max_new_tokens", "48")
+
+
+def test_ranks_never_part_though_one_rounds_otherwise(folders, tmp_path):
+    """On one rank every product, norm, score and probability is off by up to 15%; all commit the same to the end."""
+    first, *others = (parting(folders, name) for name in PARTING)
+    found = Ranks(tmp_path / "r", 2, {"round 1": first}, *({"run": each} for each in others)).results()
+    assert all(len(ours["tokens"]) == 48 or ours["stop_reason"] == "stop" for ours in found)
+    assert len(found) == len(PARTING)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, said) in PARTING.items() if said])
+def test_without_rank_0s_word_they_would_part(folders, tmp_path, name):
+    """The same, but the other rank goes by what it finds itself: what the test above protects can happen."""
+    codes, errors = Ranks(tmp_path / "r", 2, {"patience": 20}, {"ignore 1": parting(folders, name)}).wait()
+    assert all(codes) and PARTING[name][1] in "".join(errors), (codes, errors)
+
+
+@pytest.mark.parametrize("name, more", [
+    ("kl, shared draft", ("--temperature", "0.8")),
+    pytest.param("standard, own drafts, sampled", (), marks=SLOW),
+    pytest.param("plain, sampled", (), marks=SLOW),
+])  # fmt: skip
+def test_compiled_ranks_never_part(folders, tmp_path, name, more):
+    """One of whose graphs rounds otherwise: the collectives stay inside."""
+    command = [*parting(folders, name), *more, "--compile"]
+    assert len(Ranks(tmp_path / "r", 2, {"round 1": command}).results()[0]["tokens"]) == 48
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -497,6 +546,7 @@ def test_two_nodes_on_two_addresses_say_what_one_process_says(folders, tmp_path)
 def test_traffic_ties_and_memory(folders, tmp_path):
     """Counted by PyTorch's dispatcher, against plan.traffic; ties against torch.argmax; memory by the system's counters."""
     todo = [{"count": [str(folders / "gqa" / "target"), verify]} for verify in ("judge", "kl")]
+    todo.append({"decisions": str(folders / "gqa" / "target")})
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4096, "head_dim": 64,
              "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
     make_folder(folders / "big", **shape)
@@ -504,7 +554,7 @@ def test_traffic_ties_and_memory(folders, tmp_path):
         done = Ranks(
             tmp_path / str(world), world, *todo, {"ties": 0}, {"memory": str(folders / "big")}
         ).results()
-        pairs, logits, ties, memory = done
+        pairs, logits, decided, ties, memory = done
         assert pairs == {
             "all_reduces": 2 * 2 + 1,
             "reduced_bytes": 5 * 6 * 96 * 4,
@@ -512,6 +562,7 @@ def test_traffic_ties_and_memory(folders, tmp_path):
             "gathered_bytes": 6 * 16,
         }
         assert logits == pairs | {"gathered_bytes": 6 * 640 // world * 4}
+        assert decided == [[16], [8] * 5 + [16], [48, 16], [48, 16], [], [], [8]]
         assert ties == [0, 5, 17, 322, 0, 639]
         for peak, counted, fetched, size in memory:
             assert size / world * 0.95 < counted < size / world * 1.02
@@ -534,7 +585,7 @@ def in_trouble(folders: Path, other: Path) -> dict[str, tuple[int, dict, str]]:
         "killed in mid-generation": (2, mixed | {"rank_1": {"die": command}}, "Rank 1 died"),
         "one of three killed": (4, mixed | {"rank_3": {"die": command}}, "Rank 3 died"),
         "rank 0 killed": (2, mixed | {"rank_0": {"die": command}}, "Rank 0 died"),
-        "another seed": (2, {"all": {"run": sampled}, "rank_1": {"other_seed": sampled}}, "Rank 1 has another token at position "),
+        "ranks that parted": (2, {"all": {"run": sampled}, "rank_1": {"other_seed": sampled}}, "Rank 1 has another token at position "),
         "sizes": (3, {"all": {"run": flags(folders, "gqa", "standard")}}, "3 ranks cannot share 4 KV heads"),
         "another flag": (2, mixed | {"rank_1": {"run": [*command, "--seed", "3"]}}, "Rank 1 has another --seed (3) than rank 0 (0)"),
         "other files": (2, mixed | {"rank_1": {"run": swapped}}, "Rank 1 has another weights of the draft ("),
@@ -612,6 +663,7 @@ class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.found = {"all_reduces": 0, "reduced_bytes": 0, "gathers": 0, "gathered_bytes": 0}
+        self.decided = []  # bytes of each broadcast
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for word, calls, size in (
@@ -621,6 +673,8 @@ class Count(TorchDispatchMode):
             if func.namespace == "_c10d_functional" and word in str(func):
                 self.found[calls] += 1
                 self.found[size] += args[0].nbytes
+        if func.namespace == "_c10d_functional" and "broadcast" in str(func):
+            self.decided.append(args[0].nbytes)
         return func(*args, **(kwargs or {}))
 
 
@@ -637,6 +691,26 @@ def count(folder: str, verify: str) -> dict:
     gather = engine.settings.needs_probabilities
     assert counted.found == traffic(target.args, 6, dist.get_world_size(), 4, 6, gather=gather), counted.found
     return counted.found
+
+
+@torch.inference_mode()
+def count_decisions(folder: str) -> list[list[int]]:
+    """Bytes of each broadcast of a round of 5 draft tokens, by rule, placement of the draft and temperature."""
+    whole = quantize.load_model(folder, "cpu", torch.float32)
+    part = tp.join(quantize.load_model(folder, "cpu", torch.float32, None, tp.shard()), tp.shard())
+    found = []
+    for verify, draft, temperature in (("kl", part, 0.0), ("kl", part, 0.8), ("kl", whole, 0.0), ("kl", whole, 0.8),
+                                       ("standard", part, 0.0), ("plain", None, 0.0), ("plain", None, 0.8)):  # fmt: skip
+        settings = generate.Settings(verify, speculate_k=5, temperature=temperature)
+        engine = generate.Engine(part, draft, None, settings, [], 40)
+        engine.prefill([1, 2, 3])
+        with Count() as counted:
+            engine.round(20)
+        found.append(counted.decided)
+        if verify == "kl":
+            expected = decisions(5, replicated=draft is whole, sampled=temperature > 0)
+            assert counted.decided == expected, (draft is whole, temperature)
+    return found
 
 
 def ties() -> list[int]:
@@ -699,12 +773,43 @@ def disturb(what: str) -> None:
                 time.sleep(15)
         return collect(engine, slot)
 
-    if what == "other_seed":
+    if what in ("round", "ignore"):
+        round_otherwise()
+        if what == "ignore":
+            ignore_rank_0()
+    elif what == "other_seed":
+        ignore_rank_0()
         generate.Engine.generate = lambda self, prompt, new, seed=0, keep=0: plainly(
             self, prompt, new, seed + 1, keep
         )
     else:
         generate.Engine.collect = counted
+
+
+def round_otherwise() -> None:
+    """Makes this rank's kernels round unlike another's, far more than any do, and its clock go wrong."""
+
+    def off(x):
+        numbers = isinstance(x, torch.Tensor) and x.is_floating_point()
+        return x * (1 + 0.15 * torch.cos(1e3 * x)) if numbers else x
+
+    def after(owner, name: str) -> None:
+        exact = getattr(owner, name)
+        setattr(owner, name, lambda *args, **more: off(exact(*args, **more)))
+
+    for owner, name in ((kernels, "linear"), (model.RMSNorm, "forward"), (JudgeHead, "score"),
+                        (generate, "distribution"), (generate, "mixture")):  # fmt: skip
+        after(owner, name)
+    mask, timed = generate.rule_mask, generate.Engine.timed_round
+    generate.rule_mask = lambda name, *args, **more: mask(name, *map(off, args), **more)
+    generate.Engine.timed_round = lambda engine, length, m: timed(engine, length, m) / m**2
+
+
+def ignore_rank_0() -> None:
+    """Makes this rank go by what it finds itself, though it takes part in all that is sent."""
+    broadcast, first = tp.broadcast, tp.first
+    tp.broadcast = lambda *vectors: (broadcast(*vectors), vectors)[1]
+    tp.first = lambda action: (first(action), action())[1]
 
 
 def main(todo: list[dict]) -> None:
@@ -720,7 +825,9 @@ def main(todo: list[dict]) -> None:
         for each in todo:
             ((what, given),) = each.items()
             what, _, whose = what.partition(" ")  # "die 1": what rank 1 does, where the others run
-            if what == "count":
+            if what == "decisions":
+                print(json.dumps(count_decisions(given)))
+            elif what == "count":
                 print(json.dumps(count(*given)))
             elif what == "ties":
                 print(json.dumps(ties()))

@@ -19,7 +19,7 @@ from quantize import (
     temporary_bytes,
     weight_bytes,
 )
-from scripts.lib.ranks import place
+from scripts.lib.ranks import agree, place
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -106,9 +106,7 @@ def load_pair(
     check_memory(local, capacity, dtype, device, written)
     models = [load_model(*each) for each in zip(sources, [device] * 2, [dtype] * 2, schemes, shards)]
     models = [tp.join(model, shard) if shard else model for model, shard in zip(models, shards)]
-    tp.agree(
-        {f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)}
-    )
+    agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
 

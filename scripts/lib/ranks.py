@@ -1,4 +1,4 @@
-"""What commands under torchrun share: the flags of ranks, each rank's device, and where the draft goes."""
+"""What commands under torchrun share: flags, comparisons, each rank's device, and where the draft goes."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import tp
 from cli import InputError, shortened, whole
@@ -41,7 +42,26 @@ def check_flags(args: argparse.Namespace) -> None:
             facts[f"content of --{name}"] = digest(value)
         elif not isinstance(value, Path):
             facts[f"--{name}"] = value
-    tp.agree(facts)
+    agree(facts)
+
+
+def agree(facts: dict) -> None:
+    """Raises InputError, on every rank, naming the first of `facts` in which a rank differs from rank 0."""
+    if not dist.is_initialized():
+        return
+    found = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, {name: str(value) for name, value in facts.items()})
+    for rank, theirs in enumerate(found):
+        for name in [*found[0], *theirs]:
+            they, we = theirs.get(name, "none"), found[0].get(name, "none")
+            if they != we:
+                raise InputError(f"Rank {rank} has another {name} ({they}) than rank 0 ({we}).")
+
+
+def check_round(pos: int, accepted: int, tokens: list[int]) -> None:
+    """Raises InputError where the ranks' rounds differ (--check_ranks). pos: of the last token before it."""
+    at = {f"token at position {pos + 1 + place}": token for place, token in enumerate(tokens)}
+    agree(at | {"number of accepted tokens": accepted})
 
 
 def own_device(name: str) -> str:

@@ -55,7 +55,7 @@ def token_details(
     proposing = draft_hidden[:-1] if head is not None and head.draft_weight is not None else None
     score = head.score(hidden[1:], proposing) if head is not None else None
     found = Details(torch.cat(p), torch.cat(kl), score, torch.cat(top))
-    if not all(values is None or values.isfinite().all() for values in found):
+    if not tp.first(lambda: all(values is None or bool(values.isfinite().all()) for values in found)):
         raise NotFinite(
             "The details of an answer are not finite: the models' "
             "logits overflow; try --precision fp32 or bf16."
