@@ -601,8 +601,7 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
     """Loads what the command line names and builds the engine for this prompt (none: for a conversation)."""
     settings, device = settings_of(args), pick_device(own_device(args.device))
     tp.connect(device, args.all_reduce)
-    if args.pdl:
-        kernels.use_pdl(device)
+    kernels.use_pdl(args.pdl, device)
     target, draft = (
         folder and open_checkpoint(folder) for folder in (args.checkpoint_path, args.draft_checkpoint_path)
     )
@@ -615,10 +614,9 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
         length = args.cache_length or len(prompt) + args.max_new_tokens
         context, whose = pair.smallest_context(shape, draft and draft.args)
         pair.check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
-    capacity = capacity_for(length, settings.speculate_k)
     models = pair.load_pair(
-        target, draft, args.judge_path, device, run_dtype(args.precision, device),
-        capacity=capacity, schemes=pair.schemes_of(args), draft_tp=args.draft_tp,
+        target, draft, args.judge_path, device, run_dtype(args.precision, device), draft_tp=args.draft_tp,
+        capacity=capacity_for(length, settings.speculate_k), schemes=pair.schemes_of(args),
     )  # fmt: skip
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)

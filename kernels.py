@@ -640,13 +640,13 @@ def capture(action, pool) -> Graph:
     return Graph(graph, output)
 
 
-def use_pdl(device: torch.device) -> None:
+def use_pdl(wanted: bool, device: torch.device) -> None:
     """--pdl: from here on a kernel may start while the one before it ends (programmatic dependent launch); it
     waits before it reads what that one writes. Raises InputError where a GPU has no such launches."""
     global PDL
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        raise InputError(f"--pdl needs a GPU of compute capability 9.0 or more, which {device} is not.")
-    PDL = True
+    if wanted and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0)):
+        raise InputError(f"--pdl needs a GPU of compute capability 9.0 or more; {device} is none.")
+    PDL = wanted
 
 
 def check_compiler() -> None:

@@ -813,8 +813,7 @@ def as_text(report: dict) -> str:
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     """From a parsed command line to the report."""
     args.device = pick_device(args.device)
-    if args.pdl:
-        kernels.use_pdl(args.device)
+    kernels.use_pdl(args.pdl, args.device)
     check_args(args)
     speeds = bandwidth(args.device)
     bench, dtype = None, run_dtype(args.precision, args.device)
