@@ -159,6 +159,22 @@ def test_attend_in_the_interpreter(shape, rows, lasts):
         check_attend("cpu", *shape, rows, [129], torch.float16, 4e-3)
 
 
+@pytest.mark.parametrize("rows, joined_at_once", [(1, True), pytest.param(5, False, marks=pytest.mark.slow)])
+def test_attend_at_the_end_of_the_longest_context(rows, joined_at_once):
+    """The last positions of 131,072, in parts of thousands; of few rows the last program joins them."""
+    group = 2
+    assert (rows * group <= 8) == joined_at_once
+    check_attend("cpu", 1, group, 16, 131072, rows, [131071], torch.float16, 4e-3)
+
+
+def test_attend_leaves_its_counters_at_zero():
+    """A count that is left over would join too early, or never, in the next layer."""
+    pytest.importorskip("triton")
+    for last in (0, 63, 64, 399):
+        check_attend("cpu", 2, 3, 20, 700, 1, [last], torch.float32, 1e-5)
+        assert not kernels.arrivals(torch.device("cpu")).any()
+
+
 def test_attend_of_the_first_draft_step_at_position_0():
     """Both rows are position 0 then: one visible position."""
     pytest.importorskip("triton")

@@ -166,6 +166,24 @@ def test_products_on_a_gpu_against_float64(scheme, n, k, device):
         ), rows
 
 
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int8"), Scheme("fp8"), Scheme("int4"), Scheme("int4", 128)], ids=str
+)
+def test_every_number_of_rows_gives_its_product(scheme):
+    """1 to 64 rows in the interpreter, fp32 and fp16, of a weight that no block divides."""
+    pytest.importorskip("triton")
+    n, k = 17, 144
+    packed = [quantize.pad_rows(part) for part in quantize.quantize(weights(n, k), scheme)]
+    exact_w = unpacked(packed, scheme)[:n, :k].double()
+    for rows in range(1, 65):
+        dtype, noise = ((torch.float32, 1e-6), (torch.float16, 4e-3))[rows % 2]
+        x = torch.randn(1, rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        y = kernels.few_rows(x, *packed, n, 4 if scheme.mode == "int4" else 8)
+        size = (x.double().abs() @ exact_w.abs().T).clamp(min=1e-30)
+        assert y.shape == (1, rows, n) and y.dtype == dtype
+        assert ((y.double() - x.double() @ exact_w.T).abs() / size).max() < noise, rows
+
+
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4")], ids=["int8", "int4"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_tiling_gives_the_same_product(scheme, device):
