@@ -463,7 +463,7 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
             for name in ways[0]:
                 action = in_turn([way[name] for way in ways], device)
                 size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
-                parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
+                parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, bytes=size))
 
     return parts
 
@@ -526,14 +526,13 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
             what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
             library = in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
             ours = in_turn([lambda w=w, x=x: kernels.linear(x, w) for w in weights], device)
-            parts.append(Part(f"{what}: PyTorch", library, weights[0].nbytes))
+            parts.append(Part(f"{what}: PyTorch", library, bytes=weights[0].nbytes))
             if device.type == "cpu":
-                parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
+                parts.append(Part(f"{what}: kernels.cpp", ours, bytes=weights[0].nbytes))
             for mode, layers in packed.items():
                 action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
-                parts.append(
-                    Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
-                )
+                size = layers[0].weight.nbytes + layers[0].scales.nbytes
+                parts.append(Part(f"{what}: {mode}", action, bytes=size))
 
     return parts
 
