@@ -613,7 +613,8 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
     capacity = capacity_for(length, settings.speculate_k)
     models = pair.load_pair(
         target, draft, args.judge_path, device, run_dtype(args.precision, device),
-        capacity=capacity, schemes=pair.schemes_of(args), draft_tp=args.draft_tp,
+        capacity=capacity, speculate_k=settings.speculate_k, schemes=pair.schemes_of(args),
+        draft_tp=args.draft_tp,
     )  # fmt: skip
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)

@@ -20,7 +20,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, note, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import copy
@@ -49,6 +49,7 @@ from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_devic
 from quantize import (
     QuantLinear,
     Scheme,
+    check_device,
     completer,
     load_model,
     prepare,
@@ -153,9 +154,10 @@ class Workbench:
         self.startup: dict = {}
         self.length = max([needed_length(args), *(args.cache_length or [])[:1]])
         self.schemes = schemes
-        capacity = capacity_for(self.length, max([args.speculate_k, *args.rows]))
+        m = max([args.speculate_k, *args.rows])
+        capacity = capacity_for(self.length, m)
         shapes = [shape for shape in shapes_of(args) if shape is not None]
-        check_memory(shapes, capacity, self.dtype, self.device, list(self.schemes))
+        check_memory(shapes, capacity, self.dtype, self.device, list(self.schemes), m)
         self.target = self.model(args.checkpoint_path, args.preset, self.schemes[0])
         self.draft = (
             self.model(args.draft_checkpoint_path, args.draft_preset, self.schemes[1])
@@ -501,6 +503,16 @@ def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     return sum(shape[0] for shape in found), found[0][1]
 
 
+def is_usable(scheme: Scheme, device: torch.device) -> bool:
+    """Whether a device has the numbers of a scheme; says so where it has not."""
+    try:
+        check_device(device, scheme)
+    except InputError as error:
+        note(f"{scheme} is left out: {error}")
+        return False
+    return True
+
+
 def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
     """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
     weights alone)."""
@@ -513,6 +525,7 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
         Scheme("int4"),
         Scheme("int4", 128),
     ]
+    schemes = [scheme for scheme in schemes if is_usable(scheme, device)]
     for name in ("wqkv", "wo", "w13", "w2"):
         shape = linear_shape(model, name)
         weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
@@ -630,6 +643,8 @@ def check_args(args: argparse.Namespace) -> None:
     modes_of(args)
     if len(set(args.modes or [])) < len(args.modes or []):
         raise InputError("--modes names a mode twice.")
+    for scheme in [*map(scheme_named, args.modes or []), scheme_of(args), scheme_of(args, "draft_")]:
+        check_device(torch.device(args.device), scheme)
     if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
         raise InputError(
             "--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset."

@@ -42,6 +42,7 @@ from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoi
 from scripts.lib import benchmark_args
 from scripts.lib.benchmark_args import SCHEMA, is_preset, modes_of, shapes_of
 from scripts.lib.flags import FIXED_K, add_flags
+from scripts.lib.memory import in_words, memory_terms
 from scripts.lib.ranks import place_draft
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -54,7 +55,6 @@ PART = re.compile(
 SCHEME = re.compile(r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?")
 MOST = 10**9  # tokens, positions and rows
 LONGEST = 64  # draft tokens a round that are tried
-GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,9 @@ class Plan:
     def memory(self, length: int, m: int) -> dict[str, float]:
         """Bytes a rank, by what they are for."""
         roles = [role for role in (self.target, self.draft) if role is not None]
-        capacity = capacity_for(length, m)
-        return {
-            "weights": sum(role.weights() for role in roles),
-            "caches": sum(role.local.cache_bytes(capacity, role.dtype) for role in roles),
-            "graphs": GRAPHS,
-        }
+        shapes, schemes = [role.local for role in roles], [role.scheme for role in roles]
+        sizes = {"capacity": capacity_for(length, m), "speculate_k": m, "world": self.target.world}
+        return memory_terms(shapes, schemes, self.target.dtype, "cuda", **sizes)
 
 
 def accepted(a: float, m: int) -> float:
@@ -243,9 +240,7 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     )
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
-        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + "
-        f"{memory['caches'] / 1e9:.2f} GB of caches for {length} tokens + "
-        f"{memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
+        f"  memory a rank, with caches for {length} tokens: {in_words(memory)}, which {fits}",
         f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
     ]
     figures = {"memory": memory, "fits": total <= plan.gpu.memory, "plain_seconds": plain}

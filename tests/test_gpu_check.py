@@ -182,7 +182,9 @@ def test_all_steps_fit_calls_of_ten_minutes_and_a_machine_of_forty_five():
     assert sum(calls) + (20 + 30) * len(calls) <= 45 * 60
     text = (ROOT / "docs" / "latency.md").read_text()
     told = {name: int(seconds) for name, seconds in re.findall(r"^\| `(\w+)` \|.*\| (\d+) s \|$", text, re.M)}
-    assert told == {name: step.limit for name, step in STEPS.items()} and "together they are 38 minutes" in text
+    assert (
+        told == {name: step.limit for name, step in STEPS.items()} and "together they are 38 minutes" in text
+    )
     assert round(sum(step.limit for step in STEPS.values()) / 60) == 38
 
 
