@@ -42,6 +42,7 @@ from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoi
 from scripts.lib import benchmark_args
 from scripts.lib.benchmark_args import SCHEMA, is_preset, modes_of, shapes_of
 from scripts.lib.flags import FIXED_K, add_flags
+from scripts.lib.gpus import GPUS, Gpu, measured_bandwidth, positive
 from scripts.lib.memory import in_words, memory_terms
 from scripts.lib.ranks import place_draft
 
@@ -55,25 +56,6 @@ PART = re.compile(
 SCHEME = re.compile(r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?")
 MOST = 10**9  # tokens, positions and rows
 LONGEST = 64  # draft tokens a round that are tried
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """memory in bytes, bandwidth and link (one way, to all others together) in bytes a second, latency of a
-    collective in s."""
-
-    memory: float
-    bandwidth: float
-    link: float
-    latency: float = 10e-6
-
-
-GPUS = {  # data sheets; the latency is assumed (NCCL inside a machine; --all_reduce symmetric is about half)
-    "a100": Gpu(80e9, 2.04e12, 300e9),
-    "h100": Gpu(80e9, 3.35e12, 450e9),
-    "h200": Gpu(141e9, 4.8e12, 450e9),
-    "b200": Gpu(180e9, 7.7e12, 900e9),
-}
 
 
 def traffic(
@@ -295,14 +277,6 @@ def field_of(report: dict, name: str, kind: type, where: str):
     return value
 
 
-def positive(report: dict, name: str, where: str) -> float:
-    """A number of a report that is more than 0 and finite."""
-    value = field_of(report, name, int | float, where)
-    if not 1e-9 <= value <= 1e15:
-        raise InputError(f"{where}: field {name!r} is {value:g}, and must be a positive number.")
-    return float(value)
-
-
 def scheme_written(text: str | None, where: str) -> Scheme | None:
     """The scheme that benchmark.py wrote as text."""
     if text is None:
@@ -403,10 +377,9 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
     dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(
         field_of(report, "dtype", str, where)
     )
-    limit = field_of(report, "limit", str, where)
-    if dtype is None or limit not in ("read", "copy"):
-        raise InputError(f"{where}: fields 'dtype' and 'limit' must be a type as float32, and read or copy.")
-    gpu = Gpu(0, positive(report, f"{limit}_gb_per_s", where) * 1e9, 1)
+    if dtype is None:
+        raise InputError(f"{where}: field 'dtype' must be a type such as float32.")
+    gpu = Gpu(0, measured_bandwidth(report, where), 1)
     roles = [model and Role(model[0], model[0], dtype, model[1], 1) for model in models]
     plan, found = Plan(*roles, gpu), []
     for row_number, part in enumerate(parts_of(report, where), 1):
@@ -455,7 +428,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--draft_mode", choices=[*DTYPES, *FORMATS], help="how the draft's are (default: as --mode)")
     add("--draft_tp", choices=("shard", "replicate"), help="default: by its size")
     add("--gpus", type=whole(1, 4096), default=1, help="ranks, one a GPU")
-    add("--gpu", choices=GPUS, default="h100", help="which GPU")
+    add_flags(parser, "gpu")
     add("--memory", type=size, help="GB of a GPU (default: its data sheet's)")
     add("--bandwidth", type=size, help="GB/s of its memory (default: its data sheet's)")
     add(

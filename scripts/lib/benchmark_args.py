@@ -137,9 +137,7 @@ def add_measure_flags(parser: Parser) -> None:
 def parse_args(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     """The command line. Without a target it names the demo pair and its judge."""
     add_model_flags(parser)
-    add = parser.add_argument
-    add("--preset", help="instead: a target of a published shape, or DIMxLAYERS, with random weights")
-    add("--draft_preset", help="a draft, likewise")
+    add_flags(parser, "preset", "draft_preset")
     add_round_flags(parser)
     add_mode_flags(parser)
     add_measure_flags(parser)

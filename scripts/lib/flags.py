@@ -44,6 +44,12 @@ def label_policies() -> list[str]:
     return list(LABEL_POLICIES)
 
 
+def gpus() -> list[str]:
+    from scripts.lib.gpus import GPUS
+
+    return list(GPUS)
+
+
 FIXED_K = {"type": whole(1, 1024), "help": "M, draft tokens a round"}  # speculate_k where nothing adapts it
 FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a function, called when added
     "checkpoint_path": {
@@ -52,6 +58,9 @@ FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a f
     },
     "draft_checkpoint_path": {"type": Path, "help": "the draft, with the same vocabulary"},
     "judge_path": {"type": Path, "help": "judge.safetensors, made by train_judge.py for this target"},
+    "preset": {"help": "instead: a target of a published shape, or DIMxLAYERS, with random weights"},
+    "draft_preset": {"help": "a draft, likewise"},
+    "gpu": {"choices": gpus, "default": "h100", "help": "which GPU"},
     "device": {"default": best_device, "help": "where to run"},
     "precision": {"choices": precisions, "help": "run type (default: bf16 on a GPU, fp32 on a CPU)"},
     "compile": {"action": "store_true", "help": "compile the step functions with torch.compile"},

@@ -1,0 +1,222 @@
+"""What the compiled steps would launch on a GPU, and how good their machine code is; no GPU is needed.
+
+    python scripts/gpu_dry_run.py                                   # Llama 3.1 8B with the 1B as its draft
+    python scripts/gpu_dry_run.py --mode int8 --verify judge --machine_code
+    python scripts/gpu_dry_run.py --capability 8.0 9.0 10.0 --steps plain verify --out dry_run.json
+
+Each step of generate.py (plain; a draft's first and later ones; the verification) is lowered by Inductor for a
+GPU that is not there. The report counts what it would launch in a layer and in all, and the bytes that the
+kernels move beside those that must be read; it names graph breaks, waits of the host and copies of a cache,
+none of which may be: with one of them the exit code is 1. --machine_code compiles every Triton kernel for that
+GPU: registers, spills, which unit multiplies, how wide the loads are. A change that adds a launch or a spill is
+seen at once, on any machine. Prefill is not compiled, so it is not in here.
+
+Milliseconds are predicted from assumed costs (`Costs`), never measured: use them to compare two versions, and
+scripts/benchmark.py on a GPU for what is true. Prints a table for people; the last line is JSON.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from cli import InputError, Parser, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+
+import argparse
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from files import check_writable, read_json, write_file
+from judge import RULES
+from kernels import MOST_ROWS
+from quantize import scheme_named
+from scripts.lib import no_gpu
+from scripts.lib.flags import FIXED_K, add_flags
+from scripts.lib.gpus import GPUS, measured_bandwidth
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = ("plain", "draft_first", "draft_next", "verify")
+FLAWS = {"graph_breaks": "graph break", "host_syncs": "wait of the host", "cache_copies": "copy of a cache"}
+CAPABILITIES = [".".join(map(str, capability)) for capability in no_gpu.CHIPS]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step costs under a CUDA graph: its bytes over the bandwidth, and a gap at each kernel's end.
+
+    All but a measured bandwidth is assumed: seconds until the next kernel reads at full speed after one that
+    reads a weight (product_gap) and after any other (kernel_gap), and the share of a data sheet's bandwidth
+    that a copy reaches.
+    """
+
+    bandwidth: float  # bytes a second that kernels reach
+    product_gap: float = 3e-6
+    kernel_gap: float = 2.5e-6
+
+    def seconds(self, step: dict) -> float:
+        gaps = step["products"] * self.product_gap + (step["kernels"] - step["products"]) * self.kernel_gap
+        return step["bytes_moved"] / self.bandwidth + gaps
+
+
+COPY_SHARE = 0.9  # of a data sheet's bandwidth that a copy reaches; assumed
+
+
+def mode(text: str) -> str:
+    """A flag's `type`: none, bf16 (the same), or a mode of quantize.py with its group."""
+    try:
+        scheme = scheme_named("none" if text == "bf16" else text)
+        return text if scheme is not None else "none"
+    except InputError:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be bf16, none, int8, fp8, int4 or int4/GROUP"
+        ) from None
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    shape = "a published shape, or DIMxLAYERS"
+    add_flags(
+        parser,
+        preset={"default": "Llama-3.1-8B", "help": f"the target: {shape}"},
+        draft_preset={"default": "Llama-3.2-1B", "help": f"the draft: {shape}"},
+    )
+    modes = "none or bf16: as they are; int8, fp8, int4, int4/128"
+    add("--mode", type=mode, default="none", help=f"quantise the weights so; {modes}")
+    add("--draft_mode", type=mode, default="none", help="quantise the draft's weights so")
+    add_flags(parser, precision={"default": "bf16", "help": "run type"})
+    add(
+        "--verify",
+        choices=list(RULES),
+        default="standard",
+        help="the rule; judge: with a head of random weights",
+    )
+    add_flags(parser, "temperature", speculate_k=FIXED_K | {"default": 20})
+    add("--steps", choices=STEPS, nargs="*", default=list(STEPS), help="which steps")
+    add("--layers", type=whole(2, 16), default=2, help="lower so many; what one adds stands for all others")
+    held = {
+        "type": whole(64, 1 << 20),
+        "default": 500,
+        "help": "positions that the cache holds, all of them read",
+    }
+    add_flags(parser, "gpu", cache_length=held)
+    add("--capability", choices=CAPABILITIES, nargs="+", help="compute capabilities (default: that of --gpu)")
+    add("--machine_code", action="store_true", help="compile every Triton kernel, and read its machine code")
+    many = "compile our own kernels for passes of so many rows, by every tiling"
+    add("--rows", type=whole(1, MOST_ROWS), nargs="+", default=[], help=many)
+    add("--measured", type=Path, help="a report by benchmark.py, for its bandwidth (default: assumed)")
+    add_flags(parser, out={"help": "write the figures, with every launch and kernel, to this .json file"})
+    args = parser.parse_args(argv)
+    own = ".".join(map(str, GPUS[args.gpu].capability))
+    args.capability = args.capability or [own]
+    return args
+
+
+def lower(args: argparse.Namespace, capability: str) -> dict:
+    """The report of scripts/lib/lowering.py for one capability, from a process that thinks it has such a GPU."""
+    request = {name: value for name, value in vars(args).items() if name not in ("out", "measured", "gpu")}
+    request["capability"] = [int(number) for number in capability.split(".")]
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.lib.lowering", json.dumps(request)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def costs_of(args: argparse.Namespace) -> Costs:
+    """The assumed costs on --gpu, with the bandwidth of --measured if given."""
+    if args.measured is None:
+        return Costs(COPY_SHARE * GPUS[args.gpu].bandwidth)
+    return Costs(measured_bandwidth(read_json(args.measured, "--measured"), f"--measured {args.measured}"))
+
+
+def step_lines(name: str, step: dict, of_gpu: bool) -> list[str]:
+    """A step in the table, and what must not be in it."""
+    flaws = [f"    {word.upper()}: {text}" for kind, word in FLAWS.items() for text in step[kind]]
+    if step["graph_breaks"]:
+        return [f"{name:12} does not compile as one graph", *flaws]
+    layer, ms = step["layer"], f"{step['milliseconds']:10.2f}" if of_gpu else " " * 10
+    kinds = " + ".join(f"{step[kind]} {kind}" for kind in ("inductor", "own", "cublas", "aten"))
+    return [
+        f"{name:12}{step['rows']:5}{layer['kernels']:9.1f}{step['kernels']:9}{step['bytes_needed'] / 1e6:12.1f}"
+        f"{step['bytes_moved'] / 1e6:12.1f}{ms}   {kinds}",
+        *flaws,
+    ]  # fmt: skip
+
+
+def kernel_lines(report: dict) -> list[str]:
+    """A row for each kernel of the machine code, once."""
+    lines = [
+        f"{'kernel':42}{'registers':>10}{'shared':>8}{'stack':>7}{'spills':>7}  {'unit':9}{'loop':>5}  "
+        "bits of loads in the loop; outside"
+    ]
+    found = [row for step in report["steps"].values() for row in step["machine_code"]] + report["by_rows"]
+    for row in found:
+        name = row["kernel"] if len(row["kernel"]) < 42 else f"{row['kernel'][:28]}...{row['kernel'][-10:]}"
+        inside, outside = (
+            " ".join(f"{count}x{width}" for width, count in row[part].items()) or "none"
+            for part in ("loop_loads", "other_loads")
+        )
+        room = "" if row["fits"] else "; MORE SHARED MEMORY THAN THERE IS"
+        lines.append(
+            f"{name:42}{row['registers']:10}{row['shared']:8}{row['stack']:7}{row['spills']:7}  {row['unit']:9}"
+            f"{row['loop_instructions']:5}  {inside}; {outside}; {row['tiling'] or row['shapes']}{room}"
+        )
+    return list(dict.fromkeys(lines))
+
+
+def describe(args: argparse.Namespace, capability: str, costs: Costs) -> tuple[list[str], dict]:
+    """A report as text, and as figures."""
+    report = lower(args, capability)
+    of_gpu = report["capability"] == list(GPUS[args.gpu].capability)
+    for step in report["steps"].values():
+        step["milliseconds"] = costs.seconds(step) * 1e3 if of_gpu else None
+    lines = [
+        f"{args.preset} ({args.mode}) with {args.draft_preset} ({args.draft_mode}), {args.verify}, for compute "
+        f"capability {capability}; {report['positions']} positions in the cache",
+        f"{'step':12}{'rows':>5}{'a layer':>9}{'kernels':>9}{'MB needed':>12}{'MB moved':>12}{'ms' if of_gpu else '':>10}",
+    ]
+    for name, step in report["steps"].items():
+        lines += step_lines(name, step, of_gpu)
+    if of_gpu:
+        source = "measured" if args.measured else "assumed"
+        lines.append(
+            f"ms: predicted for {args.gpu} at {costs.bandwidth / 1e9:.0f} GB/s ({source}), not measured"
+        )
+    if args.machine_code or args.rows:
+        lines += kernel_lines(report)
+    return lines, report
+
+
+def run(args: argparse.Namespace) -> None:
+    """From a parsed command line to the report; the last line is JSON."""
+    no_gpu.check_tools()
+    costs = costs_of(args)
+    if args.out is not None:
+        check_writable(args.out, "--out")
+    reports = []
+    for capability in args.capability:
+        lines, report = describe(args, capability, costs)
+        reports.append(report)
+        print("\n".join(lines), flush=True)
+    figures = {"costs": asdict(costs), "reports": reports}
+    if args.out is not None:
+        write_file(args.out, json.dumps(figures, indent=1).encode())
+    for report in reports:
+        for step in report["steps"].values():
+            del step["launches"], step["machine_code"]
+        del report["by_rows"]
+    print(json.dumps(figures))
+    if any(step[kind] for report in reports for step in report["steps"].values() for kind in FLAWS):
+        sys.exit(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    run_script("gpu_dry_run.py", lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()
