@@ -4,15 +4,15 @@
     python scripts/gpu_dry_run.py --mode int8 --verify judge --machine_code
     python scripts/gpu_dry_run.py --capability 8.0 9.0 10.0 --steps plain verify --out dry_run.json
 
-Each step of generate.py (plain; a draft's first and later ones; the verification) is lowered by Inductor for a
-GPU that is not there. The report counts what it would launch in a layer and in all, and the bytes that the
-kernels move beside those that must be read; it names graph breaks, waits of the host and copies of a cache,
-none of which may be: with one of them the exit code is 1. --machine_code compiles every Triton kernel for that
-GPU: registers, spills, which unit multiplies, how wide the loads are. A change that adds a launch or a spill is
-seen at once, on any machine. Prefill is not compiled, so it is not in here.
+Each step of generate.py (plain; a draft's first and later ones; the verification) is lowered by Inductor for
+a GPU that is not there. The report counts what it would launch in a layer and in all, and the bytes that its
+kernels move beside those that must be read. It names graph breaks, waits of the host and copies of a cache;
+none of them may be, and with one the exit code is 1. --machine_code compiles every Triton kernel for that
+GPU: registers, spills, which unit multiplies, how wide the loads are. So a change that adds a launch or a
+spill is seen at once, on any machine. Prefill is not compiled, and not in here.
 
-Milliseconds are predicted from assumed costs (`Costs`), never measured: use them to compare two versions, and
-scripts/benchmark.py on a GPU for what is true. Prints a table for people; the last line is JSON.
+Milliseconds are predicted from assumed costs (`Costs`): they compare two versions of the code, and only
+scripts/benchmark.py on a GPU says what is true. A table for people; the last line is JSON.
 """
 
 import os
@@ -38,6 +38,7 @@ from scripts.lib.gpus import GPUS, Costs, measured_bandwidth
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("plain", "draft_first", "draft_next", "verify")
 FLAWS = {"graph_breaks": "graph break", "host_syncs": "wait of the host", "cache_copies": "copy of a cache"}
+KINDS = ("inductor", "own", "cublas", "aten")  # as lowering.py's Launch has them
 CAPABILITIES = [".".join(map(str, capability)) for capability in no_gpu.CHIPS]
 
 
@@ -93,7 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def lower(args: argparse.Namespace, capability: str) -> dict:
-    """The report of scripts/lib/lowering.py for one capability, from a process that thinks it has such a GPU."""
+    """The report of scripts/lib/lowering.py, from a process that believes in a GPU of that capability."""
     request = {name: value for name, value in vars(args).items() if name not in ("out", "measured", "gpu")}
     request["capability"] = [int(number) for number in capability.split(".")]
     command = [sys.executable, "-W", "ignore", "-m", "scripts.lib.lowering", json.dumps(request)]
@@ -111,38 +112,41 @@ def costs_of(args: argparse.Namespace) -> Costs:
     return Costs(measured_bandwidth(read_json(args.measured, "--measured"), f"--measured {args.measured}"))
 
 
-def step_lines(name: str, step: dict, of_gpu: bool) -> list[str]:
+COLUMNS = (
+    f"{'step':12}{'rows':>5}{'a layer':>9}{'kernels':>9}{'MB needed':>11}{'MB moved':>11}{'ms':>9}   of these"
+)
+
+
+def step_lines(name: str, step: dict) -> list[str]:
     """A step in the table, and what must not be in it."""
-    flaws = [f"    {word.upper()}: {text}" for kind, word in FLAWS.items() for text in step[kind]]
+    flaws = [f"  {word.upper()}: {text}" for kind, word in FLAWS.items() for text in step[kind]]
     if step["graph_breaks"]:
         return [f"{name:12} does not compile as one graph", *flaws]
-    layer, ms = step["layer"], f"{step['milliseconds']:10.2f}" if of_gpu else " " * 10
-    kinds = " + ".join(f"{step[kind]} {kind}" for kind in ("inductor", "own", "cublas", "aten"))
-    return [
-        f"{name:12}{step['rows']:5}{layer['kernels']:9.1f}{step['kernels']:9}{step['bytes_needed'] / 1e6:12.1f}"
-        f"{step['bytes_moved'] / 1e6:12.1f}{ms}   {kinds}",
-        *flaws,
-    ]  # fmt: skip
+    megabytes = "".join(f"{step[count] / 1e6:11.1f}" for count in ("bytes_needed", "bytes_moved"))
+    predicted = "-" if step["milliseconds"] is None else f"{step['milliseconds']:.2f}"
+    kinds = ", ".join(f"{step[kind]} {kind}" for kind in KINDS if step[kind])
+    counts = f"{step['rows']:5}{step['layer']['kernels']:9.1f}{step['kernels']:9}"
+    return [f"{name:12}{counts}{megabytes}{predicted:>9}   {kinds}", *flaws]
 
 
 def kernel_lines(report: dict) -> list[str]:
     """A row for each kernel of the machine code, once."""
     lines = [
-        f"{'kernel':42}{'registers':>10}{'shared':>8}{'stack':>7}{'spills':>7}  {'unit':9}{'loop':>5}  "
-        "bits of loads in the loop; outside"
+        "kernel"
+        + " " * 36
+        + "registers  shared  stack spills  unit      loop  bits of its loads; others; how"
     ]
     found = [row for step in report["steps"].values() for row in step["machine_code"]] + report["by_rows"]
     for row in found:
         name = row["kernel"] if len(row["kernel"]) < 42 else f"{row['kernel'][:28]}...{row['kernel'][-10:]}"
-        inside, outside = (
+        inside, others = (
             " ".join(f"{count}x{width}" for width, count in row[part].items()) or "none"
             for part in ("loop_loads", "other_loads")
         )
         room = "" if row["fits"] else "; MORE SHARED MEMORY THAN THERE IS"
-        lines.append(
-            f"{name:42}{row['registers']:10}{row['shared']:8}{row['stack']:7}{row['spills']:7}  {row['unit']:9}"
-            f"{row['loop_instructions']:5}  {inside}; {outside}; {row['tiling'] or row['shapes']}{room}"
-        )
+        local = f"{row['registers']:9}{row['shared']:8}{row['stack']:7}{row['spills']:7}"
+        loop = f"{row['unit']:9}{row['loop_instructions']:5}"
+        lines.append(f"{name:42}{local}  {loop}  {inside}; {others}; {row['tiling'] or row['shapes']}{room}")
     return list(dict.fromkeys(lines))
 
 
@@ -152,18 +156,12 @@ def describe(args: argparse.Namespace, capability: str, costs: Costs) -> tuple[l
     of_gpu = report["capability"] == list(GPUS[args.gpu].capability)
     for step in report["steps"].values():
         step["milliseconds"] = costs.seconds(step) * 1e3 if of_gpu else None
-    lines = [
-        f"{args.preset} ({args.mode}) with {args.draft_preset} ({args.draft_mode}), {args.verify}, for compute "
-        f"capability {capability}; {report['positions']} positions in the cache",
-        f"{'step':12}{'rows':>5}{'a layer':>9}{'kernels':>9}{'MB needed':>12}{'MB moved':>12}{'ms' if of_gpu else '':>10}",
-    ]
-    for name, step in report["steps"].items():
-        lines += step_lines(name, step, of_gpu)
+    models = f"{args.preset} ({args.mode}) with {args.draft_preset} ({args.draft_mode}), {args.precision}"
+    lines = [f"{models}, {args.verify}; compute capability {capability}; {report['positions']} positions"]
+    lines += [COLUMNS, *(line for name, step in report["steps"].items() for line in step_lines(name, step))]
     if of_gpu:
         source = "measured" if args.measured else "assumed"
-        lines.append(
-            f"ms: predicted for {args.gpu} at {costs.bandwidth / 1e9:.0f} GB/s ({source}), not measured"
-        )
+        lines.append(f"ms: predicted for {args.gpu} at {costs.bandwidth / 1e9:.0f} GB/s ({source})")
     if args.machine_code or args.rows:
         lines += kernel_lines(report)
     return lines, report

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 import torch._inductor.config
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import Unsupported
 from torch._inductor.dependencies import MemoryDep, WeakDep
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import FixedLayout, FlexibleLayout, IRNode, MultiOutput
 from torch._inductor.virtualized import V
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,6 +41,7 @@ from scripts.lib.benchmark_args import shape_of
 STEPS = ("plain", "draft_first", "draft_next", "verify")
 WEIGHT = 1 << 20  # bytes of an input from which on a kernel that reads it counts as a product
 ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+READ_BY_HOST = ("item", "_local_scalar_dense", "is_nonzero", "equal")
 PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "linear")
 CALL = re.compile(
     r"^ +(?:\w+ = )?(extern_kernels\.|torch\.ops\.(?:aten|judge_fast)\.)?(\w+)(\.run)?[\w.]*\((.*)"
@@ -88,7 +90,7 @@ def stop_when_lowered(graph: GraphLowering):
 
 
 def lower(action: Callable[[], None]) -> Lowered:
-    """The first graph that an action compiles. Raises TorchDynamoException for one that breaks."""
+    """The first graph that an action compiles. Raises Unsupported for a graph break."""
     torch._dynamo.reset()
     GraphLowering.compile_to_module = stop_when_lowered
     try:
@@ -111,7 +113,7 @@ def storage_of(x: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what a launcher launches: Triton's kernels, and PyTorch's own. Kernels are compiled only if asked."""
+    """Notes what a launcher launches: Triton's kernels, compiled only if asked, and PyTorch's own."""
 
     def __init__(self, step: Step, is_cache: Callable[[Tensor], bool], vocabulary: int, compile: bool):
         super().__init__()
@@ -125,7 +127,7 @@ class Recorder(TorchDispatchMode):
         if function.namespace == "judge_fast":
             with self:
                 return OPDEFS[function._schema.name]._init_fn(*args, **(keywords or {}))
-        if name == "_local_scalar_dense":
+        if name in READ_BY_HOST:
             self.step.host_syncs.append("a launcher reads a number on the host")
             return 1
         out = function(*args, **(keywords or {}))
@@ -169,7 +171,7 @@ class Recorder(TorchDispatchMode):
             self.step.compiled.append(row | {"tiling": self.tiling} | machine_code.describe(made))
 
     def take_first(self, candidates: list, action: Callable):
-        """Stands in for the tuner, which measures: the first candidate; all are compiled where that is asked."""
+        """Stands in for the tuner, which measures: gives the first candidate. Compiles all, if asked."""
         for candidate in candidates if self.compile else []:
             self.counting, self.tiling = False, str(candidate)
             try:
@@ -274,9 +276,9 @@ def flaws_of_graph(step: Step, graph: GraphLowering, is_cache: Callable) -> None
             step.host_syncs.append(f"{node.target} gives the host {node.name}")
     for name, buffer in graph.name_to_buffer.items():
         layout = getattr(buffer, "layout", None)
-        if isinstance(layout, torch._inductor.ir.FixedLayout | torch._inductor.ir.FlexibleLayout):
-            if name not in graph.removed_buffers and is_cache(tuple(layout.size), layout.dtype):
-                step.cache_copies.append(f"buffer {name} is a cache once more")
+        allocated = isinstance(layout, FixedLayout | FlexibleLayout) and name not in graph.removed_buffers
+        if allocated and is_cache(tuple(layout.size), layout.dtype):
+            step.cache_copies.append(f"buffer {name} is a cache once more")
 
 
 def moved_bytes(graph: GraphLowering, rows: int) -> int:
@@ -285,15 +287,16 @@ def moved_bytes(graph: GraphLowering, rows: int) -> int:
     with V.set_graph_handler(graph):
         for node in graph.scheduler.nodes:
             inner = node.node
-            if is_opaque(inner) or isinstance(inner, torch._inductor.ir.MultiOutput):
+            if is_opaque(inner) or isinstance(inner, MultiOutput):
                 continue
             touched: dict[str, int] = {}
             for dep in node.read_writes.reads | node.read_writes.writes:
                 if dep.name not in graph.removed_buffers and not isinstance(dep, WeakDep):
                     touched[dep.name] = touched.get(dep.name, 0) + numbers_touched(dep, rows)
             for name, count in touched.items():
-                itemsize = graph.get_dtype(name).itemsize
-                total += min(count, int(graph.get_numel(name))) * itemsize
+                buffer = graph.graph_inputs.get(name) or graph.try_get_buffer(name)
+                if isinstance(buffer, IRNode) and buffer.maybe_get_dtype() is not None:  # else a number
+                    total += min(count * buffer.get_dtype().itemsize, bytes_of(buffer))
     return total
 
 
@@ -303,8 +306,8 @@ def is_opaque(operation) -> bool:
 
 
 def numbers_touched(dep, rows: int) -> int:
-    """Numbers of a buffer that a kernel reads or writes; through an index (an embedding, a cache) those of one
-    place for each row of the step."""
+    """Numbers of a buffer that a kernel reads or writes; through an index (into an embedding or a cache)
+    those of one place for each row of the step."""
     if not (isinstance(dep, MemoryDep) and dep.is_indirect()):
         return int(dep.get_numel())
     direct = [int(size) for var, size in zip(dep.var_names, dep.size) if var in dep.index.free_symbols]
@@ -321,7 +324,7 @@ def read_step(action: Callable[[], None], rows: int, caches: set, vocabulary: in
     kernels.tilings.clear()  # the tuner begins anew
     try:
         lowered = lower(action)
-    except TorchDynamoException as error:
+    except Unsupported as error:
         step.graph_breaks.append(str(error).splitlines()[0])
         return step
     step.launches = read_launches(lowered, is_cache, vocabulary)
@@ -430,10 +433,9 @@ def report(request: dict) -> dict:
     for name, entry in found.items():
         whose = "draft_" if name.startswith("draft") else ""
         shape, mode = shape_of(request[whose + "preset"]), request[whose + "mode"]
-        dtype = DTYPES[request["precision"]]
-        found[name] = {
-            "rows": rows[name], "bytes_needed": needed_bytes(shape, mode, dtype, rows[name], drafting.capacity)
-        } | whole_step(entry[few], entry[many], many - few, shape.n_layer - few)  # fmt: skip
+        needed = needed_bytes(shape, mode, DTYPES[request["precision"]], rows[name], drafting.capacity)
+        whole = whole_step(entry[few], entry[many], many - few, shape.n_layer - few)
+        found[name] = {"rows": rows[name], "bytes_needed": needed} | whole
     return {
         "capability": request["capability"], "positions": drafting.capacity, "steps": found, "by_rows": own,
     }  # fmt: skip

@@ -99,7 +99,7 @@ def instructions(sass: str) -> list[Row]:
 
 
 def main_loop(rows: list[Row]) -> tuple[int, int]:
-    """Begin and end, among rows, of the longest innermost loop that loads or multiplies; (0, 0) without one."""
+    """Begin and end of the longest innermost loop that loads or multiplies; (0, 0) without one."""
     place, loops = {row[0]: i for i, row in enumerate(rows)}, []
     for end, (address, operation, _, operands) in enumerate(rows):
         target = re.search(r"0x([0-9a-f]+)", operands) if operation == "BRA" else None

@@ -1,0 +1,163 @@
+"""Protects: what the compiled steps launch on a GPU, and its machine code, within budgets; and the tool that counts it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from cli import InputError
+from scripts import gpu_dry_run, plan
+from scripts.lib import no_gpu
+
+pytest.importorskip("triton")
+LAYER = {  # mode of an 8B -> step -> the most kernels a layer; the draft is a 1B
+    "none": {"plain": 11, "draft_next": 10, "verify": 14},
+    "int8": {"verify": 22},
+    "int4": {"verify": 22},
+    "fp8": {"verify": 22},
+}
+FIRST_STEP = 14  # kernels a layer of a round's first draft step
+PROGRAMS = {"plain": 1, "draft_next": 1, "verify": 21}  # the fewest that the vocabulary's argmax runs in
+PRODUCTS = {  # mode -> the most spills, two-byte loads in the main loop, and its instructions at 64 x 128, one row
+    "int8": (0, 0, 280),
+    "fp8": (0, 0, 280),
+    "int4": (10, 64, 858),
+}
+ATTENTION_SPILLS = 0
+
+
+def dry_run(tmp_path, *flags: str) -> dict:
+    """The figures of one run on a capability."""
+    out = tmp_path / "figures.json"
+    gpu_dry_run.main([*flags, "--out", str(out)])
+    return json.loads(out.read_text())["reports"][0]
+
+
+def check_layers(report: dict, mode: str) -> None:
+    for name, most in LAYER[mode].items():
+        step = report["steps"][name]
+        assert step["layer"]["kernels"] <= most, name
+        assert not step["graph_breaks"] + step["host_syncs"] + step["cache_copies"], name
+        assert step["bytes_needed"] < step["bytes_moved"] < 1.5 * step["bytes_needed"], name
+
+
+def test_steps_of_a_bf16_pair_stay_within_their_launches(tmp_path, capsys):
+    """The counts of a layer are differences of lowerings, so that nothing outside of layers is in them."""
+    report = dry_run(tmp_path, "--steps", *LAYER["none"])
+    check_layers(report, "none")
+    for name, fewest in PROGRAMS.items():
+        assert report["steps"][name]["least_programs_of_the_vocabulary"] >= fewest, name
+    plain, verify = report["steps"]["plain"], report["steps"]["verify"]
+    assert verify["layer"]["cublas"] == 4 == verify["layer"]["products"] == plain["layer"]["products"]
+    assert verify["cublas"] == 4 * 32 + 1 and plain["kernels"] == sum(
+        plain[kind] for kind in gpu_dry_run.KINDS
+    )
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["reports"][0]["steps"]["plain"]["kernels"] == plain["kernels"]
+
+
+def test_a_quantised_verification_stays_within_its_launches(tmp_path):
+    check_layers(dry_run(tmp_path, "--steps", "verify", "--mode", "int8"), "int8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int4", "fp8"])
+def test_other_modes_stay_within_their_launches(tmp_path, mode):
+    rule = {"int4": ("--verify", "kl"), "fp8": ("--verify", "judge")}[mode]
+    report = dry_run(tmp_path, "--steps", "verify", "draft_first", "--mode", mode, *rule)
+    check_layers(report, mode)
+    assert report["steps"]["draft_first"]["layer"]["kernels"] <= FIRST_STEP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", PRODUCTS)
+def test_products_spill_nothing_and_load_wide(tmp_path, mode):
+    """By every tiling, of 1 to 64 rows; a 4096-wide model has the 8B's products."""
+    shapes = "--preset", "4096x2", "--draft_preset", "64x2"
+    report = dry_run(tmp_path, "--steps", "--mode", mode, "--rows", "1", "21", "64", *shapes)
+    found = [row for row in report["by_rows"] if row["tiling"] and row["head_dim"] == 64]
+    spills, narrow, instructions = PRODUCTS[mode]
+    assert len({row["tiling"] for row in found}) == 8 and {row["rows"] for row in found} == {1, 21, 64}
+    for row in found:
+        assert row["unit"] != "fma" and row["fits"], row
+        assert row["spills"] <= spills and (spills or not row["stack"]), row
+        assert row["loop_loads"].get("16", 0) <= narrow and row["loop_loads"], row
+    one = [row for row in found if row["rows"] == 1 and "block_n=64, block_k=128, " in row["tiling"]]
+    assert one and all(0 < row["loop_instructions"] <= instructions for row in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_attention_spills_nothing(tmp_path, precision):
+    """Of heads of 128 (the 8B) and of 64 (the 1B), of 1 to 64 rows."""
+    rows = "1", "2", "17", "21", "33", "64"
+    report = dry_run(tmp_path, "--steps", "--rows", *rows, "--precision", precision)
+    assert {row["head_dim"] for row in report["by_rows"]} == {64, 128}
+    for row in report["by_rows"]:
+        assert row["spills"] <= ATTENTION_SPILLS and not row["stack"] and row["fits"], row
+
+
+FAULTS = """
+import json
+from scripts.lib import no_gpu
+no_gpu.pretend((9, 0))
+import torch
+import generate
+from scripts.lib import lowering
+
+@torch.library.custom_op("judge_fast::waits", mutates_args=())
+def waits(x: torch.Tensor) -> torch.Tensor:
+    return x + x.sum().item()
+
+@waits.register_fake
+def shape(x):
+    return torch.empty_like(x)
+
+def breaks(model, b):
+    torch._dynamo.graph_break()
+
+def reads(model, b):
+    b.pos.add_(b.pos.item())
+
+def waits_inside(model, b):
+    b.pos.add_(torch.ops.judge_fast.waits(b.pos))
+
+def sends(model, b):
+    b.pos.add_(b.pos.cpu().to("cuda"))
+
+def copies(model, b):
+    layer = model.layers[0].attention
+    layer.k_cache = layer.k_cache.clone()
+
+def nothing(model, b):
+    pass
+
+def step(model, b, s, visible):
+    FAULT(model, b)
+    return REAL(model, b, s, visible)
+
+REAL, generate.plain_step = generate.plain_step, step
+request = dict(preset="64x2", draft_preset="64x2", mode="none", draft_mode="none", precision="bf16", rows=[],
+               verify="standard", temperature=0.0, speculate_k=4, steps=["plain"], layers=2, cache_length=64,
+               capability=[9, 0], machine_code=False)
+for FAULT in (nothing, breaks, reads, waits_inside, sends, copies):
+    found = lowering.report(request)["steps"]["plain"]
+    kinds = ("graph_breaks", "host_syncs", "cache_copies")
+    print(json.dumps([FAULT.__name__, [kind for kind in kinds if found[kind]]]))
+"""
+
+
+def test_what_must_not_be_is_found():
+    command = [sys.executable, "-W", "ignore", "-c", FAULTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert dict(map(json.loads, done.stdout.splitlines())) == {
+        "nothing": [],
+        "breaks": ["graph_breaks"],
+        "reads": ["graph_breaks"],
+        "waits_inside": ["host_syncs"],
+        "sends": ["host_syncs"],
+        "copies": ["cache_copies"],
+    }
