@@ -101,7 +101,7 @@ class Role:
         return self.local.step_bytes(position, self.dtype, rows) - saved
 
     def seconds(self, on: Device, step: str, position: int, rows: int, *, gather: bool = False) -> float:
-        """Of one forward of `rows` rows. step: of gpus.KERNELS; only a verification has logits of all rows."""
+        """Of one forward of `rows` rows. step: of gpus.KERNELS; a verification has logits of all rows."""
         counted = launches(step, self.scheme is not None, self.args.n_layer)
         found, n = on.costs.seconds(counted | {"bytes_moved": self.read(position, rows)}), self.world
         if n > 1:

@@ -75,12 +75,12 @@ COUNTS = {  # pairs whose steps are lowered: as they are, and quantised, in shap
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", COUNTS)
 def test_the_kernels_are_those_of_a_dry_run(mode):
+    pytest.importorskip("triton")
     script = Path(plan.__file__).with_name("gpu_dry_run.py")
     found = subprocess.run(
         [sys.executable, script, *COUNTS[mode], "--verify", "judge"], capture_output=True, text=True
     )
-    if "no_gpu" in found.stderr or "needs" in found.stderr:
-        pytest.skip(found.stderr)  # it says what it needs, such as Triton
+    assert found.returncode == 0, found.stderr
     steps = json.loads(found.stdout.splitlines()[-1])["reports"][0]["steps"]
     layers = {"none": (32, 16), "int8": (80, 32)}[mode]
     assert set(steps) == set(KERNELS)
