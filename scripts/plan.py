@@ -247,13 +247,14 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     memory, plain = plan.memory(length, k), plan.plain(at)
     total = sum(memory.values())
     fits = f"{'fits' if total <= plan.on.gpu.memory else 'DOES NOT FIT'} into {plan.on.gpu.memory / 1e9:.0f}"
+    reading = plan.target.read(at, 1) / plan.on.costs.bandwidth / plain
     pair = f"{args.target} ({args.mode})" + (
         f" with {args.draft} ({args.draft_mode or args.mode})" if args.draft else ""
     )
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
         f"  memory a rank, with caches for {length} tokens: {in_words(memory)}, which {fits}",
-        f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
+        f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s, {reading:.0%} of it reading",
     ]
     figures = {"memory": memory, "fits": total <= plan.on.gpu.memory, "plain_seconds": plain}
     if plan.draft is not None:
@@ -316,18 +317,27 @@ PAIRS = {
 
 
 def pair_lines(argv: list[str]) -> tuple[list[str], list[dict]]:
-    """A row for each pair, type of its draft's weights and placement of its draft."""
+    """A row for each pair, type of its draft's weights and placement of its draft; then what is published."""
     head = f"{'target, draft':44} {'draft ms':>8} {'verify':>7} {'round':>7} {'reading':>8} {'tokens/s':>9}"
-    lines, found = [f"{head}  memory", "-" * 98], []
+    lines, said, found = [f"{head}  memory", "-" * 100], [], []
     for (target, draft), (gpus, mode, published) in PAIRS.items():
+        rows = []
         for draft_mode in ("bf16", "int8", "int4"):
             for place in ("replicate", "shard")[: min(2, gpus)]:
                 flags = ["--target", target, "--draft", draft, "--mode", mode, "--draft_mode", draft_mode]
                 flags += ["--gpus", str(gpus), "--draft_tp", place, "--speculate_k", "20", "--m_star", "17"]
-                row = pair_row(parse_args([*flags, *argv]), published)
-                lines.append(row.pop("line"))
-                found.append(row)
-    return lines, found
+                rows.append(pair_row(parse_args([*flags, *argv]), published))
+        lines += [row.pop("line") for row in rows]
+        found += rows
+        if published:
+            faster = [row for row in rows if row["tokens_per_second"] > published and row["fits"]]
+            best = max(rows, key=lambda row: row["tokens_per_second"])
+            place = {"replicate": "whole on every rank", "shard": "sharded"}[best["draft_tp"]]
+            said.append(
+                f"{target.split('-')[-1]}: {published} tokens/s are published on {gpus} H100; {len(faster)} of "
+                f"{len(rows)} are expected to be faster, most a draft in {best['draft_mode']}, {place}."
+            )
+    return [*lines, *said], found
 
 
 def pair_row(args: argparse.Namespace, published: float | None) -> dict:
@@ -336,17 +346,20 @@ def pair_row(args: argparse.Namespace, published: float | None) -> dict:
     plan = make_plan(args)
     length, at = fit_lengths(args, plan)
     figures, needed = round_figures(args, plan, at), sum(plan.memory(length, args.speculate_k).values())
-    on, fits = f"{args.gpus} {args.gpu.upper()}", needed <= plan.on.gpu.memory
-    name = f"{args.target[10:]} {args.mode}, {args.draft[10:]} {args.draft_mode} {args.draft_tp}d, {on}"
-    name = name.replace("shardd", "sharded").replace("replicated", "whole") if args.gpus > 1 else name
+    fits, sizes = needed <= plan.on.gpu.memory, (name.split("-")[-1] for name in (args.target, args.draft))
+    names = [f"{size} {mode}" for size, mode in zip(sizes, (args.mode, args.draft_mode))]
+    place = {"replicate": " whole", "shard": " sharded"}[args.draft_tp] if args.gpus > 1 else ""
+    line = f"{', '.join(names)}{place}, {args.gpus} {args.gpu.upper()}".ljust(44)
     ms = [figures[f"{part}_seconds"] * 1e3 for part in ("draft_step", "verification", "round")]
-    line = f"{name:44} {ms[0]:8.2f} {ms[1]:7.2f} {ms[2]:7.2f} {figures['share_of_limit']:8.0%}"
+    line += f" {ms[0]:8.2f} {ms[1]:7.2f} {ms[2]:7.2f} {figures['share_of_limit']:8.0%}"
     line += f" {figures['tokens_per_second']:9.0f}  {needed / 1e9:.0f} GB{'' if fits else ': TOO MUCH'}"
     if published:
         figures["beats_from"] = published * figures["round_seconds"] - 1
-        line += f"; faster than {published} from m* {figures['beats_from']:.1f}"
-    return {"target": args.target, "draft": args.draft, "gpus": args.gpus, "mode": args.mode, "fits": fits,
-            "draft_mode": args.draft_mode, "draft_tp": args.draft_tp, "line": line} | figures  # fmt: skip
+        line += f"; {published} from m* {figures['beats_from']:.1f} on"
+    settings = {
+        name: getattr(args, name) for name in ("target", "draft", "gpus", "mode", "draft_mode", "draft_tp")
+    }
+    return settings | figures | {"fits": fits, "line": line}
 
 
 def field_of(report: dict, name: str, kind: type, where: str):
@@ -548,6 +561,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.check:
         lines, figures = check(args.benchmarks)
     elif args.pairs:
+        if args.target or args.draft_mode or args.draft_tp or (args.mode, args.gpus) != ("bf16", 1):
+            raise InputError(
+                "--pairs names models, types and GPUs itself; leave --target, --draft, --mode, --draft_mode, "
+                "--draft_tp and --gpus out."
+            )
         lines, figures = pair_lines(argv)
     elif args.target is not None:
         if args.gpus > 8 and args.link is None and args.latency is None:

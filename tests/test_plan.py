@@ -100,6 +100,8 @@ def test_the_papers_pairs(capsys):
         assert whole_round < row["round_seconds"] < whole_round * 1.1 and 0 < row["share_of_limit"] < 1
         assert row["tokens_per_second"] == pytest.approx(18 / row["round_seconds"])
     published = {"Llama-3.1-70B": 141, "Llama-3.1-405B": 129}
+    assert "8B bf16, 1B int8, 1 H100 " in out and "70B int8, 8B int4 sharded, 2 H100 " in out
+    assert "70B: 141 tokens/s are published on 2 H100; 5 of 6 are expected to be faster" in out
     for row in rows[3:]:
         tie = (row["beats_from"] + 1) / row["round_seconds"]
         assert tie == pytest.approx(published[row["target"]])
@@ -214,6 +216,7 @@ def test_more_than_a_machine_holds_is_linked_more_slowly(capsys):
     (["--target", "Llama-3.1-8B", "--memory", "inf"], "--memory"),
     (["--target", "9" * 5000 + "x2"], "DIM must be"), (["--target", "a" * 5000], "no preset"),
     (["--target", "no/such"], "is no folder"), (["--target", __file__], "is no folder"), (["--target", "a\0b"], "no preset"),
+    (["--pairs", "--target", "Llama-3.1-8B"], "--pairs names models"), (["--pairs", "--gpus", "2"], "--pairs names models"),
     (["--check", "--benchmarks", "/no/such"], "/no/such"), (["--draft", "Llama-3.1-8B"], "--draft needs a target"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(argv, word, capsys):
