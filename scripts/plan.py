@@ -254,7 +254,8 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
         f"  memory a rank, with caches for {length} tokens: {in_words(memory)}, which {fits}",
-        f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s, {reading:.0%} of it reading",
+        f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {reading:.0%} of it reading, "
+        f"{1 / plain:.0f} tokens/s",
     ]
     figures = {"memory": memory, "fits": total <= plan.on.gpu.memory, "plain_seconds": plain}
     if plan.draft is not None:
@@ -334,8 +335,9 @@ def pair_lines(argv: list[str]) -> tuple[list[str], list[dict]]:
             best = max(rows, key=lambda row: row["tokens_per_second"])
             place = {"replicate": "whole on every rank", "shard": "sharded"}[best["draft_tp"]]
             said.append(
-                f"{target.split('-')[-1]}: {published} tokens/s are published on {gpus} H100; {len(faster)} of "
-                f"{len(rows)} are expected to be faster, most a draft in {best['draft_mode']}, {place}."
+                f"{target.split('-')[-1]}: {published} tokens/s are published on {gpus} H100; "
+                f"{len(faster)} of {len(rows)} are expected to be faster, most a draft in "
+                f"{best['draft_mode']}, {place}."
             )
     return [*lines, *said], found
 

@@ -94,7 +94,7 @@ def test_the_papers_pairs(capsys):
     main(["--pairs"])
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])
-    assert len(rows) == 3 + 6 + 6 and out.count("H100") == 15
+    assert len(rows) == 3 + 6 + 6 and out.count("H100 ") == 15
     for row in rows:
         whole_round = 20 * row["draft_step_seconds"] + row["verification_seconds"]
         assert whole_round < row["round_seconds"] < whole_round * 1.1 and 0 < row["share_of_limit"] < 1
