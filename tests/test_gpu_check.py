@@ -121,6 +121,18 @@ def test_a_step_that_hangs_is_ended_and_the_rest_goes_on(place, monkeypatch, cap
         assert gone(int(found[name]["tail"][0]))
 
 
+def test_what_a_failed_benchmark_has_measured_is_kept(place, monkeypatch):
+    """benchmark.py writes after every turn: the report holds that, and the words that it ended with."""
+    folder = repr(str(place / "gpu_check" / "pair"))
+    code = f"name = {folder}; open(name + '.json', 'w').write('{{\"ms\": 3}}'); open(name + '.md', 'w').write('| 3 ms |')"
+    step = Step(9, python(f"{code}; raise SystemExit('a fault')"))
+    monkeypatch.setattr(gpu_steps, "STEPS", {"pair": step})
+    assert call() == 1
+    entry, text = report(place)["pair"], (place / "gpu_check.md").read_text()
+    assert entry["figures"] == {"ms": 3} and entry["exit_code"] == 1
+    assert text.index("exit code 1") < text.index("| 3 ms |") < text.index("a fault")
+
+
 def gone(pid: int) -> bool:
     """Whether a process has ended, or ends now."""
     try:
@@ -208,6 +220,36 @@ def test_each_benchmark_runs_on_a_tiny_model(name, tmp_path, capsys, monkeypatch
         monkeypatch.setattr(benchmark, "attention_parts", lambda *rest: parts(*rest)[:2])
     benchmark.main([*line.split(), *small])
     assert json.loads((tmp_path / "x.json").read_text())["rows"] and (tmp_path / "x.md").exists()
+
+
+@pytest.mark.slow
+def test_each_benchmark_runs_on_a_gpu_that_is_not_there():
+    """What only a GPU has: captured graphs, Triton's attention, parts timed back to back. The demo's files are real, and left out."""
+    pytest.importorskip("triton")
+    commands = []
+    for name in BENCHMARKS:
+        line = " ".join(STEPS[name].command.split()[1:])
+        for long in ("Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B"):
+            line = line.replace(long, TINY[long])
+        if name != "demo":
+            commands.append([*line.split(), "--device", "cuda", "--max_new_tokens", "24", "--repeats", "1"])
+    command = [sys.executable, "-W", "ignore", "tests/fake_gpu.py", json.dumps(commands)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"schema"')]
+    parts = [{row["part"] for row in report["rows"]} for report in reports]
+    assert [(report["device"], report["limit"]) for report in reports] == [("cuda:0", "copy")] * 5
+    assert {
+        "draft loop, M = 20 at 500",
+        "verify 21 rows at 500",
+        "prefill of 8192 tokens",
+        "generate, judge",
+    } <= parts[0]
+    assert {"verify 17 rows at 500", "verify 33 rows at 500"} <= parts[
+        1
+    ] and "attention by attend, 33 rows at 32768" in parts[2]
+    assert any("PyTorch's int4/128" in part for part in parts[3]) and reports[4]["mode"] == "int8"
 
 
 def test_the_tests_step_finds_every_test_that_needs_a_gpu():

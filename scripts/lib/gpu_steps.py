@@ -31,7 +31,7 @@ from files import check_folder, check_writable, lock, read_json, write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 15  # seconds that a step has to end after its limit, before it is killed
-TAIL = 40  # lines of a log that the report keeps of a step without figures
+TAIL = 40  # lines of a log that the report keeps
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,13 @@ def read_report(path: Path) -> dict:
     return steps
 
 
+def lines_of(entry: dict) -> list[str]:
+    """What a person wants to see of a step: its table, and of one that failed, or has none, the end of its
+    log."""
+    table, log = entry.get("table", "").splitlines(), ["```", *entry.get("tail", []), "```"]
+    return table if table and entry["exit_code"] == 0 else [*table, *log]
+
+
 def write_report(out: Path, steps: dict) -> None:
     text = ["# What scripts/gpu_check.sh found", ""]
     for name, entry in steps.items():
@@ -131,7 +138,7 @@ def write_report(out: Path, steps: dict) -> None:
             "",
             f"{entry['gpu']}, {on}, commit {entry['commit']}, {entry['date']}",
         ]
-        text += ["", entry["table"]] if "table" in entry else ["", "```", *entry.get("tail", []), "```", ""]
+        text += ["", *lines_of(entry), ""]
     write_file(out / "gpu_check.json", (json.dumps({"steps": steps}, indent=1) + "\n").encode())
     write_file(out / "gpu_check.md", "\n".join(text).encode())
 
@@ -159,15 +166,15 @@ def run_limited(command: list[str], limit: int, log: Path) -> int:
 
 
 def found_in(folder: Path, name: str) -> dict:
-    """What a step left behind: figures and their table, or the end of its log; of tests, how many passed."""
+    """What a step left behind: the end of its log; its figures and their table; of tests, how many passed."""
     log = (folder / f"{name}.log").read_text(errors="replace")
-    found: dict = {"tail": log.splitlines()[-TAIL:]}
+    found: dict = {"tail": [line[:300] for line in log.splitlines()[-TAIL:]]}
     verdicts = re.findall(r" (PASSED|FAILED|ERROR)\b", log)
     if verdicts:
         found["tests"] = {verdict.lower(): verdicts.count(verdict) for verdict in sorted(set(verdicts))}
     if (folder / f"{name}.json").exists():
         table = (folder / f"{name}.md").read_text()
-        found = {"figures": read_json(folder / f"{name}.json"), "table": table}
+        found |= {"figures": read_json(folder / f"{name}.json"), "table": table}
     return found
 
 
@@ -238,8 +245,7 @@ def run_steps(names: list[str], out: Path, here: dict, steps: dict, budget: Budg
         print(f"[{budget.now():.0f} s] {name}: python {STEPS[name].command}", flush=True)
         entry = run_step(name, out, here, steps)
         failed += [name] if entry["exit_code"] else []
-        tail = entry.get("tail", [])[-(TAIL if entry["exit_code"] or name == "tests" else 3) :]
-        print("\n".join(line[:300] for line in tail or entry.get("table", "").splitlines()))
+        print("\n".join(lines_of(entry)))
         print(f"{name}: exit code {entry['exit_code']} after {entry['seconds']:.0f} s", flush=True)
     return failed, ""
 
