@@ -19,7 +19,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, run_script, whole  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, run_script, shortened, whole  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def mode(text: str) -> str:
         return text if scheme is not None else "none"
     except InputError:
         raise argparse.ArgumentTypeError(
-            f"{text} must be bf16, none, int8, fp8, int4 or int4/GROUP"
+            f"{shortened(text)} must be none, bf16, int8, fp8, int4 or int4/GROUP"
         ) from None
 
 

@@ -5,13 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch._inductor.config
 from conftest import ROOT
 
-from cli import InputError
-from scripts import gpu_dry_run, plan
+import kernels
+from scripts import gpu_dry_run
 from scripts.lib import no_gpu
 
 pytest.importorskip("triton")
+from scripts.lib import machine_code
+
 LAYER = {  # mode of an 8B -> step -> the most kernels a layer; the draft is a 1B
     "none": {"plain": 11, "draft_next": 10, "verify": 14},
     "int8": {"verify": 22},
@@ -92,7 +96,7 @@ def test_products_spill_nothing_and_load_wide(tmp_path, mode):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_attention_spills_nothing(tmp_path, precision):
     """Of heads of 128 (the 8B) and of 64 (the 1B), of 1 to 64 rows."""
-    rows = "1", "2", "17", "21", "33", "64"
+    rows = "1", "2", "21", "64"
     report = dry_run(tmp_path, "--steps", "--rows", *rows, "--precision", precision)
     assert {row["head_dim"] for row in report["by_rows"]} == {64, 128}
     for row in report["by_rows"]:
@@ -161,3 +165,61 @@ def test_what_must_not_be_is_found():
         "sends": ["host_syncs"],
         "copies": ["cache_copies"],
     }
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                     /* 0x00000a00ff017b82 */
+                                                                              /* 0x000fe20000000800 */
+        /*0010*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;           /* 0x0000000402047981 */
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64] ; /* 0x00 */
+        /*0030*/                   LDG.E.64 R6, desc[UR4][R2.64] ;            /* 0x00 */
+        /*0040*/              @!P0 STL [R1], R4 ;                             /* 0x00 */
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;      /* 0x00 */
+        /*0060*/               @P0 BRA 0x20 ;                                 /* 0x00 */
+        /*0070*/               @P1 BRA 0x10 ;                                 /* 0x00 */
+        /*0080*/                   STG.E desc[UR4][R2.64], R4 ;               /* 0x00 */
+        /*0090*/                   BRA 0x90;                                  /* 0x00 */
+"""
+
+
+def test_machine_code_is_read():
+    """The inner of two loops that load; widths; a spill under a predicate; the endless branch at the end is no loop."""
+    rows = machine_code.instructions(SASS)
+    begin, end = machine_code.main_loop(rows)
+    assert len(rows) == 10 and (begin, end) == (2, 7)
+    assert machine_code.loads(rows[begin:end]) == {"128s": 1, "64": 1}
+    assert machine_code.loads(rows[:begin]) == {"16": 1}
+    assert sum(row[1] in machine_code.SPILLS for row in rows) == 1
+
+
+def stopped(capsys, *flags: str) -> str:
+    """What a run says that ends with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        gpu_dry_run.main(list(flags))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"limit": "copy", "copy_gb_per_s": 0}))
+    assert "'copy_gb_per_s' is 0, and must be a positive" in stopped(capsys, "--measured", str(report))
+    assert "int7 must be none, bf16," in stopped(capsys, "--mode", "int7")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
+        assert "needs a C++ compiler" in stopped(capsys)
+    with monkeypatch.context() as patched:
+        patched.setattr(no_gpu, "cuobjdump", lambda: tmp_path / "cuobjdump")
+        assert "needs cuobjdump" in stopped(capsys)
+    monkeypatch.setattr(kernels, "triton", None)
+    assert "needs the package triton" in stopped(capsys)
+
+
+def test_a_measured_bandwidth_takes_the_place_of_the_assumed(tmp_path):
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"limit": "copy", "copy_gb_per_s": 4000, "read_gb_per_s": 1}))
+    step = {"bytes_moved": 4 * 10**9, "kernels": 100, "products": 40}
+    costs = gpu_dry_run.costs_of(gpu_dry_run.parse_args(["--measured", str(report)]))
+    assert costs.seconds(step) == pytest.approx(1e-3 + 40 * 3e-6 + 60 * 2.5e-6)
+    assumed = gpu_dry_run.costs_of(gpu_dry_run.parse_args(["--gpu", "h200"]))
+    assert assumed.bandwidth == pytest.approx(0.9 * 4.8e12)

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._inductor.dependencies import MemoryDep, WeakDep

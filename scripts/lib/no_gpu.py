@@ -13,8 +13,6 @@ import torch
 import torch._dynamo.device_interface as device_interface
 import torch._inductor.config
 import torch._inductor.fx_passes.joint_graph as joint_graph
-import torch._inductor.fx_passes.post_grad as post_grad
-import torch._inductor.utils
 import torch._subclasses.fake_tensor as fake_tensor
 
 import kernels
@@ -37,7 +35,12 @@ def check_tools() -> None:
         raise InputError(
             f"A dry run needs cuobjdump, which Triton's wheel brings; there is no {cuobjdump()}."
         )
-    kernels.check_compiler()
+    try:
+        kernels.check_compiler()
+    except InputError:
+        raise InputError(
+            "A dry run needs a C++ compiler such as g++; install one, or name it in CXX."
+        ) from None
 
 
 def cuobjdump() -> Path:
@@ -59,7 +62,6 @@ def pretend(capability: tuple[int, int]) -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             raise InputError(f"{SOURCE.name} could not be built: {error}.") from None
     torch._C._ensureCUDADeviceGuardSet()
-    torch._C._set_only_lift_cpu_tensors(True)
     pretend_in_torch(capability)
     pretend_in_inductor()
     pretend_in_triton(capability)
@@ -106,33 +108,23 @@ def pretend_in_torch(capability: tuple[int, int]) -> None:
 
 
 def pretend_in_inductor() -> None:
-    """What Inductor would do on the device itself: patterns are traced and constants folded on the CPU."""
+    """What Inductor would do on the device itself: time products, and fold constants."""
     torch._inductor.config.force_disable_caches = True
     torch._inductor.config.compile_threads = 1
-    torch._inductor.config.shape_padding = False  # it would time products; of few rows it pads none
-    for module in (joint_graph, post_grad):
-        replace(module, lazy_init=lambda device=None, real=module.lazy_init: real(torch.device("cpu")))
+    torch._inductor.config.shape_padding = False  # decided by timing; products of few rows are never padded
     folder = joint_graph.UniformValueConstantFolder
-    fold, add_patterns, full = folder._deduce_value, folder._add_peephole_patterns, torch.full
+    fold = folder._deduce_value
 
     def fold_on_cpu(self, node):
-        made_here = node.op == "call_function" and torch.device(node.kwargs.get("device") or "cpu") != "cpu"
         kept = node.kwargs
-        if made_here and kept.get("device") is not None:
+        if kept.get("device") is not None:
             node.kwargs = {**kept, "device": torch.device("cpu")}
         try:
             return fold(self, node)
         finally:
             node.kwargs = kept
 
-    def patterns_on_cpu(self):
-        torch.full = lambda *args, **keywords: full(*args, **{**keywords, "device": "cpu"})
-        try:
-            return add_patterns(self)
-        finally:
-            torch.full = full
-
-    replace(folder, _deduce_value=fold_on_cpu, _add_peephole_patterns=patterns_on_cpu)
+    replace(folder, _deduce_value=fold_on_cpu)
 
 
 def pretend_in_triton(capability: tuple[int, int]) -> None:
