@@ -643,8 +643,6 @@ def check_args(args: argparse.Namespace) -> None:
     modes_of(args)
     if len(set(args.modes or [])) < len(args.modes or []):
         raise InputError("--modes names a mode twice.")
-    for scheme in [*map(scheme_named, args.modes or []), scheme_of(args), scheme_of(args, "draft_")]:
-        check_device(torch.device(args.device), scheme)
     if not has_draft(args) and (args.accept is not None or args.rows or args.judge_path):
         raise InputError(
             "--accept, --rows and --judge_path concern rounds with a draft; name one with --draft_preset."
@@ -828,6 +826,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     """From a parsed command line to the report."""
     args.device = pick_device(args.device)
     check_args(args)
+    for scheme in [*map(scheme_named, args.modes or []), scheme_of(args), scheme_of(args, "draft_")]:
+        check_device(args.device, scheme)
     speeds = bandwidth(args.device)
     bench, dtype = None, run_dtype(args.precision, args.device)
     if args.attention or args.products:
