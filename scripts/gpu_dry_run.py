@@ -98,7 +98,7 @@ def lower(args: argparse.Namespace, capability: str) -> dict:
     request = {name: value for name, value in vars(args).items() if name not in ("out", "measured", "gpu")}
     request["capability"] = [int(number) for number in capability.split(".")]
     command = [sys.executable, "-W", "ignore", "-m", "scripts.lib.lowering", json.dumps(request)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
