@@ -602,9 +602,8 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
     settings, device = settings_of(args), pick_device(own_device(args.device))
     tp.connect(device, args.all_reduce)
     kernels.use_pdl(args.pdl, device)
-    target, draft = (
-        folder and open_checkpoint(folder) for folder in (args.checkpoint_path, args.draft_checkpoint_path)
-    )
+    folders = args.checkpoint_path, args.draft_checkpoint_path
+    target, draft = (folder and open_checkpoint(folder) for folder in folders)
     shape = target.args
     pair.check_tokenizer(tokenizer, shape, args.checkpoint_path)
 
@@ -616,7 +615,8 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
         pair.check_prompt(prompt, args.max_new_tokens, args.cache_length or context, context, whose)
     models = pair.load_pair(
         target, draft, args.judge_path, device, run_dtype(args.precision, device), draft_tp=args.draft_tp,
-        capacity=capacity_for(length, settings.speculate_k), schemes=pair.schemes_of(args),
+        capacity=capacity_for(length, settings.speculate_k), speculate_k=settings.speculate_k,
+        schemes=pair.schemes_of(args),
     )  # fmt: skip
     markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)

@@ -42,7 +42,8 @@ from tp import Shard
 PACKING = 2  # how the numbers lie in the files; a reader refuses any other
 ROWS, COLUMNS = 16, 32  # packed weights are padded to multiples of these
 SLICE = 1 << 22  # numbers unpacked at a time: a copy of a whole matrix in fp32 would be GB
-IN_CACHE = 1 << 18  # numbers packed at a time: a search over them stays in the cache
+# numbers packed at a time: on a CPU a search over them stays in the cache, on a GPU it launches 700 kernels
+AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 22}
 CLIPS = torch.linspace(1.0, 0.6, 9)  # what the search tries: shares of a group's range
 
 
@@ -318,7 +319,7 @@ def quantize(
     these (N,), so that their scales are those of the whole rows.
     """
     form, (n, k) = FORMATS[scheme.mode], weight.shape
-    rows = max(1, IN_CACHE // padded(k, scheme))
+    rows = max(1, AT_A_TIME[weight.device.type] // padded(k, scheme))
     peaks = torch.cat([part.float().abs().amax(1) for part in weight.split(rows)])
     if not peaks.isfinite().all():
         raise InputError(
@@ -769,25 +770,28 @@ def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> 
     return total
 
 
-def temporary_bytes(
-    args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, device: torch.device, rows: int = 2048
-) -> int:
-    """The most bytes that loading and reading a prompt, `rows` at a time, take beside `weight_bytes`.
+def packed_matrices(args: ModelArgs, scheme: Scheme | None) -> list[tuple[int, int]]:
+    """(N, K) of a model's quantised matrices, K padded."""
+    parts = [
+        [row for row in tensors.values() if scheme is not None and is_quantized(row, scheme)]
+        for tensors in grouped_plan(args).values()
+    ]
+    return [(sum(row.shape[0] for row in rows), padded(rows[0].shape[1], scheme)) for rows in parts if rows]
 
-    That is a layer before it is quantised, and what is unpacked at a time.
-    """
-    if scheme is None:
-        return 0
-    largest = most_of_slice = 0
-    for tensors in grouped_plan(args).values():
-        parts = [row for row in tensors.values() if is_quantized(row, scheme)]
-        if parts:
-            n, k = sum(row.shape[0] for row in parts), padded(parts[0].shape[1], scheme)
-            largest = max(largest, n * k)
-            some = min(n + -n % ROWS, slice_rows(k))
-            most_of_slice = max(most_of_slice, some * (k * 10 + rows * dtype.itemsize))
-    packing = 8 if device.type == "cpu" else 2  # copies while a matrix is put into tiles, or padded
-    return largest * (dtype.itemsize + packing) + most_of_slice
+
+def packing_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, device: str) -> int:
+    """The most that quantising while loading takes beside `weight_bytes`: a layer before it is quantised,
+    copies while it is put into tiles or padded, and the numbers that are packed at a time."""
+    sizes = [n * k for n, k in packed_matrices(args, scheme)]
+    copies = 8 if device == "cpu" else 2
+    return max(sizes) * (dtype.itemsize + copies) + 48 * AT_A_TIME[device] if sizes else 0
+
+
+def slice_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None, rows: int) -> int:
+    """The most that `product_in_slices` of so many rows takes beside its result: a slice unpacked, in fp32
+    and in `dtype`, and its product."""
+    sizes = [(min(n + -n % ROWS, slice_rows(k)), k) for n, k in packed_matrices(args, scheme)]
+    return max((some * (k * 10 + rows * dtype.itemsize) for some, k in sizes), default=0)
 
 
 def add_mode_flags(parser: argparse.ArgumentParser, required: bool = False) -> None:

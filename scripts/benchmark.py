@@ -20,7 +20,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, Progress, note, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
 import argparse
 import copy
@@ -49,6 +49,7 @@ from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_devic
 from quantize import (
     QuantLinear,
     Scheme,
+    check_device,
     completer,
     load_model,
     prepare,
@@ -153,9 +154,10 @@ class Workbench:
         self.startup: dict = {}
         self.length = max([needed_length(args), *(args.cache_length or [])[:1]])
         self.schemes = schemes
-        capacity = capacity_for(self.length, max([args.speculate_k, *args.rows]))
+        m = max([args.speculate_k, *args.rows])
+        capacity = capacity_for(self.length, m)
         shapes = [shape for shape in shapes_of(args) if shape is not None]
-        check_memory(shapes, capacity, self.dtype, self.device, list(self.schemes))
+        check_memory(shapes, capacity, self.dtype, self.device, list(self.schemes), m)
         self.target = self.model(args.checkpoint_path, args.preset, self.schemes[0])
         self.draft = (
             self.model(args.draft_checkpoint_path, args.draft_preset, self.schemes[1])
@@ -463,7 +465,7 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
             for name in ways[0]:
                 action = in_turn([way[name] for way in ways], device)
                 size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize
-                parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, size))
+                parts.append(Part(f"attention by {name}, {rows} rows at {length}", action, bytes=size))
 
     return parts
 
@@ -501,6 +503,16 @@ def linear_shape(model: ModelArgs, name: str) -> tuple[int, int]:
     return sum(shape[0] for shape in found), found[0][1]
 
 
+def is_usable(scheme: Scheme, device: torch.device) -> bool:
+    """Whether a device has the numbers of a scheme; says so where it has not."""
+    try:
+        check_device(device, scheme)
+    except InputError as error:
+        note(f"{scheme} is left out: {error}")
+        return False
+    return True
+
+
 def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype) -> list[Part]:
     """The products of one layer by rows: PyTorch's, ours, and ours with quantised weights (bytes: of the
     weights alone)."""
@@ -513,6 +525,7 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
         Scheme("int4"),
         Scheme("int4", 128),
     ]
+    schemes = [scheme for scheme in schemes if is_usable(scheme, device)]
     for name in ("wqkv", "wo", "w13", "w2"):
         shape = linear_shape(model, name)
         weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(COPIES)]
@@ -526,14 +539,13 @@ def product_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dtype
             what = f"{name} {shape[0]} x {shape[1]}, {rows} rows"
             library = in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
             ours = in_turn([lambda w=w, x=x: kernels.linear(x, w) for w in weights], device)
-            parts.append(Part(f"{what}: PyTorch", library, weights[0].nbytes))
+            parts.append(Part(f"{what}: PyTorch", library, bytes=weights[0].nbytes))
             if device.type == "cpu":
-                parts.append(Part(f"{what}: kernels.cpp", ours, weights[0].nbytes))
+                parts.append(Part(f"{what}: kernels.cpp", ours, bytes=weights[0].nbytes))
             for mode, layers in packed.items():
                 action = in_turn([lambda layer=layer, x=x: layer(x) for layer in layers], device)
-                parts.append(
-                    Part(f"{what}: {mode}", action, layers[0].weight.nbytes + layers[0].scales.nbytes)
-                )
+                size = layers[0].weight.nbytes + layers[0].scales.nbytes
+                parts.append(Part(f"{what}: {mode}", action, bytes=size))
 
     return parts
 
@@ -815,6 +827,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     args.device = pick_device(args.device)
     kernels.use_pdl(args.pdl, args.device)
     check_args(args)
+    for scheme in [*map(scheme_named, args.modes or []), scheme_of(args), scheme_of(args, "draft_")]:
+        check_device(args.device, scheme)
     speeds = bandwidth(args.device)
     bench, dtype = None, run_dtype(args.precision, args.device)
     if args.attention or args.products:

@@ -24,7 +24,7 @@ from cli import InputError, Parser, run_script, shortened, whole  # isort: skip 
 import argparse
 import json
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from files import check_writable, read_json, write_file
@@ -33,34 +33,13 @@ from kernels import MOST_ROWS
 from quantize import scheme_named
 from scripts.lib import no_gpu
 from scripts.lib.flags import FIXED_K, add_flags
-from scripts.lib.gpus import GPUS, measured_bandwidth
+from scripts.lib.gpus import GPUS, Costs, measured_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("plain", "draft_first", "draft_next", "verify")
 FLAWS = {"graph_breaks": "graph break", "host_syncs": "wait of the host", "cache_copies": "copy of a cache"}
 KINDS = ("inductor", "own", "cublas", "aten")  # as lowering.py's Launch has them
 CAPABILITIES = [".".join(map(str, capability)) for capability in no_gpu.CHIPS]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a step costs under a CUDA graph: its bytes over the bandwidth, and a gap at each kernel's end.
-
-    All but a measured bandwidth is assumed: seconds until the next kernel reads at full speed after one that
-    reads a weight (product_gap) and after any other (kernel_gap), and the share of a data sheet's bandwidth
-    that a copy reaches.
-    """
-
-    bandwidth: float  # bytes a second that kernels reach
-    product_gap: float = 3e-6
-    kernel_gap: float = 2.5e-6
-
-    def seconds(self, step: dict) -> float:
-        gaps = step["products"] * self.product_gap + (step["kernels"] - step["products"]) * self.kernel_gap
-        return step["bytes_moved"] / self.bandwidth + gaps
-
-
-COPY_SHARE = 0.9  # of a data sheet's bandwidth that a copy reaches; assumed
 
 
 def mode(text: str) -> str:
@@ -129,7 +108,7 @@ def lower(args: argparse.Namespace, capability: str) -> dict:
 def costs_of(args: argparse.Namespace) -> Costs:
     """The assumed costs on --gpu, with the bandwidth of --measured if given."""
     if args.measured is None:
-        return Costs(COPY_SHARE * GPUS[args.gpu].bandwidth)
+        return Costs(GPUS[args.gpu].copies)
     return Costs(measured_bandwidth(read_json(args.measured, "--measured"), f"--measured {args.measured}"))
 
 

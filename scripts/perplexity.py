@@ -20,7 +20,7 @@ import math
 
 from checkpoint import DEMO
 from model import pick_device, run_dtype
-from quantize import FORMATS, load_model, open_checkpoint, scheme_named
+from quantize import FORMATS, check_device, load_model, open_checkpoint, scheme_named
 from scripts.lib.flags import MOST_QUESTIONS, add_device_flags, add_flags
 from scripts.lib.likelihood import perplexity, read_pairs
 from tokenizer import load_tokenizer
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--stride {args.stride} must be between 1 and the window of {window} tokens.")
 
     device, tokenizer = pick_device(args.device), load_tokenizer(args.checkpoint_path)
+    for scheme in schemes:
+        check_device(device, scheme)
     pairs = [
         [tokenizer.encode(part) for part in pair] for pair in read_pairs(args.text, args.seed, args.limit)
     ]

@@ -3,13 +3,14 @@ round, tokens/s.
 
     python scripts/plan.py              # the papers' two configurations, and a 405B on 16 GPUs
     python scripts/plan.py --target Llama-3.1-70B --draft Llama-3.1-8B --mode int8 --gpus 4 --m_star 12
+    python scripts/plan.py --pairs      # the papers' pairs, by how the draft is kept and where it runs
     python scripts/plan.py --check      # held against every measured round in benchmarks/
 
 A step takes the bytes that a rank reads (as scripts/benchmark.py counts them: every weight once, the cache so
-far) over the memory's bandwidth, plus, for each collective, its latency and its bytes over the link: an
-all-reduce of n bytes moves 2 (1 - 1/N) n a rank, an all-gather (N - 1) n, a broadcast n. Nothing else is
-counted: no arithmetic, no launches, no host. So this is a bound from below on a round; --check says how far
-the measured ones are from it.
+far) over the bandwidth of a copy, a gap for each kernel (counted by scripts/gpu_dry_run.py; its length is
+assumed), and for each collective its latency and its bytes over the link: an all-reduce of n bytes moves
+2 (1 - 1/N) n a rank, an all-gather (N - 1) n, a broadcast n. No arithmetic is counted, and no host. A CPU has
+no gaps: what --check says there is how far a measured round is from its bytes.
 
 Acceptance: a draft token passes with probability a, if those before it did, the same at every place. A round
 of M then accepts a (1 - a^M) / (1 - a) tokens; --m_star says how many at --speculate_k (m*, without the
@@ -42,7 +43,8 @@ from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoi
 from scripts.lib import benchmark_args
 from scripts.lib.benchmark_args import SCHEMA, is_preset, modes_of, shapes_of
 from scripts.lib.flags import FIXED_K, add_flags
-from scripts.lib.gpus import GPUS, Gpu, measured_bandwidth, positive
+from scripts.lib.gpus import GPUS, Costs, Gpu, launches, measured_bandwidth, positive
+from scripts.lib.memory import in_words, memory_terms
 from scripts.lib.ranks import place_draft
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -55,7 +57,6 @@ PART = re.compile(
 SCHEME = re.compile(r"(int8|fp8|int4)(?:/(32|64|128))?( symmetric)?( dynamic)?( with LM head)?")
 MOST = 10**9  # tokens, positions and rows
 LONGEST = 64  # draft tokens a round that are tried
-GRAPHS = 1.5e9  # bytes of CUDA context, captured graphs and work space; assumed
 
 
 def traffic(
@@ -84,6 +85,14 @@ def decisions(m: int, *, replicated: bool, sampled: bool) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Device:
+    """A GPU, and what a step costs on it."""
+
+    gpu: Gpu
+    costs: Costs
+
+
+@dataclass(frozen=True)
 class Role:
     """A model of the pair: its whole shape, this rank's part of it, and how its weights are kept."""
 
@@ -101,13 +110,15 @@ class Role:
         saved = weight_bytes(self.local, self.dtype, None) - self.weights()
         return self.local.step_bytes(position, self.dtype, rows) - saved
 
-    def seconds(self, gpu: Gpu, position: int, rows: int, logit_rows: int, gather: bool = False) -> float:
-        """Of one forward of `rows` rows."""
-        found, n = self.read(position, rows) / gpu.bandwidth, self.world
+    def seconds(self, on: Device, step: str, position: int, rows: int, *, gather: bool = False) -> float:
+        """Of one forward of `rows` rows. step: of gpus.KERNELS; a verification has logits of all rows."""
+        counted = launches(step, self.scheme is not None, self.args.n_layer)
+        found, n = on.costs.seconds(counted | {"bytes_moved": self.read(position, rows)}), self.world
         if n > 1:
+            logit_rows = rows if step == "verify" else 1
             sent = traffic(self.args, rows, n, self.dtype.itemsize, logit_rows, gather=gather)
             moved = 2 * (1 - 1 / n) * sent["reduced_bytes"] + (n - 1) * sent["gathered_bytes"]
-            found += (sent["all_reduces"] + sent["gathers"]) * gpu.latency + moved / gpu.link
+            found += (sent["all_reduces"] + sent["gathers"]) * on.gpu.latency + moved / on.gpu.link
         return found
 
 
@@ -117,30 +128,45 @@ class Plan:
 
     target: Role
     draft: Role | None
-    gpu: Gpu
+    on: Device
     gather: bool = False  # the rule needs probabilities
 
+    def plain(self, position: int) -> float:
+        """Seconds of a token of the target alone."""
+        return self.target.seconds(self.on, "plain", position, 1)
+
+    def draft_step(self, position: int) -> float:
+        """Seconds of a draft step after the first."""
+        return self.draft.seconds(self.on, "draft_next", position, 1, gather=self.gather)
+
+    def drafting(self, m: int, position: int) -> float:
+        """Seconds of m draft steps, the first of two rows."""
+        first = self.draft.seconds(self.on, "draft_first", position, 2, gather=self.gather)
+        return first + (m - 1) * self.draft_step(position)
+
+    def verification(self, rows: int, position: int) -> float:
+        return self.target.seconds(self.on, "verify", position, rows, gather=self.gather)
+
     def round(self, m: int, position: int) -> float:
-        """Seconds of a round of m draft tokens: m draft steps, the first of two rows, and a verification of m
-        + 1 rows."""
-        drafting = deciding = 0.0
-        if self.draft is not None and m > 0:
-            first, other = (self.draft.seconds(self.gpu, position, rows, 1, self.gather) for rows in (2, 1))
-            drafting = first + (m - 1) * other
-            if self.target.world > 1:
-                sent = decisions(m, replicated=self.draft.world == 1, sampled=False)
-                deciding = len(sent) * self.gpu.latency + sum(sent) / self.gpu.link
-        return drafting + deciding + self.target.seconds(self.gpu, position, m + 1, m + 1, self.gather)
+        """Seconds of a round of m draft tokens: the draft loop, what rank 0 tells the others, and a
+        verification of m + 1 rows."""
+        deciding, gpu = 0.0, self.on.gpu
+        if self.target.world > 1:
+            sent = decisions(m, replicated=self.draft.world == 1, sampled=False)
+            deciding = len(sent) * gpu.latency + sum(sent) / gpu.link
+        return self.drafting(m, position) + deciding + self.verification(m + 1, position)
+
+    def limit(self, m: int, position: int) -> float:
+        """The share of a round that its bytes take at the memory's bandwidth: 1 is the physical limit."""
+        small, large = self.draft.read(position, 1), self.target.read(position, m + 1)
+        return (m * small + large) / self.on.costs.bandwidth / self.round(m, position)
 
     def memory(self, length: int, m: int) -> dict[str, float]:
         """Bytes a rank, by what they are for."""
         roles = [role for role in (self.target, self.draft) if role is not None]
-        capacity = capacity_for(length, m)
-        return {
-            "weights": sum(role.weights() for role in roles),
-            "caches": sum(role.local.cache_bytes(capacity, role.dtype) for role in roles),
-            "graphs": GRAPHS,
-        }
+        shapes, schemes = [role.local for role in roles], [role.scheme for role in roles]
+        sizes = {"capacity": capacity_for(length, m), "speculate_k": m, "world": self.target.world}
+        return memory_terms(shapes, schemes, self.target.dtype, "cuda", **sizes)
 
 
 def accepted(a: float, m: int) -> float:
@@ -209,7 +235,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
         where = args.draft_tp or place_draft(draft.args, draft.weights(), args.gpus, "cuda")
         draft = make_role(args.draft, args.draft_mode or args.mode, args.gpus) if where == "shard" else draft
 
-    return Plan(target, draft, replace(GPUS[args.gpu], **given), args.gather)
+    gpu = replace(GPUS[args.gpu], **given)
+    return Plan(
+        target, draft, Device(gpu, Costs(gpu.bandwidth if args.bandwidth else gpu.copies)), args.gather
+    )
 
 
 def fit_lengths(args: argparse.Namespace, plan: Plan) -> tuple[int, int]:
@@ -230,40 +259,50 @@ def describe(args: argparse.Namespace) -> tuple[list[str], dict]:
     """A plan as text, and as figures."""
     plan, k = make_plan(args), args.speculate_k
     length, at = fit_lengths(args, plan)
-    memory, plain = plan.memory(length, k), plan.target.seconds(plan.gpu, at, 1, 1)
+    memory, plain = plan.memory(length, k), plan.plain(at)
     total = sum(memory.values())
-    fits = f"{'fits' if total <= plan.gpu.memory else 'DOES NOT FIT'} into {plan.gpu.memory / 1e9:.0f}"
+    fits = f"{'fits' if total <= plan.on.gpu.memory else 'DOES NOT FIT'} into {plan.on.gpu.memory / 1e9:.0f}"
+    reading = plan.target.read(at, 1) / plan.on.costs.bandwidth / plain
     pair = f"{args.target} ({args.mode})" + (
         f" with {args.draft} ({args.draft_mode or args.mode})" if args.draft else ""
     )
     lines = [
         f"{pair} on {args.gpus} {args.gpu.upper()}",
-        f"  memory a rank: {memory['weights'] / 1e9:.1f} GB of weights + "
-        f"{memory['caches'] / 1e9:.2f} GB of caches for {length} tokens + "
-        f"{memory['graphs'] / 1e9:.1f} GB = {total / 1e9:.1f} GB, which {fits}",
-        f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {1 / plain:.0f} tokens/s",
+        f"  memory a rank, with caches for {length} tokens: {in_words(memory)}, which {fits}",
+        f"  plain, at position {at}: {plain * 1e3:.2f} ms a token, {reading:.0%} of it reading, "
+        f"{1 / plain:.0f} tokens/s",
     ]
-    figures = {"memory": memory, "fits": total <= plan.gpu.memory, "plain_seconds": plain}
+    figures = {"memory": memory, "fits": total <= plan.on.gpu.memory, "plain_seconds": plain}
     if plan.draft is not None:
-        m_star, a = args.m_star, acceptance(args.m_star, k)
-        seconds, best = plan.round(k, at), best_m(plan, a, at)
-        speed, best_speed = (m_star + 1) / seconds, (accepted(a, best) + 1) / plan.round(best, at)
+        found = round_figures(args, plan, at)
         where = "sharded" if plan.draft.world > 1 else "whole on every rank"
         lines += [
-            f"  draft {where}: a round of M = {k} takes {seconds * 1e3:.2f} ms",
-            f"  at m* {m_star:g}: {speed:.0f} tokens/s, {speed * plain:.1f} times plain",
-            f"  best M where a = {a:.3f} of draft tokens pass: {best}, "
-            f"m* {accepted(a, best):.1f}, {best_speed:.0f} tokens/s",
+            f"  draft {where}: {found['draft_step_seconds'] * 1e3:.2f} ms a step; with a verification of "
+            f"{found['verification_seconds'] * 1e3:.2f} ms a round of M = {k} takes "
+            f"{found['round_seconds'] * 1e3:.2f} ms, {found['share_of_limit']:.0%} of it reading",
+            f"  at m* {args.m_star:g}: {found['tokens_per_second']:.0f} tokens/s, "
+            f"{found['tokens_per_second'] * plain:.1f} times plain",
+            f"  best M where a = {found['acceptance']:.3f} of draft tokens pass: "
+            f"{found['best_speculate_k']}, {found['best_tokens_per_second']:.0f} tokens/s",
         ]
-        figures |= {
-            "round_seconds": seconds,
-            "tokens_per_second": speed,
-            "acceptance": a,
-            "best_speculate_k": best,
-            "best_tokens_per_second": best_speed,
-        }
-
+        figures |= found
     return lines, figures
+
+
+def round_figures(args: argparse.Namespace, plan: Plan, at: int) -> dict[str, float]:
+    """What rounds of --speculate_k take and give at --m_star, and those of the best M."""
+    k, a = args.speculate_k, acceptance(args.m_star, args.speculate_k)
+    best = best_m(plan, a, at)
+    return {
+        "draft_step_seconds": plan.draft_step(at),
+        "verification_seconds": plan.verification(k + 1, at),
+        "round_seconds": plan.round(k, at),
+        "share_of_limit": plan.limit(k, at),
+        "tokens_per_second": (args.m_star + 1) / plan.round(k, at),
+        "acceptance": a,
+        "best_speculate_k": best,
+        "best_tokens_per_second": (accepted(a, best) + 1) / plan.round(best, at),
+    }
 
 
 BETWEEN_MACHINES = ["--link", "50", "--latency", "30"]  # 400 Gb/s a GPU; the latency is assumed
@@ -282,6 +321,62 @@ DEFAULTS = [  # the papers' two configurations (Judge Decoding, arXiv 2501.19309
         *BETWEEN_MACHINES,
     ],
 ]
+
+
+# Pairs of the papers -> GPUs, how the target is kept, and tokens/s published on so many H100 (Judge Decoding,
+# arXiv 2501.19309, abstract; how its weights were kept is not said)
+PAIRS = {
+    ("Llama-3.1-8B", "Llama-3.2-1B"): (1, "bf16", None),
+    ("Llama-3.1-70B", "Llama-3.1-8B"): (2, "int8", 141),
+    ("Llama-3.1-405B", "Llama-3.1-8B"): (8, "int8", 129),
+}
+
+
+def pair_lines(argv: list[str]) -> tuple[list[str], list[dict]]:
+    """A row for each pair, type of its draft's weights and placement of its draft; then what is published."""
+    head = f"{'target, draft':44} {'draft ms':>8} {'verify':>7} {'round':>7} {'reading':>8} {'tokens/s':>9}"
+    lines, said, found = [f"{head}  memory", "-" * 100], [], []
+    for (target, draft), (gpus, mode, published) in PAIRS.items():
+        rows = []
+        for draft_mode in ("bf16", "int8", "int4"):
+            for place in ("replicate", "shard")[: min(2, gpus)]:
+                flags = ["--target", target, "--draft", draft, "--mode", mode, "--draft_mode", draft_mode]
+                flags += ["--gpus", str(gpus), "--draft_tp", place, "--speculate_k", "20", "--m_star", "17"]
+                rows.append(pair_row(parse_args([*flags, *argv]), published))
+        lines += [row.pop("line") for row in rows]
+        found += rows
+        if published:
+            faster = [row for row in rows if row["tokens_per_second"] > published and row["fits"]]
+            best = max(rows, key=lambda row: row["tokens_per_second"])
+            place = {"replicate": "whole on every rank", "shard": "sharded"}[best["draft_tp"]]
+            said.append(
+                f"{target.split('-')[-1]}: {published} tokens/s are published on {gpus} H100; "
+                f"{len(faster)} of {len(rows)} are expected to be faster, most a draft in "
+                f"{best['draft_mode']}, {place}."
+            )
+    return [*lines, *said], found
+
+
+def pair_row(args: argparse.Namespace, published: float | None) -> dict:
+    """A row of the table of pairs: its line, and its figures. beats_from: the m* from which on it is faster
+    than what was published."""
+    plan = make_plan(args)
+    length, at = fit_lengths(args, plan)
+    figures, needed = round_figures(args, plan, at), sum(plan.memory(length, args.speculate_k).values())
+    fits, sizes = needed <= plan.on.gpu.memory, (name.split("-")[-1] for name in (args.target, args.draft))
+    names = [f"{size} {mode}" for size, mode in zip(sizes, (args.mode, args.draft_mode))]
+    place = {"replicate": " whole", "shard": " sharded"}[args.draft_tp] if args.gpus > 1 else ""
+    line = f"{', '.join(names)}{place}, {args.gpus} {args.gpu.upper()}".ljust(44)
+    ms = [figures[f"{part}_seconds"] * 1e3 for part in ("draft_step", "verification", "round")]
+    line += f" {ms[0]:8.2f} {ms[1]:7.2f} {ms[2]:7.2f} {figures['share_of_limit']:8.0%}"
+    line += f" {figures['tokens_per_second']:9.0f}  {needed / 1e9:.0f} GB{'' if fits else ': TOO MUCH'}"
+    if published:
+        figures["beats_from"] = published * figures["round_seconds"] - 1
+        line += f"; {published} from m* {figures['beats_from']:.1f} on"
+    settings = {
+        name: getattr(args, name) for name in ("target", "draft", "gpus", "mode", "draft_mode", "draft_tp")
+    }
+    return settings | figures | {"fits": fits, "line": line}
 
 
 def field_of(report: dict, name: str, kind: type, where: str):
@@ -377,10 +472,11 @@ def predicted(plan: Plan, match: re.Match, modes: dict[str, Scheme | None], wher
     if plan.draft is None and what != "plain step":
         raise InputError(f"{where}: {shortened(match[0])} needs a draft, and the report names none.")
     m, position = int(count or 0), int(at)
+    if what == "plain step":
+        return plan.plain(position)
     if what == "verify":
-        return plan.target.seconds(plan.gpu, position, m, m)
-    whole_round = plan.round(m, position)
-    return whole_round - plan.target.seconds(plan.gpu, position, m + 1, m + 1) * (what == "draft loop, M =")
+        return plan.verification(m, position)
+    return plan.drafting(m, position) if what == "draft loop, M =" else plan.round(m, position)
 
 
 def predictions(report: dict, where: str = "The report") -> list[tuple[str, float, float]]:
@@ -397,9 +493,11 @@ def predictions(report: dict, where: str = "The report") -> list[tuple[str, floa
     )
     if dtype is None:
         raise InputError(f"{where}: field 'dtype' must be a type such as float32.")
-    gpu = Gpu(0, measured_bandwidth(report, where), 1)
+    bandwidth = measured_bandwidth(report, where)
+    on_gpu = report["limit"] == "copy"  # a CPU launches nothing
+    costs = Costs(bandwidth) if on_gpu else Costs(bandwidth, product_gap=0, kernel_gap=0)
     roles = [model and Role(model[0], model[0], dtype, model[1], 1) for model in models]
-    plan, found = Plan(*roles, gpu), []
+    plan, found = Plan(*roles, Device(Gpu(0, bandwidth, 1), costs)), []
     for row_number, part in enumerate(parts_of(report, where), 1):
         if match := PART.match(part):
             here = f"{where}, row {row_number}"
@@ -448,7 +546,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--gpus", type=whole(1, 4096), default=1, help="ranks, one a GPU")
     add_flags(parser, "gpu")
     add("--memory", type=size, help="GB of a GPU (default: its data sheet's)")
-    add("--bandwidth", type=size, help="GB/s of its memory (default: its data sheet's)")
+    add("--bandwidth", type=size, help="GB/s that its kernels reach (default: 90%% of its data sheet's)")
     add(
         "--link",
         type=size,
@@ -466,6 +564,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--position", type=whole(1, MOST), help="tokens in the cache (default: 1000, or as many as it holds)")
     held = "tokens that the cache holds (default: 8192, or the context)"
     add_flags(parser, cache_length={"type": whole(1, MOST), "help": held})
+    add("--pairs", action="store_true", help="a table of the papers' pairs by type and place of the draft")
     add("--check", action="store_true", help="hold predictions against every report in --benchmarks")
     add("--benchmarks", type=Path, default=BENCHMARKS, help="a folder of benchmark.py's reports")
     args = parser.parse_args(argv)
@@ -478,6 +577,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     """From a parsed command line to the report; the last line is JSON."""
     if args.check:
         lines, figures = check(args.benchmarks)
+    elif args.pairs:
+        if args.target or args.draft_mode or args.draft_tp or (args.mode, args.gpus) != ("bf16", 1):
+            raise InputError(
+                "--pairs names models, types and GPUs itself; leave --target, --draft, --mode, --draft_mode, "
+                "--draft_tp and --gpus out."
+            )
+        lines, figures = pair_lines(argv)
     elif args.target is not None:
         if args.gpus > 8 and args.link is None and args.latency is None:
             print(

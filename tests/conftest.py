@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, a thread each
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
@@ -89,6 +91,38 @@ def make_folder(
     tensors = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=tensors, max_shard_size=shard)
     return model
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of storages that live at once, of those that operations inside make."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+                if all(
+                    x.untyped_storage().data_ptr() != key
+                    for x in torch.utils._pytree.tree_leaves((args, kwargs))
+                    if isinstance(x, torch.Tensor)
+                ):
+                    self.living[key] = 0
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                if key in self.living:
+                    self.living[key] += 1
+                    weakref.finalize(tensor, self.gone, key, size)
+        return out
+
+    def gone(self, key: int, size: int):
+        self.living[key] -= 1
+        if not self.living[key]:
+            del self.living[key]
+            self.now -= size
 
 
 class Child:

@@ -1,10 +1,7 @@
 """Protects: byte counts, the peers' equality and their imposed acceptance, the report of benchmark.py."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -199,48 +196,6 @@ def test_every_command_of_the_documents(capsys, monkeypatch, tmp_path):
         if short:
             main([*short, "--repeats", "1", "--prefill", "9", "--device", "cpu"])
             assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_a_round"] == 15
-
-
-def test_gpu_check_refuses_in_one_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "odd" / "gpu_check.json").mkdir(parents=True)
-    for arguments, more, words in (
-        (["small"], {}, "the only argument is large"), (["large", "x"], {}, "the only argument is large"),
-        ([], {"OUT": str(tmp_path / "file")}, "no folder that can be written"), ([], {"OUT": "/proc/x"}, "no folder that can be written"),
-        ([], {"OUT": str(tmp_path / "odd")}, "gpu_check.json is there already"), ([], {"TMPDIR": "/no/such", "OUT": str(tmp_path)}, "temporary"),
-    ):  # fmt: skip
-        command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), *arguments]
-        found = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
-        assert (
-            found.returncode == 2
-            and words in found.stderr
-            and (found.stderr.count("\n"), found.stdout) == (1, "")
-        )
-
-
-def test_gpu_check_writes_its_report_after_every_step(tmp_path):
-    """With a python that sees a GPU and ends every step at once: the report holds each step's exit code and words."""
-    fake = tmp_path / "bin" / "python"
-    fake.parent.mkdir()
-    fake.write_text(
-        f'#!/bin/sh\ncase "$1" in\n-c) exit 0;;\n-) exec {sys.executable} "$@";;\nesac\necho "ran $*"; exit 3\n'
-    )
-    fake.chmod(0o755)
-    environment = os.environ | {"OUT": str(tmp_path / "out"), "PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "large"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
-    assert (
-        done.returncode == 0
-        and list(report) == ["products_70b", "pair_70b_8b"]
-        and report["products_70b"]["exit_code"] == 3
-    )
-    assert "ran scripts/benchmark.py --products" in (tmp_path / "out" / "gpu_check.md").read_text()
-    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_several_modes_in_one_run(capsys):

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,25 +13,105 @@ import quantize
 from cli import InputError
 from model import preset
 from scripts import plan
-from scripts.plan import Gpu, Plan, Role, acceptance, accepted, best_m, main, make_role
+from scripts.lib.gpus import KERNELS, Costs, Gpu, launches
+from scripts.plan import Device, Plan, Role, acceptance, accepted, best_m, main, make_role
 
 
 def whole(name: str, dtype=torch.bfloat16) -> Role:
     return Role(preset(name), preset(name), dtype, None, 1)
 
 
+def on(bandwidth: float, product_gap: float = 0, kernel_gap: float = 0, **more) -> Device:
+    """A GPU on which kernels end without a gap, unless one is given."""
+    return Device(Gpu(80e9, bandwidth, **{"link": 1e11} | more), Costs(bandwidth, product_gap, kernel_gap))
+
+
 def test_one_gpu_by_hand():
     """A bf16 8B reads its 7,504,924,672 weights but the embedding, and a row of that, and 131,072 bytes of cache a position."""
     read = (8_030_261_248 - 128256 * 4096 + 4096) * 2 + 1000 * 131_072
-    gpu = Gpu(80e9, 2e12, 1e11)
     assert whole("Llama-3.1-8B").read(1000, 1) == read
-    assert whole("Llama-3.1-8B").seconds(gpu, 1000, 1, 1) == pytest.approx(read / 2e12)
-    pair = Plan(whole("Llama-3.1-8B"), whole("Llama-3.2-1B"), gpu)
+    assert whole("Llama-3.1-8B").seconds(on(2e12), "plain", 1000, 1) == pytest.approx(read / 2e12)
+    pair = Plan(whole("Llama-3.1-8B"), whole("Llama-3.2-1B"), on(2e12))
     small = whole("Llama-3.2-1B").read(1000, 1)
     expected = (
         read + 4 * 4096 * 2 + 4 * small + 2048 * 2
     )  # five rows of the target; the draft's first step has two
     assert pair.round(4, 1000) == pytest.approx(expected / 2e12)
+    assert pair.limit(4, 1000) == pytest.approx(1)
+
+
+def test_gaps_between_kernels_by_hand():
+    """4 products a layer and the LM head; a 1B of 16 layers has 10 kernels a layer in a draft step, 14 in its first, an 8B
+    of 32 layers 14 in a verification, and 22 when it is quantised."""
+    free, slow = on(2e12), on(2e12, 3e-6, 2e-6)
+    pair, dear = (Plan(whole("Llama-3.1-8B"), whole("Llama-3.2-1B"), each) for each in (free, slow))
+    step, first = 65 * 3e-6 + (164 - 65) * 2e-6, 65 * 3e-6 + (228 - 65) * 2e-6
+    verification = 129 * 3e-6 + (458 - 129) * 2e-6
+    assert dear.draft_step(100) - pair.draft_step(100) == pytest.approx(step)
+    assert dear.drafting(5, 100) - pair.drafting(5, 100) == pytest.approx(4 * step + first)
+    assert dear.round(5, 100) - pair.round(5, 100) == pytest.approx(4 * step + first + verification)
+    assert dear.plain(100) - pair.plain(100) == pytest.approx(129 * 3e-6 + (357 - 129) * 2e-6)
+    int8 = [replace(each, target=make_role("Llama-3.1-8B", "int8", 1)) for each in (pair, dear)]
+    gaps = 129 * 3e-6 + (714 - 129) * 2e-6
+    assert int8[1].verification(21, 9) - int8[0].verification(21, 9) == pytest.approx(gaps)
+    assert dear.limit(5, 100) == pytest.approx(pair.round(5, 100) / dear.round(5, 100), rel=1e-4)
+
+
+COUNTS = {  # pairs whose steps are lowered: as they are, and quantised, in shapes of another size
+    "none": ["--preset", "Llama-3.1-8B", "--draft_preset", "Llama-3.2-1B"],
+    "int8": [
+        "--preset",
+        "Llama-3.1-70B",
+        "--draft_preset",
+        "Llama-3.1-8B",
+        "--mode",
+        "int8",
+        "--draft_mode",
+        "int4",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", COUNTS)
+def test_the_kernels_are_those_of_a_dry_run(mode):
+    pytest.importorskip("triton")
+    script = Path(plan.__file__).with_name("gpu_dry_run.py")
+    found = subprocess.run(
+        [sys.executable, script, *COUNTS[mode], "--verify", "judge"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    steps = json.loads(found.stdout.splitlines()[-1])["reports"][0]["steps"]
+    layers = {"none": (32, 16), "int8": (80, 32)}[mode]
+    assert set(steps) == set(KERNELS)
+    for name, step in steps.items():
+        counted = launches(name, mode != "none", layers[name.startswith("draft")])
+        assert {key: step[key] for key in counted} == counted, name
+
+
+def test_the_papers_pairs(capsys):
+    """Six ways to keep and place a draft on several GPUs, three on one; what was published is a matter of m*."""
+    main(["--pairs"])
+    out = capsys.readouterr().out
+    rows = json.loads(out.splitlines()[-1])
+    assert len(rows) == 3 + 6 + 6 and out.count("H100 ") == 15
+    for row in rows:
+        whole_round = 20 * row["draft_step_seconds"] + row["verification_seconds"]
+        assert whole_round < row["round_seconds"] < whole_round * 1.1 and 0 < row["share_of_limit"] < 1
+        assert row["tokens_per_second"] == pytest.approx(18 / row["round_seconds"])
+    published = {"Llama-3.1-70B": 141, "Llama-3.1-405B": 129}
+    assert "8B bf16, 1B int8, 1 H100 " in out and "70B int8, 8B int4 sharded, 2 H100 " in out
+    assert "70B: 141 tokens/s are published on 2 H100; 5 of 6 are expected to be faster" in out
+    for row in rows[3:]:
+        tie = (row["beats_from"] + 1) / row["round_seconds"]
+        assert tie == pytest.approx(published[row["target"]])
+    sharded = next(row for row in rows if row["gpus"] == 8 and row["draft_tp"] == "shard")
+    whole_draft = next(row for row in rows if row["gpus"] == 8 and row["draft_tp"] == "replicate")
+    assert sharded["draft_step_seconds"] < whole_draft["draft_step_seconds"]
+    main(["--pairs", "--gpu", "h200", "--m_star", "10"])
+    faster = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert faster[0]["tokens_per_second"] == pytest.approx(11 / faster[0]["round_seconds"])
+    assert faster[0]["draft_step_seconds"] < rows[0]["draft_step_seconds"]
 
 
 def test_a_rank_of_sixteen_by_hand():
@@ -38,10 +120,10 @@ def test_a_rank_of_sixteen_by_hand():
     attention = 16384 * 128 * (8 + 1 + 1 + 8)
     weights = 126 * (attention + 3 * 16384 * 3328 + 2 * 16384) + 2 * 8016 * 16384 + 16384
     assert role.weights() == 2 * weights
-    gpu = Gpu(80e9, 3e12, 5e10, 30e-6)
     reduced = 253 * 17 * 16384 * 2  # bytes: two a layer and the embedding, 17 rows
     link = (2 * 15 / 16 * reduced + 15 * 17 * 16) / 5e10
-    assert role.seconds(gpu, 1000, 17, 17) == pytest.approx(role.read(1000, 17) / 3e12 + 254 * 30e-6 + link)
+    found = role.seconds(on(3e12, link=5e10, latency=30e-6), "verify", 1000, 17)
+    assert found == pytest.approx(role.read(1000, 17) / 3e12 + 254 * 30e-6 + link)
 
 
 def test_acceptance():
@@ -53,7 +135,7 @@ def test_acceptance():
 
 def test_the_best_m_is_the_fastest():
     """A draft that costs nothing should propose without end, one as slow as the target hardly anything."""
-    gpu = Gpu(80e9, 2e12, 1e11)
+    gpu = on(2e12)
     equal = Plan(whole("Llama-3.2-1B"), whole("Llama-3.2-1B"), gpu)
     cheap = Plan(whole("Llama-3.1-405B"), whole("Llama-3.2-1B"), gpu)
     assert best_m(equal, 0.4, 1000) == 1 and best_m(cheap, 0.99, 1000) == plan.LONGEST
@@ -134,6 +216,7 @@ def test_more_than_a_machine_holds_is_linked_more_slowly(capsys):
     (["--target", "Llama-3.1-8B", "--memory", "inf"], "--memory"),
     (["--target", "9" * 5000 + "x2"], "DIM must be"), (["--target", "a" * 5000], "no preset"),
     (["--target", "no/such"], "is no folder"), (["--target", __file__], "is no folder"), (["--target", "a\0b"], "no preset"),
+    (["--pairs", "--target", "Llama-3.1-8B"], "--pairs names models"), (["--pairs", "--gpus", "2"], "--pairs names models"),
     (["--check", "--benchmarks", "/no/such"], "/no/such"), (["--draft", "Llama-3.1-8B"], "--draft needs a target"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(argv, word, capsys):

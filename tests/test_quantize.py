@@ -8,13 +8,11 @@ import signal
 import stat
 import subprocess
 import sys
-import weakref
 
 import pytest
 import torch
-from conftest import DEVICES, ROOT, make_folder
+from conftest import DEVICES, ROOT, Peak, make_folder
 from safetensors import SafetensorError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import kernels
@@ -742,38 +740,6 @@ def test_fp8_on_an_older_gpu_is_refused(monkeypatch, folder):
     quantize.check_device(gpu, Scheme("fp8"))
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of storages that live at once, of those that operations inside make."""
-
-    def __init__(self):
-        super().__init__()
-        self.living, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
-                key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-                if all(
-                    x.untyped_storage().data_ptr() != key
-                    for x in torch.utils._pytree.tree_leaves((args, kwargs))
-                    if isinstance(x, torch.Tensor)
-                ):
-                    self.living[key] = 0
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                if key in self.living:
-                    self.living[key] += 1
-                    weakref.finalize(tensor, self.gone, key, size)
-        return out
-
-    def gone(self, key: int, size: int):
-        self.living[key] -= 1
-        if not self.living[key]:
-            del self.living[key]
-            self.now -= size
-
-
 @pytest.mark.parametrize("scheme", SCHEMES, ids=TEXT)
 @torch.inference_mode()
 def test_a_prefill_makes_no_copy_of_a_whole_weight(scheme, monkeypatch):
@@ -787,24 +753,23 @@ def test_a_prefill_makes_no_copy_of_a_whole_weight(scheme, monkeypatch):
         y = quantize.product_in_slices(x, weight, scales, n, scheme.mode)
     assert torch.equal(y, expected) or (y - expected).abs().max() <= 2**-7 * expected.abs().max()
     args = ModelArgs(k, 1, 1, 1, n, 100, 64)
-    slices = quantize.temporary_bytes(
-        args, torch.bfloat16, scheme, torch.device("cuda"), 70
-    ) - 2 * n * 640 * (2 + 2)
+    slices = quantize.slice_bytes(args, torch.bfloat16, scheme, 70)
     assert y.nbytes < peak.peak < y.nbytes + slices < y.nbytes + n * k
     assert torch.equal(quantize.default_product(x, weight, scales, n, scheme.mode), y)
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("fp8"), Scheme("int4")], ids=str)
-def test_quantising_takes_what_temporary_bytes_says(scheme):
+def test_quantising_takes_what_packing_bytes_says(scheme):
     """The unquantised layer, and what it takes to put it into its packed form, on a CPU."""
     args = ModelArgs(512, 1, 4, 2, 4096, 50, 128)
     with Peak() as peak:
         weight = torch.randn(2 * 4096, 512, dtype=torch.bfloat16)
         layer = QuantLinear(*quantize.quantize(weight, scheme), *weight.shape, scheme)
     kept = sum(buffer.nbytes for buffer in layer.buffers())
-    bound = quantize.temporary_bytes(args, torch.bfloat16, scheme, torch.device("cpu"))
+    bound = quantize.packing_bytes(args, torch.bfloat16, scheme, "cpu")
     assert peak.peak - kept < bound < 40 * weight.numel(), (peak.peak, kept, bound)
-    assert quantize.temporary_bytes(args, torch.bfloat16, None, torch.device("cuda")) == 0
+    assert quantize.packing_bytes(args, torch.bfloat16, None, "cuda") == 0
+    assert quantize.slice_bytes(args, torch.bfloat16, None, 2048) == 0
 
 
 def test_what_is_refused(folder, tmp_path, capsys):

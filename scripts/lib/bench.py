@@ -167,7 +167,8 @@ class Bench:
     def load(self, args: argparse.Namespace, with_judge: bool, largest_k: int) -> None:
         """Loads the models, with caches for the largest M: engines come one by one, and share them."""
         judge, dtype = args.judge_path if with_judge else None, run_dtype(args.precision, args.device)
-        capacity = capacity_for(self.length, max(largest_k, settings_for(args, Variant("plain")).speculate_k))
+        m = max(largest_k, settings_for(args, Variant("plain")).speculate_k)
+        capacity = capacity_for(self.length, m)
         self.models = load_pair(
             args.checkpoint_path,
             args.draft_checkpoint_path,
@@ -175,6 +176,7 @@ class Bench:
             args.device,
             dtype,
             capacity=capacity,
+            speculate_k=m,
             schemes=schemes_of(args),
             draft_tp=getattr(args, "draft_tp", None),
         )

@@ -1,8 +1,10 @@
-"""GPUs by name, as their data sheets have them, and the bandwidth that a report by benchmark.py measured."""
+"""GPUs by name, as their data sheets have them, what a step costs there, and what it launches."""
 
 from dataclasses import dataclass
 
 from cli import InputError
+
+COPY_SHARE = 0.9  # of a data sheet's bandwidth that a copy reaches; assumed
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,11 @@ class Gpu:
     latency: float = 10e-6
     capability: tuple[int, int] = (9, 0)
 
+    @property
+    def copies(self) -> float:
+        """Bytes a second of a copy, reads and writes counted."""
+        return COPY_SHARE * self.bandwidth
+
 
 GPUS = {  # data sheets; the latency is assumed (NCCL inside a machine; --all_reduce symmetric is about half)
     "a100": Gpu(80e9, 2.04e12, 300e9, capability=(8, 0)),
@@ -23,6 +30,40 @@ GPUS = {  # data sheets; the latency is assumed (NCCL inside a machine; --all_re
     "h200": Gpu(141e9, 4.8e12, 450e9),
     "b200": Gpu(180e9, 7.7e12, 900e9, capability=(10, 0)),
 }
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step costs under a CUDA graph: its bytes over the bandwidth, and a gap at each kernel's end.
+
+    All but a measured bandwidth is assumed: seconds until the next kernel reads at full speed after one that
+    reads a weight (product_gap) and after any other (kernel_gap).
+    """
+
+    bandwidth: float  # bytes a second that kernels reach
+    product_gap: float = 3e-6
+    kernel_gap: float = 2.5e-6
+
+    def seconds(self, step: dict) -> float:
+        """step: its products, all kernels, and bytes_moved."""
+        gaps = step["products"] * self.product_gap + (step["kernels"] - step["products"]) * self.kernel_gap
+        return step["bytes_moved"] / self.bandwidth + gaps
+
+
+# step -> for weights as they are and quantised: kernels of a layer, and those outside layers; products among
+# them are four a layer and the LM head. Counted by scripts/gpu_dry_run.py --verify judge
+KERNELS = {
+    "plain": ((11, 5), (20, 5)),
+    "draft_first": ((14, 4), (22, 4)),
+    "draft_next": ((10, 4), (19, 4)),
+    "verify": ((14, 10), (22, 10)),
+}
+
+
+def launches(step: str, quantised: bool, layers: int) -> dict[str, int]:
+    """Kernels of a step, and the products among them."""
+    layer, outside = KERNELS[step][quantised]
+    return {"kernels": layer * layers + outside, "products": 4 * layers + 1}
 
 
 def positive(report: dict, name: str, where: str) -> float:

@@ -9,16 +9,9 @@ import tp
 from checkpoint import DEMO
 from cli import InputError
 from judge import RULES, JudgeHead, check_threshold, load_judge
-from model import PREFILL_ROWS, ModelArgs, Transformer
-from quantize import (
-    Checkpoint,
-    Scheme,
-    load_model,
-    open_checkpoint,
-    scheme_of,
-    temporary_bytes,
-    weight_bytes,
-)
+from model import ModelArgs, Transformer
+from quantize import Checkpoint, Scheme, check_device, load_model, open_checkpoint, scheme_of
+from scripts.lib.memory import in_words, memory_terms
 from scripts.lib.ranks import agree, place
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -60,41 +53,33 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def check_memory(
-    models: list[ModelArgs],
-    capacity: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    schemes: list[Scheme | None],
-) -> None:
-    """Raises InputError when weights, quantised by `schemes`, and caches will not fit into what is free on
-    `device`."""
-    weights = sum(weight_bytes(args, dtype, scheme) for args, scheme in zip(models, schemes))
-    rows = PREFILL_ROWS[device.type]
-    extra = max(temporary_bytes(args, dtype, scheme, device, rows) for args, scheme in zip(models, schemes))
-    caches = sum(args.cache_bytes(capacity, dtype) for args in models)
+    models: list[ModelArgs], capacity: int, dtype: torch.dtype, device: torch.device,
+    schemes: list[Scheme | None], speculate_k: int = 0,
+) -> None:  # fmt: skip
+    """Raises InputError where what `memory_terms` counts will not fit into what is free on `device`. models,
+    schemes: of the target and, where there is one, of the draft."""
+    world = shard.world if (shard := tp.shard()) else 1
+    sizes = {"capacity": capacity, "speculate_k": speculate_k, "world": world}
+    terms = memory_terms(models, schemes, dtype, device.type, **sizes)
     free = free_memory(device)
-    if free is not None and weights + caches + extra > free:
-        packing = (
-            f", and {extra / 1e9:.1f} GB for a time while weights are quantised and prompts read"
-            if extra
-            else ""
-        )
+    terms.pop("context")  # it is there by now, and not among what is free
+    if free is not None and sum(terms.values()) > free:
         raise InputError(
-            f"Not enough memory on {device}: {weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of "
-            f"caches{packing}, but {free / 1e9:.1f} GB are free; use a smaller --precision, a --mode, or a "
-            "shorter --cache_length."
+            f"Not enough memory on {device}: {in_words(terms)} together, but {free / 1e9:.1f} GB are free; "
+            "use a smaller --precision, a --mode, or a shorter --cache_length."
         )
 
 
 def load_pair(
     target: Path | Checkpoint, draft: Path | Checkpoint | None, judge: Path | None,
-    device: torch.device, dtype: torch.dtype, *, capacity: int = 0,
+    device: torch.device, dtype: torch.dtype, *, capacity: int = 0, speculate_k: int = 0,
     schemes: tuple[Scheme | None, Scheme | None] = (None, None), draft_tp: str | None = None,
 ) -> tuple[Transformer, Transformer | None, JudgeHead | None]:  # fmt: skip
     """Loads what is named, after checking that draft and target fit together and into memory.
 
-    capacity: of the caches. schemes: to quantise target and draft by, while they are loaded. draft_tp: where
-    ranks share the target, whether they share the draft as well (default: by its size).
+    capacity: of the caches. speculate_k: the largest M. schemes: to quantise target and draft by, while they
+    are loaded. draft_tp: where ranks share the target, whether they share the draft as well (default: by its
+    size).
     """
     sources = [open_checkpoint(folder) for folder in (target, draft) if folder is not None]
     shapes = [source.args for source in sources]
@@ -103,7 +88,9 @@ def load_pair(
     written = [source.scheme or scheme for source, scheme in zip(sources, schemes)]
     shards = place(shapes, dtype, written, device, draft_tp)
     local = [shard.local(shape) if shard else shape for shape, shard in zip(shapes, shards)]
-    check_memory(local, capacity, dtype, device, written)
+    for scheme in written:
+        check_device(device, scheme)
+    check_memory(local, capacity, dtype, device, written, speculate_k)
     models = [load_model(*each) for each in zip(sources, [device] * 2, [dtype] * 2, schemes, shards)]
     models = [tp.join(model, shard) if shard else model for model, shard in zip(models, shards)]
     agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
