@@ -53,10 +53,10 @@ class Costs:
 # step -> for weights as they are and quantised: kernels of a layer, and those outside layers; products among
 # them are four a layer and the LM head. Counted by scripts/gpu_dry_run.py --verify judge
 KERNELS = {
-    "plain": ((11, 5), (20, 5)),
-    "draft_first": ((14, 4), (22, 4)),
-    "draft_next": ((10, 4), (19, 4)),
-    "verify": ((14, 10), (22, 10)),
+    "plain": ((7, 6), (9, 6)),
+    "draft_first": ((8, 6), (9, 7)),
+    "draft_next": ((7, 5), (9, 5)),
+    "verify": ((9, 12), (10, 12)),
 }
 
 
