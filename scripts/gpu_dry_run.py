@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="standard",
         help="the rule; judge: with a head of random weights",
     )
-    add_flags(parser, "temperature", speculate_k=FIXED_K | {"default": 20})
+    add_flags(parser, "temperature", "pdl", speculate_k=FIXED_K | {"default": 20})
     add("--steps", choices=STEPS, nargs="*", default=list(STEPS), help="which steps")
     add("--layers", type=whole(2, 16), default=2, help="lower so many; what one adds stands for all others")
     held = {

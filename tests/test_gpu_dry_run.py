@@ -105,6 +105,36 @@ def test_attention_spills_nothing(tmp_path, precision):
         assert not row["spills"] and not row["stack"] and row["fits"], row
 
 
+@pytest.mark.slow
+def test_with_pdl_every_kernel_waits_for_the_one_before_it(tmp_path, capsys):
+    """One that did not would read what is not written yet. Products of cuBLAS are launched as ever, after all before them."""
+    steps = "--steps", "plain", "draft_first", "verify"
+    for mode in ("none", "int4"):
+        found = dry_run(
+            tmp_path,
+            "--pdl",
+            "--machine_code",
+            *steps,
+            "--mode",
+            mode,
+            "--preset",
+            "256x2",
+            "--draft_preset",
+            "128x2",
+        )
+        rows = [row for step in found["steps"].values() for row in step["machine_code"]]
+        assert {row["kind"] for row in rows} == {"inductor", "own"} and all(row["waits"] for row in rows), (
+            mode
+        )
+    without = dry_run(
+        tmp_path, "--machine_code", "--steps", "plain", "--preset", "256x2", "--draft_preset", "128x2"
+    )
+    assert not any(row["waits"] for row in without["steps"]["plain"]["machine_code"])
+    with pytest.raises(SystemExit):
+        gpu_dry_run.main(["--pdl", "--capability", "8.0"])
+    assert "--pdl needs a GPU of compute capability 9.0 or more" in capsys.readouterr().err
+
+
 FAULTS = """
 import json
 from scripts.lib import no_gpu

@@ -483,6 +483,7 @@ def main() -> None:
     """The process that scripts/gpu_dry_run.py starts: flags as JSON in, a report as JSON out."""
     request = json.loads(sys.argv[1])
     no_gpu.pretend(tuple(request["capability"]))
+    kernels.use_pdl(request["pdl"], torch.device("cuda", 0))
     kernels.tune = lambda candidates, action: candidates[0]  # nothing can be measured
     kernels.read_tilings, kernels.write_tilings = lambda device: {}, lambda device: None
     print(json.dumps(report(request)))

@@ -80,6 +80,7 @@ def describe(made) -> dict:
         "spills": sum(row[1] in SPILLS for row in rows), "warps": made.metadata.num_warps,
         "stages": made.metadata.num_stages,
         "unit": next((unit for words, unit in UNITS.items() if words in made.asm["ptx"]), "fma"),
+        "waits": "griddepcontrol.wait" in made.asm["ptx"],  # for the kernel before it, with --pdl
         "instructions": len(rows), "loop_instructions": len(loop), "loop_loads": loads(loop),
         "other_loads": loads(rest),
     }  # fmt: skip
