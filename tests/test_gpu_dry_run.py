@@ -84,7 +84,7 @@ def test_products_spill_nothing_and_load_wide(tmp_path, mode):
     report = dry_run(tmp_path, "--steps", "--mode", mode, "--rows", "1", "21", "64", *shapes)
     found = [row for row in report["by_rows"] if row["tiling"] and row["head_dim"] == 64]
     spills, narrow, instructions = PRODUCTS[mode]
-    assert len({row["tiling"] for row in found}) == 8 and {row["rows"] for row in found} == {1, 21, 64}
+    assert len({row["tiling"] for row in found}) >= 8 and {row["rows"] for row in found} == {1, 21, 64}
     for row in found:
         assert row["unit"] != "fma" and row["fits"], row
         assert row["spills"] <= spills and (spills or not row["stack"]), row
