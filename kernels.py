@@ -641,8 +641,12 @@ def capture(action, pool) -> Graph:
 
 
 def use_pdl(wanted: bool, device: torch.device) -> None:
-    """--pdl: from here on a kernel may start while the one before it ends (programmatic dependent launch); it
-    waits before it reads what that one writes. Raises InputError where a GPU has no such launches."""
+    """--pdl: from here on a kernel of ours may start while the one before it ends (programmatic dependent
+    launch); it waits before it reads what that one writes. Raises InputError where a GPU has no such launches.
+
+    Inductor's kernels are launched as ever: of those that its own option (triton.enable_pdl) makes, some do
+    not wait, and what follows such a one could overtake what went before it.
+    """
     global PDL
     if wanted and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0)):
         raise InputError(f"--pdl needs a GPU of compute capability 9.0 or more; {device} is none.")
@@ -678,5 +682,5 @@ def compile_step(step, device: str, cpp_wrapper: bool = True):
     if device == "cpu":  # there the wrapper around the kernels counts, on a GPU it is captured and gone
         options = {"cpp_wrapper": cpp_wrapper}
     else:
-        options = {"coordinate_descent_tuning": True, "triton.enable_pdl": PDL}
+        options = {"coordinate_descent_tuning": True}
     return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})

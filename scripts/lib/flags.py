@@ -64,7 +64,10 @@ FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a f
     "device": {"default": best_device, "help": "where to run"},
     "precision": {"choices": precisions, "help": "run type (default: bf16 on a GPU, fp32 on a CPU)"},
     "compile": {"action": "store_true", "help": "compile the step functions with torch.compile"},
-    "pdl": {"action": "store_true", "help": "let GPU kernels overlap (Hopper and later; no GPU has run it)"},
+    "pdl": {
+        "action": "store_true",
+        "help": "our GPU kernels start early (Hopper and later; no GPU has run it)",
+    },
     "chat": {"action": "store_true", "help": "put prompts into the checkpoint folder's chat format"},
     "max_new_tokens": {"type": whole(1, MOST_TOKENS), "default": 200, "help": "tokens of an answer, at most"},
     "temperature": {"type": number(0, 1000), "default": 0.0, "help": "0 is greedy"},
