@@ -642,7 +642,7 @@ def capture(action, pool) -> Graph:
 
 def use_pdl(wanted: bool, device: torch.device) -> None:
     """--pdl: from here on a kernel of ours may start while the one before it ends (programmatic dependent
-    launch); it waits before it reads what that one writes. Raises InputError where a GPU has no such launches.
+    launch); it waits before it reads what that one writes. Raises InputError where a GPU has none of that.
 
     Inductor's kernels are launched as ever: of those that its own option (triton.enable_pdl) makes, some do
     not wait, and what follows such a one could overtake what went before it.
@@ -679,8 +679,6 @@ def compile_step(step, device: str, cpp_wrapper: bool = True):
     def keep(guards: list) -> list[bool]:
         return [guard.name in ("first", "L['first']") for guard in guards]
 
-    if device == "cpu":  # there the wrapper around the kernels counts, on a GPU it is captured and gone
-        options = {"cpp_wrapper": cpp_wrapper}
-    else:
-        options = {"coordinate_descent_tuning": True}
+    # On a CPU the wrapper around the kernels counts, on a GPU it is captured and gone
+    options = {"cpp_wrapper": cpp_wrapper} if device == "cpu" else {"coordinate_descent_tuning": True}
     return torch.compile(own, fullgraph=True, options={"guard_filter_fn": keep, **options})

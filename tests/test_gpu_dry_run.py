@@ -104,7 +104,7 @@ def test_attention_spills_nothing(tmp_path, precision):
 
 
 @pytest.mark.slow
-def test_with_pdl_every_kernel_of_ours_waits(tmp_path, capsys):
+def test_with_pdl_every_kernel_of_ours_waits(tmp_path, capfd):
     """One that did not would read what is not written yet. Inductor's are launched as ever, after all before them."""
     small = "--machine_code", "--preset", "256x2", "--draft_preset", "128x2", "--mode", "int4"
     for flags, waits in (("--pdl",), True), ((), False):
@@ -118,7 +118,7 @@ def test_with_pdl_every_kernel_of_ours_waits(tmp_path, capsys):
         assert all(row["waits"] == waits for row in rows if row["kind"] == "own")
     with pytest.raises(SystemExit):
         gpu_dry_run.main(["--pdl", "--capability", "8.0"])
-    assert "--pdl needs a GPU of compute capability 9.0 or more" in capsys.readouterr().err
+    assert "--pdl needs a GPU of compute capability 9.0 or more" in capfd.readouterr().err
 
 
 FAULTS = """
