@@ -163,7 +163,7 @@ def step(model, b, s, visible):
 REAL, generate.plain_step = generate.plain_step, step
 request = dict(preset="64x2", draft_preset="64x2", mode="none", draft_mode="none", precision="bf16", rows=[],
                verify="standard", temperature=0.0, speculate_k=4, steps=["plain"], layers=2, cache_length=64,
-               capability=[9, 0], machine_code=False)
+               capability=[9, 0], machine_code=False, pdl=False)
 for FAULT in (nothing, breaks, reads, waits_inside, sends, copies):
     found = lowering.report(request)["steps"]["plain"]
     kinds = ("graph_breaks", "host_syncs", "cache_copies")

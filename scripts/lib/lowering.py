@@ -33,7 +33,7 @@ import quantize
 from checkpoint import weight_plan
 from cli import InputError, run_script
 from judge import JudgeHead, needs_judge
-from model import DTYPES, ModelArgs, Transformer, empty_model, materialise
+from model import DTYPES, ModelArgs, Transformer, empty_model, materialise, pick_device
 from scripts.lib import machine_code, no_gpu
 from scripts.lib.benchmark_args import shape_of
 
@@ -351,7 +351,7 @@ def make_model(args: ModelArgs, mode: str, dtype: torch.dtype) -> Transformer:
     """A model without memory; mode: none or a mode of quantize.py."""
     model, scheme = empty_model(args), quantize.scheme_named(mode)
     if scheme is not None:
-        quantize.prepare(torch.device("cuda"), scheme)
+        quantize.prepare(pick_device("cuda"), scheme)
     rows = {row.ours: row for row in weight_plan(args).values()}
     for name in [name for name, _ in model.named_parameters()]:
         weight = materialise(model, name, dtype, "cuda")
@@ -422,8 +422,10 @@ def report(request: dict) -> dict:
     few, many, found, own = 1, request["layers"], {}, []
     rows = {"plain": 1, "draft_first": 2, "draft_next": 1, "verify": request["speculate_k"] + 1}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        device = pick_device("cuda")
+        kernels.use_pdl(request["pdl"], device)
         kernels.arrivals.cache_clear()
-        kernels.arrivals(torch.device("cuda", 0))  # made once a process, not by a step
+        kernels.arrivals(device)  # made once a process, not by a step
         for layers in (few, many):
             drafting, plain = make_engines(request, layers)
             caches = {x for model in drafting.models for x in shapes_of_cache(model)}
@@ -483,7 +485,6 @@ def main() -> None:
     """The process that scripts/gpu_dry_run.py starts: flags as JSON in, a report as JSON out."""
     request = json.loads(sys.argv[1])
     no_gpu.pretend(tuple(request["capability"]))
-    kernels.use_pdl(request["pdl"], torch.device("cuda", 0))
     kernels.tune = lambda candidates, action: candidates[0]  # nothing can be measured
     kernels.read_tilings, kernels.write_tilings = lambda device: {}, lambda device: None
     print(json.dumps(report(request)))
