@@ -102,6 +102,7 @@ COMMANDS = {  # command lines that work in the folder of `make_world`; the first
     ],
     "experiments.py": [f"pareto {JUDGED} --limit 2 --work out/work --results out/results --judge_data answers.jsonl"
                        " --mined mined.jsonl"],
+    "gpu_dry_run.py": ["--preset 64x2 --draft_preset 64x2 --steps"],
     "mine_important_tokens.py": [
         f"{PAIR} {SHORT} --limit 2 --questions demo --out out/mined.jsonl", f"{MINED} --out resume/mined.jsonl",
         f"{MINED} --merge 2 --out parts/mined.jsonl",

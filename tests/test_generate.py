@@ -34,7 +34,7 @@ class Scripted:
     """
 
     def __init__(self, table, score=lambda n, t: 0.0, device="cpu"):
-        self.table, self.score, self.args, self.cache_length = table, score, ARGS, 0
+        self.table, self.score, self.args, self.local, self.cache_length = table, score, ARGS, ARGS, 0
         self.device, self.read, self.cache_epoch = torch.device(device), [], 0
 
     def setup_caches(self, length):
