@@ -48,11 +48,16 @@ cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTo
 why_not = ""  # what kept it from being built
 
 
-def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, wide: bool = False, norm: torch.nn.Module | None = None) -> Tensor:
     """x (..., K) times the transpose of weight (N, K), both of one type -> (..., N).
 
-    wide: in fp32, where tensor cores give their sums so, instead of rounded to that type.
+    wide: in fp32, where tensor cores give their sums so, instead of rounded to that type. norm: an RMSNorm
+    that is applied to x first.
     """
+    if norm is not None:
+        if x.device.type == "cuda" and x.numel() == x.shape[-1] and torch.compiler.is_compiling():
+            return linear_of_norm(x, norm.weight, norm.eps, weight)
+        x = norm(x)
     ours = cpu_kernels is not None and x.device.type == "cpu" and not torch.is_grad_enabled()
     ours = ours and x.dtype == weight.dtype and weight.is_contiguous()
     if ours and 0 < x.numel() // x.shape[-1] <= most_rows(weight.dtype, *weight.shape):
@@ -62,6 +67,15 @@ def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
         y = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
         return y.view(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
+
+
+def linear_of_norm(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """`linear` of RMSNorm(x), of one row, written so that Inductor makes one kernel of it: each weight row
+    sums the squares of x as well, so that nothing has to be known of x before the weights are read."""
+    wide = x.reshape(1, -1).float()
+    squares = wide.square().expand(weight.shape).mean(-1)
+    sums = (weight.float() * (wide * gain.float())).sum(-1)
+    return (sums * torch.rsqrt(squares + eps)).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:

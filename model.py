@@ -162,14 +162,14 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A product without bias, by the fastest kernel for its rows."""
+    """A product without bias, by the fastest kernel for its rows; norm: of its input, which it may fuse."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
         self.wide = False  # as `kernels.linear` has it
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.wide)
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        return kernels.linear(x, self.weight, self.wide, norm)
 
 
 class Attention(nn.Module):
@@ -181,10 +181,10 @@ class Attention(nn.Module):
         self.k_cache = self.v_cache = None  # (1, n_kv_head, length, head_dim) each, made by setup_caches
 
     def forward(
-        self, x: Tensor, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
+        self, x: Tensor, norm: RMSNorm, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
     ) -> Tensor:
         """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask as `see` gives -> (B, T, dim)."""
-        a, qkv, (batch, rows, _) = self.args, self.wqkv(x), x.shape
+        a, qkv, (batch, rows, _) = self.args, self.wqkv(x, norm), x.shape
         if pos is not None and mask is None:  # a step on a GPU; rope is the whole table
             return self.wo(kernels.attend(qkv[0], rope, pos, self.k_cache, self.v_cache))
         q, k, v = qkv.view(batch, rows, -1, a.head_dim).split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
@@ -237,8 +237,8 @@ class FeedForward(nn.Module):
         self.w13 = Linear(args.dim, 2 * args.intermediate_size)  # gate and up in one product
         self.w2 = Linear(args.intermediate_size, args.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        gate, up = self.w13(x, norm).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 
@@ -252,8 +252,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *where) -> Tensor:
         """x (B, T, dim), where: what `Attention.forward` takes beside it -> (B, T, dim)."""
-        x = x + self.attention(self.attention_norm(x), *where)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention(x, self.attention_norm, *where)
+        return x + self.feed_forward(x, self.ffn_norm)
 
 
 class Transformer(nn.Module):
@@ -326,7 +326,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, pos, mask, visible)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
-        return x, self.output(self.norm(rows)).float()
+        return x, self.output(rows, self.norm).float()
 
     def see(self, x: Tensor, pos: Tensor, visible: int, prefill: bool = False) -> Tensor | None:
         """0 or -inf, added to attention scores: (T, visible), or (group * T, visible) for `heads_as_rows`.

@@ -377,8 +377,9 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n_in), fp32 or bf16 -> (..., n_out)."""
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """x (..., n_in), fp32 or bf16, to which `norm` is applied first -> (..., n_out)."""
+        x = x if norm is None else norm(x)
         if x.numel() == 0:  # the LM head in a prefill
             return x.new_empty(*x.shape[:-1], self.n_out)
         if self.kernel is not None and x.numel() // self.n_in <= self.kernel.most_rows:

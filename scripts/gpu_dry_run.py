@@ -74,7 +74,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_flags(parser, "temperature", "pdl", speculate_k=FIXED_K | {"default": 20})
     add("--steps", choices=STEPS, nargs="*", default=list(STEPS), help="which steps")
-    add("--layers", type=whole(2, 16), default=2, help="lower so many; what one adds stands for all others")
+    add(
+        "--layers",
+        type=whole(2, 16),
+        default=4,
+        help="lower so many, and half of them; the rest is like the difference",
+    )
     held = {
         "type": whole(64, 1 << 20),
         "default": 500,

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from scripts.lib import machine_code
 
 LAYER = {  # mode of an 8B -> step -> the most kernels a layer; the draft is a 1B
-    "none": {"plain": 7, "draft_next": 7, "verify": 9},
+    "none": {"plain": 5, "draft_next": 5, "verify": 9},
     "int8": {"verify": 10},
     "int4": {"verify": 10},
     "fp8": {"verify": 10},

@@ -85,6 +85,22 @@ def test_the_largest_in_two_stages_is_the_lowest_of_equals():
         assert kernels.largest_by_blocks(x)[0][5].isnan() and kernels.largest(x)[0][5].isnan()
 
 
+@pytest.mark.parametrize("dtype, noise", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@torch.inference_mode()
+def test_a_product_of_a_norm_is_the_product_of_the_norm(dtype, noise):
+    """As a compiled step on a GPU takes it, one kernel of Inductor's; in float64, the norm first and then the product."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 1, 320, generator=generator) * 30, torch.randn(96, 320, generator=generator)
+    gain = torch.rand(320, generator=generator)
+    x, w, gain = (part.to(dtype) for part in (x, w, gain))
+    for eps in (1e-5, 300.0):  # the second one counts beside the mean square
+        normed = x.double() * torch.rsqrt(x.double().square().mean() + eps) * gain.double()
+        exact = normed @ w.double().T
+        y = kernels.linear_of_norm(x, gain, eps, w)
+        assert y.shape == (1, 1, 96) and y.dtype == dtype
+        assert (y.double() - exact).abs().max() <= noise * exact.abs().max(), eps
+
+
 def exact_attention(q, k, v, pos):
     """float64: q (T, H, D), k and v (KV, length, D), pos (T,) -> (T, H, D)."""
     group = q.shape[1] // k.shape[0]

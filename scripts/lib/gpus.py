@@ -53,9 +53,9 @@ class Costs:
 # step -> for weights as they are and quantised: kernels of a layer, and those outside layers; products among
 # them are four a layer and the LM head. Counted by scripts/gpu_dry_run.py --verify judge
 KERNELS = {
-    "plain": ((7, 6), (9, 6)),
-    "draft_first": ((8, 6), (9, 7)),
-    "draft_next": ((7, 5), (9, 5)),
+    "plain": ((5, 5), (9, 6)),
+    "draft_first": ((8, 5), (9, 6)),
+    "draft_next": ((5, 4), (9, 5)),
     "verify": ((9, 12), (10, 12)),
 }
 
