@@ -34,9 +34,9 @@ def test_terms_of_a_tiny_pair_by_hand():
     assert rope == 1280 > feed_forward
     unpacked = 224 * (64 * 10 + 128 * 2)  # gate and up are the largest: all of their 224 rows fit a slice
     assert terms["prompts"] == 128 * 1280 + unpacked
-    parts = 4 * 64 * 4 * 5 * (16 + 2)  # 64 parts of 4 heads by 5 rows
+    parts = 4 * 148 * 4 * 5 * (16 + 2)  # 296 programs for 2 KV heads, of 4 heads by 5 rows
     assert terms["verification"] == 5 * 1280 + parts + 5 * 96 * (2 + 4)
-    assert terms["graphs"] == 10e3 * 20 * (2 + 4 * 1)
+    assert terms["graphs"] == 10e3 * 10 * (2 + 4 * 1)
     assert (terms["libraries"], terms["context"], terms["collectives"]) == (0.5e9, 0.5e9, 0)
     assert terms["loading"] == 0  # less than what a prompt takes later
     ranks = memory_terms([TARGET], [None], torch.bfloat16, "cuda", capacity=128, speculate_k=4, world=2)

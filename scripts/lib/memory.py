@@ -13,8 +13,8 @@ CONTEXT = 0.5e9  # of a process on a GPU
 LIBRARIES = 0.5e9  # code of cuBLAS, Triton and Inductor on the GPU, and cuBLAS's work space
 COLLECTIVES = 0.5e9  # NCCL's buffers
 NODE = 10e3  # of a launch in a captured graph
-LAUNCHES = 20  # of a layer in a step, at most
-PARTS = 64  # that attention cuts positions into, at most (kernels.parts_for)
+LAUNCHES = 10  # of a layer in a step, at most
+PROGRAMS = 296  # two for each multiprocessor of the largest GPU: what attention is cut into
 
 
 def activation_bytes(args: ModelArgs, rows: int, dtype: torch.dtype) -> int:
@@ -32,7 +32,9 @@ def attention_bytes(args: ModelArgs, rows: int, capacity: int, dtype: torch.dtyp
     fp32 with their peaks and sums."""
     if device == "cpu":
         return rows * capacity * (1 + 2 * dtype.itemsize)
-    return 4 * PARTS * args.n_head * rows * (args.head_dim + 2) if rows <= 64 else 0
+    blocks = -(-(args.n_head // args.n_kv_head * rows) // 128)  # of a KV head's rows, as kernels.attend has it
+    parts = max(1, PROGRAMS // (args.n_kv_head * blocks))
+    return 4 * parts * args.n_head * rows * (args.head_dim + 2) if rows <= 64 else 0
 
 
 def memory_terms(
