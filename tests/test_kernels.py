@@ -85,6 +85,19 @@ def test_the_largest_in_two_stages_is_the_lowest_of_equals():
         assert kernels.largest_by_blocks(x)[0][5].isnan() and kernels.largest(x)[0][5].isnan()
 
 
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_logits_and_the_largest_on_a_gpu_are_those_of_a_cpu():
+    """fp32 sums of bf16 products where they are asked for, and the lowest of equals."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 256, generator=generator).bfloat16() for n in (5, 1000))
+    y = kernels.linear(x.cuda(), w.cuda(), wide=True)
+    assert y.dtype == torch.float32 and torch.allclose(y.cpu().double(), x.double() @ w.double().T, atol=1e-3)
+    ties = torch.randint(0, 4, (21, 128256), generator=generator).float()
+    value, index = kernels.largest(ties.cuda())
+    assert torch.equal(value.cpu(), ties.amax(-1)) and torch.equal(index.cpu(), (ties == 3).int().argmax(-1))
+
+
 @pytest.mark.parametrize("dtype, noise", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @torch.inference_mode()
 def test_a_product_of_a_norm_is_the_product_of_the_norm(dtype, noise):

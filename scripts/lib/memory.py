@@ -32,7 +32,9 @@ def attention_bytes(args: ModelArgs, rows: int, capacity: int, dtype: torch.dtyp
     fp32 with their peaks and sums."""
     if device == "cpu":
         return rows * capacity * (1 + 2 * dtype.itemsize)
-    blocks = -(-(args.n_head // args.n_kv_head * rows) // 128)  # of a KV head's rows, as kernels.attend has it
+    blocks = -(
+        -(args.n_head // args.n_kv_head * rows) // 128
+    )  # of a KV head's rows, as kernels.attend has it
     parts = max(1, PROGRAMS // (args.n_kv_head * blocks))
     return 4 * parts * args.n_head * rows * (args.head_dim + 2) if rows <= 64 else 0
 
