@@ -4,7 +4,8 @@ slowest at.
 `linear` multiplies up to 64 rows with a weight matrix: on a CPU by kernels.cpp, which is built on first use,
 elsewhere and for more rows by PyTorch. `attend` is attention of a few rows over a KV cache on a GPU, by a
 Triton kernel that reads from the device how far the text goes, so that one captured graph serves every
-position. `few_rows` multiplies up to 64 rows with quantised weights there; on a CPU kernels.cpp does.
+position. `few_rows` multiplies up to 64 rows with quantised weights there; on a CPU kernels.cpp does. What a
+step launches of all this: docs/latency.md, "Without a GPU".
 """
 
 import functools
@@ -247,8 +248,10 @@ if triton is not None:
     ):  # fmt: skip
         """Attention of the rows of one KV head over one part of the positions, before normalising.
 
-        The program whose part holds a row's position writes that row's key and value first. JOIN: the last
-        program of a head joins the parts.
+        T tokens of `group` query heads are ROWS rows. There are at most PARTS parts, each of at least LEAST
+        positions. Of each row, part gets the weighted sum of values, peak the largest score, total the sum of
+        weights. The program whose part holds a row's position writes that row's key and value first. JOIN:
+        the last program of a head, by the count in `arrived`, joins the parts.
         """
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -454,8 +457,8 @@ def cut_for(
     """How to cut the product of so many rows with a weight: a number of TILINGS, and the parts of the
     columns.
 
-    The first product of a shape on a GPU measures TILINGS, on numbers of its own, unless an earlier process
-    has, on the same kind of GPU: a step is tuned while it is compiled.
+    Called while a step is compiled, and never again. On a GPU it then measures TILINGS for that shape, on
+    numbers of its own, unless this or an earlier process has, on the same kind of GPU.
     """
     fitting, k = [tiling for tiling in TILINGS if shape[0] % tiling.block_n == 0], shape[1] * 8 // bits
 
@@ -585,8 +588,8 @@ def attend(qkv: Tensor, rope: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Ten
     qkv: (T, (heads + 2 n_kv_head) * D), queries, keys and values, not yet rotated. rope: a `rope_table`, fp32
     (length, 2, D / 2). pos: (T,) ascending positions; row t sees positions up to pos[t]. k_cache, v_cache:
     (1, n_kv_head, length, D). -> (1, T, heads * D). The positions are cut into parts that run side by side
-    (flash decoding); softmax and sums are fp32. Of few rows the last program of a head joins its parts, of
-    more a second launch, which spreads the joining over the GPU.
+    (flash decoding); softmax and sums are fp32. Of up to 8 rows a KV head (tokens times its query heads) the
+    last program of a head joins its parts, of more a second launch, which spreads the joining over the GPU.
     """
     n_kv, d, t = k_cache.shape[1], k_cache.shape[3], len(pos)
     rows = (qkv.shape[1] // d - 2 * n_kv) // n_kv * t

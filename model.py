@@ -162,7 +162,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A product without bias, by the fastest kernel for its rows; norm: of its input, which it may fuse."""
+    """A product without bias, by the fastest kernel for its rows; norm: of x, which it may fuse."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
@@ -183,7 +183,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, rope: Tensor, pos: Tensor | None, mask: Tensor | None, visible: int
     ) -> Tensor:
-        """x (B, T, dim), rope (T, 2, head_dim / 2), pos (T,) or None, mask as `see` gives -> (B, T, dim)."""
+        """x (B, T, dim) before `norm`, rope (T, 2, head_dim / 2), pos (T,) or None, mask by `see` -> as x."""
         a, qkv, (batch, rows, _) = self.args, self.wqkv(x, norm), x.shape
         if pos is not None and mask is None:  # a step on a GPU; rope is the whole table
             return self.wo(kernels.attend(qkv[0], rope, pos, self.k_cache, self.v_cache))

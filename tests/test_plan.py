@@ -75,6 +75,7 @@ COUNTS = {  # pairs whose steps are lowered: as they are, and quantised, in shap
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", COUNTS)
 def test_the_kernels_are_those_of_a_dry_run(mode):
+    """Where a step launches something else on purpose, count anew in KERNELS (docs/changing.md, "A GPU kernel")."""
     pytest.importorskip("triton")
     script = Path(plan.__file__).with_name("gpu_dry_run.py")
     found = subprocess.run(

@@ -49,7 +49,7 @@ LARGE = "scripts/benchmark.py --compile --preset Llama-3.1-70B --mode int8 --dra
 # The quick files first: what is cut off leaves their results. Workers: a fault of one leaves the others'.
 TESTS = "tests/test_model.py tests/test_kernels.py tests/test_quantize.py tests/test_generate.py"
 # M of 20 and 17 accepted a round are what Judge Decoding reports for 8B/70B; 17 and 33 rows are the usual
-# verifications. The limits are guesses: some 85 kernels compile, of which 58 are tuned by measuring.
+# verifications. The limits are guesses: with cold caches all kernels compile, most are tuned by measuring.
 STEPS = {
     "tests": Step(450, f"-m pytest -v -o addopts= -n 4 --dist load -m gpu --tb short {TESTS}"),
     "pair": Step(420, f"{SMALL} --speculate_k 20 --accept 17 --prefill 2048 8192 --repeats 5"),

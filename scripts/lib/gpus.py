@@ -50,8 +50,9 @@ class Costs:
         return step["bytes_moved"] / self.bandwidth + gaps
 
 
-# step -> for weights as they are and quantised: kernels of a layer, and those outside layers; products among
-# them are four a layer and the LM head. Counted by scripts/gpu_dry_run.py --verify judge
+# step -> for weights as they are and quantised: kernels of a layer (docs/latency.md names them), and those
+# outside layers; products among them are four a layer and the LM head. Counted by scripts/gpu_dry_run.py
+# --verify judge for up to 8192 wide models: a 405B has more
 KERNELS = {
     "plain": ((5, 5), (9, 6)),
     "draft_first": ((8, 5), (9, 6)),
