@@ -44,6 +44,7 @@ FLAGS = (
 )
 PDL = False  # set by `use_pdl`
 BLOCK = 256  # of a vocabulary, that one program takes the largest of
+LEAST = 64  # positions that a program of attention reads, where there are so many
 MOST_ROWS = 64  # a step of decoding has at most so many rows; more are a prefill
 cpu_kernels = None  # torch.ops.judge_fast once kernels.cpp is built; None: PyTorch's products
 why_not = ""  # what kept it from being built
@@ -599,7 +600,7 @@ def attend(qkv: Tensor, rope: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Ten
     out = attend_shape(qkv, rope, pos, k_cache, v_cache)
     part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=qkv.device)
     peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=qkv.device) for _ in range(2))
-    sizes = {"ROWS": rows, "T": t, "D": d, "PARTS": parts, "LEAST": 64, "BLOCK_D": power_of_2(d)}
+    sizes = {"ROWS": rows, "T": t, "D": d, "PARTS": parts, "LEAST": LEAST, "BLOCK_D": power_of_2(d)}
     block_n = 64 if qkv.itemsize == 2 else 32  # a few blocks in flight fill the shared memory
     attend_part[(n_kv, parts, blocks)](
         qkv.contiguous(), rope, pos, k_cache, v_cache, out, part, peak, total, arrivals(qkv.device),

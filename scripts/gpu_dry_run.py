@@ -114,7 +114,10 @@ def costs_of(args: argparse.Namespace) -> Costs:
     """The assumed costs on --gpu, with the bandwidth of --measured if given."""
     if args.measured is None:
         return Costs(GPUS[args.gpu].copies)
-    return Costs(measured_bandwidth(read_json(args.measured, "--measured"), f"--measured {args.measured}"))
+    report, where = read_json(args.measured, "--measured"), f"--measured {args.measured}"
+    if report.get("limit") != "copy":
+        raise InputError(f"{where} was not measured on a GPU; name a report that benchmark.py wrote there.")
+    return Costs(measured_bandwidth(report, where))
 
 
 COLUMNS = (

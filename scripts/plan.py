@@ -334,8 +334,9 @@ PAIRS = {
 
 def pair_lines(argv: list[str]) -> tuple[list[str], list[dict]]:
     """A row for each pair, type of its draft's weights and placement of its draft; then what is published."""
-    head = f"{'target, draft':44} {'draft ms':>8} {'verify':>7} {'round':>7} {'reading':>8} {'tokens/s':>9}"
-    lines, said, found = [f"{head}  memory", "-" * 100], [], []
+    head = f"{'target, draft':34} {'a draft step':>12} {'verification':>12} {'round':>9} {'reading':>7}"
+    title = "Predicted, nothing measured: M 20, m* 17. Reading is the share of a round in which bytes move."
+    lines, said, found = [title, f"{head} {'tokens/s':>8} {'memory':>7}"], [], []
     for (target, draft), (gpus, mode, published) in PAIRS.items():
         rows = []
         for draft_mode in ("bf16", "int8", "int4"):
@@ -366,13 +367,13 @@ def pair_row(args: argparse.Namespace, published: float | None) -> dict:
     fits, sizes = needed <= plan.on.gpu.memory, (name.split("-")[-1] for name in (args.target, args.draft))
     names = [f"{size} {mode}" for size, mode in zip(sizes, (args.mode, args.draft_mode))]
     place = {"replicate": " whole", "shard": " sharded"}[args.draft_tp] if args.gpus > 1 else ""
-    line = f"{', '.join(names)}{place}, {args.gpus} {args.gpu.upper()}".ljust(44)
+    line = f"{', '.join(names)}{place}, {args.gpus} {args.gpu.upper()}".ljust(34)
     ms = [figures[f"{part}_seconds"] * 1e3 for part in ("draft_step", "verification", "round")]
-    line += f" {ms[0]:8.2f} {ms[1]:7.2f} {ms[2]:7.2f} {figures['share_of_limit']:8.0%}"
-    line += f" {figures['tokens_per_second']:9.0f}  {needed / 1e9:.0f} GB{'' if fits else ': TOO MUCH'}"
+    line += f" {ms[0]:9.2f} ms {ms[1]:9.2f} ms {ms[2]:6.2f} ms {figures['share_of_limit']:7.0%}"
+    line += f" {figures['tokens_per_second']:8.0f} {needed / 1e9:4.0f} GB{'' if fits else ': TOO MUCH'}"
     if published:
         figures["beats_from"] = published * figures["round_seconds"] - 1
-        line += f"; {published} from m* {figures['beats_from']:.1f} on"
+        line += f"; more than the published {published} from m* {figures['beats_from']:.1f} on"
     settings = {
         name: getattr(args, name) for name in ("target", "draft", "gpus", "mode", "draft_mode", "draft_tp")
     }

@@ -43,7 +43,8 @@ def check_layers(report: dict, mode: str) -> None:
     """A kernel more costs 2.5 us a layer. If it cannot be helped: docs/changing.md, "A GPU kernel"."""
     for name, most in LAYER[mode].items():
         step = report["steps"][name]
-        assert step["layer"]["kernels"] <= most, name
+        too_many = f'{name}: {step["layer"]["kernels"]} kernels a layer, at most {most}; see docs/changing.md, "A GPU kernel"'
+        assert step["layer"]["kernels"] <= most, too_many
         assert not step["graph_breaks"] + step["host_syncs"] + step["cache_copies"], name
         assert step["bytes_needed"] < step["bytes_moved"] < 1.5 * step["bytes_needed"], name
 
@@ -83,7 +84,9 @@ def test_products_spill_nothing_and_load_wide(tmp_path, mode):
     shapes = "--preset", "4096x2", "--draft_preset", "64x2"
     report = dry_run(tmp_path, "--steps", "--mode", mode, "--rows", "1", "21", "64", *shapes)
     found = [row for row in report["by_rows"] if row["tiling"] and row["head_dim"] == 64]
-    assert len({row["tiling"] for row in found}) == 8 and {row["rows"] for row in found} == {1, 21, 64}
+    assert len({row["tiling"] for row in found}) == len(kernels.TILINGS) and {
+        row["rows"] for row in found
+    } == {1, 21, 64}
     for row in found:
         assert row["unit"] != "fma" and row["fits"], row
         assert not row["spills"] and not row["stack"], row
@@ -241,5 +244,8 @@ def test_a_measured_bandwidth_takes_the_place_of_the_assumed(tmp_path):
     step = {"bytes_moved": 4 * 10**9, "kernels": 100, "products": 40}
     costs = gpu_dry_run.costs_of(gpu_dry_run.parse_args(["--measured", str(report)]))
     assert costs.seconds(step) == pytest.approx(1e-3 + 40 * 3e-6 + 60 * 2.5e-6)
+    report.write_text(json.dumps({"limit": "read", "copy_gb_per_s": 4000, "read_gb_per_s": 1}))
+    with pytest.raises(InputError, match="was not measured on a GPU"):
+        gpu_dry_run.costs_of(gpu_dry_run.parse_args(["--measured", str(report)]))
     assumed = gpu_dry_run.costs_of(gpu_dry_run.parse_args(["--gpu", "h200"]))
     assert assumed.bandwidth == pytest.approx(0.9 * 4.8e12)
