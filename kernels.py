@@ -596,7 +596,9 @@ def attend(qkv: Tensor, rope: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Ten
     rows = (qkv.shape[1] // d - 2 * n_kv) // n_kv * t
     blocks = -(-rows // 128)
     block_m, join = power_of_2(-(-rows // blocks)), rows <= 8
-    parts = parts_for(qkv.device, n_kv * blocks)
+    parts = parts_for(
+        qkv.device, n_kv * blocks, 1 if block_m == 128 else 2
+    )  # as many have room for registers
     out = attend_shape(qkv, rope, pos, k_cache, v_cache)
     part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=qkv.device)
     peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=qkv.device) for _ in range(2))

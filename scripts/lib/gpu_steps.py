@@ -255,8 +255,8 @@ def run(args: argparse.Namespace) -> None:
     budget, out = Budget(args.budget), Path(os.environ.get("OUT") or ROOT / "benchmarks").absolute()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "judge-fast"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # of all calls on a machine
-    found = look_at_gpu()
     with claimed(out):
+        found = look_at_gpu()
         from scripts.lib.results import commit  # loads PyTorch: mistakes are answered sooner without
 
         here = {"gpu": found.pop("gpu"), "memory": found.pop("memory"), "machine": found,
