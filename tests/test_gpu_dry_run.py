@@ -82,7 +82,7 @@ def test_products_spill_nothing_and_load_wide(tmp_path, mode):
     shapes = "--preset", "4096x2", "--draft_preset", "64x2"
     report = dry_run(tmp_path, "--steps", "--mode", mode, "--rows", "1", "21", "64", *shapes)
     found = [row for row in report["by_rows"] if row["tiling"] and row["head_dim"] == 64]
-    assert len({row["tiling"] for row in found}) == 8 and {row["rows"] for row in found} == {1, 21, 64}
+    assert len({row["tiling"] for row in found}) == 9 and {row["rows"] for row in found} == {1, 21, 64}
     for row in found:
         assert row["unit"] != "fma" and row["fits"], row
         assert not row["spills"] and not row["stack"], row
@@ -119,6 +119,47 @@ def test_with_pdl_every_kernel_of_ours_waits(tmp_path, capfd):
     with pytest.raises(SystemExit):
         gpu_dry_run.main(["--pdl", "--capability", "8.0"])
     assert "--pdl needs a GPU of compute capability 9.0 or more" in capfd.readouterr().err
+
+
+ROOM = """
+from scripts.lib import no_gpu
+no_gpu.pretend((8, 9))  # of all that we know the least shared memory
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import JITFunction
+import kernels
+from scripts.lib import machine_code
+
+def run(kernel, *args, grid, warmup, **keywords):
+    made = machine_code.compile_only(kernel, grid, args, keywords)
+    fits.append(made.metadata.shared <= machine_code.most_shared())
+
+JITFunction.run = run
+numbers = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device="cuda")
+with FakeTensorMode(), torch.inference_mode():
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens in (1, 2, 33):
+            fits, caches = [], [numbers(1, 8, 640, 128, dtype=dtype) for _ in range(2)]
+            pos = numbers(tokens, dtype=torch.long)
+            kernels.attend._init_fn(numbers(tokens, 48 * 128, dtype=dtype), numbers(640, 2, 64), pos, *caches)
+            print(all(fits), "attend", dtype, tokens)
+        x, fits = numbers(64, 4096, dtype=dtype), []
+        for tiling in kernels.TILINGS:
+            if 128272 % tiling.block_n == 0:  # an LM head with a few tokens more than Llama's
+                weight = numbers(128272, 4096, dtype=torch.int8), numbers(128272), 8
+                kernels.product_parts._init_fn(x, *weight, kernels.TILINGS.index(tiling), 1)
+        print(any(fits), "product", dtype)
+"""
+
+
+def test_our_kernels_fit_a_gpu_of_little_shared_memory():
+    """In fp32, too, and where a weight's rows leave few tilings to choose from."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ROOM], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8 and "False" not in done.stdout, done.stdout
 
 
 FAULTS = """
