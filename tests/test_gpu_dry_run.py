@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -160,6 +161,48 @@ def test_our_kernels_fit_a_gpu_of_little_shared_memory():
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 8 and "False" not in done.stdout, done.stdout
+
+
+PAIRS = """
+import re
+from scripts.lib import no_gpu
+no_gpu.pretend((9, 0))
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import JITFunction
+import kernels
+from scripts.lib import machine_code
+
+def run(kernel, *args, grid, warmup, **keywords):
+    text = machine_code.compile_only(kernel, grid, args, keywords).asm["ttgir"]
+    layouts = dict(re.findall("^(#\\w+) = (.*)$", text, re.M))
+    line = next(line for line in text.splitlines() if "inline_asm" in line and "bf16x2" in line)
+    print(layouts[re.search("xi16, (#\\w+)>", line)[1]])
+
+JITFunction.run = run
+with FakeTensorMode(), torch.inference_mode():
+    for group, k, rows in ((32, 4096, 1), (32, 4000, 64), (128, 4096, 64), (128, 3968, 1)):
+        weight = torch.empty(4096, k // 2, dtype=torch.uint8, device="cuda")
+        scales = torch.empty(4096, k // group, 2, dtype=torch.bfloat16, device="cuda")
+        x = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
+        for tiling in range(len(kernels.TILINGS)):
+            kernels.product_parts._init_fn(x, weight, scales, 4, tiling, 1)
+"""
+
+
+@pytest.mark.slow
+def test_two_neighbours_of_a_row_become_bf16_at_once():
+    """The inline PTX takes the first number's scale for both: whatever Triton makes of a block, they share a group."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PAIRS], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    layouts, first = (
+        done.stdout.splitlines(),
+        r"register = \[\[0, 1\]|sizePerThread = \[1, [248]\].* order = \[1, 0\]",
+    )
+    assert len(layouts) == 4 * len(kernels.TILINGS) and all(re.search(first, one) for one in layouts), layouts
 
 
 FAULTS = """
