@@ -431,6 +431,7 @@ class Tiling(NamedTuple):
 TILINGS = (  # what the tuner tries; the first one serves where nothing is tuned
     Tiling(64, 128, 4, 4, 2), Tiling(32, 128, 2, 4, 4), Tiling(16, 256, 1, 4, 8), Tiling(32, 256, 4, 3, 4),
     Tiling(64, 128, 4, 3, 4), Tiling(64, 256, 4, 3, 2), Tiling(128, 128, 4, 3, 2), Tiling(128, 128, 8, 3, 2),
+    Tiling(16, 128, 1, 3, 8),  # the least: it fits any weight and any GPU
 )  # fmt: skip
 tilings: dict[str, Tiling] = {}  # the choices of this process, by shape
 SCALES = {8: torch.float32, 4: torch.bfloat16}  # by bits of a weight
@@ -594,20 +595,20 @@ def attend(qkv: Tensor, rope: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Ten
     """
     n_kv, d, t = k_cache.shape[1], k_cache.shape[3], len(pos)
     rows = (qkv.shape[1] // d - 2 * n_kv) // n_kv * t
-    blocks = -(-rows // 128)
+    # of rows and positions in a block: more would not fit an L40S's shared memory, with heads of 128
+    most, block_n = (128, 64) if qkv.itemsize == 2 else (16, 32)
+    blocks = -(-rows // most)
     block_m, join = power_of_2(-(-rows // blocks)), rows <= 8
-    parts = parts_for(
-        qkv.device, n_kv * blocks, 1 if block_m == 128 else 2
-    )  # as many have room for registers
+    wanted = 1 if block_m == 128 else 2  # as many programs as a multiprocessor has registers for
+    parts = parts_for(qkv.device, n_kv * blocks, wanted)
     out = attend_shape(qkv, rope, pos, k_cache, v_cache)
     part = torch.empty(n_kv, parts, rows, d, dtype=torch.float32, device=qkv.device)
     peak, total = (torch.empty(n_kv, parts, rows, dtype=torch.float32, device=qkv.device) for _ in range(2))
     sizes = {"ROWS": rows, "T": t, "D": d, "PARTS": parts, "LEAST": LEAST, "BLOCK_D": power_of_2(d)}
-    block_n = 64 if qkv.itemsize == 2 else 32  # a few blocks in flight fill the shared memory
     attend_part[(n_kv, parts, blocks)](
         qkv.contiguous(), rope, pos, k_cache, v_cache, out, part, peak, total, arrivals(qkv.device),
         d**-0.5, k_cache.shape[2], **sizes, **common(qkv.dtype), JOIN=join, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_T=min(16, power_of_2(t)), num_warps=8 if block_m == 128 else 4,
+        BLOCK_T=16, num_warps=8 if block_m == 128 else 4,
     )  # fmt: skip
     if not join:
         launch = {name: value for name, value in common(qkv.dtype).items() if name != "PRECISION"}

@@ -180,8 +180,23 @@ def test_mistakes_are_one_sentence(tmp_path):
 def test_what_cannot_be_gone_on_with_is_one_sentence(place, capsys):
     assert call("--budget", "50") == 2 and "tests may take 115 s" in capsys.readouterr().err
     place.mkdir(exist_ok=True)
-    (place / "gpu_check.json").write_text('{"steps": 3}')
-    assert call() == 2 and "is no report of gpu_check.sh" in capsys.readouterr().err and ran(place) == []
+    for steps in ("3", '{"pair": 3}', '{"demo": {"exit_code": 0}}'):
+        (place / "gpu_check.json").write_text(f'{{"steps": {steps}}}')
+        assert call() == 2 and "is no report of gpu_check.sh" in capsys.readouterr().err and ran(place) == []
+
+
+def test_the_digest_is_of_files_of_code_alone(tmp_path, monkeypatch):
+    """Not of folders that a test run leaves, as .pytest_cache."""
+    digest = gpu_steps.code_digest()
+    monkeypatch.setattr(gpu_steps, "ROOT", tmp_path)
+    (tmp_path / ".pytest_cache").mkdir()
+    assert digest != gpu_steps.code_digest() == gpu_steps.code_digest()
+    found = {gpu_steps.code_digest()}
+    for name in ("kernels.py", "kernels.cpp", "scripts/lib/a.py", "tests/test_a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+        found.add(gpu_steps.code_digest())
+    assert len(found) == 5
 
 
 def test_all_steps_fit_calls_of_ten_minutes_and_a_machine_of_forty_five():

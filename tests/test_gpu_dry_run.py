@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -124,6 +125,89 @@ def test_with_pdl_every_kernel_of_ours_waits(tmp_path, capfd):
     with pytest.raises(SystemExit):
         gpu_dry_run.main(["--pdl", "--capability", "8.0"])
     assert "--pdl needs a GPU of compute capability 9.0 or more" in capfd.readouterr().err
+
+
+ROOM = """
+from scripts.lib import no_gpu
+no_gpu.pretend((8, 9))  # of all that we know the least shared memory
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import JITFunction
+import kernels
+from scripts.lib import machine_code
+
+def run(kernel, *args, grid, warmup, **keywords):
+    made = machine_code.compile_only(kernel, grid, args, keywords)
+    fits.append(made.metadata.shared <= machine_code.most_shared())
+
+JITFunction.run = run
+numbers = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device="cuda")
+with FakeTensorMode(), torch.inference_mode():
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens in (1, 2, 33):
+            fits, caches = [], [numbers(1, 8, 640, 128, dtype=dtype) for _ in range(2)]
+            pos = numbers(tokens, dtype=torch.long)
+            kernels.attend._init_fn(numbers(tokens, 48 * 128, dtype=dtype), numbers(640, 2, 64), pos, *caches)
+            print(all(fits), "attend", dtype, tokens)
+        x, fits = numbers(64, 4096, dtype=dtype), []
+        for tiling in kernels.TILINGS:
+            if 128272 % tiling.block_n == 0:  # an LM head with a few tokens more than Llama's
+                weight = numbers(128272, 4096, dtype=torch.int8), numbers(128272), 8
+                kernels.product_parts._init_fn(x, *weight, kernels.TILINGS.index(tiling), 1)
+        print(any(fits), "product", dtype)
+"""
+
+
+def test_our_kernels_fit_a_gpu_of_little_shared_memory():
+    """In fp32, too, and where a weight's rows leave few tilings to choose from."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ROOM], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8 and "False" not in done.stdout, done.stdout
+
+
+PAIRS = """
+import re
+from scripts.lib import no_gpu
+no_gpu.pretend((9, 0))
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import JITFunction
+import kernels
+from scripts.lib import machine_code
+
+def run(kernel, *args, grid, warmup, **keywords):
+    text = machine_code.compile_only(kernel, grid, args, keywords).asm["ttgir"]
+    layouts = dict(re.findall("^(#\\w+) = (.*)$", text, re.M))
+    line = next(line for line in text.splitlines() if "inline_asm" in line and "bf16x2" in line)
+    print(layouts[re.search("xi16, (#\\w+)>", line)[1]])
+
+JITFunction.run = run
+with FakeTensorMode(), torch.inference_mode():
+    for group, k, rows in ((32, 4096, 1), (32, 4000, 64), (128, 4096, 64), (128, 3968, 1)):
+        weight = torch.empty(4096, k // 2, dtype=torch.uint8, device="cuda")
+        scales = torch.empty(4096, k // group, 2, dtype=torch.bfloat16, device="cuda")
+        x = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
+        for tiling in range(len(kernels.TILINGS)):
+            kernels.product_parts._init_fn(x, weight, scales, 4, tiling, 1)
+"""
+
+
+@pytest.mark.slow
+def test_two_neighbours_of_a_row_become_bf16_at_once():
+    """The inline PTX takes the first number's scale for both: whatever Triton makes of a block, they share a group."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PAIRS], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    layouts, first = (
+        done.stdout.splitlines(),
+        r"register = \[\[0, 1\]|sizePerThread = \[1, [248]\].* order = \[1, 0\]",
+    )
+    assert len(layouts) == 4 * len(kernels.TILINGS) and all(re.search(first, one) for one in layouts), layouts
 
 
 FAULTS = """

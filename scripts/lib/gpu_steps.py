@@ -90,7 +90,7 @@ def look_at_gpu() -> dict:
 
 def code_digest() -> str:
     """What tells this code from another, with or without git."""
-    files = [*ROOT.glob("*.[pc]*"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("tests/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*.cpp"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("tests/*.py")]
     content = b"".join(file.name.encode() + file.read_bytes() for file in sorted(files))
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -114,8 +114,10 @@ def read_report(path: Path) -> dict:
     """The steps of an earlier call by name. Raises InputError for a file that is none of this script's."""
     if not path.exists():
         return {}
-    steps = read_json(path).get("steps")
-    if not isinstance(steps, dict) or not all(isinstance(entry, dict) for entry in steps.values()):
+    steps, needed = read_json(path).get("steps"), {"exit_code", "machine", "gpu", "commit", "date"}
+    if not isinstance(steps, dict) or not all(
+        isinstance(entry, dict) and needed <= entry.keys() for entry in steps.values()
+    ):
         raise InputError(f"{path} is no report of gpu_check.sh; remove it, or name another OUT.")
     return steps
 
