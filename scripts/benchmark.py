@@ -45,7 +45,16 @@ from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
 from judge import JudgeHead, load_judge, needs_judge
 from kernels import capture
-from model import ModelArgs, Transformer, causal_mask, heads_as_rows, pick_device, random_model, run_dtype
+from model import (
+    ModelArgs,
+    Transformer,
+    causal_mask,
+    heads_as_rows,
+    pick_device,
+    random_model,
+    rope_table,
+    run_dtype,
+)
 from quantize import (
     QuantLinear,
     Scheme,
@@ -416,9 +425,9 @@ def workbenches(args: argparse.Namespace) -> tuple[Workbench, list[Part]]:
 
 
 def attention_ways(
-    q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int
+    q: Tensor, caches: list[Tensor], pos: Tensor, mask: Tensor, length: int, rope: Tensor
 ) -> dict[str, Callable]:
-    """The candidates by name, each a call without arguments."""
+    """The candidates by name, each a call without arguments. `attend` also rotates, and writes the cache."""
     n_kv = caches[0].shape[1]
     k, v = (cache[:, :, :length] for cache in caches)
     by_head, by_row = q.transpose(1, 2), heads_as_rows(q, n_kv)
@@ -428,7 +437,8 @@ def attention_ways(
         "SDPA, heads as rows": lambda: F.scaled_dot_product_attention(by_row, k, v, attn_mask=masks[1]),
     }
     if q.device.type == "cuda":
-        ways["attend"] = lambda: kernels.attend(by_row[0], *caches, pos)
+        qkv = torch.cat([q[0], *(cache[0, :, pos].transpose(0, 1) for cache in caches)], dim=1).flatten(1)
+        ways["attend"] = lambda: kernels.attend(qkv, rope, pos, *caches)
     return ways
 
 
@@ -456,12 +466,13 @@ def attention_parts(args: argparse.Namespace, model: ModelArgs, dtype: torch.dty
     parts, device = [], args.device
     shape = (1, model.n_kv_head, 32768, model.head_dim)
     caches = [[torch.randn(shape, device=device).to(dtype) for _ in range(2)] for _ in range(COPIES)]
+    rope = rope_table(model, shape[2], device)
     for length in (512, 4096, 32768):
         for rows in (1, 2, 17, 33):
             q = torch.randn(1, rows, model.n_head, model.head_dim, device=device).to(dtype)
             pos = torch.arange(length - rows, length, device=device)
             mask = causal_mask(pos, length, dtype)
-            ways = [attention_ways(q, cache, pos, mask, length) for cache in caches]
+            ways = [attention_ways(q, cache, pos, mask, length, rope) for cache in caches]
             for name in ways[0]:
                 action = in_turn([way[name] for way in ways], device)
                 size = 2 * model.n_kv_head * length * model.head_dim * dtype.itemsize

@@ -71,6 +71,7 @@ def main() -> None:
     quantize.quantize = benchmark.quantize = packed
     benchmark.synthetic = lambda n, vocab_size: [5] * n
     pair.free_memory = lambda device: 1 << 50
+    kernels.milliseconds, kernels.write_tilings = lambda action: float(len(action())), lambda device: None
     for argv in json.loads(sys.argv[1]):
         with FakeTensorMode(allow_non_fake_inputs=True):
             benchmark.main(argv)

@@ -117,7 +117,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, step: Step, is_cache: Callable[[Tensor], bool], vocabulary: int, compile: bool):
         super().__init__()
         self.step, self.is_cache, self.vocabulary, self.compile = step, is_cache, vocabulary, compile
-        self.weights: set[int] = set()  # ids of tensors that are inputs of the step
+        self.weights: set[int] = set()  # memory of tensors that are inputs of the step
         self.counting, self.tiling = True, ""
         self.seen: set[tuple] = set()  # kernels that are described
 
@@ -151,10 +151,10 @@ class Recorder(TorchDispatchMode):
         grid = grid(given) if callable(grid) else grid
         tensors = {id(x): x for x in given.values() if isinstance(x, Tensor)}
         if self.counting:
-            product = any(key in self.weights for key in tensors)
+            product = any(storage_of(x) in self.weights for x in tensors.values())
             logits = any(
-                key not in self.weights and x.numel() and x.numel() % self.vocabulary == 0
-                for key, x in tensors.items()
+                storage_of(x) not in self.weights and x.numel() and x.numel() % self.vocabulary == 0
+                for x in tensors.values()
             )
             programs = math.prod(grid)
             self.step.launches.append(Launch(kernel.__name__, "own", product, programs, logits))
@@ -207,7 +207,7 @@ def run_launcher(node: torch.fx.Node, recorder: Recorder) -> None:
         like = value.meta["val"]
         made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cuda")
         if value.op == "placeholder" and made.nbytes >= WEIGHT and not recorder.is_cache(made):
-            recorder.weights.add(id(made))
+            recorder.weights.add(storage_of(made))
         kept.append(made)
         return made
 
