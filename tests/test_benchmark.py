@@ -244,7 +244,7 @@ def test_attention_ways_agree():
     q, pos = torch.randn(1, 5, 6, 16), torch.arange(40, 45)
     hidden = torch.arange(45) > pos[:, None]
     mask = torch.zeros(hidden.shape).masked_fill(hidden, -float("inf"))
-    ways = attention_ways(q, caches, pos, mask, 45)
+    ways = attention_ways(q, caches, pos, mask, 45, torch.empty(0))  # angles: of attend alone, on a GPU
     by_head = ways["SDPA"]()
     by_row = ways["SDPA, heads as rows"]().view(1, 2, 3, 5, 16).flatten(1, 2)
     assert model.n_head == by_head.shape[1] and torch.allclose(by_head, by_row, atol=1e-5)
