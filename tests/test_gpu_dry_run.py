@@ -158,6 +158,7 @@ with FakeTensorMode(), torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 def test_our_kernels_fit_a_gpu_of_little_shared_memory():
     """In fp32, too, and where a weight's rows leave few tilings to choose from."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -260,6 +261,7 @@ for FAULT in (nothing, breaks, reads, waits_inside, sends, copies):
 """
 
 
+@pytest.mark.slow
 def test_what_must_not_be_is_found():
     command = [sys.executable, "-W", "ignore", "-c", FAULTS]
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -188,7 +188,8 @@ def test_attend_in_the_interpreter(shape, rows, lasts):
         check_attend("cpu", *shape, rows, [129], torch.float16, 4e-3)
 
 
-@pytest.mark.parametrize("rows, joined_at_once", [(1, True), pytest.param(5, False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows, joined_at_once", [(1, True), (5, False)])
 def test_attend_at_the_end_of_the_longest_context(rows, joined_at_once):
     """The last positions of 131,072, in parts of thousands; of few rows the last program joins them."""
     group = 2
