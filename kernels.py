@@ -496,7 +496,8 @@ def product_parts(x: Tensor, weight: Tensor, scales: Tensor, bits: int, tiling: 
         weight, scales = weight.view(torch.int16), scales.view(torch.int32)
     product_part[(n // tiling.block_n, parts)](
         x.contiguous(), weight, scales, out, n, k, rows, -(-k // parts // tiling.block_k) * tiling.block_k,
-        GROUP=group, X_K=x.shape[-1], EVEN=k == x.shape[-1] and k % tiling.block_k == 0, **common(x.dtype),
+        GROUP=group, X_K=x.shape[-1], EVEN=k == x.shape[-1] and k % tiling.block_k == 0,
+        PRECISION=precision_of(x.dtype), **overlapping(),
         BLOCK_M=power_of_2(rows), BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
@@ -509,11 +510,14 @@ def product_shape(x: Tensor, weight: Tensor, scales: Tensor, bits: int, tiling: 
     return x.new_empty(parts, x.numel() // x.shape[-1], weight.shape[0], dtype=torch.float32)
 
 
-def common(dtype: torch.dtype) -> dict:
-    """What every launch is given: how tensor cores multiply numbers of that type, and whether a launch may
-    overlap the one before it."""
-    precision = "tf32x3" if dtype == torch.float32 else "ieee"
-    return {"PRECISION": precision, "PDL": PDL} | ({"launch_pdl": True} if PDL else {})
+def precision_of(dtype: torch.dtype) -> str:
+    """How tensor cores multiply numbers of that type."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def overlapping() -> dict:
+    """What tells every launch whether it may overlap the one before it."""
+    return {"PDL": PDL, "launch_pdl": True} if PDL else {"PDL": PDL}
 
 
 def tune(candidates: list[Tiling], action: Callable[[Tiling], Tensor]) -> Tiling:
@@ -607,12 +611,11 @@ def attend(qkv: Tensor, rope: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Ten
     sizes = {"ROWS": rows, "T": t, "D": d, "PARTS": parts, "LEAST": LEAST, "BLOCK_D": power_of_2(d)}
     attend_part[(n_kv, parts, blocks)](
         qkv.contiguous(), rope, pos, k_cache, v_cache, out, part, peak, total, arrivals(qkv.device),
-        d**-0.5, k_cache.shape[2], **sizes, **common(qkv.dtype), JOIN=join, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_T=16, num_warps=8 if block_m == 128 else 4,
+        d**-0.5, k_cache.shape[2], **sizes, **overlapping(), PRECISION=precision_of(qkv.dtype), JOIN=join,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=16, num_warps=8 if block_m == 128 else 4,
     )  # fmt: skip
     if not join:
-        launch = {name: value for name, value in common(qkv.dtype).items() if name != "PRECISION"}
-        attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, **launch)
+        attend_join[(n_kv, rows)](out, pos, part, peak, total, **sizes, **overlapping())
     return out
 
 

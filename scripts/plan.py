@@ -43,7 +43,7 @@ from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoi
 from scripts.lib import benchmark_args
 from scripts.lib.benchmark_args import SCHEMA, is_preset, modes_of, shapes_of
 from scripts.lib.flags import FIXED_K, add_flags
-from scripts.lib.gpus import GPUS, Costs, Gpu, launches, measured_bandwidth, positive
+from scripts.lib.gpus import GPUS, Costs, Gpu, field_of, launches, measured_bandwidth, positive
 from scripts.lib.memory import in_words, memory_terms
 from scripts.lib.ranks import place_draft
 
@@ -378,17 +378,6 @@ def pair_row(args: argparse.Namespace, published: float | None) -> dict:
         name: getattr(args, name) for name in ("target", "draft", "gpus", "mode", "draft_mode", "draft_tp")
     }
     return settings | figures | {"fits": fits, "line": line}
-
-
-def field_of(report: dict, name: str, kind: type, where: str):
-    """A field of a report, None where it may be missing (kind: str | None). Raises InputError naming file and
-    field."""
-    value = report.get(name)
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise InputError(
-            f"{where}: field {name!r} is missing or of another type than scripts/benchmark.py writes."
-        )
-    return value
 
 
 def scheme_written(text: str | None, where: str) -> Scheme | None:

@@ -41,6 +41,17 @@ def dry_run(tmp_path, *flags: str) -> dict:
     return json.loads(out.read_text())["reports"][0]
 
 
+def printed_by(program: str) -> list[str]:
+    """The lines of a program in a process of its own, where Triton compiles instead of interpreting."""
+    command, environment = (
+        [sys.executable, "-W", "ignore", "-c", program],
+        os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def check_layers(report: dict, mode: str) -> None:
     """A kernel more costs 2.5 us a layer. If it cannot be helped: docs/changing.md, "A GPU kernel"."""
     for name, most in LAYER[mode].items():
@@ -161,12 +172,8 @@ with FakeTensorMode(), torch.inference_mode():
 @pytest.mark.slow
 def test_our_kernels_fit_a_gpu_of_little_shared_memory():
     """In fp32, too, and where a weight's rows leave few tilings to choose from."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", ROOM], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 8 and "False" not in done.stdout, done.stdout
+    lines = printed_by(ROOM)
+    assert len(lines) == 8 and not any("False" in line for line in lines), lines
 
 
 PAIRS = """
@@ -199,15 +206,8 @@ with FakeTensorMode(), torch.inference_mode():
 @pytest.mark.slow
 def test_two_neighbours_of_a_row_become_bf16_at_once():
     """The inline PTX takes the first number's scale for both: whatever Triton makes of a block, they share a group."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", PAIRS], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    layouts, first = (
-        done.stdout.splitlines(),
-        r"register = \[\[0, 1\]|sizePerThread = \[1, [248]\].* order = \[1, 0\]",
-    )
+    layouts = printed_by(PAIRS)
+    first = r"register = \[\[0, 1\]|sizePerThread = \[1, [248]\].* order = \[1, 0\]"
     assert len(layouts) == 4 * len(kernels.TILINGS) and all(re.search(first, one) for one in layouts), layouts
 
 
@@ -263,11 +263,7 @@ for FAULT in (nothing, breaks, reads, waits_inside, sends, copies):
 
 @pytest.mark.slow
 def test_what_must_not_be_is_found():
-    command = [sys.executable, "-W", "ignore", "-c", FAULTS]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert dict(map(json.loads, done.stdout.splitlines())) == {
+    assert dict(map(json.loads, printed_by(FAULTS))) == {
         "nothing": [],
         "breaks": ["graph_breaks"],
         "reads": ["host_syncs"],

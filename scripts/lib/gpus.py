@@ -67,13 +67,20 @@ def launches(step: str, quantised: bool, layers: int) -> dict[str, int]:
     return {"kernels": layer * layers + outside, "products": 4 * layers + 1}
 
 
-def positive(report: dict, name: str, where: str) -> float:
-    """A number of a report that is more than 0 and finite. Raises InputError naming file and field."""
+def field_of(report: dict, name: str, kind: type, where: str):
+    """A field of a report, None where it may be missing (kind: str | None). Raises InputError naming file and
+    field."""
     value = report.get(name)
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, kind):
         raise InputError(
             f"{where}: field {name!r} is missing or of another type than scripts/benchmark.py writes."
         )
+    return value
+
+
+def positive(report: dict, name: str, where: str) -> float:
+    """A number of a report that is more than 0 and finite. Raises InputError naming file and field."""
+    value = field_of(report, name, int | float, where)
     if not 1e-9 <= value <= 1e15:
         raise InputError(f"{where}: field {name!r} is {value:g}, and must be a positive number.")
     return float(value)

@@ -13,7 +13,7 @@ CONTEXT = 0.5e9  # of a process on a GPU
 LIBRARIES = 0.5e9  # code of cuBLAS, Triton and Inductor on the GPU, and cuBLAS's work space
 COLLECTIVES = 0.5e9  # NCCL's buffers
 NODE = 10e3  # of a launch in a captured graph
-LAUNCHES = 10  # of a layer in a step, at most
+LAUNCHES = 10  # of a layer in a step, as gpus.KERNELS has them at most
 PROGRAMS = 296  # two for each multiprocessor of the largest GPU: what attention is cut into
 
 
