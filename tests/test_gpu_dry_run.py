@@ -311,8 +311,8 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     report.write_text(json.dumps({"limit": "copy", "copy_gb_per_s": 0}))
     assert "'copy_gb_per_s' is 0, and must be a positive" in stopped(capsys, "--measured", str(report))
     assert "int7 must be none, bf16," in stopped(capsys, "--mode", "int7")
-    with monkeypatch.context() as patched:
-        patched.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
+    # monkeypatch would take the option away for good where it means to put it back
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "none"))}):
         assert "needs a C++ compiler" in stopped(capsys)
     with monkeypatch.context() as patched:
         patched.setattr(no_gpu, "cuobjdump", lambda: tmp_path / "cuobjdump")
