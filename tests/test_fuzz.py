@@ -104,7 +104,10 @@ def test_every_script_has_commands():
     assert set(hostile.scripts()) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("script", list(COMMANDS))
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(each, marks=pytest.mark.slow) if each == "gpu_dry_run.py" else each for each in COMMANDS],
+)  # whose seconds are those of a dry run
 def test_flags(prepared, script):
     """Every flag that a script's own parser has, with values that are none."""
 

@@ -212,14 +212,14 @@ def assert_same_up_to_ties(
 
 
 COMPILED = [
-    *[("plain", 0), ("standard", 0), ("judge", 0), ("ensemble", 0.8)],
+    *[("plain", 0), ("judge", 0)],
     *[
         pytest.param(verify, 0, marks=pytest.mark.slow)
         for verify in ("kl", "topk", "typical", "topn_delta", "divergence")
     ],
     *[
         pytest.param(*each, marks=pytest.mark.slow)
-        for each in (("window", 0), ("ensemble", 0), ("standard", 0.8))
+        for each in (("window", 0), ("ensemble", 0), ("ensemble", 0.8), ("standard", 0), ("standard", 0.8))
     ],
 ]
 
@@ -251,6 +251,7 @@ def test_compiled_is_eager_without_recompiling(pair, device, verify, temperature
         model.to("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_markers_adaptive_m_and_draft_features(pair, device, monkeypatch):
     """As above, with a head that reads the draft, too, a rule that applies between markers, and M that changes."""
@@ -723,7 +724,7 @@ def test_a_greedy_runs_guarantee_does_not_ask_for_top_k():
     assert of[0.0, 5] == of[0.0, None] and of[1.0, 5] != of[1.0, None]
 
 
-@pytest.mark.parametrize("verify", ["plain", "standard"])
+@pytest.mark.parametrize("verify", ["plain", pytest.param("standard", marks=pytest.mark.slow)])
 def test_the_shortest_cache_compiles(folders, capsys, verify):
     """64 positions: there is only one length to look at, which no graph may take for a variable one."""
     main(

@@ -427,7 +427,7 @@ def test_what_is_quantised(folder):
 
 @pytest.mark.parametrize("scheme, compiled", [
     *[(scheme, False) for scheme in (Scheme("int8"), Scheme("int4"), Scheme("fp8", lm_head=True))],
-    (Scheme("int8"), True), *[pytest.param(scheme, True, marks=pytest.mark.slow) for scheme in (Scheme("int4"), Scheme("fp8", lm_head=True))],
+    *[pytest.param(scheme, True, marks=pytest.mark.slow) for scheme in (Scheme("int8"), Scheme("int4"), Scheme("fp8", lm_head=True))],
 ], ids=str)  # fmt: skip
 def test_decoding_with_quantised_weights(folder, scheme, compiled):
     """Standard is plain, compiled is eager, through the whole engine; a prefill asks the LM head for no row."""
@@ -478,7 +478,9 @@ NEW = {  # what FORMATS might gain, none of it with a kernel
 }
 
 
-@pytest.mark.parametrize("mode", NEW)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow) if mode == "int6" else mode for mode in NEW]
+)  # which it compiles
 def test_a_format_is_one_entry(mode, folder, tmp_path, monkeypatch):
     """Without a kernel it is written, loaded, cut among ranks, and decoded with, also compiled."""
     monkeypatch.setitem(FORMATS, mode, NEW[mode])

@@ -461,7 +461,8 @@ def test_torchrun_and_a_rank_that_dies_under_it(folders):
     ), err
 
 
-@pytest.mark.parametrize("name, verify", [("tied", "kl"), pytest.param("gqa", "judge", marks=SLOW)])
+@SLOW  # compiles for a minute
+@pytest.mark.parametrize("name, verify", [("tied", "kl"), ("gqa", "judge")])
 def test_compiled_ranks_say_what_one_process_says(folders, tmp_path, name, verify):
     command = flags(folders, name, verify, "--compile", "--check_ranks", "--draft_tp", "shard")
     assert_same([command], Ranks(tmp_path / "r", 2, {"run": command}).results())
@@ -504,9 +505,9 @@ def test_without_rank_0s_word_they_would_part(folders, tmp_path, name):
 
 
 @pytest.mark.parametrize("name, more", [
-    ("kl, shared draft", ("--temperature", "0.8")),
+    pytest.param("kl, shared draft", ("--temperature", "0.8"), marks=SLOW),
     pytest.param("standard, own drafts, sampled", (), marks=SLOW),
-    pytest.param("plain, sampled", (), marks=SLOW),
+    ("plain, sampled", ()),
 ])  # fmt: skip
 def test_compiled_ranks_never_part(folders, tmp_path, name, more):
     """One of whose graphs rounds otherwise: the collectives stay inside."""

@@ -16,6 +16,7 @@ import sys
 from contextlib import suppress
 
 MOST = 16 << 20  # bytes of a message
+TOO_LONG = f"more than {MOST >> 20} MB"
 ENDED = "its process ended before it answered"
 MOST_FILES = 64  # files and folders that a program may make where no file system of its own bounds them
 
@@ -261,6 +262,8 @@ def encode(value, dict_like: bool = False):
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
+    if kind in (list, tuple, set, frozenset, dict) and 3 * len(value) > MOST:  # 3 bytes an entry, at least
+        raise ValueError(TOO_LONG)  # before seconds are spent on writing it
     if kind is int:
         return value if value.bit_length() <= 64 else {"int": hex(value)}
     if kind is list:
@@ -306,7 +309,7 @@ def send(channel: int, message) -> None:
     """Writes a message. Raises ValueError for one that is too long."""
     data = json.dumps(message).encode() + b"\n"
     if len(data) > MOST:
-        raise ValueError(f"more than {MOST >> 20} MB")
+        raise ValueError(TOO_LONG)
     while data:
         data = data[os.write(channel, data) :]
 
@@ -322,7 +325,7 @@ def receive(channel: int, rest: bytearray) -> bytes | None:
             return None
         rest += chunk
         if len(rest) > MOST:
-            raise ValueError(f"more than {MOST >> 20} MB")
+            raise ValueError(TOO_LONG)
     line = bytes(rest[:end])
     del rest[: end + 1]
     return line
