@@ -36,6 +36,7 @@ import checkpoint
 import kernels
 from checkpoint import Row, args_of, layer_plan, top_plan, weight_plan
 from files import check_new_folder, lock, read_json, replacing, write_file
+from hub import model_folder
 from model import ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
@@ -480,10 +481,11 @@ def open_checkpoint(folder: str | Path | Checkpoint) -> Checkpoint:
     """Reads config.json; what is open already stays as it is. Raises InputError for what cannot be read."""
     if isinstance(folder, Checkpoint):
         return folder
-    path = Path(folder) / "config.json"
+    folder = model_folder(folder)
+    path = folder / "config.json"
     config = read_json(path)
     args, found = args_of(config, str(path)), config.get("judge_fast")
-    return Checkpoint(Path(folder), args, *(read_entry(found, path) if found is not None else ()))
+    return Checkpoint(folder, args, *(read_entry(found, path) if found is not None else ()))
 
 
 def read_entry(found, path: Path) -> tuple[Scheme, str]:
@@ -616,6 +618,7 @@ def convert(folder: Path, out: Path, scheme: Scheme) -> None:
     """
     check_scheme(scheme)
     source = open_checkpoint(folder)
+    folder = source.folder
     check_lm_head(source.args, scheme)
     if source.scheme is not None:
         raise InputError(f"{folder} is quantised already; name the published folder.")

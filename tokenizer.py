@@ -29,7 +29,8 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cli import InputError, one_line, shortened_value
-from files import checkpoint_folder, read_bytes, read_json, read_text
+from files import read_bytes, read_json, read_text
+from hub import model_folder
 
 # Llama 3's pre-tokeniser, as its tokenizer files define it.
 SPLIT = (
@@ -282,7 +283,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     As in transformers a tokenizer.json comes first. Raises InputError when there is no tokenizer, none of a
     kind that is implemented, when two contradict each other, and for whatever is damaged.
     """
-    folder = checkpoint_folder(folder)
+    folder = model_folder(folder)
     settings = read_optional(folder / "tokenizer_config.json")
     file = next(
         (
