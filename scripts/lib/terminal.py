@@ -180,7 +180,7 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
             )
         generator = torch.Generator().manual_seed(args.seed % 2**63)
         ids = torch.randint(0, min(256, tokenizer.vocab_size), (int(text),), generator=generator).tolist()
-        return [tokenizer.bos_id, *ids][: int(text)]
+        return [*tokenizer.prefix, *ids][: int(text)]
     return encode_prompt(args, tokenizer, text)
 
 
@@ -209,7 +209,7 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> 
     """Ids of a prompt's text: in the chat format, or after begin-of-text."""
     if args.chat:
         return tokenizer.encode_chat([{"role": "user", "content": text}])
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    return tokenizer.prompt(text)
 
 
 def print_answers(
