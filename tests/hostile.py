@@ -954,7 +954,7 @@ def complaints(
 
 
 def outputs_of(world: Path, case: Case) -> list[str]:
-    """The real paths that a command line names as outputs."""
+    """The real paths that a command line names as outputs; where a part of one is a link, what it leads to."""
     found = []
     for at, word in enumerate(case.argv):
         flag, equals, value = word.partition("=")
@@ -963,6 +963,8 @@ def outputs_of(world: Path, case: Case) -> list[str]:
             with suppress(OSError, ValueError):
                 found += [os.path.join(world, value), os.path.realpath(world / value)]
                 found.append(os.path.splitext(os.path.realpath(world / value))[0])
+                parts = [name for name in case.files if name.startswith(f"{value}.")]
+                found += [os.path.realpath(world / name) for name in parts]
     return [each for each in found if each.rstrip("/") not in (str(world), str(world.parent), "/")]
 
 
