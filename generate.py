@@ -29,17 +29,18 @@ from judge import PLAIN, RULES, JudgeHead, Rule, mixture, rule_mask
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
 from quantize import open_checkpoint
+from sampling import accept_sampled, distribution, pick, residual
 from scripts.lib import pair
 from scripts.lib.guarantee import kind_of, take_calibration
 from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
+from scripts.lib.published import filters_of, take_sampling
 from scripts.lib.ranks import check_flags, check_round, own_device
 from scripts.lib.result import Report, Result, Round
 from scripts.lib.terminal import chat_loop, introduce, parse_args, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
-TINY = 1e-20
 
 
 @dataclass
@@ -50,7 +51,9 @@ class Settings:
     threshold: float | None = None
     speculate_k: int = 16  # M; the commands' default stands in scripts/lib/flags.py
     temperature: float = 0.0
-    top_k: int | None = None
+    top_k: int | None = None  # None: this filter is off, and so with the next two
+    top_p: float | None = None
+    min_p: float | None = None
     compile: bool = False
     min_prob: float = 0.0  # no rule accepts a token that the target gives less
     adaptive: bool = False  # choose each round's M from SIZES; speculate_k is then the largest
@@ -63,6 +66,10 @@ class Settings:
     def rule(self) -> Rule:
         """The rule; without a draft the standard test, of which nothing is asked."""
         return RULES.get(self.verify, PLAIN)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """What is sampled from, (..., V); target and draft are filtered alike."""
+        return distribution(logits, self.temperature, self.top_k, self.top_p, self.min_p)
 
     @property
     def needs_probabilities(self) -> bool:
@@ -208,7 +215,7 @@ def standard_test(
             return standard, most_likely, None
         p, q = logits.softmax(-1), b.draft_logits.softmax(-1)
     else:
-        p, q = (distribution(x, s.temperature, s.top_k) for x in (logits, b.draft_logits))
+        p, q = (s.distribution(x) for x in (logits, b.draft_logits))
         standard = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
 
     if s.rule.mixes:
@@ -236,38 +243,8 @@ def choose(logits: Tensor, uniform: Tensor, s: Settings, model: Transformer) -> 
     if s.temperature == 0:
         return tp.most_likely(logits, model.args.vocab_size)
     logits = tp.whole(logits, model.args.vocab_size)
-    token = pick(distribution(logits, s.temperature, s.top_k), uniform)
+    token = pick(s.distribution(logits), uniform)
     return tp.broadcast(token)[0] if tp.divided(model) else token, logits.amax(-1)
-
-
-def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """Probabilities to sample from, fp32 (..., V): temperature, then the top_k most likely, renormalised."""
-    logits = logits / temperature
-    if top_k is not None:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < lowest, -float("inf"))
-    return logits.softmax(-1)
-
-
-def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Samples an index by weights (..., V), which need no sum of 1; uniform (...) in [0, 1)."""
-    total = weights.double().cumsum(-1)
-    return (total <= (uniform.double() * total[..., -1])[..., None]).sum(-1).clamp(max=weights.shape[-1] - 1)
-
-
-def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor, uniforms: Tensor) -> Tensor:
-    """Rejection sampling's test, bool (M,): u < p(d) / q(d) (arXiv 2211.17192). p, q: (M, V)."""
-    own_p, own_q = (probs.gather(-1, drafted[:, None]).squeeze(-1) for probs in (p, q))
-    return uniforms * own_q < own_p
-
-
-def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
-    """Weights (1, V) of the target's own token: max(p - q, 0) at a rejection, p after full acceptance.
-
-    p: (M + 1, V), q: (M, V), accepted: (1,). Where p equals q only rounding rejects; p stands in then.
-    """
-    rest = (p[accepted] - torch.cat([q, torch.zeros_like(q[:1])])[accepted]).clamp(min=0)
-    return torch.where(rest.sum(-1, keepdim=True) > TINY, rest, p[accepted])
 
 
 def not_finite(peaks: Tensor) -> Tensor:
@@ -567,7 +544,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     M is at most what an answer can use: --max_new_tokens, and what the rule looks at beyond.
     """
     given = {name: getattr(args, name) for name in ("check_ranks", "debug_numerics") if name in args}
-    s = Settings(args.verify, args.threshold, temperature=args.temperature, top_k=args.top_k or None, **given)
+    s = Settings(args.verify, args.threshold, temperature=args.temperature, **given)
+    s.top_k, s.top_p, s.min_p = filters_of(args)
     s.compile, s.min_prob, s.adaptive = args.compile, args.min_prob, args.speculate_k == "auto"
     if getattr(args, "relax_between", None):
         s.relax_between = tuple(args.relax_between)
@@ -578,6 +556,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for a command line that cannot run, before anything is loaded."""
+    take_sampling(args)
     take_calibration(args)
     settings = settings_of(args)
     pair.check_settings(settings, bool(args.draft_checkpoint_path), bool(args.judge_path))

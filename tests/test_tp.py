@@ -429,7 +429,18 @@ def test_torchrun_and_a_rank_that_dies_under_it(folders):
     commands = [
         flags(folders, "gqa", "kl", "--threshold", "4", "--draft_tp", "shard", "--check_ranks"),
         flags(folders, "tied", "ensemble", "--check_ranks"),
-        flags(folders, "gqa", "standard", "--temperature", "0.9", "--top_k", "20", "--check_ranks"),
+        flags(
+            folders,
+            "gqa",
+            "standard",
+            "--temperature",
+            "0.9",
+            "--top_k",
+            "20",
+            "--top_p",
+            "0.9",
+            "--check_ranks",
+        ),
         flags(
             folders,
             "gqa",

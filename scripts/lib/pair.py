@@ -134,6 +134,9 @@ def check_settings(s, has_draft: bool, has_judge: bool) -> None:
         raise InputError(f"--temperature {s.temperature} must be 0 (greedy) or between 0.001 and 1000.")
     if s.top_k is not None and s.top_k < 1:
         raise InputError(f"--top_k {s.top_k} is too small: it keeps at least 1 token.")
+    for name, value in (("top_p", s.top_p), ("min_p", s.min_p)):
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"--{name} {value} is no share between 0 and 1.")
     if not 0 <= s.min_prob < 1:
         raise InputError(f"--min_prob {s.min_prob} is no probability below 1.")
     if s.verify != "plain" and not has_draft:

@@ -97,6 +97,7 @@ def as_json(engine, result: Result, text: str) -> str:
         "mean_accepted": result.mean_accepted, "seconds_prefill": result.seconds_prefill,
         "seconds_decode": result.seconds_decode, "tokens_per_second": result.tokens_per_second,
         "verify": s.verify, "threshold": s.threshold, "min_prob": s.min_prob,
+        "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p,
         "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
         "mean_score": result.mean_score, "device": str(engine.target.device), "dtype": kind_of(engine.target),
     })  # fmt: skip
