@@ -525,7 +525,7 @@ def test_json_is_one_object_a_sample(folders, capsys):
         assert set(record) == {
             "prompt_tokens", "tokens", "origin", "text", "stop_reason", "rounds", "drafted", "accepted", "accepted_by_rule", "mean_accepted",
             "seconds_prefill", "seconds_decode", "tokens_per_second", "verify", "threshold", "speculate_k", "min_prob", "device", "dtype", "relax_between",
-            "mean_score", "temperature", "top_k", "top_p", "min_p",
+            "mean_score", "temperature", "top_k", "top_p", "min_p", "stop",
         }  # fmt: skip
         assert (record["verify"], record["threshold"], record["speculate_k"]) == ("judge", 0.5, 3)
         assert (record["device"], record["dtype"]) == ("cpu", "float32")
@@ -773,6 +773,7 @@ def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
         "top_k": ([*base, "--top_k", "-1"], "--top_k -1"),
         "top_p": ([*base, "--top_p", "1.5"], "--top_p 1.5"),
         "min_p": ([*base, "--min_p", "-0.1"], "--min_p -0.1"),
+        "empty stop": ([*base, "--stop", ""], "--stop ''"),
         "many digits": ([*base, "--max_new_tokens", "9" * 5000], "--max_new_tokens 999"),
         "many digits of M": ([*base, "--speculate_k", "9" * 5000], "from 1 to 1024"),
         "trace on a device": ([*base, "--profile", "/dev/null"], "--profile /dev/null cannot be written: it is a device"),

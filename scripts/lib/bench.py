@@ -18,9 +18,10 @@ from scripts.lib.peers import peer
 from scripts.lib.published import filters_of
 from scripts.lib.results import PEERS, by_key, check_same_questions, how_made, resume
 from scripts.lib.scoring import CHECKERS, Question
+from scripts.lib.stops import cut
 from scripts.lib.tasks import question_header
 from scripts.lib.token_details import as_fields, token_details
-from scripts.lib.turns import Answering, answer_turns, cut, failed_turn, turn_ids
+from scripts.lib.turns import Answering, answer_turns, failed_turn, turn_ids
 from tokenizer import load_tokenizer
 
 SEEDS = 1_000_003  # between the samples of a question

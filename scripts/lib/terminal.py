@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +23,7 @@ from scripts.lib.guarantee import Drift, announce, kind_of, warn_of_drift
 from scripts.lib.pair import name_demo
 from scripts.lib.ranks import add_rank_flags
 from scripts.lib.result import Result
+from scripts.lib.stops import cut, decode_until, pieces_of
 from tokenizer import Decoder, Tokenizer, decode
 
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
@@ -57,13 +58,10 @@ class Paint:
         return f"{opening}{text}{closing}" if text else ""
 
 
-def paint_tokens(tokenizer: Tokenizer, result: Result, paint: Paint) -> str:
-    """The answer with marks; stop tokens are left out."""
-    decoder, parts = Decoder(tokenizer), []
-    tokens = [pair for pair in zip(result.tokens, result.origin) if pair[0] not in tokenizer.stop_ids]
-    for letter, group in groupby(tokens, key=lambda pair: pair[1]):
-        parts.append(paint.token("".join(decoder.push(token) for token, _ in group), letter))
-    return "".join(parts) + decoder.flush()
+def paint_tokens(tokenizer: Tokenizer, result: Result, paint: Paint, stops: Sequence[str] = ()) -> str:
+    """The answer with marks, up to its first stop text; stop tokens are left out."""
+    groups = groupby(pieces_of(tokenizer, result, stops), key=lambda piece: piece[1])
+    return "".join(paint.token("".join(text for text, _ in group), letter) for letter, group in groups)
 
 
 def answer_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
@@ -87,8 +85,8 @@ def name_of(engine) -> str:
     return s.verify if s.threshold is None else f"{s.verify} {s.threshold:g}"
 
 
-def as_json(engine, result: Result, text: str) -> str:
-    """One sample as one line of JSON."""
+def as_json(engine, result: Result, text: str, stops: Sequence[str] = ()) -> str:
+    """One sample as one line of JSON. stops: the stop texts asked for."""
     s = engine.settings
     return json.dumps({
         "prompt_tokens": result.prompt_tokens, "tokens": result.tokens, "origin": "".join(result.origin),
@@ -98,6 +96,7 @@ def as_json(engine, result: Result, text: str) -> str:
         "seconds_decode": result.seconds_decode, "tokens_per_second": result.tokens_per_second,
         "verify": s.verify, "threshold": s.threshold, "min_prob": s.min_prob,
         "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p,
+        "stop": list(stops),
         "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
         "mean_score": result.mean_score, "device": str(engine.target.device), "dtype": kind_of(engine.target),
     })  # fmt: skip
@@ -228,12 +227,15 @@ def print_answers(
     for sample in range(args.num_samples):
         last = sample + 1 == args.num_samples
         with profile(args.profile) if args.profile and last else nullcontext():
-            result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
+            result = decode_until(
+                engine, tokenizer, prompt, args.max_new_tokens, args.seed + sample, args.stop
+            )
         warn_of_drift(drift, result)
         if args.json:
-            print(as_json(engine, result, answer_text(tokenizer, result.tokens)), flush=True)
+            text = cut(answer_text(tokenizer, result.tokens), args.stop)
+            print(as_json(engine, result, text, args.stop), flush=True)
             continue
-        print(paint_tokens(tokenizer, result, paint), flush=True)
+        print(paint_tokens(tokenizer, result, paint, args.stop), flush=True)
         if paint.on and last:
             print(f"\n{paint.legend}", file=sys.stderr)
         print(summary(name_of(engine), result), file=sys.stderr)
@@ -313,6 +315,13 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
     )
     add_flags(group, "chat", "system")
     add("--interactive", action="store_true", help="ask for prompts, stream answers; Ctrl-C stops an answer")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the answer, and is not part of it; may be given several times",
+    )
     add("--num_samples", type=tokens, default=1, help="answers to the prompt")
     add_decoding_flags(group)
     seed = {"type": whole(-(2**63), 2**63 - 1), "default": 0, "help": "of sampling"}
@@ -338,6 +347,8 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.system is not None and not args.chat:
         raise InputError("--system is a message of a chat; give --chat, or leave it out.")
+    if "" in args.stop:
+        raise InputError("--stop '' would end every answer before it begins; give a text.")
     args.compare = args.checkpoint_path is None and args.prompt is None and not args.interactive  # the demo
     if args.compare:
         args.prompt = DEMO_PROMPT
