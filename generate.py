@@ -31,13 +31,14 @@ from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device
 from quantize import open_checkpoint
 from sampling import accept_sampled, distribution, pick, residual
 from scripts.lib import pair
+from scripts.lib.conversation import chat_loop
 from scripts.lib.guarantee import kind_of, take_calibration
 from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
 from scripts.lib.published import filters_of, take_sampling
 from scripts.lib.ranks import check_flags, check_round, own_device
 from scripts.lib.result import Report, Result, Round
-from scripts.lib.terminal import chat_loop, introduce, parse_args, print_answers, read_prompt
+from scripts.lib.terminal import introduce, parse_args, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
@@ -342,12 +343,22 @@ class Engine:
         self.settings = settings.resolved(self.head)
         self.buffers.threshold.fill_(self.settings.threshold or 0.0)
 
+    def otherwise(self, verify: str) -> "Engine":
+        """An engine on the same models with another rule, at its default; plain: without the draft."""
+        s = replace(self.settings, verify=verify, threshold=None)
+        if not s.rule.knob:
+            s.relax_between, s.min_prob = None, 0.0
+        if verify == "plain":
+            s.adaptive = False
+        draft, head = None if verify == "plain" else self.draft, None
+        if "scores" in s.rule.reads:
+            head = self.head
+        markers = self.markers if s.relax_between else None
+        return Engine(self.target, draft, head, s, self.stop_ids, self.length, markers)
+
     def without_draft(self) -> "Engine":
         """An engine on the same target that decodes plainly."""
-        s = replace(
-            self.settings, verify="plain", threshold=None, adaptive=False, relax_between=None, min_prob=0
-        )
-        return Engine(self.target, None, None, s, self.stop_ids, self.length)
+        return self.otherwise("plain")
 
     @torch.inference_mode()
     def warm_up(self) -> float:
@@ -371,16 +382,17 @@ class Engine:
         return time.monotonic() - started
 
     @torch.inference_mode()
-    def prefill(self, prompt: list[int], keep: int = 0) -> None:
+    def prefill(self, prompt: list[int], keep: int = 0) -> int:
         """Reads all of the prompt but its last token into the caches, in passes of PREFILL_ROWS, the last one
-        padded. keep: so many of its first tokens are there already, from the sequence before."""
+        padded; returns how many. keep: so many of its first tokens are there already, from the sequence
+        before, of which whole pages are not read again."""
         if self.cache_epochs != [model.cache_epoch for model in self.models]:
             raise RuntimeError("Another engine has since made this model's caches longer; make a new engine.")
         b, last = self.buffers, len(prompt) - 1
         b.tokens.zero_()
         b.tokens[: len(prompt)] = torch.tensor(prompt)
 
-        start = min(keep, last) // PAGE * PAGE
+        start = kept = min(keep, last) // PAGE * PAGE
         while start < last:
             end = min(start + PREFILL_ROWS[self.device.type], whole_pages(last))
             pos = torch.arange(start, end, device=self.device)
@@ -390,6 +402,7 @@ class Engine:
         b.pos.fill_(last)
         if self.markers is not None:
             b.region.fill_(self.markers.after(prompt))
+        return last - kept
 
     def visible(self, needed: int) -> Tensor:
         """A tensor as long as the part of the cache that a step looks at, which must hold `needed` positions.
@@ -481,7 +494,7 @@ class Engine:
         if self.settings.adaptive and not self.pace.seconds:
             self.warm_up()
         started = time.monotonic()
-        self.prefill(prompt, keep)
+        result.prefilled = self.prefill(prompt, keep)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         result.seconds_prefill, began = time.monotonic() - started, time.monotonic()

@@ -617,8 +617,8 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, 
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    def interrupted(self, prompt, most):
-        for count, token in enumerate(stream(self, prompt, most)):
+    def interrupted(self, prompt, most, keep):
+        for count, token in enumerate(stream(self, prompt, most, keep=keep)):
             if count == 3 and not asked:
                 asked.append(list(self.result.tokens))
                 raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What a person sees of an answer: colours, one line of figures, JSON, and a conversation."""
+"""What a person sees of an answer: colours, one line of figures, JSON."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from scripts.lib.pair import name_demo
 from scripts.lib.ranks import add_rank_flags
 from scripts.lib.result import Result
 from scripts.lib.stops import cut, decode_until, pieces_of
-from tokenizer import Decoder, Tokenizer, decode
+from tokenizer import Tokenizer, decode
 
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
 DEMO_FORMS = """the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She \
@@ -100,70 +100,6 @@ def as_json(engine, result: Result, text: str, stops: Sequence[str] = ()) -> str
         "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
         "mean_score": result.mean_score, "device": str(engine.target.device), "dtype": kind_of(engine.target),
     })  # fmt: skip
-
-
-def ask() -> str | None:
-    """A line from a person, None at end of input. Raises InputError for input that is closed or no text."""
-    if sys.stdin is None:
-        raise InputError("--interactive finds standard input closed.")
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return None
-    except UnicodeError as error:
-        raise InputError(f"--interactive found no UTF-8 text on standard input: {error}.") from None
-
-
-def chat_loop(args: argparse.Namespace, engine, tokenizer: Tokenizer, drift: Drift) -> None:
-    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it
-    is full.
-
-    Ctrl-C stops the answer, of which what was shown is kept; while a prompt is asked for it ends the program.
-    """
-    paint, messages = Paint(sys.stdout, engine.draft is not None, args.marks), first_messages(args)
-    if paint.on:
-        print(paint.legend, file=sys.stderr)
-    engine.generator.manual_seed(args.seed % 2**63)
-    while True:
-        text = tp.first(ask)
-        if text is None:
-            print()
-            return
-        if not text:
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            prompt = tokenizer.encode_chat(messages) if args.chat else encode_prompt(args, tokenizer, text)
-            answer, result = stream_answer(args, engine, tokenizer, prompt, paint)
-            warn_of_drift(drift, result)
-            messages.append({"role": "assistant", "content": answer})
-        except InputError as error:
-            print(
-                f"generate.py: {error}" + (" The conversation begins anew." if args.chat else ""),
-                file=sys.stderr,
-            )
-            messages = first_messages(args)
-
-
-def stream_answer(
-    args: argparse.Namespace, engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint
-) -> tuple[str, Result]:
-    """Prints one answer as it comes, as long as there is room for it or until Ctrl-C, and returns what was
-    shown."""
-    room = min(engine.length, engine.context[0]) - len(prompt)
-    decoder, shown = Decoder(tokenizer), []
-    try:
-        for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room))):
-            shown.append(token)
-            if token not in tokenizer.stop_ids:
-                print(paint.token(decoder.push(token), letter), end="", flush=True)
-    except KeyboardInterrupt:
-        if tp.shard():  # torchrun ends all ranks
-            raise
-        engine.result.stop_reason = "interrupt"
-    print(decoder.flush(), flush=True)
-    print(summary(name_of(engine), engine.result), file=sys.stderr)
-    return answer_text(tokenizer, shown), engine.result
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
