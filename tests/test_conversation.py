@@ -4,25 +4,36 @@ import argparse
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import test_tokenizer
+from conftest import TEMPLATES
 from test_generate import Scripted, one_hot
 
 import generate
-from chat import TemplateChangesAnswers
 from cli import InputError
 from generate import Engine, Settings, main
 from scripts.lib import conversation
 from scripts.lib.conversation import Conversation
 from scripts.lib.guarantee import Drift
+from scripts.lib.result import Result
+from tokenizer import decode, load_tokenizer
 
 END = 7
+small_llama3 = test_tokenizer.small_llama3  # a fixture
 
 
 class Letters:
     """A chat of tokens: 0 begins a question, 1 an answer, END ends it, 2 to 6 are the letters c to g."""
 
     stop_ids = [END]
+
+    @property
+    def chat(self):
+        return SimpleNamespace(
+            fill=lambda messages: "".join("<>cdefg!"[id] for id in self.encode_chat(messages))
+        )
 
     def token_bytes(self, id: int, first: bool = False) -> bytes:
         return b"<>cdefg!"[id : id + 1]
@@ -47,9 +58,6 @@ class Forgetful(Letters):
     def encode_chat(self, messages):
         said = [m | {"content": m["content"][m["role"] == "assistant" :]} for m in messages]
         return super().encode_chat(said)
-
-    def encode_next(self, turn):
-        raise TemplateChangesAnswers("it does")
 
 
 def says(n: int, t: int) -> list[float]:
@@ -112,6 +120,8 @@ def test_pages_are_kept_whole(pair):
         def encode_chat(self, messages):
             return [5 + len(messages), *([9] * 50)]
 
+        chat = SimpleNamespace(fill=lambda messages: "".join(m["content"] for m in messages))
+
         def encode_next(self, turn):
             return [96, 3, *([8] * len(turn))]
 
@@ -127,12 +137,57 @@ def test_pages_are_kept_whole(pair):
         assert fresh.generate(text[: result.prompt_tokens], 40).tokens == result.tokens
 
 
+class Says:
+    """An engine that says given answers, and notes what it was given to read."""
+
+    length, context, draft, settings = 4000, (4000, ""), None, Settings("plain")
+
+    def __init__(self, *answers: list[int]):
+        self.answers, self.asked = list(answers), []
+
+    def stream(self, prompt, most, keep):
+        self.asked.append((prompt, keep))
+        tokens = self.answers.pop(0)
+        self.result = Result(len(prompt), tokens, ["t"] * len(tokens))
+        yield from zip(tokens, self.result.origin)
+
+
+@pytest.mark.parametrize("form, system, thinks, goes_on", [
+    ("llama 3", "Be brief.", False, True), ("llama 3.2", None, False, True), ("chatml", "Be brief.", True, True),
+    ("llama 2", "Be brief.", False, True), ("mistral", None, False, True), ("mistral", "Be brief.", False, False),
+    ("deepseek", None, True, False),
+])  # fmt: skip
+def test_each_turn_is_what_the_folders_template_says(
+    tmp_path, small_llama3, form, system, thinks, goes_on, capsys
+):
+    """Three turns by real templates: the text of each prompt is the template's of the whole conversation, and all of
+    the turn before is kept, but where the template changes that."""
+    folder = test_tokenizer.small_chat(tmp_path / "m", small_llama3, TEMPLATES[form])
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_chat()
+    spoken = "hmm</think>So: {}" if thinks else " So: {}" if form in ("llama 2", "mistral") else "So: {}"
+    answers = [[*tokenizer.encode_parts([(spoken.format(word), True)], False), tokenizer.stop_ids[-1]]
+               for word in ("the user", "two", "3")]  # fmt: skip
+    talk = start(tokenizer, system=system)
+    talk.engine = Says(*answers)
+    before: list[int] = []
+    for question in ("Why?", "the user <|eot_id|>", "1+1?"):
+        talk.turn(question)
+        prompt, keep = talk.engine.asked[-1]
+        assert decode(tokenizer, prompt) == tokenizer.chat.fill(talk.messages[:-1])
+        assert len(talk.results) == 1 or (keep == len(before) - 2) == goes_on
+        assert prompt[:keep] == before[:keep]
+        before = prompt + talk.engine.result.tokens
+    assert [m["content"] for m in talk.messages if m["role"] == "assistant"][1] == spoken.format("two")
+    assert ("rewrites" in capsys.readouterr().err) != goes_on
+
+
 def test_a_template_that_rewrites_answers_is_said_once(capsys):
     talk = start(Forgetful())
     for question in ("c", "d", "e"):
         talk.turn(question)
     err = capsys.readouterr().err
-    assert err.count("rewrites earlier answers") == 1
+    assert err.count("rewrites earlier turns") == 1
 
 
 def test_a_stop_text_ends_a_turn_and_is_not_in_the_next(capsys):

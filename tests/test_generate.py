@@ -629,6 +629,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, 
         return [1, *self.encode(messages[-1]["content"])]
 
     monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("scripts.lib.conversation.Conversation.goes_on", lambda self, messages: False)
     monkeypatch.setattr(Engine, "stream", interrupted)
     monkeypatch.setattr("tokenizer.SentencePieceTokenizer.encode_chat", encode_chat)
     monkeypatch.setattr("tokenizer.SentencePieceTokenizer.check_chat", lambda self: None, raising=False)

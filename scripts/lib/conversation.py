@@ -107,12 +107,23 @@ class Conversation:
         """The ids of all turns and this one, up to where its answer begins."""
         if not self.args.chat:
             return encode_prompt(self.args, self.tokenizer, text)
+        messages = [*self.messages, {"role": "user", "content": text}]
         if self.ids:
             try:
-                return self.ids + self.tokenizer.encode_next(text)
+                if self.goes_on(messages):
+                    return self.ids + self.tokenizer.encode_next(text)
             except TemplateChangesAnswers:
-                self.tell("the chat template rewrites earlier answers")
-        return self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
+                pass
+            self.tell("the chat template rewrites earlier turns")
+        return self.tokenizer.encode_chat(messages)
+
+    def goes_on(self, messages: list[dict[str, str]]) -> bool:
+        """Whether the template writes what was said before as it stood there when the last answer was given,
+        and then that answer. Reasoning models' templates drop what was thought, Mistral's moves the system
+        message."""
+        before, whole = map(self.tokenizer.chat.fill, (messages[:-2], messages))
+        answer = messages[-2]["content"].strip()
+        return whole.startswith(before) and whole[len(before) :].lstrip().startswith(answer)
 
     def tell(self, why: str) -> None:
         """Says once why a conversation is encoded anew."""
