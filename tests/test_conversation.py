@@ -3,12 +3,13 @@
 import argparse
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import test_tokenizer
-from conftest import TEMPLATES
+from conftest import ROOT, TEMPLATES
 from test_generate import Scripted, one_hot
 
 import generate
@@ -288,3 +289,24 @@ def test_commands_and_prompts_from_a_person(tmp_path, capsys, monkeypatch):
         "standard has no threshold",
     ):
         assert err.count(words) == 1, words
+
+
+def test_the_transcript_of_the_page_is_what_happens(tmp_path, capsys, monkeypatch):
+    """Word for word, but for speeds."""
+    transcript = (ROOT / "docs" / "chat.md").read_text().rpartition("## A transcript")[2].split("```\n")[1]
+    typed = iter([line[2:] for line in transcript.splitlines() if line.startswith("> ")])
+
+    def answer(prompt: str) -> str:
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        print(f"{prompt}{line}")
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    monkeypatch.chdir(tmp_path)
+    main(["--device", "cpu", "--interactive", "--marks"])
+    said = capsys.readouterr().out
+    said = said[said.index("accepted draft tokens") :]
+    without = [re.sub(r" +\d+\.\d+ (tokens/s|s)\b", r" \1", text).rstrip() for text in (transcript, said)]
+    assert without[0] == without[1]

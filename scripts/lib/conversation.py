@@ -60,7 +60,7 @@ class Conversation:
         self.args, self.tokenizer = args, tokenizer
         self.loaded = engine  # with the draft and the judge that were loaded, whatever rule is in force
         self.cached: list[int] = []  # what the caches of target and draft hold
-        self.told = False  # that the template changes answers
+        self.told = self.explained = False  # that the template changes turns; what the colours mean
         self.begin()
         self.use(engine, drift)
 
@@ -73,8 +73,9 @@ class Conversation:
     def use(self, engine, drift: Drift) -> None:
         self.engine, self.drift = engine, drift
         self.paint = Paint(sys.stdout, engine.draft is not None, self.args.marks)
-        if self.paint.on:
+        if self.paint.on and not self.explained:
             print(self.paint.legend, file=sys.stderr)
+        self.explained = self.explained or self.paint.on
 
     @property
     def taken(self) -> int:
@@ -248,6 +249,7 @@ class Conversation:
 
         if mistake := tp.first(write):
             raise InputError(mistake)
+        print(f"Wrote {path}.", file=sys.stderr)
 
     def help(self, _: str) -> None:
         for name, (_, argument, what) in COMMANDS.items():
