@@ -256,7 +256,7 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT",
-        help="ends the answer, and is not part of it; may be given several times",
+        help="ends the answer, and is not part of it; may be given several times (default: none)",
     )
     add("--num_samples", type=tokens, default=1, help="answers to the prompt")
     add_decoding_flags(group)
