@@ -243,7 +243,7 @@ def layout_of(found, where: str) -> Layout:
         "gptq": read_gptq,
         "awq": read_awq,
     }
-    if not isinstance(method, str) or method not in readers:
+    if not isinstance(found, dict) or not isinstance(method, str) or method not in readers:
         refuse(where, f"quantization method {shortened_value(method)}")
     return readers[method](found, where)
 
@@ -255,8 +255,8 @@ def refuse(where: str, what: str, instead: str = READ) -> NoReturn:
 def need(settings: dict, where: str, wanted: dict[str, tuple]) -> None:
     """Refuses the first setting that has none of the values wanted, of which the first is the default."""
     for name, values in wanted.items():
-        if settings.get(name, values[0]) not in values:
-            refuse(where, f"{name}={shortened_value(settings[name])}")
+        if (value := settings.get(name, values[0])) not in values:
+            refuse(where, f"{name}={shortened_value(value)}")
 
 
 def read_group(value, where: str) -> int | None:
@@ -270,7 +270,7 @@ def read_group(value, where: str) -> int | None:
 
 def read_gptq(found: dict, where: str) -> Layout:
     where = f"{where}: gptq"
-    need(found, where, {
+    need({"bits": None} | found, where, {
         "bits": (4,), "checkpoint_format": ("gptq", "gptq_v2", None), "is_marlin_format": (False, None),
         "dynamic": (None, {}), "pack_dtype": ("int32",), "format": ("gptq", "gptq_v2", None),
     })  # fmt: skip
@@ -281,8 +281,8 @@ def read_gptq(found: dict, where: str) -> Layout:
 def read_awq(found: dict, where: str) -> Layout:
     where = f"{where}: awq"
     lower = {name: value.lower() if isinstance(value, str) else value for name, value in found.items()}
-    need(lower, where, {
-        "bits": (4,), "w_bit": (4,), "version": ("gemm",), "format": ("gemm", None), "zero_point": (True,),
+    need({"bits": found.get("w_bit")} | lower, where, {
+        "bits": (4,), "version": ("gemm",), "format": ("gemm", None), "zero_point": (True,),
     })  # fmt: skip
     return replace(AWQ, group=read_group(found.get("group_size", found.get("q_group_size", 128)), where))
 

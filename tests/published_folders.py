@@ -2,15 +2,25 @@
 
 What is packed here is packed number by number, by the published description of each layout, or by the package
 compressed-tensors; published.py is not used.
+
+    python tests/published_folders.py       # perplexity and load times of each kind, as benchmarks/published.md
 """
 
 import json
 import shutil
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_folder
 from safetensors.torch import load_file, save_file
+
+import kernels
+import quantize
+from checkpoint import DEMO
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -162,3 +172,62 @@ def write_kind(
         whole = json.loads((source / "config.json").read_text()) | entry
         (folder / "config.json").write_text(json.dumps(whole))
     return dequantised
+
+
+def seconds_to_read(file: Path) -> float:
+    """To read a file, which was read before, in 8 MiB at a time."""
+    begin, content = time.perf_counter(), bytearray(1 << 23)
+    with open(file, "rb", buffering=0) as stream:
+        while stream.readinto(content):
+            pass
+    return time.perf_counter() - begin
+
+
+def measure_perplexity(root: Path) -> list[str]:
+    """The demo target in each kind, and its twin; in fp32, on the demo's problems."""
+    from scripts.lib.likelihood import perplexity, read_pairs
+    from tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(DEMO / "target")
+    pairs = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", 0, 300)]
+    lines = ["| kind | perplexity | of its twin | unquantised |", "|---|---|---|---|"]
+
+    def of(folder: Path) -> float:
+        return perplexity(quantize.load_model(folder, "cpu", torch.float32), tokenizer.bos_id, pairs)
+
+    plain = of(DEMO / "target")
+    for kind in KINDS:
+        write_kind(kind, DEMO / "target", root / kind, root / f"{kind} twin", group=64)
+        found = [of(root / kind), of(root / f"{kind} twin"), plain]
+        lines.append(f"| {kind} | " + " | ".join(f"{value:.6f}" for value in found) + " |")
+    return lines
+
+
+def measure_loading(root: Path) -> list[str]:
+    """4 layers of a 1B in each kind: the median of 3 loads, and of 3 times reading the file."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 1024}  # fmt: skip
+    make_folder(root / "large", dtype=torch.bfloat16, scale=1.0, **shape)
+    lines = ["| kind | MB | loading, s | reading the file, s | times |", "|---|---|---|---|---|"]
+    for kind in ("bf16", *KINDS):
+        folder = root / "large" if kind == "bf16" else root / f"large {kind}"
+        if kind != "bf16":
+            write_kind(kind, root / "large", folder, root / "twin", group=128)
+            shutil.rmtree(root / "twin")
+        took = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            quantize.load_model(folder, "cpu", torch.float32 if kind != "bf16" else torch.bfloat16)
+            took.append(time.perf_counter() - begin)
+        file = folder / "model.safetensors"
+        load, read = statistics.median(took), statistics.median(seconds_to_read(file) for _ in range(3))
+        lines.append(
+            f"| {kind} | {file.stat().st_size / 1e6:.0f} | {load:.2f} | {read:.2f} | {load / read:.1f} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        kernels.use_cpu_kernels()
+        print("\n".join([*measure_perplexity(Path(folder)), "", *measure_loading(Path(folder))]))
