@@ -189,7 +189,7 @@ def measure_perplexity(root: Path) -> list[str]:
     from tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(DEMO / "target")
-    pairs = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", 0, 300)]
+    pairs = [[tokenizer.encode(part) for part in pair] for pair in read_pairs("demo", 0, 60)]
     lines = ["| kind | perplexity | of its twin | unquantised |", "|---|---|---|---|"]
 
     def of(folder: Path) -> float:
