@@ -21,7 +21,8 @@ from torch import Tensor
 
 import published
 from cli import InputError, Progress, shortened_value
-from files import checkpoint_folder, is_file, opened, parse_object, read_bytes, read_json
+from files import is_file, opened, parse_object, read_bytes, read_json
+from hub import model_folder
 from model import DTYPES, ROPES, Llama3Rope, ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
@@ -116,7 +117,7 @@ def read_rope(config: dict, where: str, context: int) -> tuple[float, Llama3Rope
 
 def read_config(folder: str | Path) -> ModelArgs:
     """Reads `folder/config.json`. Raises InputError for whatever is missing or not implemented, by name."""
-    path = Path(folder) / "config.json"
+    path = model_folder(folder) / "config.json"
     return args_of(read_json(path), str(path))
 
 
@@ -158,7 +159,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     As in transformers a model.safetensors comes before an index, and an index names files: their own headers
     say what is in them.
     """
-    folder = checkpoint_folder(folder)
+    folder = model_folder(folder)
     if os.path.lexists(folder / "adapter_config.json"):
         raise InputError(
             f"{folder} has an adapter (adapter_config.json), which is not implemented; merge it into the "
@@ -168,7 +169,9 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     if is_file(single):
         return dict.fromkeys(safetensors_header(single)[1], single)
     if not index.exists():
-        raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+        raise InputError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json{pickled(folder)}."
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} has no 'weight_map' from tensor names to files.")
@@ -182,6 +185,16 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
                 raise InputError(f"{folder / file} and {files[name]} both hold {name}; one of them must go.")
             files[name] = folder / file
     return files
+
+
+def pickled(folder: Path) -> str:
+    """What a sentence adds for a folder whose weights are pickled."""
+    if not any(folder.glob("pytorch_model*.bin*")):
+        return ""
+    return (
+        f"; its weights are pickled, which is never read here: "
+        f"python scripts/convert_bin.py --checkpoint_path {folder} --out NEW writes a folder that is"
+    )
 
 
 def open_safetensors(path: Path):

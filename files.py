@@ -141,8 +141,13 @@ def parse_json(text: str | bytes, where: str):
     return value
 
 
+NO_LIMIT = str(int(1e30))  # model_max_length in most published tokenizer_config.json
+
+
 def bounded_int(digits: str) -> int:
     """A whole number of JSON. Raises ValueError beyond 64 bits."""
+    if digits == NO_LIMIT:
+        return 2**63 - 1
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
         raise ValueError(f"a whole number of {len(digits)} digits")
     return int(digits)

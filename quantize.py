@@ -37,6 +37,7 @@ import kernels
 import published
 from checkpoint import Row, args_of, layer_plan, top_plan, weight_plan
 from files import check_new_folder, lock, read_json, replacing, write_file
+from hub import model_folder
 from model import Linear, ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
@@ -507,13 +508,14 @@ def open_checkpoint(folder: str | Path | Checkpoint) -> Checkpoint:
     """Reads config.json; what is open already stays as it is. Raises InputError for what cannot be read."""
     if isinstance(folder, Checkpoint):
         return folder
-    path = Path(folder) / "config.json"
+    folder = model_folder(folder)
+    path = folder / "config.json"
     config = read_json(path)
     args, found = args_of(config, str(path)), config.get("judge_fast")
     if foreign := config.get("quantization_config"):
         layout = published.layout_of(foreign, str(path))
-        return Checkpoint(Path(folder), args, published_scheme(Path(folder), args, layout), layout=layout)
-    return Checkpoint(Path(folder), args, *(read_entry(found, path) if found is not None else ()))
+        return Checkpoint(folder, args, published_scheme(folder, args, layout), layout=layout)
+    return Checkpoint(folder, args, *(read_entry(found, path) if found is not None else ()))
 
 
 def published_scheme(folder: Path, args: ModelArgs, layout: published.Layout) -> PublishedScheme:
@@ -529,7 +531,10 @@ def published_scheme(folder: Path, args: ModelArgs, layout: published.Layout) ->
             f"{folder}: config.json says quantization_config of {layout.name}, but no tensor *{sign} "
             f"is there; remove that entry, or download the folder again."
         )
-    scales = {checkpoint.Stored(*files[name.removesuffix(".weight") + layout.scales]).dtype for name in there}
+    places = [name.removesuffix(".weight") + layout.scales for name in there]
+    if lost := next((place for place in places if place not in files), None):
+        raise InputError(f"{folder} has no tensor {lost}, which its quantised weights need.")
+    scales = {checkpoint.Stored(*files[place]).dtype for place in places}
     wide = layout.mode == "int4" and not (layout.symmetric and scales == {torch.bfloat16})
     group = layout.unit if layout.mode == "int4" else Scheme.group_size
     kept = frozenset(may) - {*there}
@@ -763,6 +768,7 @@ def convert(folder: Path, out: Path, scheme: Scheme) -> None:
     """
     check_scheme(scheme)
     source = open_checkpoint(folder)
+    folder = source.folder
     check_lm_head(source.args, scheme)
     if source.scheme is not None:
         raise InputError(f"{folder} is quantised already ({source.scheme}); name the unquantised folder.")

@@ -1,10 +1,10 @@
-"""Text to ids and back: tiktoken (Llama 3), SentencePiece (Llama 2 and the demo pair), chat templates, stop
-tokens.
+"""Text to ids and back, and stop tokens: a tokenizer.json by the package tokenizers, Meta's own files by
+tiktoken (Llama 3) and SentencePiece (Llama 2 and the demo pair).
 
-`load_tokenizer(folder)` takes what a published folder holds: Llama 3's `tokenizer.json`, or `tokenizer.model`
-or `original/tokenizer.model` in either format. Text is always plain text: "<|eot_id|>" typed by a user
-becomes ordinary tokens, never the control token; only `encode_chat` writes control tokens, those that the
-folder's own chat template has.
+`load_tokenizer(folder)` takes what a published folder holds: `tokenizer.json`, or else `tokenizer.model` or
+`original/tokenizer.model` in either format. Text is always plain text: "<|eot_id|>" typed by a user becomes
+ordinary tokens, never the control token; only `encode_chat` writes control tokens, those that the folder's
+own chat template has.
 """
 
 import base64
@@ -13,23 +13,18 @@ import codecs
 import json
 import os
 import re
-import secrets
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-import jinja2
 import sentencepiece
 import tiktoken
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import tokenizers
 
+from chat import ChatTemplate, TemplateChangesAnswers, find_template
 from cli import InputError, one_line, shortened_value
-from files import checkpoint_folder, read_bytes, read_json, read_text
+from files import parse_object, read_bytes, read_json, read_text
+from hub import model_folder
 
 # Llama 3's pre-tokeniser, as its tokenizer files define it.
 SPLIT = (
@@ -46,12 +41,13 @@ MOST_ID = 2**24
 
 
 class TokenizerBase:
-    """What both kinds share: names of control tokens, stop tokens, the chat format."""
+    """What all kinds share: names of control tokens, stop tokens, the chat format."""
 
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
+    prefix: list[int]  # what the folder puts before a plain text: begin-of-text, or nothing
     stop_ids: list[int]
-    chat: "ChatTemplate | None" = None
+    chat: ChatTemplate | None = None
     no_chat = "This tokenizer was loaded without a folder, and so without a chat template"
 
     def __init__(self, control: dict[str, int]):
@@ -67,6 +63,10 @@ class TokenizerBase:
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a plain text that a model is to continue, begun as the folder begins one."""
+        return [*self.prefix, *self.encode(text)]
 
     def piece(self, id: int) -> str | None:
         """A token of the vocabulary as its file writes it; None for others."""
@@ -127,7 +127,9 @@ class TokenizerBase:
         )
         at = next((i for i, (text, own) in enumerate(parts) if text == answer and not own), None)
         if at is None:
-            raise InputError(f"{self.chat.where}: the chat template leaves out an answer, or changes it.")
+            raise TemplateChangesAnswers(
+                f"{self.chat.where}: the chat template leaves out an answer, or changes it."
+            )
         return self.encode_parts(parts[at + 1 :], False)
 
     def control_in(self, text: str) -> list[int]:
@@ -151,6 +153,7 @@ class TiktokenTokenizer(TokenizerBase):
         self.token_of_id = {id: token for token, id in ranks.items()}
         self.vocab_size = base + N_CONTROL
         self.bos_id = self.control["<|begin_of_text|>"]
+        self.prefix = [self.bos_id]
         self.stop_ids = [self.control[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
 
     def encode(self, text: str) -> list[int]:
@@ -190,7 +193,7 @@ class SentencePieceTokenizer(TokenizerBase):
                 else sentencepiece.SentencePieceProcessor(model_proto=content + NO_PREFIX)
             )
             self.vocab_size, self.bos_id = self.model.vocab_size(), self.model.bos_id()
-            self.stop_ids = [self.model.eos_id()]
+            self.prefix, self.stop_ids = [self.bos_id], [self.model.eos_id()]
             self.bytes_of_id = [self.read_piece(id) for id in range(self.vocab_size)]
             self.pieces = [self.model.id_to_piece(id) for id in range(self.vocab_size)]
             self.model.encode("probe")
@@ -238,7 +241,161 @@ class SentencePieceTokenizer(TokenizerBase):
         return text.removeprefix(b" ") if spaced else text
 
 
-Tokenizer = TiktokenTokenizer | SentencePieceTokenizer
+class JsonTokenizer(TokenizerBase):
+    """A tokenizer.json of any kind whose tokens stand for bytes. content: the file; where: names it in a
+    sentence; settings: tokenizer_config.json.
+
+    transformers reads added tokens that are not "special" out of plain text. Here that is so for runs of
+    space alone: all others are control tokens of some template (DeepSeek's "<｜User｜>", "<think>").
+    """
+
+    def __init__(self, content: str, where: str, settings: dict):
+        spec = parse_object(content, where)
+        names = mark_control_tokens(spec, f"{where}: added_tokens")
+        self.bytes_of = decoder_of(spec, where)
+        first, inner = (metaspace(spec, place, settings) for place in ("first", "never"))
+        self.model = build(first, where)
+        self.inner = self.model if inner == first else build(inner, where)
+        vocab = self.model.get_vocab(with_added_tokens=False)
+        self.pieces = {id: piece for piece, id in vocab.items()}
+        for name, id in names.items():
+            if self.model.token_to_id(name) != id:
+                raise InputError(
+                    f"{where}: added_tokens: {shortened_value(name)} of id {id} is not the vocabulary's next."
+                )
+        super().__init__({name: id for name, id in names.items() if name.strip()})
+        self.control_of_id |= {id: name.encode() for name, id in names.items()}
+        self.vocab_size = max(self.pieces.keys() | self.control_of_id.keys(), default=-1) + 1
+        if len(self.pieces) < len(vocab) or not 0 < self.vocab_size <= MOST_ID:
+            raise InputError(f"{where}: the vocabulary has an id twice, or none, or one beyond {MOST_ID}.")
+        if decode(self, self.encode(PROBE), True) != PROBE:
+            raise InputError(f"{where} is damaged: {PROBE!r} is not what its tokens say when read back.")
+        self.prefix = self.begin_of_text()
+        self.bos_id = self.id_of(settings.get("bos_token"), self.prefix[0] if self.prefix else None)
+        ends = [self.id_of(name) for name in (settings.get("eos_token"), *ENDS)]
+        self.stop_ids = list(dict.fromkeys(id for id in ends if id is not None))
+
+    def begin_of_text(self) -> list[int]:
+        """What the file's post-processor puts before a text."""
+        plain, whole = (self.model.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = range(len(whole) - len(plain) + 1)
+        return whole[: next((at for at in starts if whole[at : at + len(plain)] == plain), 0)]
+
+    def id_of(self, token, default: int | None = None) -> int | None:
+        """The id of a token that a setting names, as text or as an object with its content."""
+        name = token.get("content") if isinstance(token, dict) else token
+        id = self.model.token_to_id(name) if isinstance(name, str) else None
+        return default if id is None else id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without begin-of-text."""
+        return self.encode_piece(text, True)
+
+    def encode_piece(self, text: str, first: bool) -> list[int]:
+        check_text(text)
+        model = self.model if first else self.inner
+        return model.encode(text, add_special_tokens=False).ids
+
+    def piece(self, id: int) -> str | None:
+        return self.pieces.get(id)
+
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
+        """As `SentencePieceTokenizer.token_bytes`."""
+        if id not in self.pieces or id in self.control_of_id:
+            return self.control_of_id.get(id, f"<|reserved_{id}|>".encode())
+        piece = self.pieces[id]
+        spaced = first and self.bytes_of is bytes_of_piece
+        return self.bytes_of(piece.removeprefix("\u2581") if spaced else piece)
+
+
+PROBE = "the user 123 x=a+b"  # a tokenizer that loses text is damaged
+ENDS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>")  # where known
+
+
+def mark_control_tokens(spec: dict, where: str) -> dict[str, int]:
+    """Makes the added tokens of a tokenizer.json such as text cannot write -> name to id. Raises InputError
+    for what is no token."""
+    added = spec.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
+        raise InputError(f"{where} is not a list of objects.")
+    names = check_names((entry.get("id"), entry.get("content"), where) for entry in added)
+    for entry in added:
+        entry["special"] = bool(entry["content"].strip())
+        for name in ("single_word", "lstrip", "rstrip", "normalized"):
+            entry.setdefault(name, False)
+    return {name: id for id, name in names.items()}
+
+
+def steps_of(part) -> list[dict]:
+    """The steps of a part of a tokenizer.json (pre_tokenizer, decoder): it is one, or a sequence of them."""
+    if not isinstance(part, dict):
+        return []
+    inner = next((part[name] for name in ("pretokenizers", "decoders", "normalizers") if name in part), None)
+    return [step for each in inner for step in steps_of(each)] if isinstance(inner, list) else [part]
+
+
+def decoder_of(spec: dict, where: str) -> Callable[[str], bytes]:
+    """How a piece of the vocabulary becomes bytes: GPT-2's stand-ins for bytes, or SentencePiece's form.
+    Raises InputError for other kinds, by name."""
+    kinds = [step.get("type") for part in ("decoder", "pre_tokenizer") for step in steps_of(spec.get(part))]
+    if "ByteLevel" in kinds:
+        return bytes_of_stand_ins
+    if {"ByteFallback", "Metaspace"} & set(kinds):
+        return bytes_of_piece
+    found = ", ".join(str(kind) for kind in kinds) or "none"
+    raise InputError(
+        f"{where}: a tokenizer with the decoder {shortened_value(found)} is not implemented; byte-level BPE "
+        f"and SentencePiece's forms are."
+    )
+
+
+def bytes_of_stand_ins(piece: str) -> bytes:
+    """GPT-2's form: a character stands for a byte; others, as in added tokens, for themselves."""
+    byte_of = byte_of_stand_in()
+    return b"".join(bytes([byte_of[char]]) if char in byte_of else char.encode() for char in piece)
+
+
+def bytes_of_piece(piece: str) -> bytes:
+    """SentencePiece's form: <0x0A> is a byte, U+2581 a space."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode()
+
+
+def metaspace(spec: dict, place: str, settings: dict) -> dict:
+    """The file as transformers reads it for a LlamaTokenizer; place: of the text, "first" or "never".
+
+    That class puts a space before the first text alone, and before each after a control token where
+    tokenizer_config.json says "legacy". Other classes, and byte-level files, are read as they stand.
+    """
+    kinds = [step.get("type") for step in steps_of(spec.get("decoder"))]
+    llama = settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if "ByteFallback" not in kinds or not llama:
+        return spec
+    legacy, prefix = settings.get("legacy") is True, settings.get("add_prefix_space") is not False
+    scheme = "never" if not prefix else "always" if legacy else place
+    step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    return spec | {"normalizer": None, "pre_tokenizer": step}
+
+
+def build(spec: dict, where: str) -> tokenizers.Tokenizer:
+    """The package's tokenizer, which reads no control token out of text. Raises InputError for what it does
+    not take."""
+    try:
+        model = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        model.encode_special_tokens = True
+        model.no_truncation()
+        model.no_padding()
+        model.encode("probe")
+        return model
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Rust's panics are no Exception
+        reason = one_line(str(error)).rstrip(".")[:300]
+        raise InputError(f"{where} is not a tokenizer that can be read: {reason}.") from None
+
+
+Tokenizer = TiktokenTokenizer | SentencePieceTokenizer | JsonTokenizer
 
 
 def check_text(text: str) -> None:
@@ -282,26 +439,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     As in transformers a tokenizer.json comes first. Raises InputError when there is no tokenizer, none of a
     kind that is implemented, when two contradict each other, and for whatever is damaged.
     """
-    folder = checkpoint_folder(folder)
+    folder = model_folder(folder)
     settings = read_optional(folder / "tokenizer_config.json")
-    file = next(
-        (
-            path
-            for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model")
-            if there(path)
-        ),
-        None,
-    )
-    whole = folder / "tokenizer.json"
-    content = read_json(whole) if there(whole) else None
-    if content is not None and (is_llama3(content) or file is None):
-        tokenizer = TiktokenTokenizer(ranks_of_json(content, str(whole)), str(whole))
-    elif file is not None:
+    whole, file = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not there(file):
+        file = folder / "original" / "tokenizer.model"
+    content = None
+    if there(whole):
+        content = read_text(whole, most=MOST_TEXT)
+        tokenizer = JsonTokenizer(content, str(whole), settings)
+    elif there(file):
         tokenizer = read_model_file(file, settings.get("legacy") is True)
-        check_agreement(tokenizer, content, file, whole)
+        if settings.get("add_bos_token") is False:
+            tokenizer.prefix = []
     else:
-        raise InputError(f"{folder} has no tokenizer.model, original/tokenizer.model or tokenizer.json.")
-    add_names(tokenizer, added_tokens(folder, content, settings))
+        raise InputError(f"{folder} has no tokenizer.json, tokenizer.model or original/tokenizer.model.")
+    add_names(tokenizer, added_tokens(folder, tokenizer, settings))
     config = read_optional(folder / "config.json")
     check_size(tokenizer, config.get("vocab_size"), folder)
     for name, found in (
@@ -311,11 +464,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if found.get("eos_token_id") is not None:
             tokenizer.stop_ids = read_stops(found["eos_token_id"], tokenizer, config, folder / name)
             break
-    source, where = chat_source(folder, settings)
-    if source is None:
-        tokenizer.no_chat = where
+    if not tokenizer.stop_ids:
+        raise InputError(
+            f"{folder} names no token that ends a text; generation_config.json must, as eos_token_id."
+        )
+    found = find_template(folder, settings, special_tokens(folder, settings, tokenizer))
+    if isinstance(found, str):
+        tokenizer.no_chat = found
     else:
-        tokenizer.chat = ChatTemplate(source, where, special_tokens(folder, settings, tokenizer))
+        tokenizer.chat = found
     return tokenizer
 
 
@@ -367,85 +524,12 @@ def read_model_file(path: Path, legacy: bool) -> Tokenizer:
     return TiktokenTokenizer(ranks, str(path))
 
 
-def check_agreement(tokenizer: Tokenizer, content: dict | None, file: Path, whole: Path) -> None:
-    """Raises InputError where a tokenizer.json, which transformers would read, has other tokens than
-    tokenizer.model."""
-    if content is None:
-        return
-    model = content.get("model") if isinstance(content.get("model"), dict) else {}
-    vocab, pieces = model.get("vocab"), getattr(tokenizer, "pieces", None)
-    if isinstance(vocab, list):  # of pieces and scores
-        firsts = [entry[0] if isinstance(entry, list) and entry else None for entry in vocab]
-        vocab = {piece: id for id, piece in enumerate(firsts) if isinstance(piece, str)}
-    if (
-        pieces is None
-        or not isinstance(vocab, dict)
-        or any(vocab.get(piece) != id for id, piece in enumerate(pieces))
-    ):
-        raise InputError(
-            f"{whole} is neither Llama 3's byte-level BPE nor of the same tokens as {file}; one of them must "
-            f"go."
-        )
-
-
-def is_llama3(content: dict) -> bool:
-    """Whether a tokenizer.json is Llama 3's byte-level BPE, in all that decides about ids but the
-    vocabulary."""
-    model, pre = content.get("model"), content.get("pre_tokenizer")
-    if not isinstance(model, dict) or not isinstance(pre, dict) or content.get("normalizer") is not None:
-        return False
-    steps = pre.get("pretokenizers")
-    if not isinstance(steps, list) or [isinstance(step, dict) for step in steps] != [True, True]:
-        return False
-    split, level = steps
-    plain = not any(
-        model.get(name)
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    )
-    return (
-        model.get("type") == "BPE"
-        and plain
-        and split.get("type") == "Split"
-        and split.get("pattern") == {"Regex": SPLIT}
-        and split.get("behavior") == "Isolated"
-        and not split.get("invert")
-        and level.get("type") == "ByteLevel"
-        and not level.get("add_prefix_space")
-        and not level.get("use_regex", True)
-    )
-
-
-def ranks_of_json(content: dict, where: str) -> dict[bytes, int]:
-    """Llama 3's byte-pair ranks from Hugging Face's tokenizer.json, where an ordinary token's id is its
-    rank."""
-    if not is_llama3(content):
-        raise InputError(
-            f"{where} is not Llama 3's byte-level BPE; only that form of tokenizer.json is implemented."
-        )
-    vocab, merges = content["model"].get("vocab"), content["model"].get("merges")
-    byte_of = {char: byte for byte, char in byte_alphabet().items()}
-    try:
-        ranks = {bytes(byte_of[char] for char in token): id for token, id in vocab.items()}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-        made = [vocab[left + right] for left, right in pairs]
-        if not all(type(id) is int for id in ranks.values()) or len(ranks) != len(vocab):
-            raise ValueError
-        whole = made == sorted(made) and len(set(made)) + 256 == len(vocab)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{where}: the vocabulary or the merges are damaged.") from None
-    if not whole:
-        raise InputError(f"{where}: the merges are not those of the vocabulary.")
-    return ranks
-
-
-def added_tokens(folder: Path, content: dict | None, settings: dict) -> list[tuple[object, object, str]]:
+def added_tokens(folder: Path, tokenizer: Tokenizer, settings: dict) -> list[tuple[object, object, str]]:
     """(id, name, where) of all tokens that a folder adds to its vocabulary, as its files say it."""
     found = []
-    if content is not None and content.get("added_tokens") is not None:
-        where, entries = f"{folder / 'tokenizer.json'}: added_tokens", content["added_tokens"]
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise InputError(f"{where} is not a list of objects.")
-        found += [(entry.get("id"), entry.get("content"), where) for entry in entries]
+    if whole := isinstance(tokenizer, JsonTokenizer):
+        where = f"{folder / 'tokenizer.json'}: added_tokens"
+        found += [(id, name, where) for name, id in tokenizer.control.items()]
     where, entries = (
         f"{folder / 'tokenizer_config.json'}: added_tokens_decoder",
         settings.get("added_tokens_decoder") or {},
@@ -455,14 +539,14 @@ def added_tokens(folder: Path, content: dict | None, settings: dict) -> list[tup
     for id, entry in entries.items():
         good = id.isascii() and id.isdecimal() and len(id) < 10
         found.append((int(id) if good else id, entry.get("content"), where))
-    if content is None and not entries:
+    if not whole and not entries:
         path = folder / "added_tokens.json"
         found += [(id, name, str(path)) for name, id in read_optional(path).items()]
     return found
 
 
-def add_names(tokenizer: Tokenizer, found: list[tuple[object, object, str]]) -> None:
-    """Gives a tokenizer the names of added tokens. Raises InputError for ids and names that are none, or are
+def check_names(found: Iterable[tuple[object, object, str]]) -> dict[int, str]:
+    """Added tokens by id, of (id, name, where). Raises InputError for ids and names that are none, or are
     double."""
     names: dict[int, str] = {}
     ids: dict[str, int] = {}
@@ -475,6 +559,14 @@ def add_names(tokenizer: Tokenizer, found: list[tuple[object, object, str]]) -> 
             raise InputError(
                 f"{where}: token {shortened_value(name)} of id {id} has two ids, or its id two names."
             )
+    return names
+
+
+def add_names(tokenizer: Tokenizer, found: list[tuple[object, object, str]]) -> None:
+    """Gives a tokenizer the names of added tokens. Raises InputError as `check_names`, and where the
+    vocabulary has another."""
+    names = check_names(found)
+    for id, name, where in found:
         piece = tokenizer.piece(id)
         if piece is not None and name not in (piece, piece.replace("\u2581", " ")):
             raise InputError(
@@ -512,207 +604,6 @@ def byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(rest)}
 
 
-MOST_TEMPLATE = 1 << 20  # bytes of a chat template
-
-
-MOST_STEPS = (
-    3_000_000  # lines of Python to read or fill in a template (Llama 3.1's: 2,000 and a few a message)
-)
-
-
-MOST_MEMORY = 1 << 30  # bytes that a template may take on top of what the process has
-
-
-class ChatTemplate:
-    """A folder's chat template, filled in as transformers fills it in. source: its text; where: its file, in
-    a sentence; special: what it may call bos_token, eos_token and so on."""
-
-    def __init__(self, source: str, where: str, special: dict[str, str]):
-        self.source, self.where, self.special = source, where, special
-        self.template: jinja2.Template | None = None
-        self.now = datetime.now()
-
-    def render(self, messages: list[dict[str, str]], controls: Callable) -> list[tuple[str, bool]]:
-        """The filled-in template in parts (text, whether it is the template's own and not a message's
-        content).
-
-        To tell them apart, texts that no one can guess stand in for the contents. A template may look into a
-        content (as DeepSeek's, which drops what was thought in earlier turns): then that content is left as
-        it is, if the template's own text has the same control tokens (by `controls`) with it and without.
-        Raises InputError where it has not.
-        """
-        self.now = datetime.now()
-        whole = self.fill(messages)
-        wanted = None
-        for hidden in (lambda role: True, lambda role: role != "assistant", lambda role: False):
-            marks, shown = {}, []
-            for message in messages:
-                content = message["content"]
-                inner = content.strip()
-                mark = "q" + secrets.token_hex(16)
-                if inner and hidden(message["role"]):
-                    marks[mark] = inner
-                    content = content.replace(inner, mark, 1)  # the space around it stays: templates trim it
-                shown.append(message | {"content": content})
-            parts = re.split("(" + "|".join(marks) + ")", self.fill(shown)) if marks else [whole]
-            parts = [(marks.get(part, part), part not in marks) for part in parts]
-            found = [controls(text) for text, own in parts if own]
-            found = [id for ids in found for id in ids]
-            wanted = found if wanted is None else wanted
-            if found == wanted and "".join(text for text, _ in parts) == whole:
-                return parts
-        raise InputError(
-            f"{self.where}: the chat template changes a message that spells a control token; leave that text "
-            f"out."
-        )
-
-    def after_answer(self) -> str:
-        """What the template writes after an answer, before the next question if there may be one."""
-        answer, last = "q" + secrets.token_hex(16), "q" + secrets.token_hex(16)
-        said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
-        try:
-            text = self.fill([*said, {"role": "user", "content": last}], False)
-        except InputError:
-            text = self.fill(said, False)
-        return text.partition(answer)[2].partition(last)[0]
-
-    def fill(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The filled-in template. Raises InputError with what it says against the messages, or what is wrong
-        with it."""
-        try:
-            with bounded():
-                if self.template is None:
-                    self.template = self.environment().from_string(self.source)
-                return self.template.render(
-                    messages=[dict(message) for message in messages], tools=None, documents=None,
-                    add_generation_prompt=add_generation_prompt, **self.special,
-                )  # fmt: skip
-        except TooLong:
-            raise InputError(f"{self.where}: the chat template does not come to an end.") from None
-        except MemoryError:
-            raise InputError(f"{self.where}: the chat template takes too much memory.") from None
-        except RecursionError:
-            raise InputError(f"{self.where}: the chat template is nested too deeply.") from None
-        except Exception as error:  # a template is a program: anything may be wrong with it
-            reason = (one_line(str(error)) or type(error).__name__).rstrip(".")
-            raise InputError(
-                f"{self.where}: the chat template cannot be used for these messages: {reason}."
-            ) from None
-
-    def environment(self) -> jinja2.Environment:
-        """Jinja as chat templates expect it (settings and functions are those of transformers'
-        apply_chat_template)."""
-        extensions = ["jinja2.ext.loopcontrols", Generation]
-        jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
-        jinja.filters["tojson"] = to_json
-        jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: self.now.strftime(form)}
-        return jinja
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """A sandbox in which no single product or power can take minutes."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context, operator, left, right):
-        if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * max(1, right if operator == "**" else right.bit_length())
-            if bits > 1_000_000:
-                raise SecurityError("a number is too large.")
-        return super().call_binop(context, operator, left, right)
-
-
-class Generation(Extension):
-    """The block {% generation %}, which marks an assistant's words for training; here it is only its
-    content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own filter would write HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def refuse(message: str):
-    """`raise_exception` of templates."""
-    raise jinja2.TemplateError(message)
-
-
-class TooLong(BaseException):
-    """Raised inside a template that does not come to an end; nothing in Jinja catches it."""
-
-
-@contextmanager
-def bounded(steps: int = MOST_STEPS) -> Iterator[None]:
-    """Python for at most so many lines and, on Linux, in at most MOST_MEMORY more than now: raises TooLong,
-    MemoryError."""
-    left = steps
-
-    def count(frame, event, arg):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise TooLong
-        return count
-
-    before = sys.gettrace()
-    with bounded_memory():
-        sys.settrace(count)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
-
-
-@contextmanager
-def bounded_memory() -> Iterator[None]:
-    """Lets the process grow by at most MOST_MEMORY, where the system can do that."""
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    import resource
-
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        most = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + MOST_MEMORY
-    lowest = min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=most)
-    resource.setrlimit(resource.RLIMIT_AS, (min(most, lowest), limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-def chat_source(folder: Path, settings: dict) -> tuple[str | None, str]:
-    """A folder's chat template and its file; or None and why there is none. A file of its own comes first."""
-    path = folder / "chat_template.jinja"
-    if os.path.lexists(path):
-        return read_text(path, most=MOST_TEMPLATE), str(path)
-    where, found = folder / "tokenizer_config.json", settings.get("chat_template")
-    if isinstance(found, list):
-        try:
-            named = {entry["name"]: entry["template"] for entry in found}
-        except (TypeError, KeyError):
-            raise InputError(
-                f"{where}: chat_template is not a list of objects with name and template."
-            ) from None
-        if named and "default" not in named:
-            return None, f"{where} has several chat templates, but none of the name default"
-        found = named.get("default")
-    if found is not None and (not isinstance(found, str) or len(found) > MOST_TEMPLATE):
-        raise InputError(f"{where}: chat_template={shortened_value(found)} is no template.")
-    if not found:
-        return (
-            None,
-            f"{folder} has no chat format: neither chat_template.jinja nor chat_template in "
-            f"tokenizer_config.json",
-        )
-    return found, str(where)
+@lru_cache
+def byte_of_stand_in() -> dict[str, int]:
+    return {char: byte for byte, char in byte_alphabet().items()}

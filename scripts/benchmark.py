@@ -43,6 +43,7 @@ import kernels
 from checkpoint import checkpoint_files, layer_plan
 from files import check_not_input, check_writable, write_file
 from generate import Engine, Settings, capacity_for
+from hub import model_folder
 from judge import JudgeHead, load_judge, needs_judge
 from kernels import capture
 from model import (
@@ -584,7 +585,8 @@ def check_outputs(args: argparse.Namespace) -> None:
         (args.out and args.out.with_suffix(".md"), "--out, its table"),
         (args.profile, "--profile"),
     ]
-    folders = [folder for folder in (args.checkpoint_path, args.draft_checkpoint_path) if folder is not None]
+    named = (args.checkpoint_path, args.draft_checkpoint_path)
+    folders = [model_folder(folder) for folder in named if folder is not None]
     inputs = [
         file for folder in folders for file in [folder / "config.json", *checkpoint_files(folder).values()]
     ]

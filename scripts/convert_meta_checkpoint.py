@@ -13,11 +13,10 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from cli import InputError, Parser, Progress, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
+from cli import InputError, Parser, run_script  # isort: skip  (first: from here on Ctrl-C is silent)
 
-import json
-import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import args_of, read_field, weight_plan
-from files import check_new_folder, checkpoint_folder, is_file, lock, opened, read_json, write_file
+from files import checkpoint_folder, is_file, read_json
 from model import LLAMA31_ROPE, LLAMA32_ROPE
-from quantize import is_scrap, write_tensors
+from scripts.lib.converting import check_new, new_folder, open_pickled, write_json, write_weights
 from scripts.lib.flags import add_flags
 
 NAMES = {
@@ -42,30 +41,6 @@ NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-OURS = re.compile(
-    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer\.(model|json)"
-)
-
-
-def open_shard(path: Path) -> dict[str, Tensor]:
-    """One shard: tensors by name."""
-    with opened(path):
-        pass  # else a pipe would be waited for, and a file that may not be read called broken
-    try:
-        shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path} cannot be read as a checkpoint of plain tensors: {reason.rstrip('.')}."
-        ) from None
-
-    if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
-        raise InputError(f"{path} holds no tensors by name.")
-    for name, tensor in shard.items():
-        if isinstance(tensor, Tensor) and not (tensor.layout == torch.strided and tensor.is_floating_point()):
-            raise InputError(f"{path}: {name} is {tensor.dtype}, but weights are floating-point numbers.")
-
-    return shard
 
 
 def open_shards(folder: Path) -> list[dict[str, Tensor]]:
@@ -83,7 +58,7 @@ def open_shards(folder: Path) -> list[dict[str, Tensor]]:
                 f"{folder} has {path.name} where consolidated.{number:02}.pth should be; a shard is missing."
             )
 
-    return [open_shard(path) for path in paths]
+    return [open_pickled(path) for path in paths]
 
 
 def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
@@ -177,17 +152,6 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], folder: Path) -> 
     return config
 
 
-def clear(beside: Path) -> None:
-    """Removes what a killed run left; raises InputError where there is anything else."""
-    for path in beside.iterdir():
-        if not OURS.fullmatch(path.name) and not is_scrap(path.name):
-            raise InputError(
-                f"{beside}, where the folder is written to first, holds {path.name}, which is not ours."
-            )
-    for path in beside.iterdir():
-        path.unlink()
-
-
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Meta puts it into the folder of a size, or beside these folders."""
     for name in ("tokenizer.model", "tokenizer.json"):
@@ -220,51 +184,29 @@ def check_names(shards: list[dict[str, Tensor]], config: dict, source: Path) -> 
                 )
 
 
-def write_weights(shards: list[dict[str, Tensor]], config: dict, source: Path, folder: Path) -> None:
-    """One safetensors file a layer and one for the rest, and their index."""
-    groups, weight_map, total = names_of(config), {}, 0
-    progress = Progress(f"converting {source}", len(groups))
+def whole_tensors(shards: list[dict[str, Tensor]], config: dict, source: Path) -> Iterator[dict[str, Tensor]]:
+    """The published tensors of each layer, and of the rest."""
     shapes = {name: row.shape for name, row in weight_plan(args_of(config)).items()}
-    for number, names in enumerate(groups, 1):
+    for names in names_of(config):
         tensors = {}
         for ours, theirs in names.items():
             tensor = join(shards, ours, shapes[theirs], source)
-            if ".wq." in ours or ".wk." in ours:
-                tensor = half_split(tensor, config["head_dim"])
-            tensors[theirs] = tensor.contiguous()
-            total += tensor.nbytes
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        write_tensors(folder / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-        progress.step()
-
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_file(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+            halved = ".wq." in ours or ".wk." in ours
+            tensors[theirs] = half_split(tensor, config["head_dim"]) if halved else tensor
+        yield tensors
 
 
 def convert(source: Path, out: Path) -> None:
     """Writes `out` from `source`. Raises InputError, with nothing left behind, for whatever is missing or
     broken."""
-    beside = out.with_name(out.name + ".tmp")
-    check_new_folder(out, "--out", beside)
+    check_new(out)
     shards, params = open_shards(source), read_json(source / "params.json")
     config = make_config(params, shards, source)
     check_names(shards, config, source)
-    beside.mkdir(parents=True, exist_ok=True)
-    held = os.open(beside, os.O_RDONLY)
-    try:
-        lock(held, beside)
-        clear(beside)
-        try:
-            write_weights(shards, config, source, beside)
-            write_file(beside / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-            copy_tokenizer(source, beside)
-            os.replace(beside, out)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-    finally:
-        os.close(held)
+    with new_folder(out) as folder:
+        write_weights(folder, whole_tensors(shards, config, source), len(names_of(config)), source)
+        write_json(folder / "config.json", config)
+        copy_tokenizer(source, folder)
 
 
 def main(argv: list[str] | None = None) -> None:

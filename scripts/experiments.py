@@ -711,7 +711,7 @@ def quantised(args) -> dict:
     for name in TRIED:
         scheme = scheme_named(name)
         target, _ = load_target(args, scheme)
-        known = {"mode": name, "perplexity": perplexity(target, tokenizer.bos_id, pairs)}
+        known = {"mode": name, "perplexity": perplexity(target, tokenizer.prefix, pairs)}
         _, own = train_head(args, target, tokenizer, answers, f"quantised_{name.replace('/', '_')}")
         heads = {"the unquantised target": args.work / "quantised_none.safetensors", "this target": own}
         if name == "none":

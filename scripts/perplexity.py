@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, scheme in zip(args.mode, schemes):
         model = load_model(source, device, run_dtype(args.precision, device), scheme)
-        found = perplexity(model, tokenizer.bos_id, pairs, window=window, stride=args.stride, what=name)
+        found = perplexity(model, tokenizer.prefix, pairs, window=window, stride=args.stride, what=name)
         change = found / (rows[0]["perplexity"] if rows else found) - 1
         rows.append({"mode": name, "perplexity": found, "bits_per_token": math.log2(found), "change": change})
         print(f"{name:10} perplexity {found:.4f} ({change:+.2%}), {math.log2(found):.4f} bits a token")

@@ -38,6 +38,7 @@ import tp
 from checkpoint import read_config
 from files import read_json
 from generate import capacity_for
+from hub import ID, model_folder
 from model import DTYPES, ModelArgs
 from quantize import FORMATS, Scheme, check_columns, check_scheme, open_checkpoint, scheme_of, weight_bytes
 from scripts.lib import benchmark_args
@@ -191,8 +192,9 @@ def best_m(plan: Plan, a: float, position: int) -> int:
 
 def shape_of(name: str) -> tuple[ModelArgs, Path | None]:
     """The shape of a preset, of DIMxLAYERS or of a folder, with that folder."""
-    if os.path.isdir(name):
-        return read_config(name), Path(name)
+    if os.path.isdir(name) or ID.fullmatch(name):
+        folder = model_folder(name, weights=False)
+        return read_config(folder), folder
     if os.path.lexists(name) or "/" in name:
         raise InputError(
             f"{shortened(name)} is no folder; name a preset, DIMxLAYERS, or a folder with config.json."

@@ -263,7 +263,7 @@ def write_judge_data(out: Path, path: Path, seed: int, device: str) -> None:
             model, None, None, Settings("plain", temperature=temperature), tokenizer.stop_ids, MAX_POSITION
         )
         for problem, number in zip(problems(seed, held_out=False), range(count)):
-            prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
+            prompt = tokenizer.prompt(problem.question)
             text = answer_text(tokenizer, engine.generate(prompt, 200, seed=number).tokens)
             lines.append(json.dumps(annotated(problem, text, f"{role}, temperature {temperature}")))
             progress.step()

@@ -88,6 +88,7 @@ COMMANDS = {  # command lines that work in the folder of `make_world`; the first
         "--checkpoint_path demo/target demo/draft --limit 3 --max_new_tokens 80 --no-tuples --annotate_demo --out resume/data.jsonl"
         " --questions demo",
     ],
+    "convert_bin.py": ["--checkpoint_path pickled --out out/converted"],
     "convert_meta_checkpoint.py": ["--checkpoint_dir meta --out out/converted"],
     "download.py": ["gsm8k/LICENSE --out out/data --source http://127.0.0.1:9", "--list"],
     "evaluate.py": [
@@ -228,6 +229,8 @@ def make_models(world: Path) -> None:
         "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))  # fmt: skip
     (world / "tiktoken" / "chat_template.jinja").write_text(template)
     write_meta(world / "meta", theirs.state_dict(), theirs.config, 1)
+    shutil.copytree(world / "target", world / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(theirs.state_dict(), world / "pickled" / "pytorch_model.bin")
     target = load_model(world / "target")
     weight = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 0.1
     JudgeHead(weight, torch.tensor(0.3), 0.6, target.fingerprint, {"made": "for tests"}).save(
@@ -951,7 +954,7 @@ def complaints(
 
 
 def outputs_of(world: Path, case: Case) -> list[str]:
-    """The real paths that a command line names as outputs."""
+    """The real paths that a command line names as outputs; where a part of one is a link, what it leads to."""
     found = []
     for at, word in enumerate(case.argv):
         flag, equals, value = word.partition("=")
@@ -960,6 +963,8 @@ def outputs_of(world: Path, case: Case) -> list[str]:
             with suppress(OSError, ValueError):
                 found += [os.path.join(world, value), os.path.realpath(world / value)]
                 found.append(os.path.splitext(os.path.realpath(world / value))[0])
+                parts = [name for name in case.files if name.startswith(f"{value}.")]
+                found += [os.path.realpath(world / name) for name in parts]
     return [each for each in found if each.rstrip("/") not in (str(world), str(world.parent), "/")]
 
 

@@ -64,7 +64,7 @@ def main() -> None:
     engines = [Engine(target, None, None, Settings("plain"), tokenizer.stop_ids, 256),
                Engine(target, draft, head, Settings("judge", head.threshold), tokenizer.stop_ids, 256)]  # fmt: skip
     prompts = [
-        [tokenizer.bos_id, *tokenizer.encode(problem.question)]
+        tokenizer.prompt(problem.question)
         for problem, _ in zip(problems(7, True), range(200))
     ]
     points, first, began = [], [], time.monotonic()

@@ -182,7 +182,7 @@ def test_every_answer_has_its_own_seed_and_order(questions, tmp_path, writer):
     assert [call[:2] for call in writer.calls[::6]] == [
         (m, t) for m in ("target", "draft") for t in (0.0, 0.8, 0.8)
     ]
-    prompts = [[TOKENIZER.bos_id, *TOKENIZER.encode(f"What is {n}?")] for n in range(6)]
+    prompts = [TOKENIZER.prompt(f"What is {n}?") for n in range(6)]
     assert [list(call[2]) for call in writer.calls[:6]] == prompts
     seeds = [seed for *_, seed in writer.calls]
     main(asked(questions, tmp_path / "b.jsonl", "--seed", "7"))

@@ -387,7 +387,7 @@ def test_questions_that_the_judge_was_trained_on_are_left_out(tmp_path, capsys):
 
     tokenizer, target = load_tokenizer(DEMO / "target"), load_model(DEMO / "target", dtype=torch.float32)
     questions = load_questions("demo", None, 6, 5)
-    keys = [answers.prompt_key([tokenizer.bos_id, *tokenizer.encode(q.prompt)]) for q in questions]
+    keys = [answers.prompt_key(tokenizer.prompt(q.prompt)) for q in questions]
     head = judge.load_judge(DEMO / "judge.safetensors", target)
     assert not set(keys) & set(head.trained_on.tolist()) and len(head.trained_on) > 500
     replace(head, trained_on=torch.tensor(keys[:4])).save(tmp_path / "some.safetensors")

@@ -24,6 +24,7 @@ from checkpoint import (
 )
 from cli import InputError
 from quantize import load_model
+from scripts import convert_bin
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64}  # fmt: skip
@@ -138,6 +139,25 @@ def link_loop(folder):
     (folder / "model.safetensors").symlink_to("model.safetensors")
 
 
+def pickle(folder, shards=None, change=lambda tensors: tensors):
+    """The weights as torch.save writes them, tied ones sharing their memory; shards: into so many files."""
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    if EMBED in held and HEAD not in held:
+        held[HEAD] = held[EMBED]
+    held, files = change(held), {}
+    for number, name in enumerate(held):
+        files.setdefault(f"pytorch_model-{number % shards}.bin" if shards else "pytorch_model.bin", {})[
+            name
+        ] = held[name]
+    for file, content in files.items():
+        torch.save(content, folder / file)
+    if shards:
+        index = {"weight_map": {name: file for file, content in files.items() for name in content}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    path.unlink()
+
+
 REFUSED = {  # case: the folder it is made from, what is done to it, what the sentence says
     "tied, with both unlike": ("tied", lambda f: tensors(f, lambda t: t | {HEAD: t[EMBED] * 2}), "tie_word_embeddings, but lm_head.weight differs"),
     "tied, the head of another shape": ("tied", lambda f: tensors(f, lambda t: t | {HEAD: torch.ones(3, 3)}), "lm_head.weight differs"),
@@ -166,6 +186,7 @@ REFUSED = {  # case: the folder it is made from, what is done to it, what the se
     "an index that is a list": ("shards", lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json is a JSON list"),
     "an index of numbers": ("shards", lambda f: weight_map(f, lambda m: m.update({EMBED: 3})), "no 'weight_map' from tensor names"),
     "an adapter beside the weights": ("one", lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "has an adapter .* merge it"),
+    "pickled weights": ("one", lambda f: pickle(f), r"weights are pickled, .*: python scripts/convert_bin.py --checkpoint_path \S+case --out NEW"),
     "a config that is a folder": ("one", lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json is a folder"),
     "a config that is a pipe": ("one", lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "config.json is a pipe"),
 }  # fmt: skip
@@ -358,6 +379,55 @@ def test_folders_that_are_none(tmp_path):
             checkpoint_files(path)
         with pytest.raises(InputError):
             read_config(path)
+
+
+@pytest.mark.parametrize("base, shards", [("one", None), ("one", 3), ("tied", None)])
+def test_pickled_weights_convert_to_the_same_values(made, tmp_path, base, shards):
+    folder = shutil.copytree(made / base, tmp_path / "old")
+    (folder / "tokenizer.model").write_bytes(b"as it is")
+    held = load_file(folder / "model.safetensors")
+    pickle(folder, shards)
+    convert_bin.convert(folder, tmp_path / "new")
+    tensors = {name: file for name, file in checkpoint_files(tmp_path / "new").items()}
+    for name, tensor in held.items():
+        assert torch.equal(load_file(tensors[name])[name], tensor), name
+    assert (
+        set(tensors) - set(held) <= {HEAD} and len(set(tensors.values())) == 4
+    )  # three layers, and the rest
+    for name in ("config.json", "tokenizer.model"):
+        assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes()
+    assert fingerprint_of(tmp_path / "new", read_config(folder)) == fingerprint_of(
+        made / base, read_config(folder)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pickle_has_run",)
+
+
+BROKEN_BIN = {
+    "code": (dict(change=lambda t: t | {"x": Evil()}), "cannot be read as a checkpoint of plain tensors"),
+    "no tensor": (dict(change=lambda t: t | {"x": 3}), "x is no tensor"),
+    "ids": (
+        dict(change=lambda t: t | {HEAD: torch.ones(3, dtype=torch.int64)}),
+        "is torch.int64, but weights are floating",
+    ),
+    "one too few": (dict(change=without(HEAD)), f"has no tensor {HEAD}"),
+    "one too many": (dict(change=lambda t: t | {"x": torch.ones(2)}), "unexpected tensor x"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BIN)
+def test_pickled_weights_that_are_broken_leave_nothing(made, tmp_path, monkeypatch, case):
+    how, sentence = BROKEN_BIN[case]
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(made / "one", tmp_path / "old")
+    pickle(folder, **how)
+    with pytest.raises(InputError, match=sentence):
+        convert_bin.convert(folder, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_what_may_not_be_read_is_not_called_truncated(made, tmp_path):

@@ -53,7 +53,7 @@ def test_held_out_problems(demo):
     }
     right, results = dict.fromkeys(engines, 0), {verify: [] for verify in engines}
     for problem in islice(problems(2026, held_out=True), 12):
-        prompt = [tokenizer.bos_id, *tokenizer.encode(problem.question)]
+        prompt = tokenizer.prompt(problem.question)
         for verify, engine in engines.items():
             result = engine.generate(prompt, 200)
             results[verify].append(result)
@@ -79,7 +79,7 @@ def test_transformers_loads_the_folders_and_agrees(role, demo):
     theirs = AutoModelForCausalLM.from_pretrained(DEMO / role, dtype=torch.float32).eval()
     ours = load_model(DEMO / role, dtype=torch.float32)
     tokenizer = demo[3]
-    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(DEMO_PROMPT + " First, Mia gains 38")]])
+    ids = torch.tensor([tokenizer.prompt(DEMO_PROMPT + " First, Mia gains 38")])
     expected = theirs(ids).logits
     assert (ours(ids)[1] - expected).abs().max() < 1e-4 * expected.abs().max()
     sizes = {"target": (3e6, 8e6), "draft": (0, 0.6e6)}[role]

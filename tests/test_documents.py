@@ -56,9 +56,10 @@ def test_every_page_begins_with_its_command_and_is_in_the_readme():
 
 
 def files_of_the_tree() -> set[str]:
-    """What the README's tree names at the top, in scripts/ and in scripts/lib/."""
-    block, folders, found = README.partition("## Files\n\n```\n")[2].partition("```")[0], [], set()
-    for line in block.splitlines():
+    """What the README's tree names at the top and in scripts/, and docs/changing.md in scripts/lib/."""
+    shared = (ROOT / "docs" / "changing.md").read_text().partition("## What the commands share\n\n```\n")[2]
+    blocks, folders, found = [README.partition("## Files\n\n```\n")[2], shared], [], set()
+    for line in "".join(block.partition("```")[0] for block in blocks).splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         folders[depth:] = [name] if name.endswith("/") else []
         if not name.endswith("/"):

@@ -604,6 +604,22 @@ def test_interactive_streams_until_end_of_input(folders, capsys, monkeypatch):
     assert capsys.readouterr().err.count("tokens/s") == 2
 
 
+def test_a_system_message_is_the_chats_first(folders, capsys, monkeypatch):
+    """In a single answer and in a conversation, which begins anew with it."""
+    asked = []
+
+    def encode_chat(self, messages):
+        asked.append([(message["role"], message["content"]) for message in messages])
+        return [1, *self.encode(messages[-1]["content"])]
+
+    monkeypatch.setattr("tokenizer.SentencePieceTokenizer.encode_chat", encode_chat)
+    monkeypatch.setattr("tokenizer.SentencePieceTokenizer.check_chat", lambda self: None, raising=False)
+    main(command(folders, "--chat", "--system", "Be brief."))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    main(command(folders, "--interactive", "--chat", "--system", "", prompt=None))
+    assert asked == [[("system", "Be brief."), ("user", "Hello")], [("system", ""), ("user", "Hi")]]
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(folders, capsys, monkeypatch, chat):
     """Ctrl-C in the second round of the first answer: the conversation goes on with what was shown; one at the prompt ends."""
@@ -774,6 +790,7 @@ def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
         "trace on a device": ([*base, "--profile", "/dev/null"], "--profile /dev/null cannot be written: it is a device"),
         "no new tokens": ([*base, "--max_new_tokens", "0"], "--max_new_tokens 0"),
         "no prompt": (command(folders, prompt=None), "no prompt"),
+        "system without chat": ([*base, "--system", "Be brief."], "--system is a message of a chat; give --chat"),
         "chat without a format": ([*base, "--chat"], "chat format"),
         "temperature nan": ([*base, "--temperature", "nan"], "--temperature nan"),
         "tiny temperature": ([*base, "--temperature", "1e-40"], "--temperature 1e-40"),

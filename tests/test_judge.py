@@ -341,7 +341,7 @@ def test_label_policies_on_a_hand_made_example():
 class ByteTokenizer:
     """Every byte a token: characters of several bytes span tokens."""
 
-    bos_id, vocab_size, stop_ids = 96, 97, [0]
+    prefix, vocab_size, stop_ids = [96], 97, [0]
 
     def encode(self, text: str) -> list[int]:
         return [byte % 96 for byte in text.encode()]

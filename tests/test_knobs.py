@@ -71,7 +71,7 @@ def test_greedy_ensemble_is_that_of_transformers(tmp_path, weight, k):
 
 def test_greedy_ensemble_on_the_demo_pair_is_that_of_transformers():
     tokenizer = load_tokenizer(DEMO / "target")
-    prompt = [tokenizer.bos_id, *tokenizer.encode(DEMO_PROMPT)]
+    prompt = tokenizer.prompt(DEMO_PROMPT)
     target, draft = (
         load_model(DEMO / "target", dtype=torch.float32),
         load_model(DEMO / "draft", dtype=torch.float32),

@@ -27,7 +27,7 @@ STOP = 7
 class Digits:
     """Token t is the digit t; 7 ends the text."""
 
-    bos_id, vocab_size, stop_ids = 0, V, [STOP]
+    prefix, vocab_size, stop_ids = [0], V, [STOP]
 
     def token_bytes(self, id: int, first: bool = False) -> bytes:
         return str(id).encode()

@@ -296,6 +296,7 @@ def test_broken_folders_are_named(folders, tmp_path):
     cases = {
         "reorders the columns": ("gptq", reorder),
         "qzeros": ("gptq", lambda tensors: tensors.pop(Q + "qzeros")),
+        "scales, which its quantised": ("gptq", lambda tensors: tensors.pop(Q + "scales")),
         "has shape": ("awq", lambda tensors: tensors.update({Q + "qweight": tensors[Q + "qweight"].t().contiguous()})),
         ".bias is not 0": ("gptq", lambda tensors: tensors[Q + "bias"].fill_(1)),
         "a NaN": ("gptq", lambda tensors: tensors[Q + "scales"].fill_(float("nan"))),

@@ -843,7 +843,7 @@ def test_the_demo_in_int8_says_what_it_says_unquantised():
     tokenizer, same = load_tokenizer(DEMO / "target"), 0
     for i in range(8):
         text = f"Mia has {41 + i} apples. She buys {30 + 3 * i}. She multiplies it by 3. She sells {50 + i}. How many apples now?"
-        prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
+        prompt = tokenizer.prompt(text)
         one, other = (
             Engine(model, None, None, Settings("plain"), tokenizer.stop_ids, 200).generate(prompt, 120).tokens
             for model in (unquantised, int8)

@@ -33,7 +33,7 @@ def test_rounds_are_counted_as_the_engine_would(letters, m, expected):
 def test_the_targets_own_answer_passes_and_the_drafts_wording_needs_the_judge(tmp_path, capsys):
     """The target's greedy answer passes the standard test whole; the judge's answer passes where the engine said so."""
     tokenizer, target = load_tokenizer(DEMO / "target"), load_model(DEMO / "target", dtype=torch.float32)
-    prompt = [tokenizer.bos_id, *tokenizer.encode(DEMO_PROMPT)]
+    prompt = tokenizer.prompt(DEMO_PROMPT)
     draft, head = load_model(DEMO / "draft", dtype=torch.float32), None
     from judge import load_judge
 

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
+import transformers
 from conftest import DATA, ROOT, TEMPLATES, make_folder
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cli import InputError
-from tokenizer import SPLIT, Decoder, TiktokenTokenizer, decode, load_tokenizer
+from tokenizer import CONTROL, N_CONTROL, SPLIT, Decoder, TiktokenTokenizer, decode, load_tokenizer
 
 LLAMA3, LLAMA2 = DATA / "tokenizers" / "llama3", DATA / "tokenizers" / "llama2"
 needs_data = pytest.mark.skipif(not LLAMA3.exists(), reason=f"needs the public tokenizers in {DATA}")
@@ -48,10 +51,16 @@ def real_texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def llama3_reference():
-    """Llama 3's tokenizer as transformers converts it from the published tiktoken file."""
+    """Llama 3's tokenizer as transformers converts it from the published tiktoken file, reserved tokens and all."""
+    from tokenizers import AddedToken
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    return TikTokenConverter(str(LLAMA3 / "tokenizer.model"), pattern=SPLIT).converted()
+    converted = TikTokenConverter(str(LLAMA3 / "tokenizer.model"), pattern=SPLIT).converted()
+    of_offset = {offset: name for name, offset in CONTROL.items()}
+    names = [of_offset.get(i, f"<|reserved_special_token_{i}|>") for i in range(N_CONTROL)]
+    converted.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    converted.encode_special_tokens = True
+    return converted
 
 
 @pytest.fixture
@@ -72,6 +81,7 @@ def test_llama3_ids_are_those_of_transformers(llama3_reference):
     assert tokenizer.stop_ids == [128001, 128008, 128009]
 
 
+@pytest.mark.slow
 @needs_data
 def test_llama3_from_tokenizer_json_and_original_folder(tmp_path, llama3_json):
     (tmp_path / "hub" / "original").mkdir(parents=True)
@@ -83,6 +93,7 @@ def test_llama3_from_tokenizer_json_and_original_folder(tmp_path, llama3_json):
         assert tokenizer.vocab_size == 128256
 
 
+@pytest.mark.slow  # half a second a reading of Llama 3's file
 @needs_data
 def test_a_folders_own_names_for_control_tokens(llama3_json):
     """Reasoning models rename reserved tokens: <think> is then one token, which text shows and markers find."""
@@ -90,7 +101,8 @@ def test_a_folders_own_names_for_control_tokens(llama3_json):
 
     path = llama3_json / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["added_tokens"] = [{"id": 128013, "content": "<think>"}, {"id": 128014, "content": "</think>"}]
+    for id, name in ((128013, "<think>"), (128014, "</think>")):
+        content["added_tokens"][id - 128000] |= {"content": name, "special": False}
     path.write_text(json.dumps(content), encoding="utf-8")
     tokenizer = load_tokenizer(llama3_json)
     inside = [*tokenizer.encode("So "), 128013, *tokenizer.encode("\nhmm")]
@@ -264,7 +276,7 @@ def as_messages(turns) -> list[dict]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-@pytest.mark.parametrize("form", ["llama 3", "llama 3.1", "llama 3.2", "chatml", "deepseek"])
+@pytest.mark.parametrize("form", ["llama 3", "llama 3.1", "llama 3.2", "chatml", "deepseek", "zephyr", "mistral", "llama 2"])
 def test_chat_ids_are_those_of_apply_chat_template(tmp_path, small_llama3, form):
     from transformers import AutoTokenizer
 
@@ -399,7 +411,7 @@ def test_a_further_turn_is_what_the_whole_chat_has_there(tmp_path, small_llama3,
 def test_the_chat_formats_own_end_of_turn_stops(tmp_path, small_llama3):
     """With --chat alone, and beside whatever the folder names."""
     base = 256 + len(MERGES)
-    for form, name in (("llama 3", 9), ("llama 3.2", 9), ("chatml", 12), ("deepseek", 17)):
+    for form, name in (("llama 3", 9), ("llama 3.2", 9), ("chatml", 12), ("deepseek", 17), ("zephyr", 9), ("mistral", 9)):
         folder = small_chat(tmp_path / "m", small_llama3, TEMPLATES[form])
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": base + 1}))
         (folder / "config.json").write_text(
@@ -545,16 +557,183 @@ def test_a_million_spaces():
 
 
 def test_unreadable_tokenizers_are_named(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer.model"):
+    with pytest.raises(InputError, match="no tokenizer.json, tokenizer.model or"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
-    with pytest.raises(InputError, match="not Llama 3's byte-level BPE"):
+    with pytest.raises(
+        InputError, match="a tokenizer with the decoder 'none' is not implemented; byte-level"
+    ):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01 nothing known")
     with pytest.raises(InputError, match="neither a tiktoken nor a SentencePiece"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("aGVsbG8= 0\nd29ybGQ= one\n")
     with pytest.raises(InputError, match="not 'base64 rank'"):
+        load_tokenizer(tmp_path)
+
+
+UNICODE = [*range(0x20, 0x7F)] * 8 + [*range(0xA0, 0x250)] + [*range(0x400, 0x460), *range(0x5D0, 0x5EB), *range(0x4E00, 0x4E80),
+           *range(0x1F600, 0x1F650), 0x200D, 0xFE0F, 0x301, 0x2581, 0x3000, 0xFF21, 0x1D400, 9, 10, 13, 0x85]  # fmt: skip
+
+
+def random_texts(n: int = 2000) -> list[str]:
+    rng = random.Random(16)
+    words = ["the user ", "asks ", "don't", "12345", "  ", "\n\n", "\t", "é", "你好", "🙂", " ", "A", "in "]
+    texts = []
+    for _ in range(n):
+        odd = "".join(map(chr, rng.choices(UNICODE, k=rng.randrange(12))))
+        texts.append("".join(rng.choices(words, k=rng.randrange(12))) + odd + rng.choice(words))
+    return texts
+
+
+def byte_level(folder: Path) -> None:
+    """SmolLM2's form: GPT-2's byte-level BPE, single digits, control tokens first, no begin-of-text."""
+    model = tokenizers.Tokenizer(models.BPE())
+    digits, level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Sequence([digits, level]), decoders.ByteLevel()
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(["the user asks 12 1234 questions", "don't 123", "naïve 你好 🙂"] * 20, trainer)
+    model.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": names[1],
+        "eos_token": names[2],
+        "unk_token": names[0],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def llama2_json(folder: Path) -> None:
+    """Llama 2's as transformers 5 saves it: tokenizer.json alone. The demo's pieces stand in for the published."""
+    source = LLAMA2 if LLAMA2.exists() else DEMO
+    shutil.copy(source / "tokenizer.model", folder)
+    saved = transformers.LlamaTokenizer.from_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    saved.save_pretrained(folder)
+
+
+def llama2_older_json(folder: Path) -> None:
+    """Llama 2's as Meta published it: a normalizer that puts a space before each part, and a begin-of-text."""
+    llama2_json(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    prepend = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    content |= {"normalizer": {"type": "Sequence", "normalizers": prepend}, "pre_tokenizer": None}
+    content["post_processor"] = begins_with("<s>", 1)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+
+
+def begins_with(name: str, id: int) -> dict:
+    text, begin = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": name, "type_id": 0}}
+    return {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, begin, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}}}  # fmt: skip
+
+
+def deepseek(folder: Path) -> None:
+    """R1-Distill-Llama's form: Llama 3's tokens, some of them renamed, read by another class than its name says."""
+    content = json.loads((folder.parent / "small.json").read_text(encoding="utf-8"))
+    begin = "<｜begin▁of▁sentence｜>"
+    content["added_tokens"][0]["content"] = begin
+    for entry in content["added_tokens"]:
+        entry["special"] = not re.search("think|User|Assistant", entry["content"])
+    content["post_processor"] = begins_with(begin, content["added_tokens"][0]["id"])
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "bos_token": {"__type": "AddedToken", "content": begin},
+                "eos_token": "<｜end▁of▁sentence｜>", "add_bos_token": True}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+
+
+def llama3_published(folder: Path) -> None:
+    shutil.copy(folder.parent / "llama3.json", folder / "tokenizer.json")
+
+
+KINDS = {"SmolLM2": byte_level, "Llama 2, JSON alone": llama2_json, "Llama 2, older JSON": llama2_older_json,
+         "DeepSeek-R1-Distill": deepseek, "Llama 3": llama3_published}  # fmt: skip
+QUICK_AND_SLOW = [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "Llama 3")) for kind in KINDS]
+
+
+@pytest.fixture
+def folder_of_kind(tmp_path, small_llama3, request):
+    def make(kind: str) -> Path:
+        shutil.copy(small_llama3 / "tokenizer.json", tmp_path / "small.json")
+        if kind == "Llama 3":
+            if not LLAMA3.exists():
+                pytest.skip(f"needs the public tokenizers in {DATA}")
+            request.getfixturevalue("llama3_reference").save(str(tmp_path / "llama3.json"))
+        folder = tmp_path / "kind"
+        folder.mkdir()
+        KINDS[kind](folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("kind", QUICK_AND_SLOW)
+def test_every_tokenizer_json_gives_the_ids_of_transformers(folder_of_kind, kind):
+    folder = folder_of_kind(kind)
+    tokenizer, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    texts = random_texts()
+    plain, begun = (theirs(texts, add_special_tokens=special).input_ids for special in (False, True))
+    for text, expected, prompt, said in zip(texts, plain, begun, theirs.batch_decode(plain)):
+        assert tokenizer.encode(text) == expected and tokenizer.prompt(text) == prompt, text
+        assert decode(tokenizer, expected, at_start=True) == said, text
+        assert said == text or text[0] == " " or "▁" in text, (
+            text
+        )  # which SentencePiece's form cannot tell apart
+    begins = kind in ("Llama 2, older JSON", "DeepSeek-R1-Distill")
+    assert tokenizer.prefix == ([tokenizer.bos_id] if begins else [])
+
+
+@pytest.mark.parametrize("kind", QUICK_AND_SLOW)
+def test_no_kind_reads_control_tokens_out_of_text(folder_of_kind, kind):
+    tokenizer = load_tokenizer(folder_of_kind(kind))
+    assert tokenizer.control
+    for name, id in tokenizer.control.items():
+        for text in (name, f"a {name}b", f"{name}{name}"):
+            ids = tokenizer.encode(text)
+            assert id not in ids and decode(tokenizer, ids, at_start=True) == text, name
+
+
+def test_added_tokens_of_space_are_read_out_of_text(tmp_path, small_llama3):
+    """As some byte-level vocabularies have them: they are text, and special is what transformers says of none."""
+    content = json.loads((small_llama3 / "tokenizer.json").read_text(encoding="utf-8"))
+    last = content["added_tokens"][-1]
+    last |= {"content": "    ", "special": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert (
+        last["id"] in tokenizer.encode("a    b") and decode(tokenizer, tokenizer.encode("a    b")) == "a    b"
+    )
+
+
+LOSES = {  # a part of SmolLM2's file, and what takes its place
+    "a byte is missing": lambda c: c["model"]["vocab"].pop("Ġ"),
+    "an id twice": lambda c: c["model"]["vocab"].update({"a": c["model"]["vocab"]["b"]}),
+    "no pre-tokenizer": lambda c: c.update(pre_tokenizer=None),
+    "text is cut": lambda c: c.update(normalizer={"type": "Replace", "pattern": {"String": "user"}, "content": ""}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOSES)
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path, case):
+    byte_level(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    LOSES[case](content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match="tokenizer.json.*(is damaged|an id twice|that can be read)"):
         load_tokenizer(tmp_path)
 
 
@@ -633,7 +812,8 @@ def test_every_place_of_a_tokenizer_json_damaged(tmp_path, small_llama3):
                 tokenizer = load_tokenizer(tmp_path)
             except InputError as error:
                 refused += 1
-                assert str(tmp_path / "tokenizer.json") in str(error) and len(str(error)) < 600
+                assert str(tmp_path / "tokenizer.json") in str(error) or "no token that ends" in str(error)
+                assert len(str(error)) < 600
                 continue
             assert decode(tokenizer, tokenizer.encode("the user 123\n\nü")) == "the user 123\n\nü", (
                 path,
@@ -663,7 +843,8 @@ ADDED_WRONG = {
     "id negative": ([{"id": -1, "content": "<a>"}], "no token"),
     "id true": ([{"id": True, "content": "<a>"}], "no token"),
     "id out of all range": ([{"id": 2**40, "content": "<a>"}], "no token"),
-    "id of the vocabulary": ([{"id": 65, "content": "<a>"}], "but 'A' in the vocabulary"),
+    "id of the vocabulary": ([{"id": 65, "content": "<a>"}], "'<a>' of id 65 is not the vocabulary's next"),
+    "id after a gap": ([{"id": 300, "content": "<a>"}], "'<a>' of id 300 is not the vocabulary's next"),
     "an id twice": ([{"id": 300, "content": "<a>"}, {"id": 300, "content": "<b>"}], "two ids, or its id two names"),
     "a name twice": ([{"id": 300, "content": "<a>"}, {"id": 301, "content": "<a>"}], "two ids, or its id two names"),
 }  # fmt: skip
@@ -771,20 +952,14 @@ def test_damaged_sentencepiece_files(tmp_path):
     assert kept < 150
 
 
-def test_two_tokenizers_that_contradict_each_other(tmp_path, small_llama3):
-    """As in transformers tokenizer.json comes first; where only tokenizer.model can be read, both must have the same tokens."""
+def test_a_tokenizer_json_comes_before_other_files(tmp_path, small_llama3):
+    """As in transformers, whatever tokens those have."""
     shutil.copy(small_llama3 / "tokenizer.json", tmp_path)
     shutil.copy(DEMO / "tokenizer.model", tmp_path)
     assert load_tokenizer(tmp_path).encode("the") == load_tokenizer(small_llama3).encode("the")
-    pieces = load_tokenizer(DEMO).pieces
-    for vocab, good in (({piece: id for id, piece in enumerate(pieces)}, True), ([[piece, 0.0] for piece in pieces], True),
-                        ({piece: id for id, piece in enumerate(reversed(pieces))}, False), ([["a", 0.0]], False), (7, False)):  # fmt: skip
-        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab}}))
-        if good:
-            assert load_tokenizer(tmp_path).pieces == pieces
-        else:
-            with pytest.raises(InputError, match="nor of the same tokens"):
-                load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):

@@ -91,7 +91,7 @@ def encode_answer(
         plain, both = tokenizer.encode(prompt), tokenizer.encode(prompt + response)
         if both[: len(plain)] != plain:  # a token spans the border: read them apart
             both = plain + tokenizer.encode(response)
-        prompt_ids, rest = [tokenizer.bos_id, *plain], both[len(plain) :]
+        prompt_ids, rest = [*tokenizer.prefix, *plain], both[len(plain) :]
 
     spans, done, utf8 = [], 0, codecs.getincrementaldecoder("utf-8")("replace")
     for id in rest:

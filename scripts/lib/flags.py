@@ -69,6 +69,7 @@ FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a f
         "help": "our GPU kernels start early (Hopper and later; no GPU has run it)",
     },
     "chat": {"action": "store_true", "help": "put prompts into the checkpoint folder's chat format"},
+    "system": {"help": "with --chat: a system message, before the first turn"},
     "max_new_tokens": {"type": whole(1, MOST_TOKENS), "default": 200, "help": "tokens of an answer, at most"},
     "temperature": {"type": number(0, 1000), "default": 0.0, "help": "0 is greedy"},
     "top_k": {

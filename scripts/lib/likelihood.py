@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from cli import Progress
+from cli import InputError, Progress
 from files import read_text
 from generate import NotFinite
 from model import Transformer
@@ -41,36 +41,52 @@ def windows(n: int, window: int, stride: int, counted: int = 0) -> list[tuple[in
 
 @torch.inference_mode()
 def log_likelihood(
-    model: Transformer, bos: int, ids: list[int], spans: list[tuple[int, int, int]], progress: Progress
-) -> float:
-    """Sum of the natural logarithms of the probabilities of the tokens that count. spans: from `windows`."""
-    total = 0.0
+    model: Transformer,
+    prefix: list[int],
+    ids: list[int],
+    spans: list[tuple[int, int, int]],
+    progress: Progress,
+) -> tuple[float, int]:
+    """Sum of the natural logarithms of the probabilities of the tokens that count, and their number. spans:
+    from `windows`. Without a prefix nothing predicts the first token of all, which then does not count."""
+    total, n = 0.0, 0
     for begin, end, first in spans:
-        text = torch.tensor([bos, *ids[begin:end]], device=model.device)
+        text = torch.tensor([*prefix, *ids[begin:end]], device=model.device)
         _, logits = model(text[None, :-1])
         chances = F.log_softmax(logits[0], -1).gather(-1, text[1:, None])[:, 0]
-        total += chances[first - begin :].double().sum().item()
+        counted = chances[max(0, first - begin + len(prefix) - 1) :]
+        total += counted.double().sum().item()
+        n += len(counted)
         progress.step()
-    return total
+    return total, n
 
 
 def perplexity(
     model: Transformer,
-    bos: int,
+    prefix: list[int],
     pairs: list,
     *,
     window: int = 2048,
     stride: int = 512,
     what: str = "perplexity",
 ) -> float:
-    """Of pairs of ids: what is only read, and what counts. Raises NotFinite where it is no number."""
+    """Of pairs of ids: what is only read, and what counts. prefix: what begins a text, before each window.
+
+    Raises NotFinite where it is no number.
+    """
     spans = [windows(len(given) + len(text), window, stride, len(given)) for given, text in pairs]
     progress = Progress(what, sum(map(len, spans)))
-    total = sum(
-        log_likelihood(model, bos, given + text, each, progress) for (given, text), each in zip(pairs, spans)
-    )
+    found = [
+        log_likelihood(model, prefix, given + text, each, progress)
+        for (given, text), each in zip(pairs, spans)
+    ]
+    total, n = map(sum, zip(*found))
+    if not n:
+        raise InputError(
+            f"{what}: a single token, which nothing predicts, has no perplexity; give more text."
+        )
 
-    mean = -total / sum(len(text) for _, text in pairs)
+    mean = -total / n
     if not mean < MOST_NATS:  # NaN, too
         raise NotFinite(
             f"{what}: the model's logits are not finite, or far off; try --precision fp32 or bf16."

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoint import weight_plan
 from cli import InputError
+from hub import model_folder
 from model import ROPES, Transformer, run_dtype
 from tokenizer import Tokenizer
 
@@ -53,9 +54,10 @@ def peer(args: argparse.Namespace, tokenizer: Tokenizer, k: int | None) -> Calla
     theirs = transformers_for("--verify hf" + "-assisted" * (k is not None))
     theirs.utils.logging.disable_progress_bar()
 
-    def load(folder):
+    def load(name):
         more = {"dtype": run_dtype(args.precision, args.device), "local_files_only": True}
-        return theirs.AutoModelForCausalLM.from_pretrained(folder, **more).to(args.device).eval()
+        model = theirs.AutoModelForCausalLM.from_pretrained(model_folder(name), **more)
+        return model.to(args.device).eval()
 
     target = load(args.checkpoint_path)
     more = {"do_sample": False, "eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.stop_ids[0]}

@@ -120,7 +120,7 @@ def chat_loop(args: argparse.Namespace, engine, tokenizer: Tokenizer, drift: Dri
 
     Ctrl-C stops the answer, of which what was shown is kept; while a prompt is asked for it ends the program.
     """
-    paint, messages = Paint(sys.stdout, engine.draft is not None, args.marks), []
+    paint, messages = Paint(sys.stdout, engine.draft is not None, args.marks), first_messages(args)
     if paint.on:
         print(paint.legend, file=sys.stderr)
     engine.generator.manual_seed(args.seed % 2**63)
@@ -142,7 +142,7 @@ def chat_loop(args: argparse.Namespace, engine, tokenizer: Tokenizer, drift: Dri
                 f"generate.py: {error}" + (" The conversation begins anew." if args.chat else ""),
                 file=sys.stderr,
             )
-            messages = []
+            messages = first_messages(args)
 
 
 def stream_answer(
@@ -180,7 +180,7 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
             )
         generator = torch.Generator().manual_seed(args.seed % 2**63)
         ids = torch.randint(0, min(256, tokenizer.vocab_size), (int(text),), generator=generator).tolist()
-        return [tokenizer.bos_id, *ids][: int(text)]
+        return [*tokenizer.prefix, *ids][: int(text)]
     return encode_prompt(args, tokenizer, text)
 
 
@@ -205,11 +205,17 @@ def read_stdin() -> str:
     return text
 
 
+def first_messages(args: argparse.Namespace) -> list[dict[str, str]]:
+    """What a conversation begins with: the system message, where there is one."""
+    system = getattr(args, "system", None)
+    return [{"role": "system", "content": system}] if system is not None else []
+
+
 def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a prompt's text: in the chat format, or after begin-of-text."""
     if args.chat:
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+        return tokenizer.encode_chat([*first_messages(args), {"role": "user", "content": text}])
+    return tokenizer.prompt(text)
 
 
 def print_answers(
@@ -304,7 +310,7 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
         help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo "
         "problem)",
     )
-    add_flags(group, "chat")
+    add_flags(group, "chat", "system")
     add("--interactive", action="store_true", help="ask for prompts, stream answers; Ctrl-C stops an answer")
     add("--num_samples", type=tokens, default=1, help="answers to the prompt")
     add_decoding_flags(group)
@@ -329,6 +335,8 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
     add_rank_flags(parser.add_argument_group("several GPUs"))
 
     args = parser.parse_args(argv)
+    if args.system is not None and not args.chat:
+        raise InputError("--system is a message of a chat; give --chat, or leave it out.")
     args.compare = args.checkpoint_path is None and args.prompt is None and not args.interactive  # the demo
     if args.compare:
         args.prompt = DEMO_PROMPT
