@@ -216,9 +216,11 @@ struct Bytes {  // a sign and 7 bits that a table gives a meaning: a line is 16 
     vec offset(int64_t, int64_t, int) const { return vec{}; }
 };
 
-struct Int8 : Bytes {  // a sign and no magnitude is -128
+struct Int8 : Bytes {
     static wide_vec meaning(wide_vec magnitude) { return bits<wide_vec>(__builtin_convertvector(magnitude, vec)); }
 };
+
+struct FullInt8 : Int8 {};  // with -128, which quantize.py never makes, but others: a sign without a magnitude
 
 struct Fp8 : Bytes {  // e4m3: moved to the places of fp32 its exponent is 120 too small
     static wide_vec meaning(wide_vec magnitude) { return bits<wide_vec>(bits<vec>(magnitude << 20) * 0x1p120f); }
@@ -245,7 +247,7 @@ inline void decode_bytes(const Format& f, const Table<Format>& table, int64_t bl
         const __m512i q = _mm512_loadu_si512(f.line(block, pair) + i * LINE);  // a look-up heeds the lowest 7 bits alone
         const __m512i low = _mm512_permutex2var_epi8(table.low[0], q, table.low[1]);
         __m512i high = _mm512_permutex2var_epi8(table.high[0], q, table.high[1]);
-        if constexpr (std::is_same_v<Format, Int8>)
+        if constexpr (std::is_same_v<Format, FullInt8>)
             high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(q, _mm512_set1_epi8(char(0x80))), _mm512_set1_epi8(0x43));
         const __m512i sign = _mm512_ternarylogic_epi32(high, q, _mm512_set1_epi8(char(0x80)), 0xf8);  // high | (q & 0x80)
         w[2 * i].part[0] = (wide_vec)_mm512_unpacklo_epi8(low, sign);
@@ -265,7 +267,7 @@ inline void decode_bytes(const Format& f, const Table<Format>&, int64_t block, i
         for (int part = 0; part < PARTS; part++) {
             const wide_vec q = widen(both + part * LANES);
             wide_vec first = q & 0x7f, second = q >> 8 & 0x7f;
-            if constexpr (std::is_same_v<Format, Int8>) {
+            if constexpr (std::is_same_v<Format, FullInt8>) {
                 first += wide_vec((q & 0xff) == 0x80) & 128;
                 second += wide_vec((q >> 8) == 0x80) & 128;
             }
@@ -278,6 +280,7 @@ inline void decode_bytes(const Format& f, const Table<Format>&, int64_t block, i
 #endif
 
 inline void decode(const Int8& f, const Table<Int8>& table, int64_t block, int64_t pair, Pairs* w) { decode_bytes(f, table, block, pair, w); }
+inline void decode(const FullInt8& f, const Table<FullInt8>& table, int64_t block, int64_t pair, Pairs* w) { decode_bytes(f, table, block, pair, w); }
 inline void decode(const Fp8& f, const Table<Fp8>& table, int64_t block, int64_t pair, Pairs* w) { decode_bytes(f, table, block, pair, w); }
 
 // A line is 16 words of 32 bits, one a row: columns 2 p and 2 p + 1 in bits 4 p and 4 p + 16. `groups` has scales and offsets:
@@ -667,6 +670,8 @@ Int8 int8(const at::Tensor& weight, const at::Tensor& scales) {
     return {{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), weight.size(1)}};
 }
 
+FullInt8 full_int8(const at::Tensor& weight, const at::Tensor& scales) { return {int8(weight, scales)}; }
+
 Fp8 fp8(const at::Tensor& weight, const at::Tensor& scales) {
     return {{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), weight.size(1)}};
 }
@@ -701,6 +706,11 @@ at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const
     return (n < N ? y.narrow(1, 0, n).contiguous() : y).view(shape);
 }
 
+at::Tensor linear_int8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales, int64_t n) {
+    if (weight.scalar_type() == at::kByte) return linear_quantized<full_int8>(x, weight, scales, n);
+    return linear_quantized<int8>(x, weight, scales, n);
+}
+
 at::Tensor linear_int4(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales, int64_t n) {
     if (scales.scalar_type() == at::kFloat) return linear_quantized<int4<true>>(x, weight, scales, n);
     return linear_quantized<int4<false>>(x, weight, scales, n);
@@ -719,7 +729,7 @@ TORCH_LIBRARY(judge_fast, library) {
 
 TORCH_LIBRARY_IMPL(judge_fast, CPU, library) {
     library.impl("linear", &linear);
-    library.impl("linear_int8", &linear_quantized<int8>);
+    library.impl("linear_int8", &linear_int8);
     library.impl("linear_fp8", &linear_quantized<fp8>);
     library.impl("linear_int4", &linear_int4);
 }

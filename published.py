@@ -72,7 +72,11 @@ class Layout:
         """A matrix's numbers, or those of the part. Raises InputError for numbers that stand for none."""
         n, k = (span.indices(size)[:2] for span, size in zip((*part, slice(None), slice(None)), shape))
         found = self.numbers(self, tensors, name.removesuffix(".weight"), shape, Span(n, k))
-        nan = found.q.dtype == torch.float8_e4m3fn and ((found.q.view(torch.uint8) & 127) == 127).any()
+        nan = (
+            found.q.dtype == torch.float8_e4m3fn
+            and found.q.numel()
+            and (found.q.view(torch.uint8) & 127).amax() == 127
+        )
         if nan or not found.scales.isfinite().all():
             raise InputError(
                 f"{tensors.reader.folder}: {name} holds a NaN or an infinite number; mend the checkpoint."

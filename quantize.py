@@ -255,30 +255,31 @@ def tiles_of_bytes(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     A line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a byte is a
     sign and 7 bits of magnitude, as fp8 has it.
     """
-    lines = weight.view(torch.uint8).view(len(weight) // 16, 4, 4, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return lines.reshape(weight.shape).view(weight.dtype), scales
+    lines = weight.view(torch.int16).view(len(weight) // 16, 4, 4, -1, 2).permute(0, 3, 1, 4, 2).contiguous()
+    return lines.view(weight.dtype).view(weight.shape), scales
 
 
 def tiles_of_int8(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """`tiles_of_bytes` of numbers that have no sign bit yet."""
-    magnitude = (
-        weight.to(torch.int16).abs() & 127
-    )  # of -128 none is left: a sign and no magnitude stands for it
-    signed = (magnitude | (weight < 0).to(torch.int16) << 7).to(torch.uint8)
-    return tiles_of_bytes(signed.view(torch.int8), scales)
+    magnitude = weight.abs().view(torch.uint8) & 127  # of -128 none is left: it is a sign without a magnitude
+    signed = magnitude | weight.view(torch.uint8) & 128
+    kind = torch.uint8 if weight.numel() and weight.amin() == -128 else torch.int8  # it takes a little longer
+    return tiles_of_bytes(signed.view(kind), scales)
 
 
 def tiles_of_groups(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """int4: of 16 rows a line holds 8 columns, of each row 32 bits, columns 2p and 2p + 1 in bits 4p and
     4p + 16; scales and offsets lie by blocks of 16 rows, too."""
-    blocks = unpack_int4(weight).view(len(weight) // 16, 16, -1, 4, 2)
-    q = blocks.transpose(1, 2)  # block, line, row, p, half
-    lines = (q[..., 0:4:2, :] | q[..., 1:4:2, :] << 4).transpose(-1, -2)
+    two = (
+        unpack_int4(weight).view(torch.int16).view(len(weight) // 16, 16, -1, 4).int()
+    )  # columns, a byte each
+    p = (two & 15 | (two & 0xF00) << 8).unbind(-1)
+    lines = (p[0] | p[1] << 4 | p[2] << 8 | p[3] << 12).transpose(1, 2).contiguous()
     pairs = scales.unflatten(0, (-1, 16)).transpose(1, 2)
     if scales.dtype == torch.float32:  # 16 scales, then 16 offsets
         pairs = pairs.transpose(2, 3)
     pairs = pairs.contiguous()
-    return lines.reshape(weight.shape), pairs.view(scales.shape)
+    return lines.view(torch.uint8).view(weight.shape), pairs.view(scales.shape)
 
 
 def need_cpp() -> None:

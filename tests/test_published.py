@@ -367,3 +367,18 @@ def test_a_fingerprint_knows_scales(folders, tmp_path):
 
 def test_kinds_that_the_package_writes_are_all_here():
     assert {"FP8-dynamic", "W8A16", "W4A16"} <= COMPRESSED.keys() and {*GROUPED} < {*KINDS}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "fbgemm_fp8"])
+def test_ranks_with_fewer_heads_are_filled_up(tmp_path, kind, monkeypatch):
+    """3 query heads of each KV head, on two ranks: 2 and 1."""
+    monkeypatch.setattr(quantize, "kernel_for", lambda *_: None)
+    make_folder(tmp_path / "source", dtype=torch.bfloat16, hidden_size=192, intermediate_size=256, num_attention_heads=6,
+                num_hidden_layers=1)  # fmt: skip
+    write_kind(kind, tmp_path / "source", tmp_path / "q", tmp_path / "twin", kept=("v_proj",))
+    for rank in range(4):
+        model, plain = (
+            load_model(tmp_path / name, "cpu", None, None, Shard(rank, 4)) for name in ("q", "twin")
+        )
+        for name, module in layers(plain).items():
+            assert torch.equal(dense(layers(model)[name]), dense(module)), (rank, name)
