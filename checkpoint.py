@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+import published
 from cli import InputError, Progress, shortened_value
 from files import is_file, opened, parse_object, read_bytes, read_json
 from hub import model_folder
@@ -84,14 +85,8 @@ def refuse_unknown(config: dict, where: str) -> None:
             raise InputError(
                 f"{where}: {field}={shortened_value(config[field])} is not implemented; {value!r} is."
             )
-    if quantization := config.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        )
-        raise InputError(
-            f"{where}: quantization method {shortened_value(method)} is not implemented; use unquantised "
-            f"weights."
-        )
+    if found := config.get("quantization_config"):
+        published.layout_of(found, where)
 
 
 def read_rope(config: dict, where: str, context: int) -> tuple[float, Llama3Rope | None]:
@@ -300,19 +295,24 @@ def load_published(
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, str]]:
+def find_weights(
+    folder: str | Path, args: ModelArgs, suffixes: tuple[str, ...] = ()
+) -> dict[str, tuple[Path, str]]:
     """Published tensor name -> (its file, its name there), of all of `weight_plan`.
 
     As in transformers a name may lack the prefix "model.", or have it once too often, and a tied model may
-    hold the LM head instead of the embedding. Raises InputError for a tensor that is missing, unexpected or
+    hold the LM head instead of the embedding. suffixes: of tensors that may lie beside a quantised weight, or
+    in its place (published.Layout). Raises InputError for a tensor that is missing, unexpected or
     there under two names, and for a tied model whose LM head holds other values than its embedding.
     """
     files = checkpoint_files(folder)
     check_layers(files, args, folder)
     plan, found = weight_plan(args), {}
+    stems = [name.removesuffix(".weight") for name, row in plan.items() if row.quantized != "never"]
+    known = plan.keys() | {stem + suffix for stem in stems for suffix in suffixes}
     for name, file in files.items():
         spellings = (name.removeprefix("model."), "model." + name)
-        real = next((other for other in spellings if other in plan or other == LM_HEAD), name)
+        real = next((other for other in spellings if other in known or other == LM_HEAD), name)
         if real in found:
             raise InputError(f"{folder} holds {real} twice: as {found[real][1]} and as {name}.")
         found[real] = file, name
@@ -322,11 +322,11 @@ def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, s
             check_tied(*(Stored(*place) for place in (found[EMBEDDING], head)), folder)
         found.setdefault(EMBEDDING, head)
     for name in plan:
-        if name not in found:
+        if name not in found and name.removesuffix(".weight") + "".join(suffixes[:1]) not in found:
             untied = name == LM_HEAD and "; if the embedding is the LM head, tie_word_embeddings must be true"
             raise InputError(f"{folder} has no tensor {name}, which its config.json calls for{untied or ''}.")
     for name, (file, stored) in found.items():
-        if name not in plan and not name.endswith("rotary_emb.inv_freq"):
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise InputError(
                 f"{file} has an unexpected tensor {stored}, which its config.json does not call for."
             )
@@ -531,6 +531,9 @@ class Reader:
 
     def __init__(self, folder: str | Path, files: dict[str, tuple[Path, str]]):
         self.folder, self.files, self.handles, self.bytes_read = folder, files, {}, 0
+
+    def stored(self, name: str) -> Stored:
+        return Stored(*self.files[name])
 
     def read(
         self,

@@ -164,7 +164,7 @@ def test_a_rope_is_one_entry(tmp_path, monkeypatch):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "'hqq'"),
         ({"num_key_value_heads": 3}, "3 KV heads"),
         ({"vocab_size": None}, "no field 'vocab_size'"),
         ({"vocab_size": "97"}, "vocab_size='97'"),
