@@ -396,6 +396,7 @@ class QuantLinear(nn.Module):
     def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, scheme: Scheme):
         super().__init__()
         self.n_out, self.n_in, self.mode = n_out, n_in, scheme.mode
+        self.bias: nn.Parameter | None = None  # never quantised
         self.kernel = kernel_for(scheme, weight.device)
         packed = pad_rows(weight), pad_rows(scales)
         weight, scales = self.kernel.lay_out(*packed) if self.kernel is not None else packed
@@ -408,8 +409,10 @@ class QuantLinear(nn.Module):
         if x.numel() == 0:  # the LM head in a prefill
             return x.new_empty(*x.shape[:-1], self.n_out)
         if self.kernel is not None and x.numel() // self.n_in <= self.kernel.most_rows:
-            return self.kernel.product(x, self.weight, self.scales, self.n_out)
-        return default_product(x, self.weight, self.scales, self.n_out, self.mode)
+            y = self.kernel.product(x, self.weight, self.scales, self.n_out)
+        else:
+            y = default_product(x, self.weight, self.scales, self.n_out, self.mode)
+        return y if self.bias is None else y + self.bias
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -448,7 +451,14 @@ def replace_linear(
     model: Transformer, parameter: str, packed: tuple[Tensor, Tensor], shape: tuple[int, int], scheme: Scheme
 ) -> None:
     """Puts a quantised layer in the place of the one that has this weight, and lets the weight go."""
-    model.set_submodule(parameter.removesuffix(".weight"), QuantLinear(*packed, *shape, scheme))
+    put_in_place(model, parameter, QuantLinear(*packed, *shape, scheme))
+
+
+def put_in_place(model: Transformer, parameter: str, product: nn.Module) -> None:
+    """Puts a product in the place of the linear layer that has this weight, whose bias it takes over."""
+    name = parameter.removesuffix(".weight")
+    product.bias = model.get_submodule(name).bias
+    model.set_submodule(name, product)
 
 
 def prepare(device: torch.device, scheme: Scheme) -> None:
@@ -732,7 +742,7 @@ def put(
                 products.append(Linear(*place.shape[::-1]))
             weight = filled_up(found, place.shape).to(device, dtype)
             products[-1].weight = nn.Parameter(weight, requires_grad=False)
-    model.set_submodule(ours.removesuffix(".weight"), Mixed(products))
+    put_in_place(model, ours, Mixed(products))
 
 
 class Mixed(nn.Module):
@@ -741,10 +751,12 @@ class Mixed(nn.Module):
     def __init__(self, products: list[nn.Module]):
         super().__init__()
         self.products = nn.ModuleList(products)
+        self.bias: nn.Parameter | None = None
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         x = x if norm is None else norm(x)
-        return torch.cat([product(x) for product in self.products], -1)
+        y = torch.cat([product(x) for product in self.products], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def published_fingerprint(source: Checkpoint, reader: checkpoint.Reader) -> str:

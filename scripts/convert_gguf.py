@@ -28,7 +28,8 @@ from torch import Tensor
 
 from checkpoint import args_of, find_weights, weight_plan
 from files import opened
-from model import DTYPES, LLAMA31_ROPE, LLAMA32_ROPE, ModelArgs
+from model import DTYPES, ModelArgs
+from rope import LLAMA31_ROPE, LLAMA32_ROPE
 from scripts.lib.converting import check_new, half_split, new_folder, write_json, write_weights
 from scripts.lib.flags import add_flags
 from scripts.lib.gguf_tokenizer import write_tokenizer
@@ -151,7 +152,7 @@ def known_scaling(factors: Tensor, config: dict, path: Path) -> dict:
     even = torch.arange(0, config["head_dim"], 2).float()
     freqs = 1.0 / config["rope_theta"] ** (even / config["head_dim"])
     for scaling in (LLAMA31_ROPE, LLAMA32_ROPE):
-        expected = freqs / scaling.scale(freqs)
+        expected = freqs / scaling.scale(freqs, config["rope_theta"])
         if factors.shape == expected.shape and torch.allclose(factors, expected, rtol=1e-3):
             return {"rope_type": "llama3"} | asdict(scaling)
     raise InputError(f"{path}: {FACTORS} are neither Llama 3.1's nor 3.2's factors of RoPE.")

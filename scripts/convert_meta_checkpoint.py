@@ -25,7 +25,7 @@ from torch import Tensor
 
 from checkpoint import args_of, read_field, weight_plan
 from files import checkpoint_folder, is_file, read_json
-from model import LLAMA31_ROPE, LLAMA32_ROPE
+from rope import LLAMA31_ROPE, LLAMA32_ROPE
 from scripts.lib.converting import check_new, half_split, new_folder, open_pickled, write_json, write_weights
 from scripts.lib.flags import add_flags
 

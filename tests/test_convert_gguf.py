@@ -14,8 +14,8 @@ from conftest import ROOT, make_folder
 from test_tokenizer import byte_level, random_texts
 
 from cli import InputError
-from model import LLAMA31_ROPE, LLAMA32_ROPE
 from quantize import load_model
+from rope import LLAMA31_ROPE, LLAMA32_ROPE
 from scripts import convert_gguf
 from scripts.convert_gguf import KINDS, LAYER, TOP, convert
 from tokenizer import load_tokenizer
