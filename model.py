@@ -231,6 +231,9 @@ class Transformer(nn.Module):
         self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
         self.quantization = ""  # how they are quantised, set by quantize.py
         self.bytes_read = 0  # from disk, while loading
+        self.speaks = (
+            args.vocab_size
+        )  # tokens that logits are of: a draft's are fitted to its target's (pair.py)
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = self.cache_epoch = 0  # epoch: graphs captured over an older cache must not run
 
@@ -273,7 +276,8 @@ class Transformer(nn.Module):
         (default all; 0 skips the LM head); of a part of a model only its part of the vocabulary.
         """
         visible = self.cache_length if visible is None else visible
-        x = self.tok_embeddings(tokens)
+        own = self.args.vocab_size
+        x = self.tok_embeddings(tokens if self.speaks == own else tokens.clamp(max=own - 1))
         if pos is None:
             rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
         else:
@@ -282,7 +286,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, pos, mask, visible)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
-        return x, self.output(rows, self.norm).float()
+        logits = self.output(rows, self.norm).float()
+        return x, logits if self.speaks == own else fitted(logits, self.speaks)
 
     def see(self, x: Tensor, pos: Tensor, visible: int, prefill: bool = False) -> Tensor | None:
         """0 or -inf, added to attention scores: (T, visible), or (group * T, visible) for `heads_as_rows`.
@@ -293,6 +298,16 @@ class Transformer(nn.Module):
             return causal_lower_right(len(pos), visible) if prefill else None
         mask = causal_mask(pos, visible, x.dtype)
         return mask.repeat(self.local.n_head // self.local.n_kv_head, 1) if use_heads_as_rows(x) else mask
+
+
+def fitted(logits: Tensor, size: int) -> Tensor:
+    """Logits (..., V) of `size` tokens: cut, or filled up with what has no chance in fp32 (no infinity, so
+    that a divergence from another model's stays a number)."""
+    missing = size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :size]
+    least = logits.amax(-1, keepdim=True) - 120
+    return torch.cat([logits, least.expand(*logits.shape[:-1], missing)], -1)
 
 
 def random_model(
