@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+import published
 from cli import InputError, Progress, shortened_value
 from files import is_file, opened, parse_object, read_bytes, read_json
 from hub import model_folder
-from model import DTYPES, ROPES, Llama3Rope, ModelArgs, Transformer, empty_model, materialise
+from model import DTYPES, ModelArgs, Transformer, empty_model, materialise
+from rope import ROPES, Rope
 from tp import Shard
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"  # the pair that comes with the repository
@@ -76,7 +78,7 @@ def refuse_unknown(config: dict, where: str) -> None:
         raise InputError(
             f"{where}: architecture {shortened_value(architecture)} is not implemented; LlamaForCausalLM is."
         )
-    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    only = {"model_type": "llama", "hidden_act": "silu",
             "partial_rotary_factor": 1.0, "transformers_weights": "model.safetensors"}  # fmt: skip
     for field, value in only.items():
         absent = (value, None) if field in ("partial_rotary_factor", "transformers_weights") else (value,)
@@ -84,18 +86,12 @@ def refuse_unknown(config: dict, where: str) -> None:
             raise InputError(
                 f"{where}: {field}={shortened_value(config[field])} is not implemented; {value!r} is."
             )
-    if quantization := config.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        )
-        raise InputError(
-            f"{where}: quantization method {shortened_value(method)} is not implemented; use unquantised "
-            f"weights."
-        )
+    if found := config.get("quantization_config"):
+        published.layout_of(found, where)
 
 
-def read_rope(config: dict, where: str, context: int) -> tuple[float, Llama3Rope | None]:
-    """RoPE base and scaling (of model.ROPES), from `rope_scaling` (transformers 4) or `rope_parameters` (5).
+def read_rope(config: dict, where: str, context: int) -> tuple[float, Rope | None]:
+    """RoPE base and scaling (of rope.ROPES), from `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
     Where a folder has both, `rope_scaling` counts, and of `rope_parameters` nothing, as in transformers.
     """
@@ -109,11 +105,17 @@ def read_rope(config: dict, where: str, context: int) -> tuple[float, Llama3Rope
     if kind == "default":
         return theta, None
     if kind not in ROPES:
-        known = " and ".join(map(repr, ("default", *ROPES)))
+        known = ", ".join(map(repr, ("default", *ROPES)))
         raise InputError(f"{where}: RoPE type {shortened_value(kind)} is not implemented; {known} are.")
     original = "original_max_position_embeddings"  # may stand at the top, or be left out
     rope = {original: context} | rope | {name: config[name] for name in (original,) if name in config}
-    values = [read_field(rope, field.name, field.type, where) for field in fields(ROPES[kind])]
+    values = []
+    for field in fields(ROPES[kind]):
+        default = None if field.default is MISSING else field.default
+        absent = default is not None and rope.get(field.name) is None  # null is a word for that
+        values.append(default if absent else read_field(rope, field.name, field.type, where))
+    if kind == "yarn" and theta <= 1:
+        raise InputError(f"{where}: rope_theta={theta} must be above 1 where RoPE is scaled by yarn.")
     try:
         return theta, ROPES[kind](*values)
     except InputError as error:
@@ -145,6 +147,8 @@ def args_of(config: dict, where: str = "config.json") -> ModelArgs:
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tie_embeddings=read_field(config, "tie_word_embeddings", bool, where, False),
+        attention_bias=read_field(config, "attention_bias", bool, where, False),
+        mlp_bias=read_field(config, "mlp_bias", bool, where, False),
     )
     if args.n_head % args.n_kv_head or args.head_dim % 2:
         raise InputError(
@@ -248,19 +252,24 @@ def layer_plan(args: ModelArgs, i: int) -> dict[str, Row]:
     q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
     dim, ffn = args.dim, args.intermediate_size
     theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-    wqkv, wo = ours + "attention.wqkv.weight", ours + "attention.wo.weight"
-    w13, w2 = ours + "feed_forward.w13.weight", ours + "feed_forward.w2.weight"
-    return {
-        theirs + "self_attn.q_proj.weight": Row(wqkv, 0, (q, dim), "rows", "heads", "always"),
-        theirs + "self_attn.k_proj.weight": Row(wqkv, q, (kv, dim), "rows", "kv_heads", "always"),
-        theirs + "self_attn.v_proj.weight": Row(wqkv, q + kv, (kv, dim), "rows", "kv_heads", "always"),
-        theirs + "self_attn.o_proj.weight": Row(wo, 0, (dim, q), "columns", "heads", "always"),
-        theirs + "mlp.gate_proj.weight": Row(w13, 0, (ffn, dim), "rows", "intermediate", "always"),
-        theirs + "mlp.up_proj.weight": Row(w13, ffn, (ffn, dim), "rows", "intermediate", "always"),
-        theirs + "mlp.down_proj.weight": Row(w2, 0, (dim, ffn), "columns", "intermediate", "always"),
-        theirs + "input_layernorm.weight": Row(ours + "attention_norm.weight", 0, (dim,)),
-        theirs + "post_attention_layernorm.weight": Row(ours + "ffn_norm.weight", 0, (dim,)),
+    parts = {  # matrix -> our parameter, first row, shape, cut among ranks
+        "self_attn.q_proj": ("attention.wqkv", 0, (q, dim), "rows", "heads"),
+        "self_attn.k_proj": ("attention.wqkv", q, (kv, dim), "rows", "kv_heads"),
+        "self_attn.v_proj": ("attention.wqkv", q + kv, (kv, dim), "rows", "kv_heads"),
+        "self_attn.o_proj": ("attention.wo", 0, (dim, q), "columns", "heads"),
+        "mlp.gate_proj": ("feed_forward.w13", 0, (ffn, dim), "rows", "intermediate"),
+        "mlp.up_proj": ("feed_forward.w13", ffn, (ffn, dim), "rows", "intermediate"),
+        "mlp.down_proj": ("feed_forward.w2", 0, (dim, ffn), "columns", "intermediate"),
     }
+    plan = {f"{theirs}{name}.weight": Row(f"{ours}{mine}.weight", *where, "always")
+            for name, (mine, *where) in parts.items()}  # fmt: skip
+    for name, (mine, first, shape, cut, unit) in parts.items():
+        if args.attention_bias if name.startswith("self_attn") else args.mlp_bias:
+            split = (cut, unit) if cut == "rows" else ()  # a sum over columns gets its bias once: tp.join
+            plan[f"{theirs}{name}.bias"] = Row(f"{ours}{mine}.bias", first, shape[:1], *split)
+    for name, mine in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm")):
+        plan[f"{theirs}{name}.weight"] = Row(f"{ours}{mine}.weight", 0, (dim,))
+    return plan
 
 
 def load_published(
@@ -300,19 +309,24 @@ def load_published(
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, str]]:
+def find_weights(
+    folder: str | Path, args: ModelArgs, suffixes: tuple[str, ...] = ()
+) -> dict[str, tuple[Path, str]]:
     """Published tensor name -> (its file, its name there), of all of `weight_plan`.
 
     As in transformers a name may lack the prefix "model.", or have it once too often, and a tied model may
-    hold the LM head instead of the embedding. Raises InputError for a tensor that is missing, unexpected or
+    hold the LM head instead of the embedding. suffixes: of tensors that may lie beside a quantised weight, or
+    in its place (published.Layout). Raises InputError for a tensor that is missing, unexpected or
     there under two names, and for a tied model whose LM head holds other values than its embedding.
     """
     files = checkpoint_files(folder)
     check_layers(files, args, folder)
     plan, found = weight_plan(args), {}
+    stems = [name.removesuffix(".weight") for name, row in plan.items() if row.quantized != "never"]
+    known = plan.keys() | {stem + suffix for stem in stems for suffix in suffixes}
     for name, file in files.items():
         spellings = (name.removeprefix("model."), "model." + name)
-        real = next((other for other in spellings if other in plan or other == LM_HEAD), name)
+        real = next((other for other in spellings if other in known or other == LM_HEAD), name)
         if real in found:
             raise InputError(f"{folder} holds {real} twice: as {found[real][1]} and as {name}.")
         found[real] = file, name
@@ -322,11 +336,11 @@ def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, s
             check_tied(*(Stored(*place) for place in (found[EMBEDDING], head)), folder)
         found.setdefault(EMBEDDING, head)
     for name in plan:
-        if name not in found:
+        if name not in found and name.removesuffix(".weight") + "".join(suffixes[:1]) not in found:
             untied = name == LM_HEAD and "; if the embedding is the LM head, tie_word_embeddings must be true"
             raise InputError(f"{folder} has no tensor {name}, which its config.json calls for{untied or ''}.")
     for name, (file, stored) in found.items():
-        if name not in plan and not name.endswith("rotary_emb.inv_freq"):
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise InputError(
                 f"{file} has an unexpected tensor {stored}, which its config.json does not call for."
             )
@@ -531,6 +545,9 @@ class Reader:
 
     def __init__(self, folder: str | Path, files: dict[str, tuple[Path, str]]):
         self.folder, self.files, self.handles, self.bytes_read = folder, files, {}, 0
+
+    def stored(self, name: str) -> Stored:
+        return Stored(*self.files[name])
 
     def read(
         self,

@@ -139,7 +139,7 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, fir
     logits = logits[0]
 
     if b.draft_logits.numel() > 1:
-        logits = tp.whole(logits, model.args.vocab_size)
+        logits = tp.whole(logits, model.speaks)
         b.draft_logits[b.step] = logits
     if b.draft_hidden.numel() > 1:
         b.draft_hidden[b.step] = hidden[0, -1:]
@@ -242,8 +242,8 @@ def relaxed_test(
 def choose(logits: Tensor, uniform: Tensor, s: Settings, model: Transformer) -> tuple[Tensor, Tensor]:
     """The next token (1,) and the largest logit (1,), from logits (1, V) or a rank's part of them."""
     if s.temperature == 0:
-        return tp.most_likely(logits, model.args.vocab_size)
-    logits = tp.whole(logits, model.args.vocab_size)
+        return tp.most_likely(logits, model.speaks)
+    logits = tp.whole(logits, model.speaks)
     token = pick(s.distribution(logits), uniform)
     return tp.broadcast(token)[0] if tp.divided(model) else token, logits.amax(-1)
 
@@ -282,6 +282,7 @@ class Engine:
         self.target, self.head, self.settings = target, head, settings.resolved(head)
         self.draft = None if settings.verify == "plain" else draft
         self.models = [model for model in (self.target, self.draft) if model is not None]
+        pair.fit(target, self.draft)
         self.device = target.device
         self.overlap = self.device.type == "cuda"  # launch a round before the last one is read
         self.markers = markers.to(self.device) if markers is not None else None
@@ -290,7 +291,6 @@ class Engine:
         self.result = Result(0)  # of the answer under way, or the last one
         self.context = pair.smallest_context(target.args, self.draft and self.draft.args)
         self.allocate()
-
         if settings.compile and self.device.type == "cpu":
             kernels.check_compiler()
             kernels.use_cpu_kernels()

@@ -1,11 +1,10 @@
-"""Llama 3.1 for one sequence at the lowest latency: arguments, RoPE, static KV cache, transformer.
+"""Llama 3.1 for one sequence at the lowest latency: arguments, static KV cache, transformer.
 
-RoPE uses the half-split layout of the published weights. Nothing here knows about drafts or judges.
+Nothing here knows about drafts or judges.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import kernels
 from cli import InputError, first_line
+from rope import LLAMA31_ROPE, LLAMA32_ROPE, Rope, apply_rope, rope_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAGE = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
@@ -48,34 +48,6 @@ def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
 
 
-@dataclass(frozen=True, repr=False)
-class Llama3Rope:
-    """RoPE scaling by wavelength, as Llama 3.1 defines it. Fields are those of `config.json`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if high <= low:
-            raise InputError(f"high_freq_factor={high} must be above low_freq_factor={low}.")
-
-    def __repr__(self) -> str:
-        return repr(astuple(self))  # as it stands in the fingerprints of judges and packed folders
-
-    def scale(self, freqs: Tensor) -> Tensor:
-        """Frequencies (head_dim / 2,): long waves are slowed down by the factor, short ones kept."""
-        factor, low, high, original = astuple(self)
-        wavelength = 2 * math.pi / freqs
-        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: keep, 0: divide by factor
-        return (1 - smooth) * freqs / factor + smooth * freqs
-
-
-ROPES = {"llama3": Llama3Rope}  # rope_type -> its fields in config.json, and what they do to the frequencies
-
-
 @dataclass(frozen=True)
 class ModelArgs:
     """The shape of a Llama. Names follow gpt-fast; checkpoint.py reads them from `config.json`."""
@@ -90,14 +62,18 @@ class ModelArgs:
     max_position: int = 131072  # the longest context that the model was made for, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: Llama3Rope | None = None  # or another of ROPES
+    rope_scaling: Rope | None = None
     tie_embeddings: bool = False
+    attention_bias: bool = False  # of queries, keys, values and the attention's output
+    mlp_bias: bool = False
 
     @property
     def n_params(self) -> int:
         """Number of weights; a tied LM head counts once."""
         attention = self.dim * self.head_dim * 2 * (self.n_head + self.n_kv_head)
         per_layer = attention + 3 * self.dim * self.intermediate_size + 2 * self.dim
+        per_layer += self.attention_bias * (self.head_dim * (self.n_head + 2 * self.n_kv_head) + self.dim)
+        per_layer += self.mlp_bias * (2 * self.intermediate_size + self.dim)
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.n_layer * per_layer + embeddings + self.dim
 
@@ -112,7 +88,6 @@ class ModelArgs:
         return weights * dtype.itemsize + self.cache_bytes(length, dtype)
 
 
-LLAMA31_ROPE, LLAMA32_ROPE = (Llama3Rope(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 SMALL, LARGE = {"rope_scaling": LLAMA32_ROPE, "tie_embeddings": True}, {"rope_scaling": LLAMA31_ROPE}
 PRESETS = {  # published shapes, for benchmarks with random weights
     "Llama-3.2-1B": ModelArgs(2048, 16, 32, 8, 8192, 128256, 64, **SMALL),
@@ -130,26 +105,6 @@ def preset(name: str) -> ModelArgs:
     return PRESETS[name]
 
 
-def rope_table(args: ModelArgs, length: int, device: torch.device) -> Tensor:
-    """fp32 cos and sin, (length, 2, head_dim / 2).
-
-    fp32 matters: in bf16 the angle of position 8193 differs from that of 8192 by less than a rounding step.
-    """
-    even = torch.arange(0, args.head_dim, 2, device=device).float()
-    freqs = 1.0 / args.rope_theta ** (even / args.head_dim)
-    if args.rope_scaling is not None:
-        freqs = args.rope_scaling.scale(freqs)
-    angles = torch.outer(torch.arange(length, device=device).float(), freqs)
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
-
-
-def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates x (B, T, H, D) by table (T, 2, D/2), in fp32; the halves of D are the pairs."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = table[:, None, 0], table[:, None, 1]  # (T, 1, D/2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -162,22 +117,23 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A product without bias, by the fastest kernel for its rows; norm: of x, which it may fuse."""
+    """A product by the fastest kernel for its rows; norm: of x, which it may fuse."""
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, bias=bias)
         self.wide = False  # as `kernels.linear` has it
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        return kernels.linear(x, self.weight, self.wide, norm)
+        y = kernels.linear(x, self.weight, self.wide, norm)
+        return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
-        self.wo = Linear(args.n_head * args.head_dim, args.dim)
+        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, args.attention_bias)
+        self.wo = Linear(args.n_head * args.head_dim, args.dim, args.attention_bias)
         self.k_cache = self.v_cache = None  # (1, n_kv_head, length, head_dim) each, made by setup_caches
 
     def forward(
@@ -234,8 +190,8 @@ def use_heads_as_rows(q: Tensor) -> bool:
 class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w13 = Linear(args.dim, 2 * args.intermediate_size)  # gate and up in one product
-        self.w2 = Linear(args.intermediate_size, args.dim)
+        self.w13 = Linear(args.dim, 2 * args.intermediate_size, args.mlp_bias)  # gate and up in one product
+        self.w2 = Linear(args.intermediate_size, args.dim, args.mlp_bias)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         gate, up = self.w13(x, norm).chunk(2, dim=-1)
@@ -275,6 +231,9 @@ class Transformer(nn.Module):
         self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
         self.quantization = ""  # how they are quantised, set by quantize.py
         self.bytes_read = 0  # from disk, while loading
+        self.speaks = (
+            args.vocab_size
+        )  # tokens that logits are of: a draft's are fitted to its target's (pair.py)
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = self.cache_epoch = 0  # epoch: graphs captured over an older cache must not run
 
@@ -317,7 +276,8 @@ class Transformer(nn.Module):
         (default all; 0 skips the LM head); of a part of a model only its part of the vocabulary.
         """
         visible = self.cache_length if visible is None else visible
-        x = self.tok_embeddings(tokens)
+        own = self.args.vocab_size
+        x = self.tok_embeddings(tokens if self.speaks == own else tokens.clamp(max=own - 1))
         if pos is None:
             rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
         else:
@@ -326,7 +286,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, pos, mask, visible)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
-        return x, self.output(rows, self.norm).float()
+        logits = self.output(rows, self.norm).float()
+        return x, logits if self.speaks == own else fitted(logits, self.speaks)
 
     def see(self, x: Tensor, pos: Tensor, visible: int, prefill: bool = False) -> Tensor | None:
         """0 or -inf, added to attention scores: (T, visible), or (group * T, visible) for `heads_as_rows`.
@@ -337,6 +298,16 @@ class Transformer(nn.Module):
             return causal_lower_right(len(pos), visible) if prefill else None
         mask = causal_mask(pos, visible, x.dtype)
         return mask.repeat(self.local.n_head // self.local.n_kv_head, 1) if use_heads_as_rows(x) else mask
+
+
+def fitted(logits: Tensor, size: int) -> Tensor:
+    """Logits (..., V) of `size` tokens: cut, or filled up with what has no chance in fp32 (no infinity, so
+    that a divergence from another model's stays a number)."""
+    missing = size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :size]
+    least = logits.amax(-1, keepdim=True) - 120
+    return torch.cat([logits, least.expand(*logits.shape[:-1], missing)], -1)
 
 
 def random_model(
@@ -351,7 +322,8 @@ def random_model(
     generator = torch.Generator(device=device).manual_seed(seed)
     for name in [name for name, _ in model.named_parameters()]:
         fresh = materialise(model, name, dtype, device)
-        fresh.normal_(0, 0.02, generator=generator) if fresh.dim() > 1 else fresh.fill_(1.0)
+        norm = fresh.dim() == 1 and not name.endswith("bias")
+        fresh.fill_(1.0) if norm else fresh.normal_(0, 0.02, generator=generator)
         if complete is not None:
             complete(model, name)
     if args.tie_embeddings:

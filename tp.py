@@ -164,6 +164,7 @@ def join(model: Transformer, shard: Shard) -> Transformer:
     model.tok_embeddings = VocabEmbedding(model.tok_embeddings.weight, *shard.vocabulary(model.args))
     for layer in model.layers:
         for product in (layer.attention.wo, layer.feed_forward.w2):  # the ranks share its columns
+            product.bias = None if shard.rank else product.bias  # added once
             product.register_forward_hook(lambda product, inputs, summand: all_reduce(summand))
     return model
 

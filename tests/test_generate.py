@@ -35,6 +35,7 @@ class Scripted:
 
     def __init__(self, table, score=lambda n, t: 0.0, device="cpu"):
         self.table, self.score, self.args, self.local, self.cache_length = table, score, ARGS, ARGS, 0
+        self.speaks = V
         self.device, self.read, self.cache_epoch = torch.device(device), [], 0
 
     def setup_caches(self, length):
@@ -884,3 +885,45 @@ def test_the_warm_up_reads_as_few_rows_as_a_prefill_may_end_with(pair):
     assert {(target, 64), (draft, 64)} <= warmed
     for hook in hooks:
         hook.remove()
+
+
+def make(folder, size: int):
+    make_folder(folder, vocab_size=size, seed=1, num_hidden_layers=1)
+    return folder
+
+
+@pytest.mark.parametrize("sizes", [(100, 97), (97, 104)])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.3}, {"compile": True}])
+def test_vocabularies_that_differ_in_padding(tmp_path, sizes, how):
+    """Target and draft of 97 tokens and some that no text has: the target's own answers, and no token beyond its rows.
+
+    The draft's rows of padding are the largest of all, so that it would say little else.
+    """
+    if how.get("compile") and sizes[0] == 97:
+        pytest.skip("one compilation is enough")
+    target, draft = (load_model(make(tmp_path / str(size), size)) for size in sizes)
+    with torch.no_grad():
+        for name in ("tok_embeddings", "output"):
+            getattr(draft, name).weight[:97] = getattr(target, name).weight[:97]
+        draft.output.weight[97:] *= 50
+    prompt, answers = [5, 6, 7], []
+    for verify in ("plain", "standard"):
+        engine = Engine(target, draft, None, Settings(verify, speculate_k=4, **how), [], 128)
+        answers.append([engine.generate(prompt, 40, seed).tokens for seed in range(3)])
+        assert all(token < sizes[0] for answer in answers[-1] for token in answer)
+    assert engine.result.drafted > 40 and draft.speaks == sizes[0]
+    if not how.get("temperature"):
+        assert answers[0] == answers[1]
+    q = draft(torch.tensor([prompt]))[1][0].softmax(-1)
+    assert q.shape[-1] == sizes[0] and (sizes[0] == 97 or not q[:, 97:].any())
+
+
+def test_a_pair_of_different_padding_is_one_of_the_same_tokenizer(folders, tmp_path, capsys):
+    tokens = load_tokenizer(folders / "target").vocab_size
+    for size in (tokens, tokens + 24, tokens + 64):
+        draft = make(tmp_path / str(size), size)
+        shutil.copy(folders / "target" / "tokenizer.model", draft)
+        main(command(folders, "--verify", "standard", "--json", "--draft_checkpoint_path", str(draft)))
+        plain = json.loads(capsys.readouterr().out)["tokens"]
+        main(command(folders, "--verify", "plain", "--json"))
+        assert json.loads(capsys.readouterr().out)["tokens"] == plain

@@ -49,7 +49,7 @@ class Table:
     """A model whose logits after token t are row t of a table."""
 
     def __init__(self, table: torch.Tensor):
-        self.table, self.args = table, SimpleNamespace(vocab_size=V)
+        self.table, self.args, self.speaks = table, SimpleNamespace(vocab_size=V), V
         self.local = self.args
 
     def __call__(self, tokens, pos, visible=None, n_logits=None):

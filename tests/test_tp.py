@@ -265,7 +265,8 @@ def test_garbage_in_a_ranks_environment_is_named_by_every_rank(monkeypatch, caps
 def folders(tmp_path_factory):
     """Random targets (GQA in bf16 and the same in int8; tied) with drafts and judges, and the demo's tokenizer."""
     root = tmp_path_factory.mktemp("ranks")
-    shapes = {"gqa": SHAPES["gqa"], "tied": SHAPES["tied, one KV head, uneven vocabulary"]}
+    biases = {"attention_bias": True, "mlp_bias": True}
+    shapes = {"gqa": SHAPES["gqa"] | biases, "tied": SHAPES["tied, one KV head, uneven vocabulary"]}
     for number, (name, shape) in enumerate(shapes.items()):
         shape = shape | {"max_position_embeddings": 4096}
         for role, change in (("target", {}), ("draft", {"num_hidden_layers": 1})):

@@ -17,15 +17,18 @@ from tokenizer import Tokenizer, load_tokenizer
 
 
 def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) -> None:
-    """Raises InputError when draft and target do not share a vocabulary, by size or by tokenizer."""
-    if target.vocab_size != draft.vocab_size:
+    """Raises InputError when draft and target do not share a vocabulary, by tokenizer and by size. Sizes may
+    differ in padding, beyond the tokens that the tokenizer has."""
+    tokenizer = load_tokenizer(folders[0])
+    if target.vocab_size != draft.vocab_size and tokenizer.vocab_size > min(
+        target.vocab_size, draft.vocab_size
+    ):
         raise InputError(
             f"Draft and target must share a vocabulary: {folders[1]} has {draft.vocab_size} tokens, "
-            f"{folders[0]} has {target.vocab_size}."
+            f"{folders[0]} has {target.vocab_size}, and the difference is more than padding."
         )
     sample = "The quick brown fox: 12345 + 67890 = 80235, naïve Übermut 你好 🙂\n\n    def f(x):"
-    ours, theirs = (load_tokenizer(folder).encode(sample) for folder in folders)
-    if ours != theirs:
+    if tokenizer.encode(sample) != load_tokenizer(folders[1]).encode(sample):
         raise InputError(
             f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} "
             f"differ."
@@ -96,6 +99,19 @@ def load_pair(
     agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
+
+
+def fit(target: Transformer, draft: Transformer | None) -> None:
+    """Makes the draft's logits as wide as the target's, where the two differ in padding."""
+    size = target.args.vocab_size
+    if draft is None or draft.speaks == size:
+        return
+    if tp.divided(draft):
+        raise InputError(
+            f"The draft has {draft.args.vocab_size} tokens and the target {size}: ranks cannot share such a "
+            f"draft; give --draft_tp replicate."
+        )
+    draft.speaks = size
 
 
 def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
