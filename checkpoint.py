@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from cli import InputError, Progress, shortened_value
 from files import is_file, opened, parse_object, read_bytes, read_json
 from hub import model_folder
-from model import DTYPES, ROPES, Llama3Rope, ModelArgs, Transformer, empty_model, materialise
+from model import DTYPES, ModelArgs, Transformer, empty_model, materialise
+from rope import ROPES, Rope
 from tp import Shard
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"  # the pair that comes with the repository
@@ -94,8 +95,8 @@ def refuse_unknown(config: dict, where: str) -> None:
         )
 
 
-def read_rope(config: dict, where: str, context: int) -> tuple[float, Llama3Rope | None]:
-    """RoPE base and scaling (of model.ROPES), from `rope_scaling` (transformers 4) or `rope_parameters` (5).
+def read_rope(config: dict, where: str, context: int) -> tuple[float, Rope | None]:
+    """RoPE base and scaling (of rope.ROPES), from `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
     Where a folder has both, `rope_scaling` counts, and of `rope_parameters` nothing, as in transformers.
     """
@@ -109,15 +110,26 @@ def read_rope(config: dict, where: str, context: int) -> tuple[float, Llama3Rope
     if kind == "default":
         return theta, None
     if kind not in ROPES:
-        known = " and ".join(map(repr, ("default", *ROPES)))
+        *known, last = map(repr, ("default", *ROPES))
+        known = f"{', '.join(known)} and {last}"
         raise InputError(f"{where}: RoPE type {shortened_value(kind)} is not implemented; {known} are.")
     original = "original_max_position_embeddings"  # may stand at the top, or be left out
     rope = {original: context} | rope | {name: config[name] for name in (original,) if name in config}
-    values = [read_field(rope, field.name, field.type, where) for field in fields(ROPES[kind])]
+    if kind == "yarn" and theta <= 1:
+        raise InputError(f"{where}: rope_theta={theta} must be above 1 for the RoPE type 'yarn'.")
+    values = [read_rope_field(rope, field, where) for field in fields(ROPES[kind])]
     try:
         return theta, ROPES[kind](*values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def read_rope_field(rope: dict, field, where: str):
+    """The value of a dataclass field of a kind of RoPE; a number with a default may be null or missing."""
+    if field.default is MISSING or field.type is bool:
+        default = None if field.default is MISSING else field.default
+        return read_field(rope, field.name, field.type, where, default)
+    return field.default if rope.get(field.name) is None else read_field(rope, field.name, float, where)
 
 
 def read_config(folder: str | Path) -> ModelArgs:
@@ -269,11 +281,11 @@ def load_published(
 ) -> Transformer:  # fmt: skip
     """Loads a published snapshot folder, of shape `args` and any float type, straight into fused weights.
 
-    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called
-    with the model and each of its parameters' names as soon as that is filled, and may replace it. shard:
-    reads that part of every tensor, and no more of it than the values that the fingerprint samples. Peak
-    memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor and file for
-    whatever is missing, unexpected, misshapen or truncated.
+    dtype None keeps the type on disk (that of the embedding, where a folder mixes types; fp32 for fp64).
+    complete: called with the model and each of its parameters' names as soon as that is filled, and may
+    replace it. shard: reads that part of every tensor, and no more of it than the values that the fingerprint
+    samples. Peak memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor
+    and file for whatever is missing, unexpected, misshapen or truncated.
     """
     files = find_weights(folder, args)
     local, plan = shard.local(args) if shard else args, weight_plan(args)
@@ -284,7 +296,7 @@ def load_published(
     for (name, row), after in zip(plan.items(), following):
         part = shard.part(args, row) if shard else ()
         tensor = reader.read(name, row.shape, part=part)
-        dtype = dtype or tensor.dtype
+        dtype = dtype or kept(tensor.dtype)
         digest.update(sample_of(tensor, row.shape, Stored(*files[name]) if part else None))
         reader.bytes_read += SAMPLES * tensor.itemsize if part else 0
         fill(materialise(model, row.ours, dtype, device), places[name], tensor)
@@ -295,6 +307,11 @@ def load_published(
         model.output.weight = model.tok_embeddings.weight
     model.fingerprint, model.bytes_read = digest.hexdigest()[:16], reader.bytes_read
     return model.eval()
+
+
+def kept(dtype: torch.dtype) -> torch.dtype:
+    """The type that weights of this one are run in by default."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -556,8 +573,8 @@ class Reader:
             raise InputError(f"{where} has shape {found}, but config.json calls for {shape}.")
         if dtype is not None and tensor.dtype != dtype:
             raise InputError(f"{where} is {tensor.dtype}, but its config.json calls for {dtype}.")
-        if dtype is None and tensor.dtype not in DTYPES.values():
-            raise InputError(f"{where} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
+        if dtype is None and tensor.dtype not in (*DTYPES.values(), torch.float64):
+            raise InputError(f"{where} is {tensor.dtype}, but weights must be bf16, fp16, fp32 or fp64.")
         self.bytes_read += tensor.nbytes
         return tensor
 

@@ -3,9 +3,8 @@
 RoPE uses the half-split layout of the published weights. Nothing here knows about drafts or judges.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import kernels
 from cli import InputError, first_line
+from rope import Llama3Rope, Rope
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAGE = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
@@ -48,34 +48,6 @@ def run_dtype(precision: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
 
 
-@dataclass(frozen=True, repr=False)
-class Llama3Rope:
-    """RoPE scaling by wavelength, as Llama 3.1 defines it. Fields are those of `config.json`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if high <= low:
-            raise InputError(f"high_freq_factor={high} must be above low_freq_factor={low}.")
-
-    def __repr__(self) -> str:
-        return repr(astuple(self))  # as it stands in the fingerprints of judges and packed folders
-
-    def scale(self, freqs: Tensor) -> Tensor:
-        """Frequencies (head_dim / 2,): long waves are slowed down by the factor, short ones kept."""
-        factor, low, high, original = astuple(self)
-        wavelength = 2 * math.pi / freqs
-        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: keep, 0: divide by factor
-        return (1 - smooth) * freqs / factor + smooth * freqs
-
-
-ROPES = {"llama3": Llama3Rope}  # rope_type -> its fields in config.json, and what they do to the frequencies
-
-
 @dataclass(frozen=True)
 class ModelArgs:
     """The shape of a Llama. Names follow gpt-fast; checkpoint.py reads them from `config.json`."""
@@ -90,7 +62,7 @@ class ModelArgs:
     max_position: int = 131072  # the longest context that the model was made for, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: Llama3Rope | None = None  # or another of ROPES
+    rope_scaling: Rope | None = None  # one of rope.ROPES
     tie_embeddings: bool = False
 
     @property
@@ -138,9 +110,10 @@ def rope_table(args: ModelArgs, length: int, device: torch.device) -> Tensor:
     even = torch.arange(0, args.head_dim, 2, device=device).float()
     freqs = 1.0 / args.rope_theta ** (even / args.head_dim)
     if args.rope_scaling is not None:
-        freqs = args.rope_scaling.scale(freqs)
+        freqs = args.rope_scaling.scale(freqs, args.rope_theta)
     angles = torch.outer(torch.arange(length, device=device).float(), freqs)
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
+    amplitude = 1.0 if args.rope_scaling is None else args.rope_scaling.amplitude
+    return torch.stack([angles.cos(), angles.sin()], dim=1) * amplitude
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:

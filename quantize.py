@@ -594,7 +594,7 @@ def load_quantized(
                     packed.setdefault(suffix, []).append(filled_up(found, sizes[suffix][1]))
                 continue
             tensor = reader.read(name, row.shape, part=part)
-            dtype = dtype or tensor.dtype
+            dtype = dtype or checkpoint.kept(tensor.dtype)
             checkpoint.fill(materialise(model, ours, dtype, device), places[name], tensor)
         if packed:
             weight, scales = (torch.cat(parts).to(device) for parts in packed.values())

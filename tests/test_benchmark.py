@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from checkpoint import DEMO
 from cli import Parser
-from model import Llama3Rope, ModelArgs, preset, random_model
+from model import ModelArgs, preset, random_model
+from rope import Llama3Rope
 from scripts import benchmark
 from scripts.benchmark import Part, as_table, attention_ways, main, summarise
 from scripts.lib.benchmark_args import parse_args, shape_of

@@ -29,6 +29,8 @@ from scripts import convert_bin
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64}  # fmt: skip
 OLD = {"type" if key == "rope_type" else key: value for key, value in LLAMA31.items()}
+LINEAR = {"type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(4))
 
@@ -111,6 +113,20 @@ SAME = {  # case: the folder it is made from, what is done to it; then read as t
     "type against rope_type": ("one", rope(rope_theta=500.0, rope_scaling=LLAMA31 | {"type": "linear"}, rope_parameters=...)),
     "no original context": ("one", rope(rope_theta=500.0, rope_scaling={k: v for k, v in OLD.items() if k[:4] != "orig"}, rope_parameters=...)),
     "original context at the top": ("one", rope(rope_theta=500.0, rope_scaling=OLD, original_max_position_embeddings=32, rope_parameters=...)),
+    "linear, as transformers 4 writes it": ("one", rope(rope_theta=500.0, rope_scaling=LINEAR, rope_parameters=...)),
+    "linear, as transformers 5 writes it": ("one", rope(rope_parameters={"rope_type": "linear", "factor": 3, "rope_theta": 500.0})),
+    "yarn": ("one", rope(rope_parameters=YARN)),
+    "yarn, as transformers 4 writes it": ("one", rope(rope_theta=500.0, rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, rope_parameters=...)),
+    "yarn, the context is the original one": ("one", rope(rope_parameters={k: v for k, v in YARN.items() if k[:4] != "orig"})),
+    "yarn, attention factor": ("one", rope(rope_parameters=YARN | {"attention_factor": 0.7})),
+    "yarn, both mscales": ("one", rope(rope_parameters=YARN | {"mscale": 2.0, "mscale_all_dim": 0.5})),
+    "yarn, one mscale counts for nothing": ("one", rope(rope_parameters=YARN | {"mscale": 2.0, "mscale_all_dim": None})),
+    "yarn, betas": ("one", rope(rope_parameters=YARN | {"beta_fast": 4.0, "beta_slow": 0.5})),
+    "yarn, betas null": ("one", rope(rope_parameters=YARN | {"beta_fast": None, "beta_slow": None, "attention_factor": None})),
+    "yarn, not truncated": ("one", rope(rope_parameters=YARN | {"truncate": False, "beta_fast": 4.0})),
+    "yarn, betas alike": ("one", rope(rope_parameters=YARN | {"truncate": False, "beta_fast": 2.0, "beta_slow": 2.0})),
+    "fp64": ("one", lambda f: tensors(f, lambda t: {n: x.double() for n, x in t.items()})),
+    "fp64 where fp32 would not do": ("one", lambda f: tensors(f, lambda t: {n: x.double() * (1 + 2**-30) for n, x in t.items()})),
     "config says bf16, tensors are fp32": ("one", lambda f: config(f, dtype="bfloat16", torch_dtype="float16")),
     "tensors of two types": ("one", lambda f: tensors(f, lambda t: {n: x.bfloat16() if n == EMBED else x for n, x in t.items()})),
     "inverse frequencies, as older folders hold": ("one", lambda f: tensors(f, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})),

@@ -19,7 +19,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
              DEMO / "README.md"]  # fmt: skip
 DIFFS = {
     "rule": "judge.py",
-    "variant": "model.py",
+    "variant": "rope.py",
     "format": "quantize.py",
 }  # name -> the one file that it changes
 README = (ROOT / "README.md").read_text()
@@ -108,9 +108,9 @@ CHECK = """
 import sys, torch, generate
 from quantize import Scheme, load_model
 folder, expected = sys.argv[1], torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
-linear = load_model(folder, dtype=torch.float32)
+variant = load_model(folder, dtype=torch.float32)
 with torch.inference_mode():
-    error = (linear(expected["ids"])[1] - expected["logits"]).abs().max() / expected["logits"].abs().max()
+    error = (variant(expected["ids"])[1] - expected["logits"]).abs().max() / expected["logits"].abs().max()
     print("variant", error.item())
 errors = []
 for mode in ("int4", "int6", "int8"):
@@ -123,7 +123,7 @@ generate.main(["--verify", "bild", "--device", "cpu", "--marks", "--max_new_toke
 
 
 def test_the_diffs_and_the_rule_of_the_readme_do_what_they_say(tmp_path, capsys, monkeypatch):
-    """In a copy with all three: linear RoPE gives transformers' logits, int6 lies between int4 and int8, and
+    """In a copy with all three: proportional RoPE gives transformers' logits, int6 lies between int4 and int8, and
     the rule lets through what the README's lines let through here."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "scripts", copy / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
@@ -132,11 +132,11 @@ def test_the_diffs_and_the_rule_of_the_readme_do_what_they_say(tmp_path, capsys,
     (copy / "checkpoints").symlink_to(ROOT / "checkpoints")
     for name in DIFFS:
         subprocess.run(["git", "apply", ROOT / "docs" / "diffs" / f"{name}.diff"], cwd=copy, check=True)
-    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    model = make_folder(tmp_path / "linear", rope_parameters=rope)
+    rope = {"rope_type": "proportional", "factor": 4.0, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+    model = make_folder(tmp_path / "variant", rope_parameters=rope)
     ids = torch.randint(0, 97, (1, 60), generator=torch.Generator().manual_seed(0))
-    torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "linear" / "expected.pt")
-    run = [sys.executable, "-c", CHECK, str(tmp_path / "linear")]
+    torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "variant" / "expected.pt")
+    run = [sys.executable, "-c", CHECK, str(tmp_path / "variant")]
     found = subprocess.run(run, cwd=copy, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     variant, form, answer = found.stdout.splitlines()

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import args_of, checkpoint_files, read_config
 from cli import InputError
-from model import PRESETS, ROPES, Llama3Rope, ModelArgs, Transformer, preset, random_model, rope_table
+from model import PRESETS, ModelArgs, Transformer, preset, random_model, rope_table
 from quantize import load_model
+from rope import ROPES, Llama3Rope, Rope
 from scripts.convert_meta_checkpoint import NAMES, TOP, convert
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -134,24 +135,28 @@ def test_rope_is_read_in_both_spellings():
 
 
 @dataclass(frozen=True)
-class LinearRope:
+class ProportionalRope(Rope):
     factor: float
+    partial_rotary_factor: float
 
-    def scale(self, freqs: torch.Tensor) -> torch.Tensor:
-        return freqs / self.factor
+    def scale(self, freqs: torch.Tensor, theta: float) -> torch.Tensor:
+        turning = torch.arange(len(freqs)) < self.partial_rotary_factor * len(freqs)
+        return torch.where(turning, freqs / self.factor, 0.0)
 
 
 @torch.inference_mode()
 def test_a_rope_is_one_entry(tmp_path, monkeypatch):
-    """What model.ROPES might gain is read from config.json, and told apart by the fingerprint."""
-    theirs = make_folder(
-        tmp_path / "a", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
-    )
-    make_folder(tmp_path / "b", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0})
-    monkeypatch.setitem(ROPES, "linear", LinearRope)
+    """What rope.ROPES might gain is read from config.json, and told apart by the fingerprint."""
+    kind = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0}
+    theirs = make_folder(tmp_path / "a", rope_parameters=kind | {"factor": 4.0})
+    make_folder(tmp_path / "b", rope_parameters=kind | {"factor": 2.0})
+    monkeypatch.setitem(ROPES, "proportional", ProportionalRope)
     ids = torch.randint(0, 97, (1, 100))
     ours = load_model(tmp_path / "a")
-    assert ours.args.rope_scaling == LinearRope(4.0) and error(ours(ids)[1], theirs(ids).logits) < 1e-4
+    assert (
+        ours.args.rope_scaling == ProportionalRope(4.0, 0.5)
+        and error(ours(ids)[1], theirs(ids).logits) < 1e-4
+    )
     assert ours.fingerprint != load_model(tmp_path / "b").fingerprint
 
 
@@ -162,7 +167,12 @@ def test_a_rope_is_one_entry(tmp_path, monkeypatch):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'.*'linear' and 'yarn' are"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'factor'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate=1 must be true or"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}}, "beta_fast='32'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}}, "rope_theta=1.0 must be"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"num_key_value_heads": 3}, "3 KV heads"),

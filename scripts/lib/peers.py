@@ -13,7 +13,8 @@ from torch import Tensor
 from checkpoint import weight_plan
 from cli import InputError
 from hub import model_folder
-from model import ROPES, Transformer, run_dtype
+from model import Transformer, run_dtype
+from rope import ROPES
 from tokenizer import Tokenizer
 
 SAID = 7  # any token
