@@ -77,7 +77,7 @@ def refuse_unknown(config: dict, where: str) -> None:
         raise InputError(
             f"{where}: architecture {shortened_value(architecture)} is not implemented; LlamaForCausalLM is."
         )
-    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    only = {"model_type": "llama", "hidden_act": "silu",
             "partial_rotary_factor": 1.0, "transformers_weights": "model.safetensors"}  # fmt: skip
     for field, value in only.items():
         absent = (value, None) if field in ("partial_rotary_factor", "transformers_weights") else (value,)
@@ -157,6 +157,8 @@ def args_of(config: dict, where: str = "config.json") -> ModelArgs:
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tie_embeddings=read_field(config, "tie_word_embeddings", bool, where, False),
+        attention_bias=read_field(config, "attention_bias", bool, where, False),
+        mlp_bias=read_field(config, "mlp_bias", bool, where, False),
     )
     if args.n_head % args.n_kv_head or args.head_dim % 2:
         raise InputError(
@@ -256,13 +258,13 @@ def top_plan(args: ModelArgs) -> dict[str, Row]:
 
 
 def layer_plan(args: ModelArgs, i: int) -> dict[str, Row]:
-    """`weight_plan` of layer i."""
+    """`weight_plan` of layer i; biases before weights, as a quantised layer takes over the bias it finds."""
     q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
     dim, ffn = args.dim, args.intermediate_size
     theirs, ours = f"model.layers.{i}.", f"layers.{i}."
     wqkv, wo = ours + "attention.wqkv.weight", ours + "attention.wo.weight"
     w13, w2 = ours + "feed_forward.w13.weight", ours + "feed_forward.w2.weight"
-    return {
+    return bias_plan(args, theirs, ours) | {
         theirs + "self_attn.q_proj.weight": Row(wqkv, 0, (q, dim), "rows", "heads", "always"),
         theirs + "self_attn.k_proj.weight": Row(wqkv, q, (kv, dim), "rows", "kv_heads", "always"),
         theirs + "self_attn.v_proj.weight": Row(wqkv, q + kv, (kv, dim), "rows", "kv_heads", "always"),
@@ -273,6 +275,28 @@ def layer_plan(args: ModelArgs, i: int) -> dict[str, Row]:
         theirs + "input_layernorm.weight": Row(ours + "attention_norm.weight", 0, (dim,)),
         theirs + "post_attention_layernorm.weight": Row(ours + "ffn_norm.weight", 0, (dim,)),
     }
+
+
+def bias_plan(args: ModelArgs, theirs: str, ours: str) -> dict[str, Row]:
+    """`weight_plan` of a layer's biases. Where ranks share columns, each reads all of the bias (tp.join)."""
+    q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
+    dim, ffn, plan = args.dim, args.intermediate_size, {}
+    if args.attention_bias:
+        wqkv = ours + "attention.wqkv.bias"
+        plan |= {
+            theirs + "self_attn.q_proj.bias": Row(wqkv, 0, (q,), "rows", "heads"),
+            theirs + "self_attn.k_proj.bias": Row(wqkv, q, (kv,), "rows", "kv_heads"),
+            theirs + "self_attn.v_proj.bias": Row(wqkv, q + kv, (kv,), "rows", "kv_heads"),
+            theirs + "self_attn.o_proj.bias": Row(ours + "attention.wo.bias", 0, (dim,)),
+        }
+    if args.mlp_bias:
+        w13 = ours + "feed_forward.w13.bias"
+        plan |= {
+            theirs + "mlp.gate_proj.bias": Row(w13, 0, (ffn,), "rows", "intermediate"),
+            theirs + "mlp.up_proj.bias": Row(w13, ffn, (ffn,), "rows", "intermediate"),
+            theirs + "mlp.down_proj.bias": Row(ours + "feed_forward.w2.bias", 0, (dim,)),
+        }
+    return plan
 
 
 def load_published(

@@ -64,12 +64,16 @@ class ModelArgs:
     rope_theta: float = 500000.0
     rope_scaling: Rope | None = None  # one of rope.ROPES
     tie_embeddings: bool = False
+    attention_bias: bool = False  # of queries, keys, values and output
+    mlp_bias: bool = False
 
     @property
     def n_params(self) -> int:
         """Number of weights; a tied LM head counts once."""
         attention = self.dim * self.head_dim * 2 * (self.n_head + self.n_kv_head)
         per_layer = attention + 3 * self.dim * self.intermediate_size + 2 * self.dim
+        per_layer += self.attention_bias * ((self.n_head + 2 * self.n_kv_head) * self.head_dim + self.dim)
+        per_layer += self.mlp_bias * (2 * self.intermediate_size + self.dim)
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.n_layer * per_layer + embeddings + self.dim
 
@@ -135,22 +139,24 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A product without bias, by the fastest kernel for its rows; norm: of x, which it may fuse."""
+    """A product by the fastest kernel for its rows, and a bias; norm: of x, which it may fuse."""
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, bias)
         self.wide = False  # as `kernels.linear` has it
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        return kernels.linear(x, self.weight, self.wide, norm)
+        y = kernels.linear(x, self.weight, self.wide, norm)
+        return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
-        self.wo = Linear(args.n_head * args.head_dim, args.dim)
+        n_qkv, bias = (args.n_head + 2 * args.n_kv_head) * args.head_dim, args.attention_bias
+        self.wqkv = Linear(args.dim, n_qkv, bias)
+        self.wo = Linear(args.n_head * args.head_dim, args.dim, bias)
         self.k_cache = self.v_cache = None  # (1, n_kv_head, length, head_dim) each, made by setup_caches
 
     def forward(
@@ -207,8 +213,9 @@ def use_heads_as_rows(q: Tensor) -> bool:
 class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w13 = Linear(args.dim, 2 * args.intermediate_size)  # gate and up in one product
-        self.w2 = Linear(args.intermediate_size, args.dim)
+        bias = args.mlp_bias
+        self.w13 = Linear(args.dim, 2 * args.intermediate_size, bias)  # gate and up in one product
+        self.w2 = Linear(args.intermediate_size, args.dim, bias)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         gate, up = self.w13(x, norm).chunk(2, dim=-1)
@@ -324,7 +331,8 @@ def random_model(
     generator = torch.Generator(device=device).manual_seed(seed)
     for name in [name for name, _ in model.named_parameters()]:
         fresh = materialise(model, name, dtype, device)
-        fresh.normal_(0, 0.02, generator=generator) if fresh.dim() > 1 else fresh.fill_(1.0)
+        is_norm = name.endswith("norm.weight")
+        fresh.fill_(1.0) if is_norm else fresh.normal_(0, 0.02, generator=generator)
         if complete is not None:
             complete(model, name)
     if args.tie_embeddings:

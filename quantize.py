@@ -366,11 +366,15 @@ def default_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int, mode: str) 
 class QuantLinear(nn.Module):
     """A linear layer of packed weights, laid out for a kernel if its format has one for their device.
 
-    n_out and n_in are the sizes without the padding of packing.
+    n_out and n_in are the sizes without the padding of packing. bias: (n_out,) in the type of activations.
     """
 
-    def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, scheme: Scheme):
+    def __init__(
+        self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, scheme: Scheme,
+        bias: nn.Parameter | None = None,
+    ):  # fmt: skip
         super().__init__()
+        self.bias = bias
         self.n_out, self.n_in, self.mode = n_out, n_in, scheme.mode
         self.kernel = kernel_for(scheme, weight.device)
         packed = pad_rows(weight), pad_rows(scales)
@@ -384,8 +388,10 @@ class QuantLinear(nn.Module):
         if x.numel() == 0:  # the LM head in a prefill
             return x.new_empty(*x.shape[:-1], self.n_out)
         if self.kernel is not None and x.numel() // self.n_in <= self.kernel.most_rows:
-            return self.kernel.product(x, self.weight, self.scales, self.n_out)
-        return default_product(x, self.weight, self.scales, self.n_out, self.mode)
+            y = self.kernel.product(x, self.weight, self.scales, self.n_out)
+        else:
+            y = default_product(x, self.weight, self.scales, self.n_out, self.mode)
+        return y if self.bias is None else y + self.bias
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -421,7 +427,8 @@ def replace_linear(
     model: Transformer, parameter: str, packed: tuple[Tensor, Tensor], shape: tuple[int, int], scheme: Scheme
 ) -> None:
     """Puts a quantised layer in the place of the one that has this weight, and lets the weight go."""
-    model.set_submodule(parameter.removesuffix(".weight"), QuantLinear(*packed, *shape, scheme))
+    name = parameter.removesuffix(".weight")
+    model.set_submodule(name, QuantLinear(*packed, *shape, scheme, model.get_submodule(name).bias))
 
 
 def prepare(device: torch.device, scheme: Scheme) -> None:

@@ -85,8 +85,7 @@ class Shard:
         return (slice(None), slice(*span)) if row.cut == "columns" else (slice(*span),)
 
     def intermediate(self, args: ModelArgs) -> tuple[int, int]:
-        each = args.intermediate_size // self.world
-        return self.rank * each, self.rank * each + each
+        return tuple(args.intermediate_size // self.world * rank for rank in (self.rank, self.rank + 1))
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, one by one: scales of a row whose columns the ranks share."""
@@ -165,6 +164,7 @@ def join(model: Transformer, shard: Shard) -> Transformer:
     for layer in model.layers:
         for product in (layer.attention.wo, layer.feed_forward.w2):  # the ranks share its columns
             product.register_forward_hook(lambda product, inputs, summand: all_reduce(summand))
+            product.bias = None if shard.rank else product.bias  # once in the sum
     return model
 
 

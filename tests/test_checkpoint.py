@@ -42,6 +42,8 @@ def made(tmp_path_factory):
     make_folder(root / "one", seed=1)
     make_folder(root / "shards", seed=2, shard="40KB")
     make_folder(root / "tied", seed=3, tie_word_embeddings=True)
+    make_folder(root / "attention", seed=5, attention_bias=True)
+    make_folder(root / "both", seed=6, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     return root
 
 
@@ -125,6 +127,8 @@ SAME = {  # case: the folder it is made from, what is done to it; then read as t
     "yarn, betas null": ("one", rope(rope_parameters=YARN | {"beta_fast": None, "beta_slow": None, "attention_factor": None})),
     "yarn, not truncated": ("one", rope(rope_parameters=YARN | {"truncate": False, "beta_fast": 4.0})),
     "yarn, betas alike": ("one", rope(rope_parameters=YARN | {"truncate": False, "beta_fast": 2.0, "beta_slow": 2.0})),
+    "biases of attention": ("attention", lambda f: None),
+    "biases of both, of a tied model": ("both", lambda f: None),
     "fp64": ("one", lambda f: tensors(f, lambda t: {n: x.double() for n, x in t.items()})),
     "fp64 where fp32 would not do": ("one", lambda f: tensors(f, lambda t: {n: x.double() * (1 + 2**-30) for n, x in t.items()})),
     "config says bf16, tensors are fp32": ("one", lambda f: config(f, dtype="bfloat16", torch_dtype="float16")),
@@ -146,6 +150,7 @@ def test_read_as_transformers_reads_it(made, tmp_path, case):
         model = load_model(folder, dtype=torch.float32)
         assert (model(IDS)[1] - theirs).abs().max() < 1e-4 * theirs.abs().max()
         assert model.fingerprint == fingerprint_of(folder, read_config(folder))
+        assert sum(weight.numel() for weight in model.parameters()) == model.args.n_params
     finally:
         shutil.rmtree(folder)
 
@@ -183,6 +188,10 @@ REFUSED = {  # case: the folder it is made from, what is done to it, what the se
     "a tensor under two names": ("one", lambda f: tensors(f, lambda t: t | {"norm.weight": torch.ones(64)}), "holds model.norm.weight twice"),
     "a tensor in two files": ("shards", in_two_files, "both hold model.embed_tokens.weight"),
     "a bias": ("one", lambda f: tensors(f, lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "unexpected tensor .*q_proj.bias"),
+    "a bias of the MLP": ("both", lambda f: config(f, mlp_bias=False), "unexpected tensor .*(gate|up|down)_proj.bias"),
+    "no bias of attention": ("one", lambda f: config(f, attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias"),
+    "no bias of the MLP": ("attention", lambda f: config(f, mlp_bias=True), "has no tensor model.layers.0.mlp.gate_proj.bias"),
+    "a bias flag null": ("one", lambda f: config(f, mlp_bias=None), "mlp_bias=None must be true or false"),
     "head_dim against the tensors": ("one", lambda f: config(f, head_dim=32), r"q_proj.weight has shape \(64, 64\), but config.json calls for \(128, 64\)"),
     "heads that do not divide": ("one", lambda f: config(f, num_attention_heads=6, head_dim=16), "hidden_size=64 must be a multiple"),
     "model_type against architectures": ("one", lambda f: config(f, model_type="mistral"), "model_type='mistral'"),

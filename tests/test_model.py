@@ -165,8 +165,7 @@ def test_a_rope_is_one_entry(tmp_path, monkeypatch):
     [
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": 1}, "attention_bias=1 must be true or false"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'.*'linear' and 'yarn' are"),
         ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'factor'"),

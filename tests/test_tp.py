@@ -51,6 +51,7 @@ SHAPES = {
     | {"num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 643},
     "three heads a KV head": WIDE | {"num_attention_heads": 6, "num_key_value_heads": 2},
 }
+BIASES = {"attention_bias": True, "mlp_bias": True}
 SCHEMES = {"int8": quantize.Scheme("int8"), "fp8": quantize.Scheme("fp8", lm_head=True), "int4": quantize.Scheme("int4"),
            "int4/64": quantize.Scheme("int4", 64, symmetric=True)}  # fmt: skip
 WORLDS = {
@@ -263,9 +264,9 @@ def test_garbage_in_a_ranks_environment_is_named_by_every_rank(monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Random targets (GQA in bf16 and the same in int8; tied) with drafts and judges, and the demo's tokenizer."""
+    """Random targets (GQA in bf16 and the same in int8; tied, with biases) with drafts and judges, and the demo's tokenizer."""
     root = tmp_path_factory.mktemp("ranks")
-    shapes = {"gqa": SHAPES["gqa"], "tied": SHAPES["tied, one KV head, uneven vocabulary"]}
+    shapes = {"gqa": SHAPES["gqa"], "tied": SHAPES["tied, one KV head, uneven vocabulary"] | BIASES}
     for number, (name, shape) in enumerate(shapes.items()):
         shape = shape | {"max_position_embeddings": 4096}
         for role, change in (("target", {}), ("draft", {"num_hidden_layers": 1})):
