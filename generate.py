@@ -618,7 +618,7 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
         capacity=capacity_for(length, settings.speculate_k), speculate_k=settings.speculate_k,
         schemes=pair.schemes_of(args),
     )  # fmt: skip
-    markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
+    markers = make_markers(settings.relax_between, tokenizer, models[0].args.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)
 
 

@@ -637,14 +637,13 @@ def check_lengths(args: argparse.Namespace) -> None:
                 f"--cache_length {length} is too short for this run, which needs {needed_length(args)}."
             )
 
-    if draft is not None and target.vocab_size != draft.vocab_size:
+    if args.checkpoint_path and args.draft_checkpoint_path:
+        check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
+    elif draft is not None and target.vocab_size != draft.vocab_size:
         raise InputError(
             "Draft and target have different vocabularies, of "
             f"{draft.vocab_size} and {target.vocab_size} tokens."
         )
-
-    if args.checkpoint_path and args.draft_checkpoint_path:
-        check_pair(target, draft, (args.checkpoint_path, args.draft_checkpoint_path))
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DATA, DEVICES, TEMPLATES, make_folder
+from safetensors.torch import load_file, save_file
 
 import generate
 import kernels
@@ -740,6 +741,32 @@ def test_the_shortest_cache_compiles(folders, capsys, verify):
 def test_a_profile_is_written(folders, tmp_path):
     main(command(folders, "--profile", str(tmp_path / "trace.json")))
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+@pytest.mark.parametrize("padded", ["target", "draft"])
+@pytest.mark.parametrize(
+    "more", [[], ["--mode", "int8", "--quantize_lm_head"], ["--temperature", "1", "--seed", "3"]], ids=str
+)
+def test_a_vocabulary_padded_further(folders, tmp_path, capsys, padded, more):
+    """Rows of no token change nothing, though their logits are the largest: of neither model, in no draw."""
+    run = ["--verify", "standard", "--max_new_tokens", "16", "--json", *more]
+    main(command(folders, *run))
+    expected = json.loads(capsys.readouterr().out)
+    for role in ("target", "draft"):
+        shutil.copytree(folders / role, tmp_path / role)
+    config = json.loads((tmp_path / padded / "config.json").read_text())
+    config["vocab_size"] += 8
+    (tmp_path / padded / "config.json").write_text(json.dumps(config))
+    held = load_file(tmp_path / padded / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        held[name] = torch.cat([held[name], 50 * held[name][:8]])
+    save_file(held, tmp_path / padded / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--checkpoint_path", tmp_path / "target", "--draft_checkpoint_path", tmp_path / "draft"]
+    main(command(folders, *run, *map(str, flags)))
+    found = json.loads(capsys.readouterr().out)
+    assert [found[key] for key in ("tokens", "rounds", "accepted")] == [
+        expected[key] for key in ("tokens", "rounds", "accepted")
+    ]
 
 
 def mistakes(folders, tmp_path) -> dict[str, tuple[list[str], str]]:
