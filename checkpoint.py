@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+import published
 from cli import InputError, Progress, shortened_value
 from files import is_file, opened, parse_object, read_bytes, read_json
 from hub import model_folder
@@ -85,14 +86,8 @@ def refuse_unknown(config: dict, where: str) -> None:
             raise InputError(
                 f"{where}: {field}={shortened_value(config[field])} is not implemented; {value!r} is."
             )
-    if quantization := config.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        )
-        raise InputError(
-            f"{where}: quantization method {shortened_value(method)} is not implemented; use unquantised "
-            f"weights."
-        )
+    if found := config.get("quantization_config"):
+        published.layout_of(found, where)
 
 
 def read_rope(config: dict, where: str, context: int) -> tuple[float, Rope | None]:
@@ -110,26 +105,21 @@ def read_rope(config: dict, where: str, context: int) -> tuple[float, Rope | Non
     if kind == "default":
         return theta, None
     if kind not in ROPES:
-        *known, last = map(repr, ("default", *ROPES))
-        known = f"{', '.join(known)} and {last}"
+        known = ", ".join(map(repr, ("default", *ROPES)))
         raise InputError(f"{where}: RoPE type {shortened_value(kind)} is not implemented; {known} are.")
     original = "original_max_position_embeddings"  # may stand at the top, or be left out
     rope = {original: context} | rope | {name: config[name] for name in (original,) if name in config}
+    values = []
+    for field in fields(ROPES[kind]):
+        default = None if field.default is MISSING else field.default
+        absent = default is not None and rope.get(field.name) is None  # null is a word for that
+        values.append(default if absent else read_field(rope, field.name, field.type, where))
     if kind == "yarn" and theta <= 1:
-        raise InputError(f"{where}: rope_theta={theta} must be above 1 for the RoPE type 'yarn'.")
-    values = [read_rope_field(rope, field, where) for field in fields(ROPES[kind])]
+        raise InputError(f"{where}: rope_theta={theta} must be above 1 where RoPE is scaled by yarn.")
     try:
         return theta, ROPES[kind](*values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-
-
-def read_rope_field(rope: dict, field, where: str):
-    """The value of a dataclass field of a kind of RoPE; a number with a default may be null or missing."""
-    if field.default is MISSING or field.type is bool:
-        default = None if field.default is MISSING else field.default
-        return read_field(rope, field.name, field.type, where, default)
-    return field.default if rope.get(field.name) is None else read_field(rope, field.name, float, where)
 
 
 def read_config(folder: str | Path) -> ModelArgs:
@@ -258,44 +248,27 @@ def top_plan(args: ModelArgs) -> dict[str, Row]:
 
 
 def layer_plan(args: ModelArgs, i: int) -> dict[str, Row]:
-    """`weight_plan` of layer i; biases before weights, as a quantised layer takes over the bias it finds."""
+    """`weight_plan` of layer i."""
     q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
     dim, ffn = args.dim, args.intermediate_size
     theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-    wqkv, wo = ours + "attention.wqkv.weight", ours + "attention.wo.weight"
-    w13, w2 = ours + "feed_forward.w13.weight", ours + "feed_forward.w2.weight"
-    return bias_plan(args, theirs, ours) | {
-        theirs + "self_attn.q_proj.weight": Row(wqkv, 0, (q, dim), "rows", "heads", "always"),
-        theirs + "self_attn.k_proj.weight": Row(wqkv, q, (kv, dim), "rows", "kv_heads", "always"),
-        theirs + "self_attn.v_proj.weight": Row(wqkv, q + kv, (kv, dim), "rows", "kv_heads", "always"),
-        theirs + "self_attn.o_proj.weight": Row(wo, 0, (dim, q), "columns", "heads", "always"),
-        theirs + "mlp.gate_proj.weight": Row(w13, 0, (ffn, dim), "rows", "intermediate", "always"),
-        theirs + "mlp.up_proj.weight": Row(w13, ffn, (ffn, dim), "rows", "intermediate", "always"),
-        theirs + "mlp.down_proj.weight": Row(w2, 0, (dim, ffn), "columns", "intermediate", "always"),
-        theirs + "input_layernorm.weight": Row(ours + "attention_norm.weight", 0, (dim,)),
-        theirs + "post_attention_layernorm.weight": Row(ours + "ffn_norm.weight", 0, (dim,)),
+    parts = {  # matrix -> our parameter, first row, shape, cut among ranks
+        "self_attn.q_proj": ("attention.wqkv", 0, (q, dim), "rows", "heads"),
+        "self_attn.k_proj": ("attention.wqkv", q, (kv, dim), "rows", "kv_heads"),
+        "self_attn.v_proj": ("attention.wqkv", q + kv, (kv, dim), "rows", "kv_heads"),
+        "self_attn.o_proj": ("attention.wo", 0, (dim, q), "columns", "heads"),
+        "mlp.gate_proj": ("feed_forward.w13", 0, (ffn, dim), "rows", "intermediate"),
+        "mlp.up_proj": ("feed_forward.w13", ffn, (ffn, dim), "rows", "intermediate"),
+        "mlp.down_proj": ("feed_forward.w2", 0, (dim, ffn), "columns", "intermediate"),
     }
-
-
-def bias_plan(args: ModelArgs, theirs: str, ours: str) -> dict[str, Row]:
-    """`weight_plan` of a layer's biases. Where ranks share columns, each reads all of the bias (tp.join)."""
-    q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
-    dim, ffn, plan = args.dim, args.intermediate_size, {}
-    if args.attention_bias:
-        wqkv = ours + "attention.wqkv.bias"
-        plan |= {
-            theirs + "self_attn.q_proj.bias": Row(wqkv, 0, (q,), "rows", "heads"),
-            theirs + "self_attn.k_proj.bias": Row(wqkv, q, (kv,), "rows", "kv_heads"),
-            theirs + "self_attn.v_proj.bias": Row(wqkv, q + kv, (kv,), "rows", "kv_heads"),
-            theirs + "self_attn.o_proj.bias": Row(ours + "attention.wo.bias", 0, (dim,)),
-        }
-    if args.mlp_bias:
-        w13 = ours + "feed_forward.w13.bias"
-        plan |= {
-            theirs + "mlp.gate_proj.bias": Row(w13, 0, (ffn,), "rows", "intermediate"),
-            theirs + "mlp.up_proj.bias": Row(w13, ffn, (ffn,), "rows", "intermediate"),
-            theirs + "mlp.down_proj.bias": Row(ours + "feed_forward.w2.bias", 0, (dim,)),
-        }
+    plan = {f"{theirs}{name}.weight": Row(f"{ours}{mine}.weight", *where, "always")
+            for name, (mine, *where) in parts.items()}  # fmt: skip
+    for name, (mine, first, shape, cut, unit) in parts.items():
+        if args.attention_bias if name.startswith("self_attn") else args.mlp_bias:
+            split = (cut, unit) if cut == "rows" else ()  # a sum over columns gets its bias once: tp.join
+            plan[f"{theirs}{name}.bias"] = Row(f"{ours}{mine}.bias", first, shape[:1], *split)
+    for name, mine in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm")):
+        plan[f"{theirs}{name}.weight"] = Row(f"{ours}{mine}.weight", 0, (dim,))
     return plan
 
 
@@ -305,11 +278,11 @@ def load_published(
 ) -> Transformer:  # fmt: skip
     """Loads a published snapshot folder, of shape `args` and any float type, straight into fused weights.
 
-    dtype None keeps the type on disk (that of the embedding, where a folder mixes types; fp32 for fp64).
-    complete: called with the model and each of its parameters' names as soon as that is filled, and may
-    replace it. shard: reads that part of every tensor, and no more of it than the values that the fingerprint
-    samples. Peak memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor
-    and file for whatever is missing, unexpected, misshapen or truncated.
+    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called
+    with the model and each of its parameters' names as soon as that is filled, and may replace it. shard:
+    reads that part of every tensor, and no more of it than the values that the fingerprint samples. Peak
+    memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor and file for
+    whatever is missing, unexpected, misshapen or truncated.
     """
     files = find_weights(folder, args)
     local, plan = shard.local(args) if shard else args, weight_plan(args)
@@ -320,7 +293,7 @@ def load_published(
     for (name, row), after in zip(plan.items(), following):
         part = shard.part(args, row) if shard else ()
         tensor = reader.read(name, row.shape, part=part)
-        dtype = dtype or kept(tensor.dtype)
+        dtype = dtype or tensor.dtype
         digest.update(sample_of(tensor, row.shape, Stored(*files[name]) if part else None))
         reader.bytes_read += SAMPLES * tensor.itemsize if part else 0
         fill(materialise(model, row.ours, dtype, device), places[name], tensor)
@@ -333,27 +306,27 @@ def load_published(
     return model.eval()
 
 
-def kept(dtype: torch.dtype) -> torch.dtype:
-    """The type that weights of this one are run in by default."""
-    return torch.float32 if dtype == torch.float64 else dtype
-
-
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, str]]:
+def find_weights(
+    folder: str | Path, args: ModelArgs, suffixes: tuple[str, ...] = ()
+) -> dict[str, tuple[Path, str]]:
     """Published tensor name -> (its file, its name there), of all of `weight_plan`.
 
     As in transformers a name may lack the prefix "model.", or have it once too often, and a tied model may
-    hold the LM head instead of the embedding. Raises InputError for a tensor that is missing, unexpected or
+    hold the LM head instead of the embedding. suffixes: of tensors that may lie beside a quantised weight, or
+    in its place (published.Layout). Raises InputError for a tensor that is missing, unexpected or
     there under two names, and for a tied model whose LM head holds other values than its embedding.
     """
     files = checkpoint_files(folder)
     check_layers(files, args, folder)
     plan, found = weight_plan(args), {}
+    stems = [name.removesuffix(".weight") for name, row in plan.items() if row.quantized != "never"]
+    known = plan.keys() | {stem + suffix for stem in stems for suffix in suffixes}
     for name, file in files.items():
         spellings = (name.removeprefix("model."), "model." + name)
-        real = next((other for other in spellings if other in plan or other == LM_HEAD), name)
+        real = next((other for other in spellings if other in known or other == LM_HEAD), name)
         if real in found:
             raise InputError(f"{folder} holds {real} twice: as {found[real][1]} and as {name}.")
         found[real] = file, name
@@ -363,11 +336,11 @@ def find_weights(folder: str | Path, args: ModelArgs) -> dict[str, tuple[Path, s
             check_tied(*(Stored(*place) for place in (found[EMBEDDING], head)), folder)
         found.setdefault(EMBEDDING, head)
     for name in plan:
-        if name not in found:
+        if name not in found and name.removesuffix(".weight") + "".join(suffixes[:1]) not in found:
             untied = name == LM_HEAD and "; if the embedding is the LM head, tie_word_embeddings must be true"
             raise InputError(f"{folder} has no tensor {name}, which its config.json calls for{untied or ''}.")
     for name, (file, stored) in found.items():
-        if name not in plan and not name.endswith("rotary_emb.inv_freq"):
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise InputError(
                 f"{file} has an unexpected tensor {stored}, which its config.json does not call for."
             )
@@ -573,6 +546,9 @@ class Reader:
     def __init__(self, folder: str | Path, files: dict[str, tuple[Path, str]]):
         self.folder, self.files, self.handles, self.bytes_read = folder, files, {}, 0
 
+    def stored(self, name: str) -> Stored:
+        return Stored(*self.files[name])
+
     def read(
         self,
         name: str,
@@ -597,8 +573,8 @@ class Reader:
             raise InputError(f"{where} has shape {found}, but config.json calls for {shape}.")
         if dtype is not None and tensor.dtype != dtype:
             raise InputError(f"{where} is {tensor.dtype}, but its config.json calls for {dtype}.")
-        if dtype is None and tensor.dtype not in (*DTYPES.values(), torch.float64):
-            raise InputError(f"{where} is {tensor.dtype}, but weights must be bf16, fp16, fp32 or fp64.")
+        if dtype is None and tensor.dtype not in DTYPES.values():
+            raise InputError(f"{where} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
         self.bytes_read += tensor.nbytes
         return tensor
 

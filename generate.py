@@ -29,17 +29,19 @@ from judge import PLAIN, RULES, JudgeHead, Rule, mixture, rule_mask
 from kernels import compile_step
 from model import PAGE, PREFILL_ROWS, Transformer, first_not_finite, pick_device, run_dtype, whole_pages
 from quantize import open_checkpoint
+from sampling import accept_sampled, distribution, pick, residual
 from scripts.lib import pair
+from scripts.lib.conversation import chat_loop
 from scripts.lib.guarantee import kind_of, take_calibration
 from scripts.lib.markers import Markers, make_markers
 from scripts.lib.pace import Pace
+from scripts.lib.published import filters_of, take_sampling
 from scripts.lib.ranks import check_flags, check_round, own_device
 from scripts.lib.result import Report, Result, Round
-from scripts.lib.terminal import chat_loop, introduce, parse_args, print_answers, read_prompt
+from scripts.lib.terminal import introduce, parse_args, print_answers, read_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 SIZES = (4, 6, 8, 12, 16, 24, 32)  # what --speculate_k auto chooses from
-TINY = 1e-20
 
 
 @dataclass
@@ -50,7 +52,9 @@ class Settings:
     threshold: float | None = None
     speculate_k: int = 16  # M; the commands' default stands in scripts/lib/flags.py
     temperature: float = 0.0
-    top_k: int | None = None
+    top_k: int | None = None  # None: this filter is off, and so with the next two
+    top_p: float | None = None
+    min_p: float | None = None
     compile: bool = False
     min_prob: float = 0.0  # no rule accepts a token that the target gives less
     adaptive: bool = False  # choose each round's M from SIZES; speculate_k is then the largest
@@ -63,6 +67,10 @@ class Settings:
     def rule(self) -> Rule:
         """The rule; without a draft the standard test, of which nothing is asked."""
         return RULES.get(self.verify, PLAIN)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """What is sampled from, (..., V); target and draft are filtered alike."""
+        return distribution(logits, self.temperature, self.top_k, self.top_p, self.min_p)
 
     @property
     def needs_probabilities(self) -> bool:
@@ -131,7 +139,7 @@ def draft_step(model: Transformer, b: Buffers, s: Settings, visible: Tensor, fir
     logits = logits[0]
 
     if b.draft_logits.numel() > 1:
-        logits = tp.whole(logits, model.args.vocab_size)
+        logits = tp.whole(logits, model.speaks)
         b.draft_logits[b.step] = logits
     if b.draft_hidden.numel() > 1:
         b.draft_hidden[b.step] = hidden[0, -1:]
@@ -208,7 +216,7 @@ def standard_test(
             return standard, most_likely, None
         p, q = logits.softmax(-1), b.draft_logits.softmax(-1)
     else:
-        p, q = (distribution(x, s.temperature, s.top_k) for x in (logits, b.draft_logits))
+        p, q = (s.distribution(x) for x in (logits, b.draft_logits))
         standard = accept_sampled(b.drafted, p[:-1], q, b.uniforms[m : 2 * m])
 
     if s.rule.mixes:
@@ -234,40 +242,10 @@ def relaxed_test(
 def choose(logits: Tensor, uniform: Tensor, s: Settings, model: Transformer) -> tuple[Tensor, Tensor]:
     """The next token (1,) and the largest logit (1,), from logits (1, V) or a rank's part of them."""
     if s.temperature == 0:
-        return tp.most_likely(logits, model.args.vocab_size)
-    logits = tp.whole(logits, model.args.vocab_size)
-    token = pick(distribution(logits, s.temperature, s.top_k), uniform)
+        return tp.most_likely(logits, model.speaks)
+    logits = tp.whole(logits, model.speaks)
+    token = pick(s.distribution(logits), uniform)
     return tp.broadcast(token)[0] if tp.divided(model) else token, logits.amax(-1)
-
-
-def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """Probabilities to sample from, fp32 (..., V): temperature, then the top_k most likely, renormalised."""
-    logits = logits / temperature
-    if top_k is not None:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < lowest, -float("inf"))
-    return logits.softmax(-1)
-
-
-def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Samples an index by weights (..., V), which need no sum of 1; uniform (...) in [0, 1)."""
-    total = weights.double().cumsum(-1)
-    return (total <= (uniform.double() * total[..., -1])[..., None]).sum(-1).clamp(max=weights.shape[-1] - 1)
-
-
-def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor, uniforms: Tensor) -> Tensor:
-    """Rejection sampling's test, bool (M,): u < p(d) / q(d) (arXiv 2211.17192). p, q: (M, V)."""
-    own_p, own_q = (probs.gather(-1, drafted[:, None]).squeeze(-1) for probs in (p, q))
-    return uniforms * own_q < own_p
-
-
-def residual(p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
-    """Weights (1, V) of the target's own token: max(p - q, 0) at a rejection, p after full acceptance.
-
-    p: (M + 1, V), q: (M, V), accepted: (1,). Where p equals q only rounding rejects; p stands in then.
-    """
-    rest = (p[accepted] - torch.cat([q, torch.zeros_like(q[:1])])[accepted]).clamp(min=0)
-    return torch.where(rest.sum(-1, keepdim=True) > TINY, rest, p[accepted])
 
 
 def not_finite(peaks: Tensor) -> Tensor:
@@ -304,6 +282,7 @@ class Engine:
         self.target, self.head, self.settings = target, head, settings.resolved(head)
         self.draft = None if settings.verify == "plain" else draft
         self.models = [model for model in (self.target, self.draft) if model is not None]
+        pair.fit(target, self.draft)
         self.device = target.device
         self.overlap = self.device.type == "cuda"  # launch a round before the last one is read
         self.markers = markers.to(self.device) if markers is not None else None
@@ -312,7 +291,6 @@ class Engine:
         self.result = Result(0)  # of the answer under way, or the last one
         self.context = pair.smallest_context(target.args, self.draft and self.draft.args)
         self.allocate()
-
         if settings.compile and self.device.type == "cpu":
             kernels.check_compiler()
             kernels.use_cpu_kernels()
@@ -365,12 +343,22 @@ class Engine:
         self.settings = settings.resolved(self.head)
         self.buffers.threshold.fill_(self.settings.threshold or 0.0)
 
+    def otherwise(self, verify: str) -> "Engine":
+        """An engine on the same models with another rule, at its default; plain: without the draft."""
+        s = replace(self.settings, verify=verify, threshold=None)
+        if not s.rule.knob:
+            s.relax_between, s.min_prob = None, 0.0
+        if verify == "plain":
+            s.adaptive = False
+        draft, head = None if verify == "plain" else self.draft, None
+        if "scores" in s.rule.reads:
+            head = self.head
+        markers = self.markers if s.relax_between else None
+        return Engine(self.target, draft, head, s, self.stop_ids, self.length, markers)
+
     def without_draft(self) -> "Engine":
         """An engine on the same target that decodes plainly."""
-        s = replace(
-            self.settings, verify="plain", threshold=None, adaptive=False, relax_between=None, min_prob=0
-        )
-        return Engine(self.target, None, None, s, self.stop_ids, self.length)
+        return self.otherwise("plain")
 
     @torch.inference_mode()
     def warm_up(self) -> float:
@@ -394,16 +382,17 @@ class Engine:
         return time.monotonic() - started
 
     @torch.inference_mode()
-    def prefill(self, prompt: list[int], keep: int = 0) -> None:
+    def prefill(self, prompt: list[int], keep: int = 0) -> int:
         """Reads all of the prompt but its last token into the caches, in passes of PREFILL_ROWS, the last one
-        padded. keep: so many of its first tokens are there already, from the sequence before."""
+        padded; returns how many. keep: so many of its first tokens are there already, from the sequence
+        before, of which whole pages are not read again."""
         if self.cache_epochs != [model.cache_epoch for model in self.models]:
             raise RuntimeError("Another engine has since made this model's caches longer; make a new engine.")
         b, last = self.buffers, len(prompt) - 1
         b.tokens.zero_()
         b.tokens[: len(prompt)] = torch.tensor(prompt)
 
-        start = min(keep, last) // PAGE * PAGE
+        start = kept = min(keep, last) // PAGE * PAGE
         while start < last:
             end = min(start + PREFILL_ROWS[self.device.type], whole_pages(last))
             pos = torch.arange(start, end, device=self.device)
@@ -413,6 +402,7 @@ class Engine:
         b.pos.fill_(last)
         if self.markers is not None:
             b.region.fill_(self.markers.after(prompt))
+        return last - kept
 
     def visible(self, needed: int) -> Tensor:
         """A tensor as long as the part of the cache that a step looks at, which must hold `needed` positions.
@@ -504,7 +494,7 @@ class Engine:
         if self.settings.adaptive and not self.pace.seconds:
             self.warm_up()
         started = time.monotonic()
-        self.prefill(prompt, keep)
+        result.prefilled = self.prefill(prompt, keep)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         result.seconds_prefill, began = time.monotonic() - started, time.monotonic()
@@ -567,7 +557,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     M is at most what an answer can use: --max_new_tokens, and what the rule looks at beyond.
     """
     given = {name: getattr(args, name) for name in ("check_ranks", "debug_numerics") if name in args}
-    s = Settings(args.verify, args.threshold, temperature=args.temperature, top_k=args.top_k or None, **given)
+    s = Settings(args.verify, args.threshold, temperature=args.temperature, **given)
+    s.top_k, s.top_p, s.min_p = filters_of(args)
     s.compile, s.min_prob, s.adaptive = args.compile, args.min_prob, args.speculate_k == "auto"
     if getattr(args, "relax_between", None):
         s.relax_between = tuple(args.relax_between)
@@ -578,6 +569,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for a command line that cannot run, before anything is loaded."""
+    take_sampling(args)
     take_calibration(args)
     settings = settings_of(args)
     pair.check_settings(settings, bool(args.draft_checkpoint_path), bool(args.judge_path))
@@ -618,7 +610,7 @@ def load_engine(args: argparse.Namespace, prompt: list[int], tokenizer: Tokenize
         capacity=capacity_for(length, settings.speculate_k), speculate_k=settings.speculate_k,
         schemes=pair.schemes_of(args),
     )  # fmt: skip
-    markers = make_markers(settings.relax_between, tokenizer, models[0].args.vocab_size)
+    markers = make_markers(settings.relax_between, tokenizer, shape.vocab_size)
     return Engine(*models, settings, tokenizer.stop_ids, length, markers)
 
 

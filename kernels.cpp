@@ -220,6 +220,8 @@ struct Int8 : Bytes {
     static wide_vec meaning(wide_vec magnitude) { return bits<wide_vec>(__builtin_convertvector(magnitude, vec)); }
 };
 
+struct FullInt8 : Int8 {};  // with -128, which quantize.py never makes, but others: a sign without a magnitude
+
 struct Fp8 : Bytes {  // e4m3: moved to the places of fp32 its exponent is 120 too small
     static wide_vec meaning(wide_vec magnitude) { return bits<wide_vec>(bits<vec>(magnitude << 20) * 0x1p120f); }
 };
@@ -244,7 +246,9 @@ inline void decode_bytes(const Format& f, const Table<Format>& table, int64_t bl
     for (int i = 0; i < Format::UNIT / 2; i++) {
         const __m512i q = _mm512_loadu_si512(f.line(block, pair) + i * LINE);  // a look-up heeds the lowest 7 bits alone
         const __m512i low = _mm512_permutex2var_epi8(table.low[0], q, table.low[1]);
-        const __m512i high = _mm512_permutex2var_epi8(table.high[0], q, table.high[1]);
+        __m512i high = _mm512_permutex2var_epi8(table.high[0], q, table.high[1]);
+        if constexpr (std::is_same_v<Format, FullInt8>)
+            high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(q, _mm512_set1_epi8(char(0x80))), _mm512_set1_epi8(0x43));
         const __m512i sign = _mm512_ternarylogic_epi32(high, q, _mm512_set1_epi8(char(0x80)), 0xf8);  // high | (q & 0x80)
         w[2 * i].part[0] = (wide_vec)_mm512_unpacklo_epi8(low, sign);
         w[2 * i + 1].part[0] = (wide_vec)_mm512_unpackhi_epi8(low, sign);
@@ -262,8 +266,13 @@ inline void decode_bytes(const Format& f, const Table<Format>&, int64_t block, i
             std::memcpy(both + 4 * quarter, f.line(block, pair) + i / 2 * LINE + 16 * quarter + i % 2 * 8, 8);
         for (int part = 0; part < PARTS; part++) {
             const wide_vec q = widen(both + part * LANES);
-            const wide_vec first = Format::meaning(q & 0x7f) | (q & 0x80) << 24;
-            const wide_vec second = Format::meaning(q >> 8 & 0x7f) | (q >> 8 & 0x80) << 24;
+            wide_vec first = q & 0x7f, second = q >> 8 & 0x7f;
+            if constexpr (std::is_same_v<Format, FullInt8>) {
+                first += wide_vec((q & 0xff) == 0x80) & 128;
+                second += wide_vec((q >> 8) == 0x80) & 128;
+            }
+            first = Format::meaning(first) | (q & 0x80) << 24;
+            second = Format::meaning(second) | (q >> 8 & 0x80) << 24;
             w[i].part[part] = first >> 16 | (second & 0xffff0000u);
         }
     }
@@ -271,36 +280,45 @@ inline void decode_bytes(const Format& f, const Table<Format>&, int64_t block, i
 #endif
 
 inline void decode(const Int8& f, const Table<Int8>& table, int64_t block, int64_t pair, Pairs* w) { decode_bytes(f, table, block, pair, w); }
+inline void decode(const FullInt8& f, const Table<FullInt8>& table, int64_t block, int64_t pair, Pairs* w) { decode_bytes(f, table, block, pair, w); }
 inline void decode(const Fp8& f, const Table<Fp8>& table, int64_t block, int64_t pair, Pairs* w) { decode_bytes(f, table, block, pair, w); }
 
-struct Int4 {  // a line is 16 words of 32 bits, one a row: columns 2 p and 2 p + 1 in bits 4 p and 4 p + 16
+// A line is 16 words of 32 bits, one a row: columns 2 p and 2 p + 1 in bits 4 p and 4 p + 16. `groups` has scales and offsets:
+// [N / 16][K / group][16], in bf16, the scale in the lower half of a word, or, WIDE, [N / 16][K / group][2][16], in fp32.
+template <bool WIDE>
+struct Int4 {
     const uint8_t* w;
-    const uint32_t* groups;  // [N / 16][K / group][16]: bf16 scale (lower half) and offset
+    const uint32_t* groups;
     int64_t K, group;
     int64_t chunk() const { return group; }
     static constexpr int UNIT = 4;
     static constexpr float BIAS = 128;  // 0x4300 is 128 in bf16, and its lowest bits are worth 1
     const uint8_t* line(int64_t block, int64_t pair) const { return w + block * 8 * K + pair * 16; }
     const uint32_t* both(int64_t block, int64_t chunk, int part) const {
-        return groups + (block * (K / group) + chunk) * 16 + part * LANES;
+        return groups + (block * (K / group) + chunk) * (WIDE ? 32 : 16) + part * LANES;
     }
     void fetch_from(int64_t block, int64_t pair) const {
         fetch(line(block, pair) + FETCH);
         if (pair * 2 % group == 0) fetch((const uint8_t*)both(block, pair * 2 / group, 0) + FETCH / 4);
     }
-    vec scale(int64_t block, int64_t chunk, int part) const { return bits<vec>(load<wide_vec>(both(block, chunk, part)) << 16); }
+    vec scale(int64_t block, int64_t chunk, int part) const {
+        const wide_vec found = load<wide_vec>(both(block, chunk, part));
+        return bits<vec>(WIDE ? found : found << 16);
+    }
     vec offset(int64_t block, int64_t chunk, int part) const {
-        return bits<vec>(load<wide_vec>(both(block, chunk, part)) & 0xffff0000u);
+        const wide_vec found = load<wide_vec>(both(block, chunk, part) + (WIDE ? 16 : 0));
+        return bits<vec>(WIDE ? found : found & 0xffff0000u);
     }
 };
 
-template <>
-struct Table<Int4> {};
+template <bool WIDE>
+struct Table<Int4<WIDE>> {};
 
-inline void decode(const Int4& f, const Table<Int4>&, int64_t block, int64_t pair, Pairs* w) {
+template <bool WIDE>
+inline void decode(const Int4<WIDE>& f, const Table<Int4<WIDE>>&, int64_t block, int64_t pair, Pairs* w) {
     for (int part = 0; part < PARTS; part++) {
         const wide_vec q = load<wide_vec>(f.line(block, pair) + part * LANES * 4);
-        for (int i = 0; i < Int4::UNIT; i++) w[i].part[part] = (q >> 4 * i & 0x000f000fu) | 0x43004300u;
+        for (int i = 0; i < Int4<WIDE>::UNIT; i++) w[i].part[part] = (q >> 4 * i & 0x000f000fu) | 0x43004300u;
     }
 }
 
@@ -652,13 +670,17 @@ Int8 int8(const at::Tensor& weight, const at::Tensor& scales) {
     return {{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), weight.size(1)}};
 }
 
+FullInt8 full_int8(const at::Tensor& weight, const at::Tensor& scales) { return {int8(weight, scales)}; }
+
 Fp8 fp8(const at::Tensor& weight, const at::Tensor& scales) {
     return {{static_cast<const uint8_t*>(weight.const_data_ptr()), scales.const_data_ptr<float>(), weight.size(1)}};
 }
 
-Int4 int4(const at::Tensor& weight, const at::Tensor& scales) {
+template <bool WIDE>
+Int4<WIDE> int4(const at::Tensor& weight, const at::Tensor& scales) {
+    using Scale = std::conditional_t<WIDE, float, at::BFloat16>;
     const int64_t K = weight.size(1) * 2;
-    return {weight.const_data_ptr<uint8_t>(), reinterpret_cast<const uint32_t*>(scales.const_data_ptr<at::BFloat16>()), K, K / scales.size(1)};
+    return {weight.const_data_ptr<uint8_t>(), reinterpret_cast<const uint32_t*>(scales.const_data_ptr<Scale>()), K, K / scales.size(1)};
 }
 
 // x (..., k) times a quantised weight (N, K) in tiles -> (..., n): its columns from k on and its rows from n on are padding.
@@ -684,6 +706,16 @@ at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& weight, const
     return (n < N ? y.narrow(1, 0, n).contiguous() : y).view(shape);
 }
 
+at::Tensor linear_int8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales, int64_t n) {
+    if (weight.scalar_type() == at::kByte) return linear_quantized<full_int8>(x, weight, scales, n);
+    return linear_quantized<int8>(x, weight, scales, n);
+}
+
+at::Tensor linear_int4(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales, int64_t n) {
+    if (scales.scalar_type() == at::kFloat) return linear_quantized<int4<true>>(x, weight, scales, n);
+    return linear_quantized<int4<false>>(x, weight, scales, n);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(judge_fast, library) {
@@ -697,7 +729,7 @@ TORCH_LIBRARY(judge_fast, library) {
 
 TORCH_LIBRARY_IMPL(judge_fast, CPU, library) {
     library.impl("linear", &linear);
-    library.impl("linear_int8", &linear_quantized<int8>);
+    library.impl("linear_int8", &linear_int8);
     library.impl("linear_fp8", &linear_quantized<fp8>);
-    library.impl("linear_int4", &linear_quantized<int4>);
+    library.impl("linear_int4", &linear_int4);
 }

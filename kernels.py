@@ -340,13 +340,14 @@ if triton is not None:
     @triton.jit
     def product_part(
         x, w, scales, part, N, K, T, each,
-        GROUP: tl.constexpr, X_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+        GROUP: tl.constexpr, WIDE: tl.constexpr, X_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """x (T, X_K) times BLOCK_N quantised weight rows, over one part of the columns, each `each` wide:
-        fp32 (T, N). GROUP: columns that share a scale and an offset, 16 bits each in one number of `scales`,
-        and weights of 4 bits; 0: weights of a byte and a scale a row. EVEN: every block is whole."""
+        fp32 (T, N). GROUP: columns that share a scale and an offset, 16 bits each in one number of `scales`
+        or, WIDE, two of fp32, and weights of 4 bits; 0: weights of a byte and a scale a row. EVEN: every
+        block is whole."""
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
@@ -365,12 +366,13 @@ if triton is not None:
                 )
                 groups: tl.constexpr = BLOCK_K // GROUP
                 group = start // GROUP + tl.arange(0, groups)
-                pair = tl.load(
-                    scales + line * (K // GROUP) + group[None, :],
-                    mask=(group[None, :] * GROUP < end) | EVEN,
-                    other=0,
+                inside = (group[None, :] * GROUP < end) | EVEN
+                at = line * (K // GROUP) + group[None, :]
+                pair = tl.load(scales + at * (2 if WIDE else 1), mask=inside, other=0)
+                offset = tl.load(scales + at * 2 + 1, mask=inside, other=0) if WIDE else pair
+                quarters = levels_of(
+                    packed, pair, offset, WIDE, x.dtype.element_ty, BLOCK_N, groups, BLOCK_K // 4
                 )
-                quarters = levels_of(packed, pair, x.dtype.element_ty, BLOCK_N, groups, BLOCK_K // 4)
                 for quarter in tl.static_range(4):
                     cols = low + 8 * quarter
                     seen = (rows[:, None] < T) & ((cols[None, :] < limit) | EVEN)
@@ -388,13 +390,15 @@ if triton is not None:
 
     @triton.jit
     def levels_of(
-        packed, pair, dtype: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
-    ):
-        """The four columns of 16 bits each (N, WIDTH), scaled, from pairs of scale and offset (N, GROUPS).
+        packed, pair, other, WIDE: tl.constexpr,
+        dtype: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """The four columns of 16 bits each (N, WIDTH), scaled, from pairs of scale and offset (N, GROUPS),
+        or, WIDE, from scales and the `other`, offsets.
 
         No integer is converted: 128 in bf16 and 2^23 in fp32 count ones in their last bits.
         """
-        if dtype == tl.bfloat16:
+        if dtype == tl.bfloat16 and not WIDE:
             scale = spread((pair & 0xFFFF) | (pair << 16), N, GROUPS, WIDTH)
             offset = spread((pair & -65536) | ((pair >> 16) & 0xFFFF), N, GROUPS, WIDTH)
             a, b, c, d = tl.inline_asm_elementwise(
@@ -402,8 +406,11 @@ if triton is not None:
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
             )  # fmt: skip
         else:
-            scale = spread(pair << 16, N, GROUPS, WIDTH).to(tl.float32, bitcast=True)
-            offset = spread(pair & -65536, N, GROUPS, WIDTH).to(tl.float32, bitcast=True)
+            if WIDE:
+                scale, offset = spread(pair, N, GROUPS, WIDTH), spread(other, N, GROUPS, WIDTH)
+            else:
+                scale = spread(pair << 16, N, GROUPS, WIDTH).to(tl.float32, bitcast=True)
+                offset = spread(pair & -65536, N, GROUPS, WIDTH).to(tl.float32, bitcast=True)
             wide = packed.to(tl.int32)
             a = ((wide & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * scale + offset
             b = ((wide >> 4 & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * scale + offset
@@ -434,19 +441,19 @@ TILINGS = (  # what the tuner tries; the first one serves where nothing is tuned
     Tiling(16, 128, 1, 3, 8),  # the least: it fits any weight and any GPU
 )  # fmt: skip
 tilings: dict[str, Tiling] = {}  # the choices of this process, by shape
-SCALES = {8: torch.float32, 4: torch.bfloat16}  # by bits of a weight
 
 
 def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
     """x (..., k) of up to MOST_ROWS rows times a quantised weight -> (..., n), on a GPU.
 
-    bits: 8, a number a byte and a scale a row, or 4, as quantize.py packs groups.
+    bits: 8, a number a byte and a scale a row, or 4, as quantize.py packs groups, scales in bf16 or fp32.
     Weights are dequantised in registers, so that 33 rows read as little as one. The columns are cut into
     parts that run side by side where the weight has too few rows to fill the GPU; a compiled step sums the
     parts, in fp32, within the kernel that uses the sums.
     """
     rows = x.numel() // x.shape[-1]
-    cut = cut_for(weight.dtype, tuple(weight.shape), tuple(scales.shape), rows, x.dtype, x.device, bits)
+    shapes, wide = (tuple(weight.shape), tuple(scales.shape)), scales.dtype == torch.float32
+    cut = cut_for(weight.dtype, *shapes, rows, x.dtype, x.device, bits, wide)
     parts = product_parts(x, weight, scales, bits, *cut)
     total = functools.reduce(torch.add, parts.unbind(0))  # unlike sum(0), fused with what uses it
     return total[:, :n].to(x.dtype).view(*x.shape[:-1], n)
@@ -454,8 +461,9 @@ def few_rows(x: Tensor, weight: Tensor, scales: Tensor, n: int, bits: int) -> Te
 
 @torch.compiler.assume_constant_result
 def cut_for(
-    dtype: torch.dtype, shape: tuple, scales: tuple, rows: int, x_dtype: torch.dtype, device, bits: int
-) -> tuple[int, int]:
+    dtype: torch.dtype, shape: tuple, scales: tuple, rows: int, x_dtype: torch.dtype, device, bits: int,
+    wide: bool = True,
+) -> tuple[int, int]:  # fmt: skip
     """How to cut the product of so many rows with a weight: a number of TILINGS, and the parts of the
     columns.
 
@@ -471,12 +479,14 @@ def cut_for(
 
     @functools.cache
     def operands() -> list[Tensor]:
-        kinds = ((rows, k), x_dtype), (shape, dtype), (scales, SCALES[bits])
+        scale = torch.float32 if wide else torch.bfloat16
+        kinds = ((rows, k), x_dtype), (shape, dtype), (scales, scale)
         return [torch.zeros(size, dtype=kind, device=device) for size, kind in kinds]
 
     if device.type != "cuda":
         return cut(fitting[0])
-    key = f"{dtype} {shape} in {scales}, up to {power_of_2(rows)} rows of {x_dtype}"
+    wider = " of fp32" if bits == 4 and wide else ""
+    key = f"{dtype} {shape} in {scales}{wider}, up to {power_of_2(rows)} rows of {x_dtype}"
     if key not in tilings:
         tilings.update(read_tilings(device))
     if tilings.get(key) not in fitting:
@@ -492,11 +502,12 @@ def product_parts(x: Tensor, weight: Tensor, scales: Tensor, bits: int, tiling: 
     n, k = weight.shape[0], weight.shape[1] * 8 // bits
     out = product_shape(x, weight, scales, bits, tiling, parts)
     group = k // scales.shape[1] if bits == 4 else 0
-    if bits == 4:  # as numbers of 16 bits, and pairs of scale and offset as one of 32
-        weight, scales = weight.view(torch.int16), scales.view(torch.int32)
+    wide = bits == 4 and scales.dtype == torch.float32
+    if bits == 4:  # as numbers of 16 bits, and pairs of scale and offset in bf16 as one of 32
+        weight, scales = weight.view(torch.int16), scales if wide else scales.view(torch.int32)
     product_part[(n // tiling.block_n, parts)](
         x.contiguous(), weight, scales, out, n, k, rows, -(-k // parts // tiling.block_k) * tiling.block_k,
-        GROUP=group, X_K=x.shape[-1], EVEN=k == x.shape[-1] and k % tiling.block_k == 0,
+        GROUP=group, WIDE=wide, X_K=x.shape[-1], EVEN=k == x.shape[-1] and k % tiling.block_k == 0,
         PRECISION=precision_of(x.dtype), **overlapping(),
         BLOCK_M=power_of_2(rows), BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,

@@ -1,6 +1,6 @@
-"""Llama 3.1 for one sequence at the lowest latency: arguments, RoPE, static KV cache, transformer.
+"""Llama 3.1 for one sequence at the lowest latency: arguments, static KV cache, transformer.
 
-RoPE uses the half-split layout of the published weights. Nothing here knows about drafts or judges.
+Nothing here knows about drafts or judges.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import kernels
 from cli import InputError, first_line
-from rope import Llama3Rope, Rope
+from rope import LLAMA31_ROPE, LLAMA32_ROPE, Rope, apply_rope, rope_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAGE = 64  # on a CPU a step looks at the least multiple of this that holds what it may see
@@ -62,9 +62,9 @@ class ModelArgs:
     max_position: int = 131072  # the longest context that the model was made for, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: Rope | None = None  # one of rope.ROPES
+    rope_scaling: Rope | None = None
     tie_embeddings: bool = False
-    attention_bias: bool = False  # of queries, keys, values and output
+    attention_bias: bool = False  # of queries, keys, values and the attention's output
     mlp_bias: bool = False
 
     @property
@@ -72,7 +72,7 @@ class ModelArgs:
         """Number of weights; a tied LM head counts once."""
         attention = self.dim * self.head_dim * 2 * (self.n_head + self.n_kv_head)
         per_layer = attention + 3 * self.dim * self.intermediate_size + 2 * self.dim
-        per_layer += self.attention_bias * ((self.n_head + 2 * self.n_kv_head) * self.head_dim + self.dim)
+        per_layer += self.attention_bias * (self.head_dim * (self.n_head + 2 * self.n_kv_head) + self.dim)
         per_layer += self.mlp_bias * (2 * self.intermediate_size + self.dim)
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.n_layer * per_layer + embeddings + self.dim
@@ -88,7 +88,6 @@ class ModelArgs:
         return weights * dtype.itemsize + self.cache_bytes(length, dtype)
 
 
-LLAMA31_ROPE, LLAMA32_ROPE = (Llama3Rope(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 SMALL, LARGE = {"rope_scaling": LLAMA32_ROPE, "tie_embeddings": True}, {"rope_scaling": LLAMA31_ROPE}
 PRESETS = {  # published shapes, for benchmarks with random weights
     "Llama-3.2-1B": ModelArgs(2048, 16, 32, 8, 8192, 128256, 64, **SMALL),
@@ -106,27 +105,6 @@ def preset(name: str) -> ModelArgs:
     return PRESETS[name]
 
 
-def rope_table(args: ModelArgs, length: int, device: torch.device) -> Tensor:
-    """fp32 cos and sin, (length, 2, head_dim / 2).
-
-    fp32 matters: in bf16 the angle of position 8193 differs from that of 8192 by less than a rounding step.
-    """
-    even = torch.arange(0, args.head_dim, 2, device=device).float()
-    freqs = 1.0 / args.rope_theta ** (even / args.head_dim)
-    if args.rope_scaling is not None:
-        freqs = args.rope_scaling.scale(freqs, args.rope_theta)
-    angles = torch.outer(torch.arange(length, device=device).float(), freqs)
-    amplitude = 1.0 if args.rope_scaling is None else args.rope_scaling.amplitude
-    return torch.stack([angles.cos(), angles.sin()], dim=1) * amplitude
-
-
-def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates x (B, T, H, D) by table (T, 2, D/2), in fp32; the halves of D are the pairs."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = table[:, None, 0], table[:, None, 1]  # (T, 1, D/2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -139,10 +117,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A product by the fastest kernel for its rows, and a bias; norm: of x, which it may fuse."""
+    """A product by the fastest kernel for its rows; norm: of x, which it may fuse."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
-        super().__init__(n_in, n_out, bias)
+        super().__init__(n_in, n_out, bias=bias)
         self.wide = False  # as `kernels.linear` has it
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
@@ -154,9 +132,8 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        n_qkv, bias = (args.n_head + 2 * args.n_kv_head) * args.head_dim, args.attention_bias
-        self.wqkv = Linear(args.dim, n_qkv, bias)
-        self.wo = Linear(args.n_head * args.head_dim, args.dim, bias)
+        self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, args.attention_bias)
+        self.wo = Linear(args.n_head * args.head_dim, args.dim, args.attention_bias)
         self.k_cache = self.v_cache = None  # (1, n_kv_head, length, head_dim) each, made by setup_caches
 
     def forward(
@@ -213,9 +190,8 @@ def use_heads_as_rows(q: Tensor) -> bool:
 class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        bias = args.mlp_bias
-        self.w13 = Linear(args.dim, 2 * args.intermediate_size, bias)  # gate and up in one product
-        self.w2 = Linear(args.intermediate_size, args.dim, bias)
+        self.w13 = Linear(args.dim, 2 * args.intermediate_size, args.mlp_bias)  # gate and up in one product
+        self.w2 = Linear(args.intermediate_size, args.dim, args.mlp_bias)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         gate, up = self.w13(x, norm).chunk(2, dim=-1)
@@ -255,6 +231,9 @@ class Transformer(nn.Module):
         self.fingerprint = ""  # of the weights on disk, set by load_model: tells checkpoints apart
         self.quantization = ""  # how they are quantised, set by quantize.py
         self.bytes_read = 0  # from disk, while loading
+        self.speaks = (
+            args.vocab_size
+        )  # tokens that logits are of: a draft's are fitted to its target's (pair.py)
         self.rope: Tensor | None = None  # (length, 2, head_dim / 2) fp32
         self.cache_length = self.cache_epoch = 0  # epoch: graphs captured over an older cache must not run
 
@@ -297,7 +276,8 @@ class Transformer(nn.Module):
         (default all; 0 skips the LM head); of a part of a model only its part of the vocabulary.
         """
         visible = self.cache_length if visible is None else visible
-        x = self.tok_embeddings(tokens)
+        own = self.args.vocab_size
+        x = self.tok_embeddings(tokens if self.speaks == own else tokens.clamp(max=own - 1))
         if pos is None:
             rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
         else:
@@ -306,7 +286,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, pos, mask, visible)
         rows = x if n_logits is None else x[:, x.shape[1] - n_logits :]
-        return x, self.output(rows, self.norm).float()
+        logits = self.output(rows, self.norm).float()
+        return x, logits if self.speaks == own else fitted(logits, self.speaks)
 
     def see(self, x: Tensor, pos: Tensor, visible: int, prefill: bool = False) -> Tensor | None:
         """0 or -inf, added to attention scores: (T, visible), or (group * T, visible) for `heads_as_rows`.
@@ -317,6 +298,16 @@ class Transformer(nn.Module):
             return causal_lower_right(len(pos), visible) if prefill else None
         mask = causal_mask(pos, visible, x.dtype)
         return mask.repeat(self.local.n_head // self.local.n_kv_head, 1) if use_heads_as_rows(x) else mask
+
+
+def fitted(logits: Tensor, size: int) -> Tensor:
+    """Logits (..., V) of `size` tokens: cut, or filled up with what has no chance in fp32 (no infinity, so
+    that a divergence from another model's stays a number)."""
+    missing = size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :size]
+    least = logits.amax(-1, keepdim=True) - 120
+    return torch.cat([logits, least.expand(*logits.shape[:-1], missing)], -1)
 
 
 def random_model(
@@ -331,8 +322,8 @@ def random_model(
     generator = torch.Generator(device=device).manual_seed(seed)
     for name in [name for name, _ in model.named_parameters()]:
         fresh = materialise(model, name, dtype, device)
-        is_norm = name.endswith("norm.weight")
-        fresh.fill_(1.0) if is_norm else fresh.normal_(0, 0.02, generator=generator)
+        norm = fresh.dim() == 1 and not name.endswith("bias")
+        fresh.fill_(1.0) if norm else fresh.normal_(0, 0.02, generator=generator)
         if complete is not None:
             complete(model, name)
     if args.tie_embeddings:

@@ -34,10 +34,11 @@ from torch import Tensor
 
 import checkpoint
 import kernels
+import published
 from checkpoint import Row, args_of, layer_plan, top_plan, weight_plan
 from files import check_new_folder, lock, read_json, replacing, write_file
 from hub import model_folder
-from model import ModelArgs, Transformer, empty_model, materialise
+from model import Linear, ModelArgs, Transformer, empty_model, materialise
 from tp import Shard
 
 PACKING = 2  # how the numbers lie in the files; a reader refuses any other
@@ -57,11 +58,25 @@ class Scheme:
     symmetric: bool = False
     lm_head: bool = False
     dynamic: bool = False
+    wide = False  # int4: scales and offsets in fp32
+    kept = frozenset()  # published names of what stays as it is all the same
 
     def __str__(self) -> str:
         group = f"/{self.group_size}" if "group_size" in FORMATS[self.mode].settings else ""
         words = {" symmetric": self.symmetric, " dynamic": self.dynamic, " with LM head": self.lm_head}
         return self.mode + group + "".join(word for word, said in words.items() if said)
+
+
+@dataclass(frozen=True)
+class PublishedScheme(Scheme):
+    """How somebody else has quantised a folder (published.py)."""
+
+    wide: bool = False
+    kept: frozenset[str] = frozenset()
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {Scheme.__str__(self)}"
 
 
 # a scheme's settings that concern some modes alone: their flags
@@ -217,7 +232,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def pack_groups(w: Tensor, peaks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """int4: (N, K / 2) uint8, and a scale and an offset a group, (N, K / group, 2) bf16.
 
-    A weight is q * scales[..., 0] + scales[..., 1]; when symmetric the latter is -8 times the former.
+    A weight is q * scales[..., 0] + scales[..., 1]; when symmetric the latter is -8 times the former. Scales
+    that others have published may need fp32.
     """
     q, scales = quantize_groups(w.unflatten(1, (-1, scheme.group_size)), scheme.symmetric)
     return pack_int4(q.flatten(1)), scales
@@ -229,7 +245,8 @@ def unpack_groups(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def shapes_of_groups(n: int, k: int, scheme: Scheme) -> tuple[Packed, Packed]:
-    return (torch.uint8, (n, k // 2)), (torch.bfloat16, (n, k // scheme.group_size, 2))
+    kind = torch.float32 if scheme.wide else torch.bfloat16
+    return (torch.uint8, (n, k // 2)), (kind, (n, k // scheme.group_size, 2))
 
 
 def tiles_of_bytes(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,24 +255,31 @@ def tiles_of_bytes(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     A line holds 4 columns, four times the first two of 4 rows and the other two of these rows; a byte is a
     sign and 7 bits of magnitude, as fp8 has it.
     """
-    lines = weight.view(torch.uint8).view(len(weight) // 16, 4, 4, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return lines.reshape(weight.shape).view(weight.dtype), scales
+    lines = weight.view(torch.int16).view(len(weight) // 16, 4, 4, -1, 2).permute(0, 3, 1, 4, 2).contiguous()
+    return lines.view(weight.dtype).view(weight.shape), scales
 
 
 def tiles_of_int8(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """`tiles_of_bytes` of numbers that have no sign bit yet."""
-    signed = torch.where(weight < 0, 128 - weight.to(torch.int16), weight).to(torch.uint8)
-    return tiles_of_bytes(signed.view(torch.int8), scales)
+    magnitude = weight.abs().view(torch.uint8) & 127  # of -128 none is left: it is a sign without a magnitude
+    signed = magnitude | weight.view(torch.uint8) & 128
+    kind = torch.uint8 if weight.numel() and weight.amin() == -128 else torch.int8  # it takes a little longer
+    return tiles_of_bytes(signed.view(kind), scales)
 
 
 def tiles_of_groups(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """int4: of 16 rows a line holds 8 columns, of each row 32 bits, columns 2p and 2p + 1 in bits 4p and
     4p + 16; scales and offsets lie by blocks of 16 rows, too."""
-    blocks = unpack_int4(weight).view(len(weight) // 16, 16, -1, 4, 2)
-    q = blocks.transpose(1, 2)  # block, line, row, p, half
-    lines = (q[..., 0:4:2, :] | q[..., 1:4:2, :] << 4).transpose(-1, -2)
-    pairs = scales.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
-    return lines.reshape(weight.shape), pairs.view(scales.shape)
+    two = (
+        unpack_int4(weight).view(torch.int16).view(len(weight) // 16, 16, -1, 4).int()
+    )  # columns, a byte each
+    p = (two & 15 | (two & 0xF00) << 8).unbind(-1)
+    lines = (p[0] | p[1] << 4 | p[2] << 8 | p[3] << 12).transpose(1, 2).contiguous()
+    pairs = scales.unflatten(0, (-1, 16)).transpose(1, 2)
+    if scales.dtype == torch.float32:  # 16 scales, then 16 offsets
+        pairs = pairs.transpose(2, 3)
+    pairs = pairs.contiguous()
+    return lines.view(torch.uint8).view(weight.shape), pairs.view(scales.shape)
 
 
 def need_cpp() -> None:
@@ -366,16 +390,13 @@ def default_shape(x: Tensor, weight: Tensor, scales: Tensor, n: int, mode: str) 
 class QuantLinear(nn.Module):
     """A linear layer of packed weights, laid out for a kernel if its format has one for their device.
 
-    n_out and n_in are the sizes without the padding of packing. bias: (n_out,) in the type of activations.
+    n_out and n_in are the sizes without the padding of packing.
     """
 
-    def __init__(
-        self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, scheme: Scheme,
-        bias: nn.Parameter | None = None,
-    ):  # fmt: skip
+    def __init__(self, weight: Tensor, scales: Tensor, n_out: int, n_in: int, scheme: Scheme):
         super().__init__()
-        self.bias = bias
         self.n_out, self.n_in, self.mode = n_out, n_in, scheme.mode
+        self.bias: nn.Parameter | None = None  # never quantised
         self.kernel = kernel_for(scheme, weight.device)
         packed = pad_rows(weight), pad_rows(scales)
         weight, scales = self.kernel.lay_out(*packed) if self.kernel is not None else packed
@@ -402,8 +423,11 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.cat([x, torch.zeros(missing, *x.shape[1:], dtype=x.dtype, device=x.device)])
 
 
-def is_quantized(row: Row, scheme: Scheme) -> bool:
-    return row.quantized == "always" or (row.quantized == "with LM head" and scheme.lm_head)
+def is_quantized(row: Row, scheme: Scheme, name: str = "") -> bool:
+    """name: the published one; it may be left out where quantize.py quantises, since that keeps none."""
+    return (row.quantized == "always" or (row.quantized == "with LM head" and scheme.lm_head)) and (
+        name not in scheme.kept
+    )
 
 
 def completer(
@@ -427,8 +451,14 @@ def replace_linear(
     model: Transformer, parameter: str, packed: tuple[Tensor, Tensor], shape: tuple[int, int], scheme: Scheme
 ) -> None:
     """Puts a quantised layer in the place of the one that has this weight, and lets the weight go."""
+    put_in_place(model, parameter, QuantLinear(*packed, *shape, scheme))
+
+
+def put_in_place(model: Transformer, parameter: str, product: nn.Module) -> None:
+    """Puts a product in the place of the linear layer that has this weight, whose bias it takes over."""
     name = parameter.removesuffix(".weight")
-    model.set_submodule(name, QuantLinear(*packed, *shape, scheme, model.get_submodule(name).bias))
+    product.bias = model.get_submodule(name).bias
+    model.set_submodule(name, product)
 
 
 def prepare(device: torch.device, scheme: Scheme) -> None:
@@ -476,12 +506,13 @@ def check_columns(args: ModelArgs, world: int, scheme: Scheme) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose config.json has been read: shape, and how it is packed where `convert` wrote it."""
+    """A folder whose config.json has been read: shape, and how it is packed where it is quantised."""
 
     folder: Path
     args: ModelArgs
     scheme: Scheme | None = None
-    fingerprint: str = ""  # of the unquantised model, where there is a scheme
+    fingerprint: str = ""  # of the unquantised model, where `convert` wrote the folder
+    layout: published.Layout | None = None  # where others did
 
 
 def open_checkpoint(folder: str | Path | Checkpoint) -> Checkpoint:
@@ -492,7 +523,35 @@ def open_checkpoint(folder: str | Path | Checkpoint) -> Checkpoint:
     path = folder / "config.json"
     config = read_json(path)
     args, found = args_of(config, str(path)), config.get("judge_fast")
+    if foreign := config.get("quantization_config"):
+        layout = published.layout_of(foreign, str(path))
+        return Checkpoint(folder, args, published_scheme(folder, args, layout), layout=layout)
     return Checkpoint(folder, args, *(read_entry(found, path) if found is not None else ()))
+
+
+def published_scheme(folder: Path, args: ModelArgs, layout: published.Layout) -> PublishedScheme:
+    """What a folder's files say of its weights: which are quantised, and whether bf16 holds their scales.
+
+    Raises InputError as `checkpoint.find_weights` does, and where none is quantised.
+    """
+    files, sign = checkpoint.find_weights(folder, args, layout.suffixes), layout.suffixes[0]
+    may = [name for name, row in weight_plan(args).items() if row.quantized != "never"]
+    there = [name for name in may if name.removesuffix(".weight") + sign in files]
+    if not there:
+        raise InputError(
+            f"{folder}: config.json says quantization_config of {layout.name}, but no tensor *{sign} "
+            f"is there; remove that entry, or download the folder again."
+        )
+    places = [name.removesuffix(".weight") + layout.scales for name in there]
+    if lost := next((place for place in places if place not in files), None):
+        raise InputError(f"{folder} has no tensor {lost}, which its quantised weights need.")
+    scales = {checkpoint.Stored(*files[place]).dtype for place in places}
+    wide = layout.mode == "int4" and not (layout.symmetric and scales == {torch.bfloat16})
+    group = layout.unit if layout.mode == "int4" else Scheme.group_size
+    kept = frozenset(may) - {*there}
+    return PublishedScheme(
+        layout.mode, group, lm_head=checkpoint.LM_HEAD in there, wide=wide, kept=kept, kind=layout.name
+    )
 
 
 def read_entry(found, path: Path) -> tuple[Scheme, str]:
@@ -519,7 +578,7 @@ def load_model(
     folder: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
     scheme: Scheme | None = None, shard: Shard | None = None,
 ) -> Transformer:  # fmt: skip
-    """Loads a published folder, quantised on the way if there is a scheme, or a folder that `convert` wrote.
+    """Loads a published folder, quantised on the way if there is a scheme, or one that is quantised already.
 
     dtype: of activations, caches and what is not quantised. shard: loads only that part, whose packed weights
     and scales are the slices of the whole's. Raises InputError as `checkpoint.load_published` does, and when
@@ -541,7 +600,7 @@ def load_model(
         check_columns(source.args, shard.world, scheme)
     prepare(device, scheme)
     if source.scheme is not None:
-        return load_quantized(source, device, dtype, shard)
+        return load_packed(source, device, dtype, shard)
     complete = completer(source.args, scheme, shard)
     return checkpoint.load_published(source.folder, source.args, device, dtype, complete, shard)
 
@@ -572,48 +631,145 @@ def filled_up(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """x with zeros after its last rows and columns, up to a size."""
     if x.shape == size:
         return x
-    whole = torch.zeros(size, dtype=x.dtype)
+    whole = torch.zeros(size, dtype=x.dtype, device=x.device)
     whole[tuple(slice(length) for length in x.shape)] = x
     return whole
 
 
-def load_quantized(
+def load_packed(
     source: Checkpoint, device: torch.device, dtype: torch.dtype | None, shard: Shard | None
 ) -> Transformer:
-    """Loads a folder that `convert` wrote."""
-    folder, args, scheme = source.folder, source.args, source.scheme
-    files = checkpoint.checkpoint_files(folder)
-    checkpoint.check_layers(files, args, folder)
+    """Loads a folder that is quantised already, by `convert` or by others."""
+    folder, args, scheme, layout = source.folder, source.args, source.scheme, source.layout
     local, groups = shard.local(args) if shard else args, grouped_plan(args)
-    reader = checkpoint.Reader(folder, {name: (file, name) for name, file in files.items()})
+    reader, read = checkpoint.Reader(folder, files_of(source)), read_ours if layout is None else read_theirs
     model, places = empty_model(args, local), weight_plan(local)
     progress = Progress(f"loading {folder}", len(groups))
 
     for ours, tensors in groups.items():
-        packed: dict[str, list[Tensor]] = {}
+        parts: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
         for name, row in tensors.items():
             part = shard.part(args, row) if shard else ()
-            if is_quantized(row, scheme):
-                sizes = packed_shapes(places[name].shape, scheme)
-                slices = packed_part(part, row.shape, scheme)
-                for suffix, (kind, size) in packed_shapes(row.shape, scheme).items():
-                    found = reader.read(name + suffix, size, kind, slices[suffix])
-                    packed.setdefault(suffix, []).append(filled_up(found, sizes[suffix][1]))
-                continue
-            tensor = reader.read(name, row.shape, part=part)
-            dtype = dtype or checkpoint.kept(tensor.dtype)
-            checkpoint.fill(materialise(model, ours, dtype, device), places[name], tensor)
-        if packed:
-            weight, scales = (torch.cat(parts).to(device) for parts in packed.values())
-            shape = sum(places[name].shape[0] for name in tensors), places[name].shape[1]
-            replace_linear(model, ours, (weight, scales), shape, scheme)
+            if is_quantized(row, scheme, name):
+                sizes = packed_shapes(places[name].shape, scheme).values()
+                found = read(source, reader, name, row, part, device)
+                parts[name] = tuple(filled_up(each, size) for each, (_, size) in zip(found, sizes))
+            else:
+                parts[name] = reader.read(name, row.shape, part=part)
+                dtype = dtype or parts[name].dtype
+        put(
+            model, ours, {name: (places[name], found) for name, found in parts.items()}, scheme, dtype, device
+        )
         progress.step()
 
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    model.fingerprint, model.quantization = source.fingerprint, str(scheme)
-    model.bytes_read = reader.bytes_read
+    model.fingerprint = source.fingerprint or published_fingerprint(source, reader)
+    model.quantization, model.bytes_read = str(scheme), reader.bytes_read
     return model.eval()
+
+
+def files_of(source: Checkpoint) -> dict[str, tuple[Path, str]]:
+    """Tensor name -> its file, and its name there, of a folder that is quantised already."""
+    if source.layout is not None:
+        return checkpoint.find_weights(source.folder, source.args, source.layout.suffixes)
+    files = checkpoint.checkpoint_files(source.folder)
+    checkpoint.check_layers(files, source.args, source.folder)
+    return {name: (file, name) for name, file in files.items()}
+
+
+def read_ours(
+    source: Checkpoint,
+    reader: checkpoint.Reader,
+    name: str,
+    row: Row,
+    part: tuple[slice, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Packed weight and scales of a matrix, or of the part, as `convert` wrote them."""
+    slices = packed_part(part, row.shape, source.scheme)
+    return tuple(
+        reader.read(name + suffix, size, kind, slices[suffix]).to(device)
+        for suffix, (kind, size) in packed_shapes(row.shape, source.scheme).items()
+    )
+
+
+def read_theirs(
+    source: Checkpoint,
+    reader: checkpoint.Reader,
+    name: str,
+    row: Row,
+    part: tuple[slice, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Packed weight and scales of a matrix, or of the part, from numbers that others have published."""
+    scheme, tensors = source.scheme, published.Tensors(reader, device)
+    q, scales, zeros = source.layout.read(tensors, name, row.shape, part)
+    missing, scales = padded(q.shape[1], scheme) - q.shape[1], scales.float()
+    q = F.pad(q.view(torch.uint8), (0, missing)).view(q.dtype) if missing else q
+    if zeros is None:
+        return q, scales.flatten()
+    kind = torch.float32 if scheme.wide else torch.bfloat16
+    return pack_int4(q), torch.stack([scales, -zeros.float() * scales], -1).to(kind)
+
+
+def put(
+    model: Transformer, ours: str, parts: dict, scheme: Scheme, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fills our parameter from its parts, each with its place: a tensor, or packed weight and scales.
+
+    Where only some parts of a fused matrix are quantised, each stays a product of its own.
+    """
+    packed = [isinstance(found, tuple) for _, found in parts.values()]
+    if not any(packed):
+        for place, tensor in parts.values():
+            checkpoint.fill(materialise(model, ours, dtype, device), place, tensor)
+        return
+    if all(packed):
+        rows, columns = (
+            sum(place.shape[0] for place, _ in parts.values()),
+            next(iter(parts.values()))[0].shape[1],
+        )
+        weight, scales = (torch.cat(each) for each in zip(*(found for _, found in parts.values())))
+        replace_linear(model, ours, (weight, scales), (rows, columns), scheme)
+        return
+    products = []
+    for place, found in parts.values():
+        if isinstance(found, tuple):
+            products.append(QuantLinear(*found, *place.shape, scheme))
+        else:
+            with torch.device("meta"):
+                products.append(Linear(*place.shape[::-1]))
+            weight = filled_up(found, place.shape).to(device, dtype)
+            products[-1].weight = nn.Parameter(weight, requires_grad=False)
+    put_in_place(model, ours, Mixed(products))
+
+
+class Mixed(nn.Module):
+    """A fused matrix of which only some parts are quantised: products side by side."""
+
+    def __init__(self, products: list[nn.Module]):
+        super().__init__()
+        self.products = nn.ModuleList(products)
+        self.bias: nn.Parameter | None = None
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
+        y = torch.cat([product(x) for product in self.products], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def published_fingerprint(source: Checkpoint, reader: checkpoint.Reader) -> str:
+    """Of a folder that others have quantised: from all tensors of its matrices, as they lie on disk."""
+    digest = checkpoint.new_digest(source.args)
+    for name in weight_plan(source.args):
+        stem = name.removesuffix(".weight")
+        for other in (name, *(stem + suffix for suffix in source.layout.suffixes)):
+            if other in reader.files:
+                stored = reader.stored(other)
+                digest.update(checkpoint.sample_of(None, tuple(stored.shape), stored))
+                reader.bytes_read += checkpoint.SAMPLES * stored.dtype.itemsize
+    return digest.hexdigest()[:16]
 
 
 def convert(folder: Path, out: Path, scheme: Scheme) -> None:
@@ -628,7 +784,7 @@ def convert(folder: Path, out: Path, scheme: Scheme) -> None:
     folder = source.folder
     check_lm_head(source.args, scheme)
     if source.scheme is not None:
-        raise InputError(f"{folder} is quantised already; name the published folder.")
+        raise InputError(f"{folder} is quantised already ({source.scheme}); name the unquantised folder.")
     work = out.with_name(out.name + ".partial")
     if is_complete(out, source, scheme):
         print(f"{out} is complete: {scheme}; an earlier run had written all of it.", file=sys.stderr)
@@ -774,8 +930,8 @@ def memory_line(name: str, model: Transformer) -> str:
 def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> int:
     """Bytes of a model's weights, those that are not quantised in `dtype`."""
     total = 0
-    for row in weight_plan(args).values():
-        quantized = scheme is not None and is_quantized(row, scheme)
+    for name, row in weight_plan(args).items():
+        quantized = scheme is not None and is_quantized(row, scheme, name)
         kinds = packed_shapes(row.shape, scheme).values() if quantized else [(dtype, row.shape)]
         total += sum(kind.itemsize * math.prod(size) for kind, size in kinds)
     return total
@@ -784,7 +940,7 @@ def weight_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> 
 def packed_matrices(args: ModelArgs, scheme: Scheme | None) -> list[tuple[int, int]]:
     """(N, K) of a model's quantised matrices, K padded."""
     parts = [
-        [row for row in tensors.values() if scheme is not None and is_quantized(row, scheme)]
+        [row for name, row in tensors.items() if scheme is not None and is_quantized(row, scheme, name)]
         for tensors in grouped_plan(args).values()
     ]
     return [(sum(row.shape[0] for row in rows), padded(rows[0].shape[1], scheme)) for rows in parts if rows]

@@ -85,7 +85,8 @@ class Shard:
         return (slice(None), slice(*span)) if row.cut == "columns" else (slice(*span),)
 
     def intermediate(self, args: ModelArgs) -> tuple[int, int]:
-        return tuple(args.intermediate_size // self.world * rank for rank in (self.rank, self.rank + 1))
+        each = args.intermediate_size // self.world
+        return self.rank * each, self.rank * each + each
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest of every rank's value, one by one: scales of a row whose columns the ranks share."""
@@ -163,8 +164,8 @@ def join(model: Transformer, shard: Shard) -> Transformer:
     model.tok_embeddings = VocabEmbedding(model.tok_embeddings.weight, *shard.vocabulary(model.args))
     for layer in model.layers:
         for product in (layer.attention.wo, layer.feed_forward.w2):  # the ranks share its columns
+            product.bias = None if shard.rank else product.bias  # added once
             product.register_forward_hook(lambda product, inputs, summand: all_reduce(summand))
-            product.bias = None if shard.rank else product.bias  # once in the sum
     return model
 
 

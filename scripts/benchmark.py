@@ -53,7 +53,6 @@ from model import (
     heads_as_rows,
     pick_device,
     random_model,
-    rope_table,
     run_dtype,
 )
 from quantize import (
@@ -68,6 +67,7 @@ from quantize import (
     scheme_of,
     weight_bytes,
 )
+from rope import rope_table
 from scripts.lib.benchmark_args import (
     SCHEMA,
     has_draft,

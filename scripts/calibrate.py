@@ -43,6 +43,7 @@ from scripts.lib.calibration import by_generating, by_labels, least_n
 from scripts.lib.flags import add_engine_flags, add_flags
 from scripts.lib.guarantee import read_calibration
 from scripts.lib.pair import check_settings, files_in, name_models
+from scripts.lib.published import take_sampling
 from scripts.lib.tasks import add_question_flags, questions_of
 
 
@@ -70,6 +71,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for what cannot run, before anything is loaded; fills in where things are kept."""
     args.device = pick_device(args.device)
     name_models(args)
+    take_sampling(args)
     if (args.max_harm is None) == (args.max_false_accept is None):
         raise InputError(
             "Give one of --max_harm (on questions) and --max_false_accept (on labelled answers)."

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from checkpoint import args_of, read_field, weight_plan
 from files import checkpoint_folder, is_file, read_json
-from model import LLAMA31_ROPE, LLAMA32_ROPE
-from scripts.lib.converting import check_new, new_folder, open_pickled, write_json, write_weights
+from rope import LLAMA31_ROPE, LLAMA32_ROPE
+from scripts.lib.converting import check_new, half_split, new_folder, open_pickled, write_json, write_weights
 from scripts.lib.flags import add_flags
 
 NAMES = {
@@ -90,13 +90,6 @@ def join(shards: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], fol
 
     found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
     raise InputError(f"{folder}: the parts of {name} have shapes {found}, which do not make {shape}.")
-
-
-def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorders the rows of a query or key matrix from (even, odd) pairs to first and second half of each
-    head."""
-    heads = weight.shape[0] // head_dim
-    return weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def rope_scaling(dim: int, n_layers: int) -> dict:

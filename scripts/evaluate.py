@@ -37,6 +37,7 @@ from scripts.lib.fastchat import check_model_answers, write_model_answers
 from scripts.lib.flags import MOST_PROCESSES, add_engine_flags, add_flags
 from scripts.lib.pair import check_settings, name_models, schemes_of
 from scripts.lib.public_tasks import TASKS
+from scripts.lib.published import take_sampling
 from scripts.lib.ranks import add_rank_flags, check_flags, own_device
 from scripts.lib.results import PEERS, check_parts, merge, part, rank_and_size
 from scripts.lib.scoring import Question
@@ -133,6 +134,7 @@ def with_samples(questions: list[Question], samples: int) -> list[Question]:
 def check_args(args: argparse.Namespace, rules: list[Variant], size: int) -> None:
     """Raises InputError for what cannot run, before anything is loaded; fills in what the task decides."""
     name_models(args)
+    take_sampling(args)
     if args.max_new_tokens is None:
         args.max_new_tokens = TASKS[args.task].max_new_tokens[args.chat] if args.task in TASKS else 200
     if args.samples > 1 and not args.temperature:

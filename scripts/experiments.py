@@ -64,6 +64,7 @@ from scripts.lib.flags import add_engine_flags, add_flags
 from scripts.lib.intervals import interval
 from scripts.lib.likelihood import perplexity, read_pairs
 from scripts.lib.pair import name_models
+from scripts.lib.published import take_sampling
 from scripts.lib.results import commit, machine
 from scripts.lib.summary import difference, shares_of, summarise
 from scripts.lib.tasks import load_questions
@@ -785,6 +786,7 @@ def check_args(args: argparse.Namespace, names: list[str]) -> None:
     if "rule_cost" in names and not args.compile:
         raise InputError("rule_cost is about compiled graphs; give --compile.")
     name_models(args)
+    take_sampling(args)
     for flag, folder in (("--work", args.work), ("--results", args.results)):
         check_folder(folder, flag)
     inputs = [*args.judge_data, args.mined, *filter(None, [args.judge_path])]

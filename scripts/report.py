@@ -62,6 +62,8 @@ NAMES = {  # of a header's fields, where its own word does not say it
     "judge": "judge's sha256",
     "speculate_k": "M, draft tokens a round",
     "top_k": "sampled from the most likely",
+    "top_p": "sampled from those that reach",
+    "min_p": "sampled above this share of the largest",
     "min_prob": "floor under the rule",
     "max_new_tokens": "longest answer, tokens",
     "precision": "number type",

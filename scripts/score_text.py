@@ -31,6 +31,7 @@ from scripts.lib.bench import Variant, label, parse_rules, settings_for
 from scripts.lib.flags import MOST_QUESTIONS, add_engine_flags, add_flags
 from scripts.lib.pair import check_settings, name_models
 from scripts.lib.public_tasks import json_lines
+from scripts.lib.published import take_sampling
 from scripts.lib.terminal import Paint
 from tokenizer import Decoder, Tokenizer, load_tokenizer
 
@@ -58,6 +59,7 @@ def check_args(args: argparse.Namespace) -> list[Variant]:
     """The rules to score by. Raises InputError for what cannot run, before anything is loaded."""
     variants = parse_rules(args.verify, args.threshold)
     name_models(args)
+    take_sampling(args)
     if ahead := [variant.name for variant in variants if variant.name in RULES and RULES[variant.name].ahead]:
         raise InputError(
             f"--verify {ahead[0]} looks ahead within a round, and a text has no rounds; take another rule."

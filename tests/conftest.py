@@ -59,6 +59,12 @@ TEMPLATES = {
                 "{{ '<｜User｜>' + m.content }}{% else %}{% set said = m.content %}{% if '</think>' in said %}"
                 "{% set said = said.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + said + '<｜end▁of▁sentence｜>' }}"
                 "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}",
+    "zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+              "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",
+    "mistral": "{%- if messages[0].role == 'system' %}{%- set system, rest = messages[0].content, messages[1:] %}{%- else %}{%- set rest = messages"
+               " %}{%- endif %}{{- bos_token }}{%- for m in rest %}{%- if m.role == 'user' %}{{- '[INST] ' }}{%- if system is defined and loop.last %}"
+               "{{- system + '\n\n' }}{%- endif %}{{- m.content + ' [/INST]' }}{%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim +"
+               " eos_token }}{%- else %}{{- raise_exception('only user and assistant') }}{%- endif %}{%- endfor %}",
     "llama 2": "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
                "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
                "{% endif %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n') if system"

@@ -89,6 +89,7 @@ COMMANDS = {  # command lines that work in the folder of `make_world`; the first
         " --questions demo",
     ],
     "convert_bin.py": ["--checkpoint_path pickled --out out/converted"],
+    "convert_gguf.py": ["model.gguf --out out/converted"],
     "convert_meta_checkpoint.py": ["--checkpoint_dir meta --out out/converted"],
     "download.py": ["gsm8k/LICENSE --out out/data --source http://127.0.0.1:9", "--list"],
     "evaluate.py": [
@@ -229,6 +230,9 @@ def make_models(world: Path) -> None:
         "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))  # fmt: skip
     (world / "tiktoken" / "chat_template.jinja").write_text(template)
     write_meta(world / "meta", theirs.state_dict(), theirs.config, 1)
+    from test_convert_gguf import write_gguf
+
+    write_gguf(world / "model.gguf", theirs)
     shutil.copytree(world / "target", world / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(theirs.state_dict(), world / "pickled" / "pytorch_model.bin")
     target = load_model(world / "target")

@@ -63,10 +63,7 @@ def main() -> None:
     )
     engines = [Engine(target, None, None, Settings("plain"), tokenizer.stop_ids, 256),
                Engine(target, draft, head, Settings("judge", head.threshold), tokenizer.stop_ids, 256)]  # fmt: skip
-    prompts = [
-        tokenizer.prompt(problem.question)
-        for problem, _ in zip(problems(7, True), range(200))
-    ]
+    prompts = [tokenizer.prompt(problem.question) for problem, _ in zip(problems(7, True), range(200))]
     points, first, began = [], [], time.monotonic()
     for number in range(args.generations):
         tokens = (

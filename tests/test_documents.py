@@ -132,7 +132,7 @@ def test_the_diffs_and_the_rule_of_the_readme_do_what_they_say(tmp_path, capsys,
     (copy / "checkpoints").symlink_to(ROOT / "checkpoints")
     for name in DIFFS:
         subprocess.run(["git", "apply", ROOT / "docs" / "diffs" / f"{name}.diff"], cwd=copy, check=True)
-    rope = {"rope_type": "proportional", "factor": 4.0, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+    rope = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
     model = make_folder(tmp_path / "variant", rope_parameters=rope)
     ids = torch.randint(0, 97, (1, 60), generator=torch.Generator().manual_seed(0))
     torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "variant" / "expected.pt")

@@ -23,7 +23,8 @@ from scripts.evaluate import main, share_of
 from scripts.lib import summary
 from scripts.lib.public_tasks import read_task
 from scripts.lib.results import MADE, by_key, check_parts, merge, part
-from scripts.lib.turns import cut, said_ids, turn_ids
+from scripts.lib.stops import cut
+from scripts.lib.turns import said_ids, turn_ids
 from tokenizer import load_tokenizer
 
 LLAMA3 = DATA / "tokenizers" / "llama3" / "tokenizer.model"

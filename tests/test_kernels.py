@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 import kernels
-from model import ModelArgs, Transformer, apply_rope, random_model, rope_table
+from model import ModelArgs, Transformer, random_model
+from rope import apply_rope, rope_table
 
 kernels.use_cpu_kernels()
 ARGS = ModelArgs(48, 2, 6, 2, 64, 101, 16, max_position=4096)

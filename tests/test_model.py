@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import args_of, checkpoint_files, read_config
 from cli import InputError
-from model import PRESETS, ModelArgs, Transformer, preset, random_model, rope_table
+from model import PRESETS, ModelArgs, Transformer, preset, random_model
 from quantize import load_model
-from rope import ROPES, Llama3Rope, Rope
+from rope import ROPES, Llama3Rope, rope_table
 from scripts.convert_meta_checkpoint import NAMES, TOP, convert
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -135,28 +135,23 @@ def test_rope_is_read_in_both_spellings():
 
 
 @dataclass(frozen=True)
-class ProportionalRope(Rope):
-    factor: float
+class ProportionalRope:
     partial_rotary_factor: float
 
     def scale(self, freqs: torch.Tensor, theta: float) -> torch.Tensor:
-        turning = torch.arange(len(freqs)) < self.partial_rotary_factor * len(freqs)
-        return torch.where(turning, freqs / self.factor, 0.0)
+        return freqs * (torch.arange(len(freqs)) < int(self.partial_rotary_factor * len(freqs)))
 
 
 @torch.inference_mode()
 def test_a_rope_is_one_entry(tmp_path, monkeypatch):
     """What rope.ROPES might gain is read from config.json, and told apart by the fingerprint."""
-    kind = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0}
-    theirs = make_folder(tmp_path / "a", rope_parameters=kind | {"factor": 4.0})
-    make_folder(tmp_path / "b", rope_parameters=kind | {"factor": 2.0})
+    kind = {"rope_type": "proportional", "rope_theta": 500.0}
+    theirs = make_folder(tmp_path / "a", rope_parameters=kind | {"partial_rotary_factor": 0.5})
+    make_folder(tmp_path / "b", rope_parameters=kind | {"partial_rotary_factor": 0.25})
     monkeypatch.setitem(ROPES, "proportional", ProportionalRope)
     ids = torch.randint(0, 97, (1, 100))
     ours = load_model(tmp_path / "a")
-    assert (
-        ours.args.rope_scaling == ProportionalRope(4.0, 0.5)
-        and error(ours(ids)[1], theirs(ids).logits) < 1e-4
-    )
+    assert ours.args.rope_scaling == ProportionalRope(0.5) and error(ours(ids)[1], theirs(ids).logits) < 1e-4
     assert ours.fingerprint != load_model(tmp_path / "b").fingerprint
 
 
@@ -165,15 +160,11 @@ def test_a_rope_is_one_entry(tmp_path, monkeypatch):
     [
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": 1}, "attention_bias=1 must be true or false"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'.*'linear' and 'yarn' are"),
-        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "'factor'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate=1 must be true or"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}}, "beta_fast='32'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}}, "rope_theta=1.0 must be"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"mlp_bias": 1}, "mlp_bias"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "'hqq'"),
         ({"num_key_value_heads": 3}, "3 KV heads"),
         ({"vocab_size": None}, "no field 'vocab_size'"),
         ({"vocab_size": "97"}, "vocab_size='97'"),

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -414,25 +413,6 @@ def test_a_written_folder_is_what_quantising_while_loading_gives(folder, tmp_pat
     assert 0 < (outputs[0] - reference).norm() / reference.norm() < (0.4 if scheme.mode == "int4" else 0.1)
     stored = {id(x): x.nbytes for x in models[0].state_dict().values()}
     assert sum(stored.values()) >= weight_bytes(models[0].args, torch.float32, scheme)
-
-
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4")], ids=str)
-@torch.inference_mode()
-def test_biases_are_kept_as_they_are(tmp_path, scheme):
-    theirs = make_folder(tmp_path / "m", attention_bias=True, mlp_bias=True, scale=2.0)
-    convert(tmp_path / "m", tmp_path / "out", scheme)
-    models = [load_model(tmp_path / "out", "cpu"), load_model(tmp_path / "m", "cpu", None, scheme)]
-    for rows in (1, 70):  # by the kernels, and as a prefill
-        ids = torch.randint(0, 97, (1, rows), generator=torch.Generator().manual_seed(0))
-        found, reference = [model(ids)[1] for model in models], theirs(ids).logits
-        assert torch.equal(*found)
-        assert (found[0] - reference).norm() < (0.4 if scheme.mode == "int4" else 0.1) * reference.norm()
-    down = models[0].get_parameter("layers.1.feed_forward.w2.bias")
-    assert torch.equal(down, theirs.get_parameter("model.layers.1.mlp.down_proj.bias"))
-    biases = sum(x.nbytes for name, x in theirs.named_parameters() if name.endswith("bias"))
-    args = models[0].args
-    without = weight_bytes(replace(args, attention_bias=False, mlp_bias=False), torch.float32, scheme)
-    assert weight_bytes(args, torch.float32, scheme) == without + biases
 
 
 def test_what_is_quantised(folder):

@@ -276,7 +276,9 @@ def as_messages(turns) -> list[dict]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-@pytest.mark.parametrize("form", ["llama 3", "llama 3.1", "llama 3.2", "chatml", "deepseek"])
+@pytest.mark.parametrize(
+    "form", ["llama 3", "llama 3.1", "llama 3.2", "chatml", "deepseek", "zephyr", "mistral", "llama 2"]
+)
 def test_chat_ids_are_those_of_apply_chat_template(tmp_path, small_llama3, form):
     from transformers import AutoTokenizer
 
@@ -411,7 +413,14 @@ def test_a_further_turn_is_what_the_whole_chat_has_there(tmp_path, small_llama3,
 def test_the_chat_formats_own_end_of_turn_stops(tmp_path, small_llama3):
     """With --chat alone, and beside whatever the folder names."""
     base = 256 + len(MERGES)
-    for form, name in (("llama 3", 9), ("llama 3.2", 9), ("chatml", 12), ("deepseek", 17)):
+    for form, name in (
+        ("llama 3", 9),
+        ("llama 3.2", 9),
+        ("chatml", 12),
+        ("deepseek", 17),
+        ("zephyr", 9),
+        ("mistral", 9),
+    ):
         folder = small_chat(tmp_path / "m", small_llama3, TEMPLATES[form])
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": base + 1}))
         (folder / "config.json").write_text(

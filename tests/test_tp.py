@@ -51,7 +51,6 @@ SHAPES = {
     | {"num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 643},
     "three heads a KV head": WIDE | {"num_attention_heads": 6, "num_key_value_heads": 2},
 }
-BIASES = {"attention_bias": True, "mlp_bias": True}
 SCHEMES = {"int8": quantize.Scheme("int8"), "fp8": quantize.Scheme("fp8", lm_head=True), "int4": quantize.Scheme("int4"),
            "int4/64": quantize.Scheme("int4", 64, symmetric=True)}  # fmt: skip
 WORLDS = {
@@ -264,9 +263,10 @@ def test_garbage_in_a_ranks_environment_is_named_by_every_rank(monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Random targets (GQA in bf16 and the same in int8; tied, with biases) with drafts and judges, and the demo's tokenizer."""
+    """Random targets (GQA in bf16 and the same in int8; tied) with drafts and judges, and the demo's tokenizer."""
     root = tmp_path_factory.mktemp("ranks")
-    shapes = {"gqa": SHAPES["gqa"], "tied": SHAPES["tied, one KV head, uneven vocabulary"] | BIASES}
+    biases = {"attention_bias": True, "mlp_bias": True}
+    shapes = {"gqa": SHAPES["gqa"] | biases, "tied": SHAPES["tied, one KV head, uneven vocabulary"]}
     for number, (name, shape) in enumerate(shapes.items()):
         shape = shape | {"max_position_embeddings": 4096}
         for role, change in (("target", {}), ("draft", {"num_hidden_layers": 1})):
@@ -430,7 +430,18 @@ def test_torchrun_and_a_rank_that_dies_under_it(folders):
     commands = [
         flags(folders, "gqa", "kl", "--threshold", "4", "--draft_tp", "shard", "--check_ranks"),
         flags(folders, "tied", "ensemble", "--check_ranks"),
-        flags(folders, "gqa", "standard", "--temperature", "0.9", "--top_k", "20", "--check_ranks"),
+        flags(
+            folders,
+            "gqa",
+            "standard",
+            "--temperature",
+            "0.9",
+            "--top_k",
+            "20",
+            "--top_p",
+            "0.9",
+            "--check_ranks",
+        ),
         flags(
             folders,
             "gqa",

@@ -15,11 +15,13 @@ from judge import RULES, JudgeHead, needs_judge
 from model import Transformer, run_dtype
 from scripts.lib.pair import load_pair, schemes_of
 from scripts.lib.peers import peer
+from scripts.lib.published import filters_of
 from scripts.lib.results import PEERS, by_key, check_same_questions, how_made, resume
 from scripts.lib.scoring import CHECKERS, Question
+from scripts.lib.stops import cut
 from scripts.lib.tasks import question_header
 from scripts.lib.token_details import as_fields, token_details
-from scripts.lib.turns import Answering, answer_turns, cut, failed_turn, turn_ids
+from scripts.lib.turns import Answering, answer_turns, failed_turn, turn_ids
 from tokenizer import load_tokenizer
 
 SEEDS = 1_000_003  # between the samples of a question
@@ -121,7 +123,7 @@ def make_header(
         "judge": judge,
         "speculate_k": args.speculate_k,
         "temperature": args.temperature,
-        "top_k": args.top_k,
+        **dict(zip(("top_k", "top_p", "min_p"), filters_of(args))),
         "min_prob": args.min_prob,
         "max_new_tokens": args.max_new_tokens,
         "precision": str(target.dtype).removeprefix("torch."),

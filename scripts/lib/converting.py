@@ -43,6 +43,13 @@ def open_pickled(path: Path) -> dict[str, Tensor]:
     return shard
 
 
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorders the rows of a query or key matrix from (even, odd) pairs to first and second half of each
+    head."""
+    heads = weight.shape[0] // head_dim
+    return weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
 def beside(out: Path) -> Path:
     """Where a folder is written before it is whole."""
     return out.with_name(out.name + ".tmp")

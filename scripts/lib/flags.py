@@ -69,11 +69,27 @@ FLAGS = {  # name -> keywords of `add_argument`; a default or choices may be a f
         "help": "our GPU kernels start early (Hopper and later; no GPU has run it)",
     },
     "chat": {"action": "store_true", "help": "put prompts into the checkpoint folder's chat format"},
+    "system": {"help": "with --chat: a system message, before the first turn"},
     "max_new_tokens": {"type": whole(1, MOST_TOKENS), "default": 200, "help": "tokens of an answer, at most"},
     "temperature": {"type": number(0, 1000), "default": 0.0, "help": "0 is greedy"},
+    "sample": {
+        "action": "store_true",
+        "help": "sample as the folder's generation_config.json says, at its temperature (else 1)",
+    },
     "top_k": {
         "type": whole(0, MOST_TOKENS),
-        "help": "sample from the K most likely tokens; 0: from all (default: all)",
+        "help": "sample from the K most likely tokens; 0: from all (default of these three: the folder's, or "
+        "off)",
+    },
+    "top_p": {
+        "type": number(0, 1),
+        "help": "sample from the most likely tokens that together reach this probability; 1: off (default: "
+        "the folder's)",
+    },
+    "min_p": {
+        "type": number(0, 1),
+        "help": "sample from tokens of at least this times the largest probability; 0: off (default: the "
+        "folder's)",
     },
     "min_prob": {
         "type": number(0, 1),
@@ -131,7 +147,7 @@ def add_model_flags(parser) -> None:
 
 def add_decoding_flags(parser, **changed: dict) -> None:
     """How to decode; changed: as in `add_flags`."""
-    names = ("max_new_tokens", "temperature", "top_k", "min_prob", "speculate_k")
+    names = "max_new_tokens", "sample", "temperature", "top_k", "top_p", "min_p", "min_prob", "speculate_k"
     add_flags(parser, **{name: changed.get(name, {}) for name in names})
 
 

@@ -228,6 +228,8 @@ def conditions(engine, chat: bool, max_new_tokens: int, speculate_k: int | str |
         " ".join(filter(None, (draft.fingerprint, draft.quantization))) if draft else None
     )  # quantised it is another
     between = list(s.relax_between) if s.relax_between else None
+    # Only where they are on: calibrations made before there were these stay what they are
+    filters = {name: value for name, value in (("top_p", s.top_p), ("min_p", s.min_p)) if value is not None}
     return {
         "verify": s.verify,
         "target": engine.target.fingerprint,
@@ -235,6 +237,7 @@ def conditions(engine, chat: bool, max_new_tokens: int, speculate_k: int | str |
         "speculate_k": speculate_k or ("auto" if s.adaptive else s.speculate_k),
         "temperature": s.temperature,
         "top_k": s.top_k if s.temperature else None,
+        **(filters if s.temperature else {}),
         "min_prob": s.min_prob,
         "relax_between": between,
         "chat": chat,

@@ -1,7 +1,6 @@
 """Loading a target, its draft and its judge, after checking that they fit together and into memory."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,40 +17,22 @@ from tokenizer import Tokenizer, load_tokenizer
 
 
 def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) -> None:
-    """Raises InputError when draft and target do not share a vocabulary: the tokenizer, and the size but for
-    rows that no token of it has."""
-    ours, sizes = load_tokenizer(folders[0]), (target.vocab_size, draft.vocab_size)
-    padded = sizes[0] != sizes[1]
-    if padded and not (ours.vocab_size <= min(sizes) and same_tokens(ours, load_tokenizer(folders[1]))):
+    """Raises InputError when draft and target do not share a vocabulary, by tokenizer and by size. Sizes may
+    differ in padding, beyond the tokens that the tokenizer has."""
+    tokenizer = load_tokenizer(folders[0])
+    if target.vocab_size != draft.vocab_size and tokenizer.vocab_size > min(
+        target.vocab_size, draft.vocab_size
+    ):
         raise InputError(
             f"Draft and target must share a vocabulary: {folders[1]} has {draft.vocab_size} tokens, "
-            f"{folders[0]} has {target.vocab_size}, and their tokenizers do not say that the rest is padding."
+            f"{folders[0]} has {target.vocab_size}, and the difference is more than padding."
         )
     sample = "The quick brown fox: 12345 + 67890 = 80235, naïve Übermut 你好 🙂\n\n    def f(x):"
-    if ours.encode(sample) != load_tokenizer(folders[1]).encode(sample):
+    if tokenizer.encode(sample) != load_tokenizer(folders[1]).encode(sample):
         raise InputError(
             f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} "
             f"differ."
         )
-
-
-def same_tokens(ours: Tokenizer, theirs: Tokenizer) -> bool:
-    """Whether two tokenizers have the same bytes for every id."""
-    size = ours.vocab_size
-    return size == theirs.vocab_size and all(
-        ours.token_bytes(i) == theirs.token_bytes(i) for i in range(size)
-    )
-
-
-def cut_vocabulary(model: Transformer, size: int) -> None:
-    """Leaves the first `size` logits of a model whose others belong to no token. What ranks gather, tp.whole
-    and tp.most_likely cut to model.args by themselves."""
-    if model.args.vocab_size == size:
-        return
-    if not tp.divided(model):
-        model.output.register_forward_hook(lambda layer, inputs, logits: logits[..., :size].contiguous())
-        model.local = replace(model.local, vocab_size=size)
-    model.args = replace(model.args, vocab_size=size)
 
 
 def check_tokenizer(tokenizer: Tokenizer, shape: ModelArgs, folder: Path) -> None:
@@ -115,11 +96,22 @@ def load_pair(
     check_memory(local, capacity, dtype, device, written, speculate_k)
     models = [load_model(*each) for each in zip(sources, [device] * 2, [dtype] * 2, schemes, shards)]
     models = [tp.join(model, shard) if shard else model for model, shard in zip(models, shards)]
-    for model in models:  # one may be padded further than the other
-        cut_vocabulary(model, min(shape.vocab_size for shape in shapes))
     agree({f"weights of the {role}": model.fingerprint for role, model in zip(("target", "draft"), models)})
     head = load_judge(judge, *models) if judge is not None else None
     return models[0], models[1] if draft is not None else None, head
+
+
+def fit(target: Transformer, draft: Transformer | None) -> None:
+    """Makes the draft's logits as wide as the target's, where the two differ in padding."""
+    size = target.args.vocab_size
+    if draft is None or draft.speaks == size:
+        return
+    if tp.divided(draft):
+        raise InputError(
+            f"The draft has {draft.args.vocab_size} tokens and the target {size}: ranks cannot share such a "
+            f"draft; give --draft_tp replicate."
+        )
+    draft.speaks = size
 
 
 def schemes_of(args: argparse.Namespace) -> tuple[Scheme | None, Scheme | None]:
@@ -158,6 +150,9 @@ def check_settings(s, has_draft: bool, has_judge: bool) -> None:
         raise InputError(f"--temperature {s.temperature} must be 0 (greedy) or between 0.001 and 1000.")
     if s.top_k is not None and s.top_k < 1:
         raise InputError(f"--top_k {s.top_k} is too small: it keeps at least 1 token.")
+    for name, value in (("top_p", s.top_p), ("min_p", s.min_p)):
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"--{name} {value} is no share between 0 and 1.")
     if not 0 <= s.min_prob < 1:
         raise InputError(f"--min_prob {s.min_prob} is no probability below 1.")
     if s.verify != "plain" and not has_draft:

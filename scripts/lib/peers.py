@@ -100,8 +100,6 @@ def twin(model: Transformer):
         max_position_embeddings=a.max_position,
         rope_parameters=rope,
         tie_word_embeddings=a.tie_embeddings,
-        attention_bias=a.attention_bias,
-        mlp_bias=a.mlp_bias,
         bos_token_id=1,
         eos_token_id=2,
     )

@@ -65,6 +65,7 @@ class Result:
     stop_reason: str = "length"
     rounds: int = 0
     drafted: int = 0
+    prefilled: int = 0  # prompt tokens that were read; the caches held those before, the last is a round's
     seconds_prefill: float = 0.0
     seconds_decode: float = 0.0
     score: float = 0.0

@@ -1,11 +1,11 @@
-"""What a person sees of an answer: colours, one line of figures, JSON, and a conversation."""
+"""What a person sees of an answer: colours, one line of figures, JSON."""
 
 import argparse
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,8 @@ from scripts.lib.guarantee import Drift, announce, kind_of, warn_of_drift
 from scripts.lib.pair import name_demo
 from scripts.lib.ranks import add_rank_flags
 from scripts.lib.result import Result
-from tokenizer import Decoder, Tokenizer, decode
+from scripts.lib.stops import cut, decode_until, pieces_of
+from tokenizer import Tokenizer, decode
 
 DEMO_PROMPT = "Mia has 47 apples. She buys 38. She multiplies it by 3. She sells 79. How many apples now?"
 DEMO_FORMS = """the demo pair knows only problems of the forms "Mia has 47 apples. She buys 38. She \
@@ -57,13 +58,10 @@ class Paint:
         return f"{opening}{text}{closing}" if text else ""
 
 
-def paint_tokens(tokenizer: Tokenizer, result: Result, paint: Paint) -> str:
-    """The answer with marks; stop tokens are left out."""
-    decoder, parts = Decoder(tokenizer), []
-    tokens = [pair for pair in zip(result.tokens, result.origin) if pair[0] not in tokenizer.stop_ids]
-    for letter, group in groupby(tokens, key=lambda pair: pair[1]):
-        parts.append(paint.token("".join(decoder.push(token) for token, _ in group), letter))
-    return "".join(parts) + decoder.flush()
+def paint_tokens(tokenizer: Tokenizer, result: Result, paint: Paint, stops: Sequence[str] = ()) -> str:
+    """The answer with marks, up to its first stop text; stop tokens are left out."""
+    groups = groupby(pieces_of(tokenizer, result, stops), key=lambda piece: piece[1])
+    return "".join(paint.token("".join(text for text, _ in group), letter) for letter, group in groups)
 
 
 def answer_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
@@ -87,8 +85,8 @@ def name_of(engine) -> str:
     return s.verify if s.threshold is None else f"{s.verify} {s.threshold:g}"
 
 
-def as_json(engine, result: Result, text: str) -> str:
-    """One sample as one line of JSON."""
+def as_json(engine, result: Result, text: str, stops: Sequence[str] = ()) -> str:
+    """One sample as one line of JSON. stops: the stop texts asked for."""
     s = engine.settings
     return json.dumps({
         "prompt_tokens": result.prompt_tokens, "tokens": result.tokens, "origin": "".join(result.origin),
@@ -97,73 +95,11 @@ def as_json(engine, result: Result, text: str) -> str:
         "mean_accepted": result.mean_accepted, "seconds_prefill": result.seconds_prefill,
         "seconds_decode": result.seconds_decode, "tokens_per_second": result.tokens_per_second,
         "verify": s.verify, "threshold": s.threshold, "min_prob": s.min_prob,
+        "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p,
+        "stop": list(stops),
         "speculate_k": "auto" if s.adaptive else s.speculate_k, "relax_between": s.relax_between,
         "mean_score": result.mean_score, "device": str(engine.target.device), "dtype": kind_of(engine.target),
     })  # fmt: skip
-
-
-def ask() -> str | None:
-    """A line from a person, None at end of input. Raises InputError for input that is closed or no text."""
-    if sys.stdin is None:
-        raise InputError("--interactive finds standard input closed.")
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return None
-    except UnicodeError as error:
-        raise InputError(f"--interactive found no UTF-8 text on standard input: {error}.") from None
-
-
-def chat_loop(args: argparse.Namespace, engine, tokenizer: Tokenizer, drift: Drift) -> None:
-    """Asks for prompts and streams answers until end of input; with --chat the conversation is kept until it
-    is full.
-
-    Ctrl-C stops the answer, of which what was shown is kept; while a prompt is asked for it ends the program.
-    """
-    paint, messages = Paint(sys.stdout, engine.draft is not None, args.marks), []
-    if paint.on:
-        print(paint.legend, file=sys.stderr)
-    engine.generator.manual_seed(args.seed % 2**63)
-    while True:
-        text = tp.first(ask)
-        if text is None:
-            print()
-            return
-        if not text:
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            prompt = tokenizer.encode_chat(messages) if args.chat else encode_prompt(args, tokenizer, text)
-            answer, result = stream_answer(args, engine, tokenizer, prompt, paint)
-            warn_of_drift(drift, result)
-            messages.append({"role": "assistant", "content": answer})
-        except InputError as error:
-            print(
-                f"generate.py: {error}" + (" The conversation begins anew." if args.chat else ""),
-                file=sys.stderr,
-            )
-            messages = []
-
-
-def stream_answer(
-    args: argparse.Namespace, engine, tokenizer: Tokenizer, prompt: list[int], paint: Paint
-) -> tuple[str, Result]:
-    """Prints one answer as it comes, as long as there is room for it or until Ctrl-C, and returns what was
-    shown."""
-    room = min(engine.length, engine.context[0]) - len(prompt)
-    decoder, shown = Decoder(tokenizer), []
-    try:
-        for token, letter in engine.stream(prompt, min(args.max_new_tokens, max(1, room))):
-            shown.append(token)
-            if token not in tokenizer.stop_ids:
-                print(paint.token(decoder.push(token), letter), end="", flush=True)
-    except KeyboardInterrupt:
-        if tp.shard():  # torchrun ends all ranks
-            raise
-        engine.result.stop_reason = "interrupt"
-    print(decoder.flush(), flush=True)
-    print(summary(name_of(engine), engine.result), file=sys.stderr)
-    return answer_text(tokenizer, shown), engine.result
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
@@ -205,10 +141,16 @@ def read_stdin() -> str:
     return text
 
 
+def first_messages(args: argparse.Namespace) -> list[dict[str, str]]:
+    """What a conversation begins with: the system message, where there is one."""
+    system = getattr(args, "system", None)
+    return [{"role": "system", "content": system}] if system is not None else []
+
+
 def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a prompt's text: in the chat format, or after begin-of-text."""
     if args.chat:
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
+        return tokenizer.encode_chat([*first_messages(args), {"role": "user", "content": text}])
     return tokenizer.prompt(text)
 
 
@@ -221,12 +163,15 @@ def print_answers(
     for sample in range(args.num_samples):
         last = sample + 1 == args.num_samples
         with profile(args.profile) if args.profile and last else nullcontext():
-            result = engine.generate(prompt, args.max_new_tokens, args.seed + sample)
+            result = decode_until(
+                engine, tokenizer, prompt, args.max_new_tokens, args.seed + sample, args.stop
+            )
         warn_of_drift(drift, result)
         if args.json:
-            print(as_json(engine, result, answer_text(tokenizer, result.tokens)), flush=True)
+            text = cut(answer_text(tokenizer, result.tokens), args.stop)
+            print(as_json(engine, result, text, args.stop), flush=True)
             continue
-        print(paint_tokens(tokenizer, result, paint), flush=True)
+        print(paint_tokens(tokenizer, result, paint, args.stop), flush=True)
         if paint.on and last:
             print(f"\n{paint.legend}", file=sys.stderr)
         print(summary(name_of(engine), result), file=sys.stderr)
@@ -304,8 +249,15 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
         help="text, a number N for a synthetic prompt of N tokens, or - for standard input (default: a demo "
         "problem)",
     )
-    add_flags(group, "chat")
+    add_flags(group, "chat", "system")
     add("--interactive", action="store_true", help="ask for prompts, stream answers; Ctrl-C stops an answer")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the answer, and is not part of it; may be given several times (default: none)",
+    )
     add("--num_samples", type=tokens, default=1, help="answers to the prompt")
     add_decoding_flags(group)
     seed = {"type": whole(-(2**63), 2**63 - 1), "default": 0, "help": "of sampling"}
@@ -329,6 +281,10 @@ def parse_args(argv: list[str] | None, doc: str = "") -> argparse.Namespace:
     add_rank_flags(parser.add_argument_group("several GPUs"))
 
     args = parser.parse_args(argv)
+    if args.system is not None and not args.chat:
+        raise InputError("--system is a message of a chat; give --chat, or leave it out.")
+    if "" in args.stop:
+        raise InputError("--stop '' would end every answer before it begins; give a text.")
     args.compare = args.checkpoint_path is None and args.prompt is None and not args.interactive  # the demo
     if args.compare:
         args.prompt = DEMO_PROMPT

@@ -14,12 +14,12 @@ from generate import Engine
 from scripts.lib.pair import check_prompt
 from scripts.lib.result import Result
 from scripts.lib.scoring import Question
+from scripts.lib.stops import cut, decode_until
 from scripts.lib.terminal import answer_text, as_json, encode_prompt
 from scripts.lib.token_details import cuts
-from tokenizer import Decoder, Tokenizer
+from tokenizer import Tokenizer
 
 SUMS = ("rounds", "drafted", "accepted", "accepted_by_rule", "seconds_prefill", "seconds_decode")
-# of which each turn has one entry a token, or text
 # of which each turn has one entry a token, or text
 LISTS = ("tokens", "origin", "text", "cuts", "p", "kl", "score", "top")
 
@@ -50,11 +50,6 @@ def turn_ids(args, tokenizer: Tokenizer, question: Question) -> list[list[int]]:
     return [encode_prompt(args, tokenizer, question.prompt), *map(further, question.more_turns)]
 
 
-def cut(text: str, stops: tuple[str, ...]) -> str:
-    """A text up to the first of `stops`."""
-    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
-
-
 class Answering(NamedTuple):
     """How questions are answered. engine: ours, or a peer's (see `peers.peer`)."""
 
@@ -65,20 +60,8 @@ class Answering(NamedTuple):
 
 
 def decode_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> Result:
-    """An answer of our engine, which ends with the round in which one of `stops` comes up."""
-    engine, tokenizer = how.engine, how.tokenizer
-    if not stops:
-        return engine.generate(prompt, how.max_new_tokens, how.seed)
-
-    engine.generator.manual_seed(how.seed % 2**63)
-    result, decoder, text = Result(len(prompt)), Decoder(tokenizer), ""
-    for token, _ in engine.stream(prompt, how.max_new_tokens, result):
-        text += decoder.push(token) if token not in tokenizer.stop_ids else ""
-        if any(stop in text for stop in stops):
-            result.stop_reason = "text"
-            break
-
-    return result
+    """An answer of our engine."""
+    return decode_until(how.engine, how.tokenizer, prompt, how.max_new_tokens, how.seed, stops)
 
 
 def answer_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> dict:
@@ -86,7 +69,7 @@ def answer_turn(how: Answering, prompt: list[int], stops: tuple[str, ...]) -> di
     if isinstance(how.engine, Engine):
         result = decode_turn(how, prompt, stops)
         text = answer_text(how.tokenizer, result.tokens)
-        record = json.loads(as_json(how.engine, result, text)) | {"origin": "".join(result.origin)}
+        record = json.loads(as_json(how.engine, result, text, stops)) | {"origin": "".join(result.origin)}
     else:
         tokens, prefill, seconds = how.engine(prompt, how.max_new_tokens)
         record = {
