@@ -278,11 +278,11 @@ def load_published(
 ) -> Transformer:  # fmt: skip
     """Loads a published snapshot folder, of shape `args` and any float type, straight into fused weights.
 
-    dtype None keeps the type on disk (that of the embedding, where a folder mixes types). complete: called
-    with the model and each of its parameters' names as soon as that is filled, and may replace it. shard:
-    reads that part of every tensor, and no more of it than the values that the fingerprint samples. Peak
-    memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor and file for
-    whatever is missing, unexpected, misshapen or truncated.
+    dtype None keeps the type on disk (that of the embedding, where a folder mixes types; fp32 for fp64).
+    complete: called with the model and each of its parameters' names as soon as that is filled, and may
+    replace it. shard: reads that part of every tensor, and no more of it than the values that the fingerprint
+    samples. Peak memory is the model (or the part) plus its largest tensor. Raises InputError naming tensor
+    and file for whatever is missing, unexpected, misshapen or truncated.
     """
     files = find_weights(folder, args)
     local, plan = shard.local(args) if shard else args, weight_plan(args)
@@ -293,7 +293,7 @@ def load_published(
     for (name, row), after in zip(plan.items(), following):
         part = shard.part(args, row) if shard else ()
         tensor = reader.read(name, row.shape, part=part)
-        dtype = dtype or tensor.dtype
+        dtype = dtype or run_as(tensor.dtype)
         digest.update(sample_of(tensor, row.shape, Stored(*files[name]) if part else None))
         reader.bytes_read += SAMPLES * tensor.itemsize if part else 0
         fill(materialise(model, row.ours, dtype, device), places[name], tensor)
@@ -304,6 +304,11 @@ def load_published(
         model.output.weight = model.tok_embeddings.weight
     model.fingerprint, model.bytes_read = digest.hexdigest()[:16], reader.bytes_read
     return model.eval()
+
+
+def run_as(dtype: torch.dtype) -> torch.dtype:
+    """The type that weights stored in this one run in where none is asked for."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -573,8 +578,8 @@ class Reader:
             raise InputError(f"{where} has shape {found}, but config.json calls for {shape}.")
         if dtype is not None and tensor.dtype != dtype:
             raise InputError(f"{where} is {tensor.dtype}, but its config.json calls for {dtype}.")
-        if dtype is None and tensor.dtype not in DTYPES.values():
-            raise InputError(f"{where} is {tensor.dtype}, but weights must be bf16, fp16 or fp32.")
+        if dtype is None and tensor.dtype not in (*DTYPES.values(), torch.float64):
+            raise InputError(f"{where} is {tensor.dtype}, but weights must be bf16, fp16, fp32 or fp64.")
         self.bytes_read += tensor.nbytes
         return tensor
 

@@ -656,7 +656,7 @@ def load_packed(
                 parts[name] = tuple(filled_up(each, size) for each, (_, size) in zip(found, sizes))
             else:
                 parts[name] = reader.read(name, row.shape, part=part)
-                dtype = dtype or parts[name].dtype
+                dtype = dtype or checkpoint.run_as(parts[name].dtype)
         put(
             model, ours, {name: (places[name], found) for name, found in parts.items()}, scheme, dtype, device
         )

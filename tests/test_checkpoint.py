@@ -23,7 +23,7 @@ from checkpoint import (
     safetensors_header,
 )
 from cli import InputError
-from quantize import load_model
+from quantize import Scheme, convert, load_model
 from scripts import convert_bin
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -123,6 +123,9 @@ SAME = {  # case: the folder it is made from, what is done to it; then read as t
     "yarn, no original context": ("one", rope(rope_parameters={"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0})),
     "yarn, all of it": ("one", rope(rope_parameters=YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False})),
     "yarn, its amplitude": ("one", rope(rope_parameters=YARN | {"attention_factor": 1.7, "beta_fast": None, "mscale": None})),
+    "fp64, finer than fp32": ("one", lambda f: tensors(f, lambda t: {n: x.double() * (1 + 2**-30) for n, x in t.items()})),
+    "yarn, one mscale counts for nothing": ("one", rope(rope_parameters=YARN | {"mscale": 2.0, "mscale_all_dim": None})),
+    "yarn, betas alike": ("one", rope(rope_parameters=YARN | {"truncate": False, "beta_fast": 2.0, "beta_slow": 2.0})),
     "config says bf16, tensors are fp32": ("one", lambda f: config(f, dtype="bfloat16", torch_dtype="float16")),
     "tensors of two types": ("one", lambda f: tensors(f, lambda t: {n: x.bfloat16() if n == EMBED else x for n, x in t.items()})),
     "inverse frequencies, as older folders hold": ("one", lambda f: tensors(f, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})),
@@ -142,8 +145,24 @@ def test_read_as_transformers_reads_it(made, tmp_path, case):
         model = load_model(folder, dtype=torch.float32)
         assert (model(IDS)[1] - theirs).abs().max() < 1e-4 * theirs.abs().max()
         assert model.fingerprint == fingerprint_of(folder, read_config(folder))
+        assert sum(weight.numel() for weight in model.parameters()) == model.args.n_params
     finally:
         shutil.rmtree(folder)
+
+
+def test_fp64_runs_in_fp32_where_no_type_is_asked_for(made, tmp_path):
+    """And says the same as the fp32 that it was made from, quantised from either as well."""
+    folder = shutil.copytree(made / "one", tmp_path / "wide")
+    tensors(folder, lambda t: {n: x.double() for n, x in t.items()})
+    for scheme in (None, Scheme("int8")):
+        ours, theirs = load_model(folder, scheme=scheme), load_model(made / "one", scheme=scheme)
+        assert ours.dtype == torch.float32 and ours.fingerprint == theirs.fingerprint
+        with torch.inference_mode():
+            assert torch.equal(ours(IDS)[1], theirs(IDS)[1])
+    convert(folder, tmp_path / "int8", Scheme("int8"))
+    ours = load_model(tmp_path / "int8")
+    with torch.inference_mode():
+        assert ours.dtype == torch.float32 and torch.equal(ours(IDS)[1], theirs(IDS)[1])
 
 
 def link_loop(folder):
