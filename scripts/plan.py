@@ -226,7 +226,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     target, draft = make_role(args.target, args.mode, args.gpus), None
     if args.draft:
         draft = make_role(args.draft, args.draft_mode or args.mode, 1)
-        if draft.args.vocab_size != target.args.vocab_size:
+        if abs(draft.args.vocab_size - target.args.vocab_size) > 1024:  # more than padding
             raise InputError(f"{args.draft} and {args.target} do not share a vocabulary.")
         if draft.args.n_params > target.args.n_params:
             sizes = [f"{role.args.n_params / 1e9:.3g}" for role in (draft, target)]

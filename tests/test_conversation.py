@@ -14,7 +14,7 @@ from test_generate import Scripted, one_hot
 
 import generate
 from cli import InputError
-from generate import Engine, Settings, main
+from generate import Engine, NotFinite, Settings, main
 from scripts.lib import conversation
 from scripts.lib.conversation import Conversation
 from scripts.lib.guarantee import Drift
@@ -310,3 +310,21 @@ def test_the_transcript_of_the_page_is_what_happens(tmp_path, capsys, monkeypatc
     said = said[said.index("accepted draft tokens") :]
     without = [re.sub(r" +\d+\.\d+ (tokens/s|s)\b", r" \1", text).rstrip() for text in (transcript, said)]
     assert without[0] == without[1]
+
+
+def test_after_an_answer_that_failed_nothing_is_taken_from_the_caches(monkeypatch):
+    """Logits that are not finite clear the caches: what was kept of them before must be read again."""
+    talk, kept, stream = start(Letters()), [], Engine.stream
+
+    def failing(self, prompt, most, keep=0):
+        kept.append(keep)
+        if len(kept) == 2:
+            raise NotFinite("The target's logits are not finite.")
+        yield from stream(self, prompt, most, keep=keep)
+
+    monkeypatch.setattr(Engine, "stream", failing)
+    talk.turn("c")
+    with pytest.raises(NotFinite):
+        talk.turn("d")
+    talk.turn("e")
+    assert kept[0] == 0 and kept[1] > 0 and kept[2] == 0

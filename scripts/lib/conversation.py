@@ -141,7 +141,7 @@ class Conversation:
         to there, [] where these say something else."""
         engine, stream = self.engine, AnswerText(self.tokenizer, self.args.stop)
         keep = len(os.path.commonprefix([prompt, self.cached]))
-        self.cached, said, shown = prompt[:keep], [], []
+        self.cached, said, shown = [], [], []  # an answer that fails clears the caches
 
         def show(pieces: list[tuple[str, str]]) -> None:
             shown.extend(text for text, _ in pieces)

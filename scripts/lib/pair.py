@@ -28,7 +28,12 @@ def check_pair(target: ModelArgs, draft: ModelArgs, folders: tuple[Path, Path]) 
             f"{folders[0]} has {target.vocab_size}, and the difference is more than padding."
         )
     sample = "The quick brown fox: 12345 + 67890 = 80235, naïve Übermut 你好 🙂\n\n    def f(x):"
-    if tokenizer.encode(sample) != load_tokenizer(folders[1]).encode(sample):
+    other = load_tokenizer(folders[1])
+    same = tokenizer.encode(sample) == other.encode(sample)
+    if target.vocab_size != draft.vocab_size:  # sizes say nothing here: each token must be the same
+        ids = range(max(tokenizer.vocab_size, other.vocab_size))
+        same = same and all(tokenizer.token_bytes(id) == other.token_bytes(id) for id in ids)
+    if not same:
         raise InputError(
             f"Draft and target must share a vocabulary: the tokenizers of {folders[1]} and {folders[0]} "
             f"differ."
