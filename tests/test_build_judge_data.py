@@ -88,6 +88,7 @@ def test_temperatures_are_parsed():
             read_temperatures(text)
 
 
+@pytest.mark.slow
 def test_answers_of_the_demo_pair_are_labelled(tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     main(command(out, "--limit", "5", "--temperature", "0,1", "--samples", "2", "--max_new_tokens", "150"))
@@ -253,6 +254,7 @@ def test_a_killed_run_resumes_to_the_same_files(questions, tmp_path, writer, cap
         assert capsys.readouterr().out == printed.replace("whole", "cut")
 
 
+@pytest.mark.slow
 def test_a_run_killed_for_real_resumes_to_the_same_files(tmp_path):
     more = ("--limit", "3", "--temperature", "0,1", "--max_new_tokens", "150")
     main(command(tmp_path / "whole.jsonl", *more))

@@ -333,6 +333,7 @@ def test_a_judge_is_calibrated_end_to_end_and_announces_it(tmp_path, capsys):
     assert len((tmp_path / "answers.jsonl").read_bytes().splitlines()) == len(lines)
 
 
+@pytest.mark.slow
 def test_the_path_from_nothing_to_a_calibrated_judge(tmp_path, capsys, monkeypatch):
     """The lines of docs/judges.md for the demo pair alone, each as it stands there but for smaller numbers."""
     import generate

@@ -122,7 +122,12 @@ def shrink_training(monkeypatch) -> None:
     monkeypatch.setattr(module, "JUDGE_ANSWERS", (("draft", 1.0, 18), ("target", 1.0, 1)))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+LONG = ("docs/judges.md", "docs/several_gpus.md", "benchmarks/README.md")
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in DOCUMENTS]
+)
 def test_every_command_runs_or_says_what_it_needs(document, workplace, monkeypatch, capsys):
     text, judge = (ROOT / document).read_text(), (DEMO / "judge.safetensors").read_bytes()
     for command, comment in commands_of(text):

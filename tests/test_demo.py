@@ -45,6 +45,7 @@ def test_the_first_command_of_the_readme(capsys, monkeypatch):
     assert text == re.sub(r"[{}<>]", "", out) and text.endswith(f"{problem_answer}.\n")
 
 
+@pytest.mark.slow
 def test_held_out_problems(demo):
     target, draft, head, tokenizer = demo
     engines = {

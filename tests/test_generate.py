@@ -213,14 +213,21 @@ def assert_same_up_to_ties(
 
 
 COMPILED = [
-    *[("plain", 0), ("judge", 0)],
+    ("judge", 0),
     *[
         pytest.param(verify, 0, marks=pytest.mark.slow)
         for verify in ("kl", "topk", "typical", "topn_delta", "divergence")
     ],
     *[
         pytest.param(*each, marks=pytest.mark.slow)
-        for each in (("window", 0), ("ensemble", 0), ("ensemble", 0.8), ("standard", 0), ("standard", 0.8))
+        for each in (
+            ("window", 0),
+            ("ensemble", 0),
+            ("ensemble", 0.8),
+            ("standard", 0),
+            ("standard", 0.8),
+            ("plain", 0),
+        )
     ],
 ]
 

@@ -62,6 +62,7 @@ def check_layers(report: dict, mode: str) -> None:
         assert step["bytes_needed"] < step["bytes_moved"] < 1.5 * step["bytes_needed"], name
 
 
+@pytest.mark.slow
 def test_steps_of_a_bf16_pair_stay_within_their_launches(tmp_path, capsys):
     """The counts of a layer are differences of lowerings, so that nothing outside of layers is in them."""
     report = dry_run(tmp_path, "--steps", *LAYER["none"])

@@ -146,6 +146,7 @@ def contents(path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_or_sharded_run_gives_the_same_training_data(mined, tmp_path, monkeypatch, capsys):
     """Whole; cut in the middle of a line and resumed; dealt to two processes as torchrun does, one of them killed once,
     and merged."""

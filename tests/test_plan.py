@@ -92,6 +92,7 @@ def test_the_kernels_are_those_of_a_dry_run(mode):
         assert abs(step["kernels"] - counted["kernels"]) <= 1, name
 
 
+@pytest.mark.slow
 def test_the_papers_pairs(capsys):
     """Six ways to keep and place a draft on several GPUs, three on one; what was published is a matter of m*."""
     main(["--pairs"])

@@ -833,6 +833,7 @@ def test_bytes_by_hand():
     assert free < 10e9
 
 
+@pytest.mark.slow
 def test_the_demo_in_int8_says_what_it_says_unquantised():
     """Greedy, in fp32, up to near-ties: where the texts part, the unquantised target's two best are close."""
     unquantised, int8 = (

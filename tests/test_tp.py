@@ -501,6 +501,7 @@ def parting(folders: Path, name: str) -> list[str]:
     return flags(folders, *PARTING[name][0], "--check_ranks", "--max_new_tokens", "48")
 
 
+@pytest.mark.slow
 def test_ranks_never_part_though_one_rounds_otherwise(folders, tmp_path):
     """On one rank every product, norm, score and probability is off by up to 15%; all commit the same to the end."""
     first, *others = (parting(folders, name) for name in PARTING)
