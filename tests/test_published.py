@@ -144,7 +144,7 @@ def test_a_ranks_part_is_the_same_part_of_the_twin(folders, kind, world, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fbgemm_fp8", "gptq"])
+@pytest.mark.parametrize("kind", ["gptq"])
 def test_two_processes_say_what_one_says(tmp_path, kind):
     """The demo target in that kind, over gloo."""
     write_kind(kind, DEMO / "target", tmp_path / "q", tmp_path / "twin", group=32)
