@@ -54,6 +54,7 @@ class TokenizerBase:
         self.control = control  # name -> id
         self.control_of_id = {id: name.encode() for name, id in control.items()}
         self.names: re.Pattern | None = None
+        self.strips: dict[str, tuple[bool, bool]] = {}  # names that take the space before or after them along
         self.end_of_turn: int | None = None
 
     def add_names(self, added: dict[int, str]) -> None:
@@ -83,7 +84,7 @@ class TokenizerBase:
         if self.chat is None:
             raise InputError(f"{self.no_chat}; run it without --chat.")
         if self.names is None:
-            self.names = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))))
+            self.names = re.compile("|".join(map(self.pattern, sorted(self.control, key=len, reverse=True))))
             self.end_of_turn = next(iter(self.control_in(self.chat.after_answer())), None)
         if self.end_of_turn is not None and self.end_of_turn not in self.stop_ids:
             self.stop_ids = [*self.stop_ids, self.end_of_turn]
@@ -109,7 +110,7 @@ class TokenizerBase:
                 plain += text[begin : match.start()]
                 ids += [
                     *(self.encode_piece(plain, first and not ids) if plain else []),
-                    self.control[match[0]],
+                    self.control[match[match.lastindex]],
                 ]
                 plain, begin = "", match.end()
             plain += text[begin:]
@@ -132,9 +133,14 @@ class TokenizerBase:
             )
         return self.encode_parts(parts[at + 1 :], False)
 
+    def pattern(self, name: str) -> str:
+        """A regular expression of a control token, whose only group is its name."""
+        before, after = (r"\s*" if strip else "" for strip in self.strips.get(name, (False, False)))
+        return f"{before}({re.escape(name)}){after}"
+
     def control_in(self, text: str) -> list[int]:
         """The control tokens in a template's text."""
-        return [self.control[match[0]] for match in self.names.finditer(text)]
+        return [self.control[match[match.lastindex]] for match in self.names.finditer(text)]
 
 
 class TiktokenTokenizer(TokenizerBase):
@@ -264,11 +270,14 @@ class JsonTokenizer(TokenizerBase):
                     f"{where}: added_tokens: {shortened_value(name)} of id {id} is not the vocabulary's next."
                 )
         super().__init__({name: id for name, id in names.items() if name.strip()})
+        self.strips = {
+            entry["content"]: (entry["lstrip"], entry["rstrip"]) for entry in spec.get("added_tokens") or ()
+        }
         self.control_of_id |= {id: name.encode() for name, id in names.items()}
         self.vocab_size = max(self.pieces.keys() | self.control_of_id.keys(), default=-1) + 1
         if len(self.pieces) < len(vocab) or not 0 < self.vocab_size <= MOST_ID:
             raise InputError(f"{where}: the vocabulary has an id twice, or none, or one beyond {MOST_ID}.")
-        if decode(self, self.encode(PROBE), True) != PROBE:
+        if decode(self, self.encode(PROBE), True).removeprefix(" ") != PROBE:
             raise InputError(f"{where} is damaged: {PROBE!r} is not what its tokens say when read back.")
         self.prefix = self.begin_of_text()
         self.bos_id = self.id_of(settings.get("bos_token"), self.prefix[0] if self.prefix else None)

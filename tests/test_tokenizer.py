@@ -981,3 +981,24 @@ def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
         else:
             with pytest.raises(InputError, match=f"the tokenizer has 640 tokens, but the model only {size}"):
                 load_tokenizer(tmp_path)
+
+
+def test_control_tokens_that_take_space_along(tmp_path, small_llama3):
+    """As Phi's: a line's end after <|im_start|> in the template is no token of its own; a user's text keeps its own."""
+    content = json.loads((small_llama3 / "tokenizer.json").read_text(encoding="utf-8"))
+    for entry in content["added_tokens"]:
+        entry["rstrip"], entry["lstrip"] = (
+            entry["content"] == "<|im_end|>",
+            entry["content"] == "<|im_start|>",
+        )
+    folder = small_chat(
+        tmp_path / "m",
+        small_llama3,
+        "{% for m in messages %}{{ ' <|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n  ' }}{% endfor %}",
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for turns in CONVERSATIONS[:3]:
+        expected = theirs.apply_chat_template(as_messages(turns), return_dict=False)
+        assert tokenizer.encode_chat(as_messages(turns)) == expected, turns
+    assert tokenizer.encode("a <|im_start|>") == tokenizer.encode("a ") + tokenizer.encode("<|im_start|>")
